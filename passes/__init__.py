@@ -1,0 +1,1 @@
+"""Graph passes: ONNX in, ONNX out."""

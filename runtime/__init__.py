@@ -1,0 +1,1 @@
+"""Running bundles; needs numpy and one engine library, never torch."""

@@ -1,0 +1,25 @@
+"""Compile PyTorch diffusion models into quantized ONNX graphs that really run in integers.
+
+``compile`` is the whole compiler; ``tfmq_export.runtime`` runs what it writes. Importing this
+package loads neither torch nor onnx.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tfmq_export.compiler import compile_model as compile  # noqa: A004
+    from tfmq_export.denoiser import Denoiser
+__version__ = "0.1.0"
+__all__ = ["Denoiser", "__version__", "compile"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "compile":
+        from tfmq_export.compiler import compile_model
+
+        return compile_model
+    if name == "Denoiser":
+        from tfmq_export.denoiser import Denoiser
+
+        return Denoiser
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

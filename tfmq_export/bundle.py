@@ -1,0 +1,210 @@
+"""The output folder: where its files lie and what its manifest says.
+
+    OUT/<component>/model.onnx     the denoiser (unet, transformer, or denoiser for a factory)
+    OUT/<component>/config.json    the model's own configuration
+    OUT/scheduler/                 the scheduler the schedule came from, where there is one
+    OUT/tfmq/                      recipe, manifest, report and conditioning examples
+
+A bundle is read with the standard library and numpy alone, so that a production host needs
+nothing else beside its engine.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfmq_export.errors import LoadError
+from tfmq_export.timesteps import TimestepSet
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class InputInfo:
+    """One graph input.
+
+    Attributes:
+        role: "sample", "timestep" or "conditioning".
+        dtype: numpy name of the element type.
+        shape: Without the batch axis; None for a size that may vary.
+    """
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerInfo:
+    """How images are drawn from the denoiser.
+
+    Attributes:
+        kind: A diffusers scheduler class such as "DDIMScheduler", or "function" for the user's own.
+        steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 means a single conditional pass.
+    """
+
+    kind: str
+    steps: int
+    guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer and the precision asked for; widths of 0 mean floating point."""
+
+    name: str
+    path: str
+    kind: str
+    macs: int
+    weight_bits: int
+    activation_bits: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PassInfo:
+    """What one graph pass did."""
+
+    name: str
+    semantics: str
+    changed: int
+    skipped: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything a runtime or an auditor needs to know about a bundle.
+
+    Attributes:
+        component: Folder of the graph.
+        source: File or folder name the model came from.
+        macs: Multiply-accumulates of the whole model for one sample.
+        integer_share: Share of ``macs`` asked to run in integers.
+        conditioning: Names of the arrays in ``tfmq/conditioning.npz``.
+        files: SHA-256 of each file of the bundle, by relative path.
+    """
+
+    version: str
+    component: str
+    source: str
+    fingerprint: str
+    preset: str
+    target: str
+    inputs: tuple[InputInfo, ...]
+    output: str
+    timesteps: TimestepSet
+    sampler: SamplerInfo
+    macs: int
+    integer_share: float
+    layers: tuple[LayerInfo, ...]
+    passes: tuple[PassInfo, ...]
+    versions: Mapping[str, str]
+    provenance: Mapping[str, str]
+    files: Mapping[str, str]
+    schema: int = SCHEMA
+
+    def input(self, role: str) -> tuple[InputInfo, ...]:
+        """The inputs that play a role, in graph order."""
+        return tuple(info for info in self.inputs if info.role == role)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A folder written by ``tfmq-export``."""
+
+    root: Path
+    manifest: Manifest
+
+    @property
+    def model(self) -> Path:
+        return self.root / self.manifest.component / "model.onnx"
+
+    @property
+    def scheduler(self) -> Path:
+        return self.root / "scheduler" / "scheduler_config.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "tfmq" / "report.json"
+
+    def conditioning(self) -> dict[str, NDArray[np.generic]]:
+        """Example conditioning, [prompts, ...] under each input's name; ``<name>.unconditional`` beside it."""
+        path = self.root / "tfmq" / "conditioning.npz"
+        if not path.exists():
+            return {}
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    def verify(self) -> None:
+        """Check every file against the manifest's hashes.
+
+        Raises:
+            LoadError: names the first file that is missing or altered.
+        """
+        for name, digest in self.manifest.files.items():
+            path = self.root / name
+            if not path.is_file():
+                raise LoadError(f"{path}: missing from the bundle; compile it again")
+            if sha256(path) != digest:
+                raise LoadError(f"{path}: differs from the manifest's hash (truncated or altered); compile it again")
+
+
+def sha256(path: Path) -> str:
+    """Hash of one file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_bundle(root: Path) -> bool:
+    """Whether a folder looks like one of ours."""
+    return (root / "tfmq" / "manifest.json").is_file()
+
+
+def open_bundle(root: Path) -> Bundle:
+    """Read a bundle's manifest.
+
+    Raises:
+        LoadError: the folder is no bundle, or its manifest cannot be read.
+    """
+    path = root / "tfmq" / "manifest.json"
+    if not path.is_file():
+        raise LoadError(f"{root}: not a bundle (no tfmq/manifest.json); make one with `tfmq-export MODEL -o {root}`")
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        if data["schema"] != SCHEMA:
+            raise LoadError(f"{path}: schema {data['schema']}, this version reads {SCHEMA}; compile the model again")
+        return Bundle(root, _manifest_from(data))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(f"{path}: not a readable manifest ({error!r}); compile the model again") from error
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write ``OUT/tfmq/manifest.json``."""
+    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
+    (root / "tfmq" / "manifest.json").write_text(text + "\n", "utf-8")
+
+
+def _manifest_from(data: dict[str, Any]) -> Manifest:
+    """Build the dataclasses from parsed JSON; malformed input raises KeyError, TypeError or ValueError."""
+    timesteps = data["timesteps"]
+    return Manifest(
+        **{
+            **data,
+            "inputs": tuple(InputInfo(**{**item, "shape": tuple(item["shape"])}) for item in data["inputs"]),
+            "layers": tuple(LayerInfo(**item) for item in data["layers"]),
+            "passes": tuple(
+                PassInfo(**{**item, "skipped": tuple((site, reason) for site, reason in item["skipped"])})
+                for item in data["passes"]
+            ),
+            "timesteps": TimestepSet(tuple(timesteps["values"]), timesteps["real"]),
+            "sampler": SamplerInfo(**data["sampler"]),
+        }
+    )
