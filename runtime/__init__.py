@@ -1,1 +1,20 @@
-"""Running bundles; needs numpy and one engine library, never torch."""
+"""Running bundles; needs numpy and one engine library, never torch.
+
+``load`` opens a bundle as a callable; the rest lies in the modules of the same idea. Importing this
+package loads no engine.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tfmq_export.runtime.denoiser import LoadedBundle, load
+
+__all__ = ["LoadedBundle", "load"]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        from tfmq_export.runtime import denoiser
+
+        return getattr(denoiser, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tfmq_export.compiler import compile_model as compile  # noqa: A004
-    from tfmq_export.denoiser import Denoiser
+    from tfmq_export.denoiser import Description
 __version__ = "0.1.0"
-__all__ = ["Denoiser", "__version__", "compile"]
+__all__ = ["Description", "__version__", "compile"]
 
 
 def __getattr__(name: str) -> object:
@@ -18,8 +18,8 @@ def __getattr__(name: str) -> object:
         from tfmq_export.compiler import compile_model
 
         return compile_model
-    if name == "Denoiser":
-        from tfmq_export.denoiser import Denoiser
+    if name == "Description":
+        from tfmq_export.denoiser import Description
 
-        return Denoiser
+        return Description
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,7 +46,9 @@ class TimestepSet:
     @property
     def array(self) -> NDArray[np.int64] | NDArray[np.float32]:
         """The timesteps, [T]."""
-        return np.asarray(self.values, np.float32 if self.real else np.int64)
+        if self.real:
+            return np.asarray(self.values, np.float32)
+        return np.asarray(self.values, np.int64)
 
     def rows(self, timesteps: NDArray[np.generic]) -> NDArray[np.int64]:
         """Row of each timestep in the set, [N].
@@ -64,7 +66,7 @@ class TimestepSet:
                 f"timestep {wanted[missing][0]} is not in this schedule of {len(self)} steps ({self.describe()}); "
                 "compile with the --steps and scheduler you sample with"
             )
-        return hits.argmax(1).astype(np.int64)
+        return np.asarray(hits.argmax(1), np.int64)
 
     def describe(self) -> str:
         """A few of the values, for messages."""

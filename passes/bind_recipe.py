@@ -1,0 +1,64 @@
+"""Find each layer of the recipe in the graph and bring it into one shape.
+
+    conv     Conv(x, W, b)
+    linear   MatMul(x, W^T) [+ Add b]     or, for inputs of rank 2,     Gemm(x, W, b, transB=1)
+
+The exporter names values after the captured graph, so a layer is found by the value it computes. The
+node that multiplies is renamed ``node_<layer>``; ``InsertQdq`` and ``QuantizeWeights`` look it up there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from tfmq_export.errors import PreconditionError
+from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.recipe import LayerRecipe, QuantRecipe
+
+COMPUTES = {"conv": ("Conv",), "linear": ("MatMul", "Gemm")}
+
+
+def node_name(layer: LayerRecipe) -> str:
+    """Name of the node that does a layer's multiplications."""
+    return f"node_{layer.name}"
+
+
+@dataclass(frozen=True)
+class BindRecipe(Pass):
+    """Name the multiplying node of every layer after the layer."""
+
+    recipe: QuantRecipe
+    semantics: ClassVar[Semantics] = Semantics.EXACT
+
+    def apply(self, graph: gs.Graph) -> Changes:
+        values = graph.tensors()
+        found = {layer.name: _multiplier(layer, values) for layer in self.recipe.layers}
+        taken = {node_name(layer) for layer in self.recipe.layers}
+        for node in graph.nodes:
+            if node.name in taken:
+                node.name = f"{node.name}.rest"
+        for layer in self.recipe.layers:
+            found[layer.name].name = node_name(layer)
+        return Changes(tuple(layer.path for layer in self.recipe.layers))
+
+
+def _multiplier(layer: LayerRecipe, values: Mapping[str, gs.Tensor]) -> gs.Node:
+    value = values.get(layer.name)
+    if value is None or not value.inputs:
+        raise PreconditionError(
+            f"{layer.path}: no value {layer.name} in the graph; was the recipe made from another model?"
+        )
+    node = value.inputs[0]
+    if node.op == "Add" and layer.kind == "linear":
+        products = [x.inputs[0] for x in node.inputs if x.inputs and x.inputs[0].op == "MatMul"]
+        if len(products) == 1:
+            node = products[0]
+    if node.op not in COMPUTES[layer.kind]:
+        raise PreconditionError(
+            f"{layer.path}: {layer.name} is computed by {node.op}, not by {COMPUTES[layer.kind][0]}"
+        )
+    if not isinstance(node.inputs[1], gs.Constant):
+        raise PreconditionError(f"{layer.path}: its weight is not a constant; fold constants first")
+    return node

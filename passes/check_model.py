@@ -1,0 +1,54 @@
+"""The last pass: the graph is valid ONNX, and each layer has the pattern the target fuses."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from tfmq_export.errors import PostconditionError
+from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.bind_recipe import node_name
+from tfmq_export.passes.graph import export_model
+from tfmq_export.passes.tabulate_tib import computed_from_time
+from tfmq_export.recipe import QuantRecipe
+from tfmq_export.target import Target
+
+
+@dataclass(frozen=True)
+class CheckModel(Pass):
+    """Change nothing; refuse a graph that would load and then quietly run in floating point."""
+
+    recipe: QuantRecipe
+    target: Target
+    timestep: str
+    semantics: ClassVar[Semantics] = Semantics.EXACT
+
+    def apply(self, graph: gs.Graph) -> Changes:
+        return Changes()
+
+    def ensures(self, graph: gs.Graph) -> None:
+        names = [value.name for node in graph.nodes for value in node.outputs if value.name]
+        if len(names) != len(set(names)):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise PostconditionError(f"two nodes compute a value named {twice}")
+        nodes = {node.name: node for node in graph.nodes}
+        for layer in self.recipe.layers:
+            node = nodes.get(node_name(layer))
+            if node is None:
+                raise PostconditionError(f"{layer.path}: its node {node_name(layer)} is gone")
+            for value in node.inputs:
+                if not value.inputs or value.inputs[0].op != "DequantizeLinear":
+                    raise PostconditionError(
+                        f"{layer.path}: reads {value.name}, which is no integer"
+                    )
+            readers = node.outputs[0].outputs
+            if layer.kind in self.target.quantized_outputs and [reader.op for reader in readers] != ["QuantizeLinear"]:
+                raise PostconditionError(f"{layer.path}: {self.target.name} needs QuantizeLinear on its output")
+        strays = computed_from_time(graph, self.timestep)
+        if strays:
+            raise PostconditionError(f"{strays[0]} still computes from the timestep")
+        try:
+            onnx.checker.check_model(export_model(graph))
+        except onnx.checker.ValidationError as error:
+            raise PostconditionError(f"not valid ONNX: {error}") from error

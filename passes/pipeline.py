@@ -1,0 +1,37 @@
+"""The whole order of rewrites, in one list."""
+
+from tfmq_export.passes.base import Pass
+from tfmq_export.passes.bind_recipe import BindRecipe
+from tfmq_export.passes.check_model import CheckModel
+from tfmq_export.passes.fold_constants import FoldConstants
+from tfmq_export.passes.insert_qdq import InsertQdq
+from tfmq_export.passes.lower_attention import LowerAttention
+from tfmq_export.passes.lower_group_norm import LowerGroupNorm
+from tfmq_export.passes.name_outputs import NameOutputs
+from tfmq_export.passes.quantize_weights import QuantizeWeights
+from tfmq_export.passes.tabulate_tib import TabulateTib
+from tfmq_export.recipe import QuantRecipe
+from tfmq_export.target import Target
+
+OUTPUT = "out_sample"
+
+
+def passes_for(recipe: QuantRecipe, target: Target, *, sample: str, timestep: str) -> list[Pass]:
+    """From the float graph of a model to the graph a target runs.
+
+    Args:
+        sample: Name of the input that holds the noisy sample.
+        timestep: Name of the input that holds the timestep.
+    """
+    return [
+        FoldConstants(),
+        BindRecipe(recipe),
+        TabulateTib(recipe.tib, timestep, sample),
+        LowerGroupNorm(),
+        LowerAttention("mha") if target.attention == "mha" else LowerAttention("matmul"),
+        LowerAttention("matmul"),
+        InsertQdq(recipe),
+        QuantizeWeights(recipe),
+        NameOutputs(OUTPUT),
+        CheckModel(recipe, target, timestep),
+    ]

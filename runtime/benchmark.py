@@ -1,0 +1,106 @@
+"""Latency, measured so that two candidates can be compared.
+
+Calls are interleaved: a machine that slows down half way slows down every candidate, and the ratio
+within a round stays true.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tfmq_export.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of each call of one candidate, in the order of the rounds."""
+
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.seconds:
+            raise ConfigError("a timing needs at least one call")
+
+    @property
+    def count(self) -> int:
+        return len(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def p10(self) -> float:
+        return float(np.percentile(self.seconds, 10))
+
+    @property
+    def p90(self) -> float:
+        return float(np.percentile(self.seconds, 90))
+
+    def to_json(self) -> dict[str, float | int]:
+        """Plain data, seconds."""
+        return {"median": self.median, "p10": self.p10, "p90": self.p90, "count": self.count}
+
+
+def time_interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 30,
+    warmup: int = 3,
+    seconds_budget: float = math.inf,
+) -> dict[str, Timing]:
+    """Call every candidate once per round, each round starting with the next one.
+
+    Args:
+        warmup: Rounds that are not counted.
+        seconds_budget: No new round starts after this time, warm-up included; one round always runs.
+    """
+    if not candidates:
+        raise ConfigError("nothing to measure; name at least one candidate")
+    if rounds < 1 or warmup < 0:
+        raise ConfigError(f"a measurement needs rounds >= 1 and warmup >= 0, got {rounds} and {warmup}")
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    deadline = time.monotonic() + seconds_budget
+    for position in range(-warmup, rounds):
+        late = time.monotonic() >= deadline
+        if late and position > 0:
+            break
+        if late and position < 0:
+            continue
+        first = position % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            candidates[name]()
+            elapsed = time.perf_counter() - start
+            if position >= 0:
+                seconds[name].append(elapsed)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def speedups(timings: Mapping[str, Timing], baseline: str) -> dict[str, float]:
+    """How many times faster than the baseline each candidate is: the median of the ratios within each round."""
+    if baseline not in timings:
+        raise ConfigError(f"no timing of the baseline {baseline!r}; measured: {', '.join(timings)}")
+    base = np.asarray(timings[baseline].seconds)
+    for name, timing in timings.items():
+        if timing.count != len(base):
+            raise ConfigError(f"{name} has {timing.count} rounds, {baseline} {len(base)}; time them together")
+    return {name: float(np.median(base / np.asarray(timing.seconds))) for name, timing in timings.items()}
+
+
+def peak_rss_bytes() -> int | None:
+    """Largest memory this process ever held; None where the system does not tell (Windows).
+
+    It never falls: measure each candidate in a process of its own.
+    """
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes.

@@ -1,0 +1,216 @@
+"""How near one set of numbers is to another, and whether that is near enough.
+
+Metrics are numpy functions in float64. A ``Report`` holds what was measured and what was demanded;
+it goes to JSON and decides nothing it does not show.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from tfmq_export.errors import AccuracyError, ConfigError
+
+_WINDOW = 11
+_SIGMA = 1.5
+
+
+def psnr(a: NDArray[np.generic], b: NDArray[np.generic], peak: float) -> NDArray[np.float64]:
+    """Peak signal-to-noise ratio of each image in dB, [N]; infinite where they are equal.
+
+    Args:
+        a: [N, ...].
+        peak: Span of the values: 1 for images in 0..1, 2 for -1..1, 255 for bytes.
+    """
+    x, y = _paired(a, b)
+    error = np.square(x - y).reshape(len(x), -1).mean(1)  # [N]
+    with np.errstate(divide="ignore"):
+        return np.asarray(10 * np.log10(peak**2 / error))
+
+
+def ssim(a: NDArray[np.generic], b: NDArray[np.generic], peak: float) -> NDArray[np.float64]:
+    """Structural similarity of each image, [N]; 1 where they are equal (Wang et al. 2004).
+
+    Gaussian window of 11 x 11 pixels and sigma 1.5, windows inside the image only, the mean over channels.
+
+    Args:
+        a: [N, C, H, W].
+        peak: Span of the values.
+    """
+    x, y = _paired(a, b)
+    if x.ndim != 4 or min(x.shape[2:]) < _WINDOW:
+        raise ConfigError(f"ssim needs images [N, C, H, W] of at least {_WINDOW} pixels a side, got {list(x.shape)}")
+    mean_x, mean_y = _blur(x), _blur(y)
+    var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
+    covariance = _blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return np.asarray((luminance * structure).mean((1, 2, 3)))
+
+
+def sqnr_db(reference: NDArray[np.generic], approximation: NDArray[np.generic]) -> float:
+    """Signal-to-quantization-noise ratio of a whole tensor in dB; infinite where they are equal."""
+    x, y = _paired(reference, approximation)
+    noise = float(np.square(x - y).sum())
+    signal = float(np.square(x).sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def cosine(a: NDArray[np.generic], b: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Cosine of the angle between vectors of the last axis; 1 between two zeros, 0 between a zero and another."""
+    x, y = _paired(a, b)
+    norm_x, norm_y = np.linalg.norm(x, axis=-1), np.linalg.norm(y, axis=-1)
+    length = norm_x * norm_y
+    with np.errstate(invalid="ignore"):
+        cosines = (x * y).sum(-1) / np.where(length == 0, 1, length)
+    return np.where((norm_x == 0) & (norm_y == 0), 1.0, cosines)
+
+
+class Direction(Enum):
+    """Which side of a threshold is good."""
+
+    AT_LEAST = ">="
+    AT_MOST = "<="
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A measured value against what was demanded."""
+
+    metric: str
+    value: float
+    threshold: float
+    direction: Direction
+
+    @property
+    def passed(self) -> bool:
+        """NaN passes no threshold."""
+        if self.direction is Direction.AT_LEAST:
+            return self.value >= self.threshold
+        return self.value <= self.threshold
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"{self.metric} {self.value:.4g}, asked {self.direction.value} {self.threshold:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """A bound on one metric."""
+
+    metric: str
+    value: float
+    direction: Direction = Direction.AT_LEAST
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.value):
+            raise ConfigError(f"the threshold of {self.metric} is NaN; give a number")
+
+    def judge(self, value: float) -> Verdict:
+        return Verdict(self.metric, float(value), self.value, self.direction)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One metric over several images, timesteps or tensors."""
+
+    metric: str
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ConfigError(f"{self.metric}: nothing was compared")
+
+    @classmethod
+    def of(cls, metric: str, values: NDArray[np.generic]) -> "Comparison":
+        return cls(metric, tuple(float(value) for value in np.asarray(values, np.float64).reshape(-1)))
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.values) / len(self.values)
+
+    @property
+    def lowest(self) -> float:
+        """NaN if any value is."""
+        return float(np.min(self.values))
+
+    @property
+    def highest(self) -> float:
+        """NaN if any value is."""
+        return float(np.max(self.values))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything one validation measured and decided."""
+
+    comparisons: tuple[Comparison, ...]
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[Verdict, ...]:
+        return tuple(verdict for verdict in self.verdicts if not verdict.passed)
+
+    def raise_if_failed(self) -> None:
+        """Raise AccuracyError naming every threshold that was missed."""
+        if self.failed:
+            missed = "; ".join(verdict.describe() for verdict in self.failed)
+            raise AccuracyError(
+                f"{missed}; quantize more gently (a preset with more bits, more calibration) or lower the threshold"
+            )
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data for ``json.dumps``; what JSON cannot write becomes "inf", "-inf" or "nan"."""
+        return {
+            "passed": self.passed,
+            "verdicts": [
+                {
+                    "metric": verdict.metric,
+                    "value": json_number(verdict.value),
+                    "direction": verdict.direction.value,
+                    "threshold": json_number(verdict.threshold),
+                    "passed": verdict.passed,
+                }
+                for verdict in self.verdicts
+            ],
+            "comparisons": [
+                {
+                    "metric": comparison.metric,
+                    "mean": json_number(comparison.mean),
+                    "lowest": json_number(comparison.lowest),
+                    "highest": json_number(comparison.highest),
+                    "values": [json_number(value) for value in comparison.values],
+                }
+                for comparison in self.comparisons
+            ],
+        }
+
+
+def json_number(value: float) -> float | str:
+    """A number JSON can hold; ``float`` reads the strings "inf", "-inf" and "nan" back."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _paired(a: NDArray[np.generic], b: NDArray[np.generic]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if a.shape != b.shape:
+        raise ConfigError(f"cannot compare shapes {list(a.shape)} and {list(b.shape)}; give the same images twice")
+    return np.asarray(a, np.float64), np.asarray(b, np.float64)
+
+
+def _blur(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gaussian mean of every window inside the image, [N, C, H - 10, W - 10]."""
+    offsets = np.arange(_WINDOW) - _WINDOW // 2
+    weights = np.exp(-(offsets**2) / (2 * _SIGMA**2))
+    weights /= weights.sum()
+    rows = sliding_window_view(x, _WINDOW, axis=2) @ weights
+    return np.asarray(sliding_window_view(rows, _WINDOW, axis=3) @ weights)

@@ -1,0 +1,135 @@
+"""ONNX Runtime; the only file that imports it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+# Whatever matters is raised as an exception; ORT would print the same text to stderr a second time.
+_FATAL_ONLY = 4
+
+
+class OrtRunner:
+    """One ONNX Runtime session with every graph optimization on.
+
+    Args:
+        threads: Intra-op threads; None leaves the choice to ONNX Runtime.
+        integer: False computes QDQ graphs in floating point, node by node: the reference numerics.
+        optimized_to: Where to write the graph as ONNX Runtime runs it; weights go to ``weights.bin`` beside it.
+        provider: "cpu" or "cuda".
+    Raises:
+        LoadError: there is no such file.
+        BuildError: ONNX Runtime refuses the graph, or cannot start the provider.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        threads: int | None = None,
+        integer: bool = True,
+        optimized_to: Path | None = None,
+        provider: str = "cpu",
+    ) -> None:
+        if provider not in PROVIDERS:
+            raise ConfigError(f"provider {provider!r} is unknown; use one of {', '.join(PROVIDERS)}")
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {threads}")
+        if not model_path.is_file():
+            raise LoadError(f"{model_path}: no such file; compile the model first")
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = _FATAL_ONLY
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if not integer:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if optimized_to is not None:
+            options.optimized_model_filepath = str(optimized_to)
+            # Protobuf ends at 2 GB, and a reader of the graph has no use for the weights.
+            entry = "session.optimized_model_external_initializers_"
+            options.add_session_config_entry(f"{entry}file_name", "weights.bin")
+            options.add_session_config_entry(f"{entry}min_size_in_bytes", "1024")
+        self._path = model_path
+        self._errors = _engine_errors()
+        wanted = PROVIDERS[provider]
+        names = [wanted] if provider == "cpu" else [wanted, PROVIDERS["cpu"]]
+        if wanted not in ort.get_available_providers():
+            raise DependencyError(
+                f"this onnxruntime has no {wanted}; pip install 'onnxruntime-gpu[cuda,cudnn]', or use the cpu provider"
+            )
+        try:
+            # ORT's own fallback would change the engine behind the caller's back.
+            session = ort.InferenceSession(str(model_path), options, providers=names, enable_fallback=0)
+        except self._errors as error:
+            raise BuildError(
+                f"{model_path}: ONNX Runtime refuses this graph: {one_line(error)}; compile it again for target ort-cpu"
+            ) from error
+        if wanted not in session.get_providers():
+            raise BuildError(
+                f"{model_path}: ONNX Runtime could not start {wanted}; check the GPU driver or use the cpu"
+            )
+        self._session: Any = session
+        self._run_options: Any = ort.RunOptions()
+        self._run_options.log_severity_level = _FATAL_ONLY
+        self.inputs: tuple[str, ...] = tuple(item.name for item in session.get_inputs())
+        self.outputs: tuple[str, ...] = tuple(item.name for item in session.get_outputs())
+
+    def infer(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        """Run the graph once.
+
+        Raises:
+            BuildError: with ONNX Runtime's message; the runner stays usable.
+        """
+        if self._session is None:
+            raise ConfigError(f"{self._path}: the runner is closed; open it again")
+        try:
+            values = self._session.run(list(self.outputs), dict(feeds), self._run_options)
+        except self._errors as error:
+            raise BuildError(
+                f"{self._path}: ONNX Runtime failed: {one_line(error)}; check the inputs {', '.join(self.inputs)}"
+            ) from error
+        return dict(zip(self.outputs, values, strict=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._session = None
+
+
+def version() -> str:
+    """Version of the installed ONNX Runtime."""
+    return str(_onnxruntime().__version__)
+
+
+def one_line(error: BaseException) -> str:
+    """An engine's message without its line breaks and closing full stop."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _onnxruntime() -> ModuleType:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DependencyError("onnxruntime is not installed; pip install onnxruntime") from error
+    module: ModuleType = onnxruntime
+    return module
+
+
+def _engine_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises: classes of its own that share no base, and Python's for a missing feed."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    own = tuple(item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception))
+    return (*own, RuntimeError, ValueError)

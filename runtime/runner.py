@@ -1,0 +1,22 @@
+"""What every engine offers: named arrays in, named arrays out."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Runner(Protocol):
+    """A compiled graph held by one engine: ``with runner: runner.infer(feeds)``."""
+
+    def infer(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        """Run the graph once; keys are the names of its inputs and outputs."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...

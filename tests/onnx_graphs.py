@@ -1,0 +1,56 @@
+"""Small ONNX graphs for tests of passes, and ONNX Runtime to run them."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+Shape = Sequence[int | str | None] | None
+
+
+def build(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Mapping[str, Shape],
+    outputs: Mapping[str, Shape],
+    initializers: Mapping[str, NDArray] | None = None,
+    opset: int = 23,
+) -> onnx.ModelProto:
+    """Make a checked model with inferred shapes; inputs and outputs are float32."""
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+        [numpy_helper.from_array(values, name) for name, values in (initializers or {}).items()],
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    onnx.checker.check_model(model)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def graph_of(model: onnx.ModelProto) -> gs.Graph:
+    return gs.import_onnx(model)
+
+
+def infer(model: onnx.ModelProto | gs.Graph, feeds: Mapping[str, NDArray]) -> list[NDArray]:
+    """Run in ONNX Runtime on one CPU thread."""
+    if isinstance(model, gs.Graph):
+        model = gs.export_onnx(model)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, dict(feeds))
+
+
+def ops(graph: gs.Graph) -> list[str]:
+    return [node.op for node in graph.nodes]
+
+
+def normal(seed: int, *shape: int, mean: float = 0.0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(mean, 1.0, shape).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Loading: from what users have to a ``Denoiser``. Nothing behind this package knows a model family."""

@@ -1,0 +1,138 @@
+"""Any ``nn.Module``: the user's factory returns it with a ``Description`` of its inputs."""
+
+import importlib
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tfmq_export.bundle import SamplerInfo
+from tfmq_export.denoiser import Denoiser, Description
+from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.models.checkpoint import load_weights, read_tensors
+from tfmq_export.models.folder import first_line
+from tfmq_export.models.sampling import DiffusersSampler
+from tfmq_export.timesteps import TimestepSet
+
+
+def load_factory(reference: str, weights: Path, steps: int | None) -> Denoiser:
+    """Call ``package.module:build`` and load its weights.
+
+    The factory is the user's own code, named by the user; the weights are read as plain tensors.
+
+    Raises:
+        ConfigError: the reference names nothing callable.
+        LoadError: what it returned, or the weights, cannot be used.
+    """
+    name, _, attribute = reference.partition(":")
+    if not attribute:
+        raise ConfigError(f"--factory {reference}: expected package.module:function")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--factory {reference}: {first_line(error)}; run from the folder that holds it") from error
+    finally:
+        sys.path.pop(0)
+    built = factory()
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
+        raise LoadError(f"--factory {reference}: must return (module, tfmq_export.Description)")
+    module, description = built
+    if not weights.is_file():
+        raise LoadError(f"{weights}: no such file; --factory takes a state_dict (.pt or .safetensors)")
+    load_weights(module, _read_state(weights), weights)
+    return describe(module, description, steps, source=weights.name)
+
+
+def describe(module: nn.Module, description: Description, steps: int | None, source: str) -> Denoiser:
+    """Check a module's description and complete it.
+
+    Raises:
+        ConfigError: a field that contradicts the others; says which.
+    """
+    if not isinstance(description, Description):
+        names = ", ".join(field.name for field in fields(Description))
+        raise ConfigError(f"expected a tfmq_export.Description ({names}), got {type(description).__name__}")
+    inputs = dict(description.example_inputs)
+    for role, name in (("sample", description.sample), ("timestep", description.timestep)):
+        if name not in inputs:
+            raise ConfigError(f"Description.{role} is {name!r}, but example_inputs has {', '.join(inputs)}")
+    if len(inputs[description.sample]) != 2:
+        raise ConfigError("Description.example_inputs needs a batch of 2: a batch of 1 would be taken for a constant")
+    others = set(inputs) - {description.sample, description.timestep}
+    if missing := others - set(description.conditioning):
+        raise ConfigError(
+            f"Description.conditioning has no examples of {', '.join(sorted(missing))}; calibration needs real values"
+        )
+    if strange := set(description.conditioning) - others:
+        raise ConfigError(f"Description.conditioning names {', '.join(sorted(strange))}, not among example_inputs")
+    timesteps, sampler, info, scheduler = _sampler(description, steps)
+    if timesteps.real != inputs[description.timestep].is_floating_point():
+        kinds = ("float", "integer") if timesteps.real else ("integer", "float")
+        raise ConfigError(f"the schedule has {kinds[0]} timesteps, but the example timestep is {kinds[1]}")
+    return Denoiser(
+        module=module.eval().float().requires_grad_(False),
+        example_inputs=inputs,
+        sample=description.sample,
+        timestep=description.timestep,
+        timesteps=timesteps,
+        sampler=sampler,
+        sampler_info=info,
+        conditioning=description.conditioning,
+        unconditional=description.unconditional,
+        component="denoiser",
+        config=dict(description.config),
+        scheduler_config=scheduler,
+        source=source,
+    )
+
+
+def _sampler(
+    description: Description, steps: int | None
+) -> tuple[TimestepSet, Any, SamplerInfo, dict[str, object] | None]:
+    given = description.sampler
+    listed = None if description.timesteps is None else TimestepSet.of(torch.as_tensor(description.timesteps).numpy())
+    if isinstance(given, SchedulerMixin):
+        wanted = steps or (len(listed) if listed is not None else 50)
+        scale = description.guidance_scale if description.unconditional else 1.0
+        sampler = DiffusersSampler(given, wanted, description.unconditional, scale)
+        timesteps = sampler.timesteps
+        if not torch.as_tensor(description.example_inputs[description.timestep]).is_floating_point():
+            timesteps = _as_integers(timesteps)
+        if listed is not None and set(listed.values) != set(timesteps.values):
+            raise ConfigError(
+                f"Description.timesteps ({listed.describe()}) are not the ones "
+                f"{type(given).__name__} visits in {wanted} steps ({timesteps.describe()}); leave them out"
+            )
+        config = {**given.config, "_class_name": type(given).__name__}
+        return timesteps, sampler, SamplerInfo(type(given).__name__, wanted, scale), config
+    if not callable(given):
+        raise ConfigError(
+            "Description.sampler must be a diffusers scheduler or (denoise, noise, conditioning) -> image"
+        )
+    if listed is None:
+        raise ConfigError("Description.timesteps is needed with your own sampler: every timestep it visits, in order")
+    if steps is not None and steps != len(listed):
+        raise ConfigError(f"--steps {steps}, but your own sampler's schedule has {len(listed)} timesteps")
+    return listed, given, SamplerInfo("function", len(listed)), None
+
+
+def _as_integers(timesteps: TimestepSet) -> TimestepSet:
+    """Schedulers such as Euler hold whole timesteps as floats."""
+    return TimestepSet(tuple(int(value) for value in timesteps.values)) if timesteps.real else timesteps
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise LoadError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
+    state = read_tensors(path)
+    return state["state_dict"] if isinstance(state, dict) and isinstance(state.get("state_dict"), dict) else state

@@ -1,0 +1,85 @@
+"""diffusers folders on disk: a single model, or a pipeline with a ``model_index.json``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from tfmq_export.errors import LoadError
+from tfmq_export.models.diffusers_model import ARCHITECTURES, PromptSet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def read_folder(root: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the denoiser of a folder and the configuration of its scheduler.
+
+    Raises:
+        LoadError: names the file that is missing, unreadable or unsafe.
+    """
+    component = root / "unet" if (root / "model_index.json").is_file() else root
+    config = read_json(component / "config.json")
+    name = str(config.get("_class_name"))
+    if name not in ARCHITECTURES:
+        raise LoadError(
+            f"{component}: cannot load {name!r}, only {' and '.join(ARCHITECTURES)}; "
+            "for any other module use --factory package.module:build"
+        )
+    if not any(component.glob("diffusion_pytorch_model*.safetensors")):
+        pickled = any(component.glob("*.bin"))
+        why = "only pickled weights, which could run code" if pickled else f"no {WEIGHTS}"
+        raise LoadError(f"{component}: {why}; save the model with save_pretrained(safe_serialization=True)")
+    try:
+        model: nn.Module = ARCHITECTURES[name].from_pretrained(
+            component, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise LoadError(f"{component}: cannot load {name}: {first_line(error)}") from error
+    for place in (root / "scheduler" / "scheduler_config.json", component / "scheduler_config.json"):
+        if place.is_file():
+            return model, read_json(place)
+    raise LoadError(f"{root}: no scheduler_config.json beside the model or in scheduler/; copy it from the pipeline")
+
+
+def read_prompts(path: Path, guidance_scale: float | None) -> PromptSet:
+    """Read ``--conditioning``: ``NAME`` [examples, ...] and ``NAME.unconditional`` [...] for each input.
+
+    Raises:
+        LoadError: the file is missing or no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as tensors:
+            arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  # no iteration
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
+    suffix = ".unconditional"
+    return PromptSet(
+        {name: value for name, value in arrays.items() if not name.endswith(suffix)},
+        {name.removesuffix(suffix): value for name, value in arrays.items() if name.endswith(suffix)},
+        guidance_scale,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        LoadError: missing, or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise LoadError(f"{path}: no such file; a diffusers model folder has one") from error
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path}: not readable JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path}: expected a JSON object")
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """One line of somebody else's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,60 @@
+"""One entrance for every kind of input."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tfmq_export.denoiser import Denoiser
+from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.models.checkpoint import read_checkpoint
+from tfmq_export.models.diffusers_model import PromptSet, denoiser_of
+from tfmq_export.models.factory import load_factory
+from tfmq_export.models.folder import read_folder, read_prompts
+
+DEFAULT_STEPS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from, and how it will be sampled.
+
+    Attributes:
+        path: A diffusers folder, a ``model.pt``, or the weights of ``factory``.
+        factory: ``package.module:build`` for any other ``nn.Module``.
+        steps: Denoising steps; None takes 50, or what a factory's own sampler says.
+        conditioning: safetensors file with prompt embeddings.
+        guidance_scale: Overrides the model's own.
+    """
+
+    path: Path
+    factory: str | None = None
+    steps: int | None = None
+    conditioning: Path | None = None
+    guidance_scale: float | None = None
+
+
+def load(source: Source) -> Denoiser:
+    """Load a model from a folder, a file or a factory.
+
+    Raises:
+        LoadError: the path cannot be read; says why and what next.
+        ConfigError: the options do not fit together.
+    """
+    if source.steps is not None and source.steps < 1:
+        raise ConfigError(f"--steps {source.steps}: at least 1")
+    if source.factory is not None:
+        if source.conditioning is not None:
+            raise ConfigError("--conditioning and --factory: a factory brings its own examples in its Description")
+        return load_factory(source.factory, source.path, source.steps)
+    if not source.path.exists():
+        raise LoadError(f"{source.path}: no such file or folder")
+    if source.path.is_dir():
+        model, scheduler = read_folder(source.path)
+        prompts = PromptSet()
+    else:
+        model, scheduler, prompts = read_checkpoint(source.path)
+    if source.conditioning is not None:
+        prompts = read_prompts(source.conditioning, prompts.guidance_scale)
+    if source.guidance_scale is not None:
+        prompts = replace(prompts, guidance_scale=source.guidance_scale)
+    steps = DEFAULT_STEPS if source.steps is None else source.steps
+    return denoiser_of(model, scheduler, prompts, steps=steps, where=source.path.name)

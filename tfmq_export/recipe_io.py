@@ -1,0 +1,112 @@
+"""Saving a recipe as ``recipe.json`` and ``recipe.safetensors``, and loading it back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tfmq_export.errors import RecipeError, TfmqError
+from tfmq_export.recipe import FloatLayer, LayerRecipe, QuantRecipe, TemporalTable, TibRecipe
+from tfmq_export.spec import QParams, QuantSpec
+from tfmq_export.timesteps import TimestepSet
+
+SCHEMA = 1
+Arrays = dict[str, NDArray[Any]]
+
+
+def save_recipe(recipe: QuantRecipe, folder: Path) -> None:
+    """Write both files into an existing folder."""
+    arrays: Arrays = {}
+    document = {
+        "schema": SCHEMA,
+        "fingerprint": recipe.fingerprint,
+        "preset": recipe.preset,
+        "macs": recipe.macs,
+        "provenance": dict(recipe.provenance),
+        "timesteps": {"values": list(recipe.tib.timesteps.values), "real": recipe.tib.timesteps.real},
+        "tables": [_save_table(table, arrays) for table in recipe.tib.tables],
+        "layers": [_save_layer(layer, arrays) for layer in recipe.layers],
+        "kept_float": [{"name": x.name, "path": x.path, "macs": x.macs, "reason": x.reason} for x in recipe.kept_float],
+    }
+    save_file(arrays, folder / "recipe.safetensors")
+    (folder / "recipe.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+
+
+def load_recipe(path: Path) -> QuantRecipe:
+    """Read a recipe from its folder, from its ``recipe.json``, or from a bundle.
+
+    Raises:
+        RecipeError: a file is missing, truncated, of another schema, or inconsistent.
+    """
+    folder = path.parent if path.name == "recipe.json" else path / "tfmq" if (path / "tfmq").is_dir() else path
+    try:
+        document = json.loads((folder / "recipe.json").read_text("utf-8"))
+        arrays = load_file(folder / "recipe.safetensors")
+        if document["schema"] != SCHEMA:
+            raise RecipeError(f"{folder}: recipe schema {document['schema']}, this version reads {SCHEMA}")
+        timesteps = TimestepSet(tuple(document["timesteps"]["values"]), document["timesteps"]["real"])
+        return QuantRecipe(
+            fingerprint=document["fingerprint"],
+            preset=document["preset"],
+            layers=tuple(_load_layer(item, arrays) for item in document["layers"]),
+            kept_float=tuple(FloatLayer(**item) for item in document["kept_float"]),
+            tib=TibRecipe(timesteps, tuple(_load_table(item, arrays) for item in document["tables"])),
+            macs=document["macs"],
+            provenance=document["provenance"],
+        )
+    except FileNotFoundError as error:
+        raise RecipeError(f"{error.filename}: no such file; --recipe takes a bundle or its tfmq/ folder") from error
+    except TfmqError as error:
+        raise RecipeError(f"{folder}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RecipeError(f"{folder}: not a readable recipe ({error}); make it again") from error
+
+
+def _save_table(table: TemporalTable, arrays: Arrays) -> dict[str, object]:
+    arrays[f"{table.name}.rows"] = table.rows
+    return {"name": table.name, "path": table.path, "per_sample": table.per_sample}
+
+
+def _load_table(item: dict[str, Any], arrays: Arrays) -> TemporalTable:
+    return TemporalTable(item["name"], item["path"], arrays[f"{item['name']}.rows"], item["per_sample"])
+
+
+def _save_layer(layer: LayerRecipe, arrays: Arrays) -> dict[str, object]:
+    arrays[f"{layer.name}.weight_codes"] = layer.weight_codes
+    return {
+        "name": layer.name,
+        "path": layer.path,
+        "kind": layer.kind,
+        "macs": layer.macs,
+        "weight": _save_grid(f"{layer.name}.weight", layer.weight, arrays),
+        "input": _save_grid(f"{layer.name}.input", layer.input, arrays),
+        "output": None if layer.output is None else _save_grid(f"{layer.name}.output", layer.output, arrays),
+    }
+
+
+def _load_layer(item: dict[str, Any], arrays: Arrays) -> LayerRecipe:
+    name = item["name"]
+    return LayerRecipe(
+        name=name,
+        path=item["path"],
+        kind=item["kind"],
+        macs=item["macs"],
+        weight=_load_grid(f"{name}.weight", item["weight"], arrays),
+        weight_codes=arrays[f"{name}.weight_codes"],
+        input=_load_grid(f"{name}.input", item["input"], arrays),
+        output=None if item["output"] is None else _load_grid(f"{name}.output", item["output"], arrays),
+    )
+
+
+def _save_grid(name: str, grid: QParams, arrays: Arrays) -> dict[str, object]:
+    arrays[f"{name}.scale"] = np.asarray(grid.scale)
+    arrays[f"{name}.zero_point"] = np.asarray(grid.zero_point)
+    return {"bits": grid.spec.bits, "signed": grid.spec.signed, "axis": grid.spec.axis}
+
+
+def _load_grid(name: str, spec: dict[str, Any], arrays: Arrays) -> QParams:
+    return QParams(QuantSpec(**spec), arrays[f"{name}.scale"], arrays[f"{name}.zero_point"])
