@@ -3,6 +3,9 @@
     conv     Conv(x, W, b)
     linear   MatMul(x, W^T) [+ Add b]     or, for inputs of rank 2,     Gemm(x, W, b, transB=1)
 
+The bias of a MatMul becomes [1, 1, out]: one of rank 1 lets ONNX Runtime fuse MatMul and Add to a Gemm
+with a float bias, which silently runs in fp32 where shapes are static.
+
 The exporter names values after the captured graph, so a layer is found by the value it computes. The
 node that multiplies is renamed ``node_<layer>``; ``InsertQdq`` and ``QuantizeWeights`` look it up there.
 """
@@ -15,6 +18,7 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.graph import constant
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 
 COMPUTES = {"conv": ("Conv",), "linear": ("MatMul", "Gemm")}
@@ -40,8 +44,18 @@ class BindRecipe(Pass):
             if node.name in taken:
                 node.name = f"{node.name}.rest"
         for layer in self.recipe.layers:
-            found[layer.name].name = node_name(layer)
+            node = found[layer.name]
+            node.name = node_name(layer)
+            if node.op == "MatMul":
+                _raise_bias_rank(node)
         return Changes(tuple(layer.path for layer in self.recipe.layers))
+
+
+def _raise_bias_rank(product: gs.Node) -> None:
+    for add in product.outputs[0].outputs:
+        for position, bias in enumerate(add.inputs):
+            if add.op == "Add" and isinstance(bias, gs.Constant) and len(bias.shape) == 1:
+                add.inputs[position] = constant(f"{bias.name}.{product.name}", bias.values.reshape(1, 1, -1))
 
 
 def _multiplier(layer: LayerRecipe, values: Mapping[str, gs.Tensor]) -> gs.Node:

@@ -39,9 +39,7 @@ class CheckModel(Pass):
                 raise PostconditionError(f"{layer.path}: its node {node_name(layer)} is gone")
             for value in node.inputs:
                 if not value.inputs or value.inputs[0].op != "DequantizeLinear":
-                    raise PostconditionError(
-                        f"{layer.path}: reads {value.name}, which is no integer"
-                    )
+                    raise PostconditionError(f"{layer.path}: reads {value.name}, which is no integer")
             readers = node.outputs[0].outputs
             if layer.kind in self.target.quantized_outputs and [reader.op for reader in readers] != ["QuantizeLinear"]:
                 raise PostconditionError(f"{layer.path}: {self.target.name} needs QuantizeLinear on its output")

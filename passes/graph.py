@@ -4,14 +4,16 @@ graphsurgeon has no 4-bit constants but lazy ones, drops metadata, and lets dupl
 everything else in ``passes`` builds on the helpers below.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import numpy_helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 # protobuf cannot hold more than 2 GiB; weights above this size go to a file of their own.
 EXTERNAL_DATA_BYTES = 1 << 30
@@ -50,15 +52,20 @@ def int4_constant(name: str, values: NDArray[np.int8]) -> gs.Constant:
     Args:
         values: int8, all in -8..7.
     """
-    low = values.reshape(-1).astype(np.uint8) & 0xF
-    if low.size % 2:
-        low = np.append(low, np.uint8(0))
-    packed = (low[0::2] | (low[1::2] << 4)).astype(np.uint8)
-    proto = helper.make_tensor(name, TensorProto.INT4, list(values.shape), packed.tobytes(), raw=True)
-    lazy = gs.ir.tensor.LazyValues(proto)
-    return gs.Constant(name, lazy)
+    proto = numpy_helper.from_array(values.astype(ml_dtypes.int4), name)
+    return gs.Constant(name, LazyValues(proto))
 
 
 def variable(name: str, dtype: object = None, shape: Sequence[object] | None = None) -> gs.Variable:
     """A value computed by a node."""
     return gs.Variable(name, dtype=dtype, shape=shape)
+
+
+def dump_to(folder: Path) -> Callable[[int, str, gs.Graph], None]:
+    """Save each graph as ``03_TabulateTib.onnx``; for ``run_passes``."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(position: int, name: str, graph: gs.Graph) -> None:
+        save_model(export_model(graph), folder / f"{position:02d}_{name}.onnx")
+
+    return save

@@ -28,8 +28,8 @@ def passes_for(recipe: QuantRecipe, target: Target, *, sample: str, timestep: st
         BindRecipe(recipe),
         TabulateTib(recipe.tib, timestep, sample),
         LowerGroupNorm(),
-        LowerAttention("mha") if target.attention == "mha" else LowerAttention("matmul"),
-        LowerAttention("matmul"),
+        *([LowerAttention("mha")] if target.attention == "mha" else []),
+        LowerAttention("matmul"),  # whatever has no fused form
         InsertQdq(recipe),
         QuantizeWeights(recipe),
         NameOutputs(OUTPUT),

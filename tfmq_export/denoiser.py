@@ -100,6 +100,24 @@ class Denoiser:
         """Conditioning for a batch: the examples in turn, [images, ...] by name."""
         return {name: values[torch.arange(images) % len(values)] for name, values in self.conditioning.items()}
 
+    def inputs(self, sample: Tensor, timestep: Any, conditioning: Conditioning) -> dict[str, Tensor]:
+        """Arguments of ``module.forward`` by name, in its order."""
+        given = {
+            self.sample: sample,
+            self.timestep: self.timestep_like_example(timestep, len(sample)),
+            **conditioning,
+        }
+        return {name: given[name] for name in self.example_inputs}
+
+    def module_denoise(self) -> Denoise:
+        """The full-precision module as a sampler calls it."""
+
+        @torch.no_grad()
+        def denoise(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
+            return first_tensor(self.module(**self.inputs(sample, timestep, conditioning)))
+
+        return denoise
+
     def timestep_like_example(self, timestep: Any, batch: int) -> Tensor:
         """Shape a timestep the way the module takes it: scalar, or one per sample."""
         example = self.example_inputs[self.timestep]
@@ -107,3 +125,11 @@ class Denoiser:
         if example.ndim == 0:
             return value[0]
         return value.expand(batch) if len(value) == 1 else value
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The prediction: the first tensor a module returns."""
+    while isinstance(output, (tuple, list)):
+        output = output[0]
+    assert isinstance(output, Tensor)
+    return output

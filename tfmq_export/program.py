@@ -185,14 +185,6 @@ def evaluate(
     return {node.name: runner.env[node] for node in wanted}
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The prediction: the first tensor a module returns."""
-    while isinstance(output, (tuple, list)):
-        output = output[0]
-    assert isinstance(output, Tensor)
-    return output
-
-
 def module_path(node: fx.Node) -> str:
     """Path of the module that issued a node."""
     stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack", {})

@@ -33,6 +33,7 @@ def save_recipe(recipe: QuantRecipe, folder: Path) -> None:
         "kept_float": [{"name": x.name, "path": x.path, "macs": x.macs, "reason": x.reason} for x in recipe.kept_float],
     }
     save_file(arrays, folder / "recipe.safetensors")
+    (folder / "recipe.safetensors").chmod(0o644)  # safetensors writes 0600
     (folder / "recipe.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
 

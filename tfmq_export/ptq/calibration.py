@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tfmq_export.denoiser import Denoiser
-from tfmq_export.program import DiffusionProgram, first_tensor
+from tfmq_export.denoiser import Conditioning, Denoise, Denoiser, first_tensor
+from tfmq_export.program import DiffusionProgram
+from tfmq_export.progress import Step
 from tfmq_export.ptq.observers import Observation, merge, observe
 
 VALUES_PER_STEP = 512
-
-Progress = Callable[[int, int], None]
-"""Called with work done and work in all."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,8 +57,33 @@ class _Watcher(fx.Interpreter):
 
 
 @torch.no_grad()
+def record(
+    denoiser: Denoiser, denoise: Denoise, noise: Tensor, conditioning: Conditioning, progress: Step
+) -> tuple[tuple[CalibrationStep, ...], Tensor]:
+    """Sample once and keep every model call.
+
+    Args:
+        denoise: Predicts, on behalf of ``denoiser``.
+        noise: [N, ...].
+    Returns:
+        The calls in order, and the final images.
+    """
+    steps: list[CalibrationStep] = []
+
+    def recorded(sample: Tensor, timestep: Any, /, **given: Tensor) -> Tensor:
+        prediction = denoise(sample, timestep, **given)
+        inputs = denoiser.inputs(sample, timestep, given)
+        steps.append(CalibrationStep({name: value.clone() for name, value in inputs.items()}, prediction))
+        progress(len(steps), len(denoiser.timesteps))
+        return prediction
+
+    images = denoiser.sampler(recorded, noise, conditioning)
+    return tuple(steps), images
+
+
+@torch.no_grad()
 def calibrate(
-    program: DiffusionProgram, denoiser: Denoiser, *, images: int, seed: int, progress: Progress | None = None
+    program: DiffusionProgram, denoiser: Denoiser, *, images: int, seed: int, progress: Step
 ) -> CalibrationSet:
     """Sample ``images`` images with the full-precision model and watch what flows.
 
@@ -71,23 +94,13 @@ def calibrate(
     watched |= {op.name for op in program.operations if op.kind == "conv"}
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, list[Observation]] = {name: [] for name in watched}
-    steps: list[CalibrationStep] = []
 
     def look(name: str, value: Tensor) -> None:
         parts[name].append(observe(value, VALUES_PER_STEP, generator))
 
-    def denoise(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
-        inputs = {
-            denoiser.sample: sample,
-            denoiser.timestep: denoiser.timestep_like_example(timestep, len(sample)),
-            **conditioning,
-        }
-        ordered = [inputs[name] for name in denoiser.example_inputs]
-        prediction = first_tensor(_Watcher(program.module, watched, look).run(*ordered))
-        steps.append(CalibrationStep({name: value.clone() for name, value in inputs.items()}, prediction))
-        if progress is not None:
-            progress(len(steps), len(denoiser.timesteps))
-        return prediction
+    def denoise(sample: Tensor, timestep: Any, /, **given: Tensor) -> Tensor:
+        inputs = denoiser.inputs(sample, timestep, given)
+        return first_tensor(_Watcher(program.module, watched, look).run(*inputs.values()))
 
-    final = denoiser.sampler(denoise, denoiser.noise(images, seed), denoiser.prompts(images))
-    return CalibrationSet(tuple(steps), {name: merge(seen) for name, seen in parts.items()}, final)
+    steps, final = record(denoiser, denoise, denoiser.noise(images, seed), denoiser.prompts(images), progress)
+    return CalibrationSet(steps, {name: merge(seen) for name, seen in parts.items()}, final)

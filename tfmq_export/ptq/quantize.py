@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tfmq_export.program import SAMPLE, DiffusionProgram, Operation
-from tfmq_export.ptq.calibration import CalibrationSet, Progress
+from tfmq_export.progress import Step
+from tfmq_export.ptq.calibration import CalibrationSet
 from tfmq_export.ptq.observers import Estimator, activation_grid
 from tfmq_export.ptq.weights import quantize_weight
 from tfmq_export.recipe import FloatLayer, LayerRecipe, QuantRecipe, TibRecipe
@@ -43,7 +44,7 @@ def quantize(
     tib: TibRecipe,
     plan: QuantPlan,
     provenance: Mapping[str, str],
-    progress: Progress | None = None,
+    progress: Step,
 ) -> QuantRecipe:
     """Choose grids and round every weight.
 
@@ -61,8 +62,7 @@ def quantize(
     boundary = {on_sample[0], on_sample[-1]} if on_sample else set()
     for done, op in enumerate(program.operations, start=1):
         layers.append(_quantize_layer(program, op, calibration, plan, op.name in boundary))
-        if progress is not None:
-            progress(done, len(program.operations))
+        progress(done, len(program.operations))
     return QuantRecipe(program.fingerprint, plan.preset, tuple(layers), left, tib, program.macs, dict(provenance))
 
 

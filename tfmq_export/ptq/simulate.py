@@ -1,14 +1,18 @@
 """A recipe carried out in PyTorch: the reference every exported graph must agree with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from tfmq_export.program import TIMESTEP, DiffusionProgram, first_tensor
+from tfmq_export.denoiser import first_tensor
+from tfmq_export.program import TIMESTEP, DiffusionProgram
 from tfmq_export.ptq.fake_quant import fake_quantize_activation
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
+
+AfterLayer = Callable[[LayerRecipe, Tensor], Tensor]
+"""Sees each quantized layer's result; what it returns flows on."""
 
 
 class Simulation:
@@ -25,7 +29,7 @@ class Simulation:
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
 
     @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, inputs: Mapping[str, Tensor], after_layer: AfterLayer | None = None) -> Tensor:
         """Predict.
 
         Args:
@@ -38,8 +42,8 @@ class Simulation:
             table.name: torch.from_numpy(table.rows)[rows if table.per_sample else rows[0]]
             for table in self._recipe.tib.tables
         }
-        output = _Interpreter(self._program.module, self._layers, self._weights, features).run(*inputs.values())
-        return first_tensor(output)
+        interpreter = _Interpreter(self._program.module, self._layers, self._weights, features, after_layer)
+        return first_tensor(interpreter.run(*inputs.values()))
 
 
 class _Interpreter(fx.Interpreter):
@@ -49,9 +53,10 @@ class _Interpreter(fx.Interpreter):
         layers: Mapping[str, LayerRecipe],
         weights: Mapping[str, Tensor],
         features: Mapping[str, Tensor],
+        after_layer: AfterLayer | None,
     ) -> None:
         super().__init__(module)
-        self.layers, self.weights, self.features = layers, weights, features
+        self.layers, self.weights, self.features, self.after_layer = layers, weights, features, after_layer
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.features:
@@ -65,7 +70,9 @@ class _Interpreter(fx.Interpreter):
         if rest and isinstance(rest[0], Tensor) and (layer.kind == "conv" or x.ndim == 2):
             rest[0] = _on_accumulator_grid(rest[0], layer)
         y = n.target(fake_quantize_activation(x, layer.input), self.weights[n.name], *rest, **kwargs)  # type: ignore[operator]
-        return y if layer.output is None else fake_quantize_activation(y, layer.output)
+        if layer.output is not None:
+            y = fake_quantize_activation(y, layer.output)
+        return y if self.after_layer is None else self.after_layer(layer, y)
 
 
 def _on_accumulator_grid(bias: Tensor, layer: LayerRecipe) -> Tensor:

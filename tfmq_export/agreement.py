@@ -1,0 +1,125 @@
+"""Whether the exported graph computes what PyTorch fake-quant computes.
+
+A quantized network amplifies rounding: one activation that lands on the other side of a tie moves a
+code, and a few layers later a third of all codes differ by one, although both sides are right. So the
+two run in lock-step: after each layer is compared, both go on from the graph's value. Then every
+segment from one quantizer to the next is held to one code step, and nothing hides behind noise.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tfmq_export.bundle import Bundle
+from tfmq_export.program import DiffusionProgram
+from tfmq_export.ptq.simulate import Simulation
+from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.runtime.compare import sqnr_db
+from tfmq_export.runtime.ort_runner import OrtRunner
+
+ROUNDING = 1e-3  # of a code step: what fp32 arithmetic in another order may leave
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The graph against fake-quant at one timestep.
+
+    Attributes:
+        sqnr: Of the noise prediction, in lock-step, dB.
+        free_sqnr: The same when each side goes its own way, dB.
+        code_steps: Largest difference of any layer's result, in steps of its grid.
+        mismatch_rate: Share of codes that differ.
+        worst_layer: Where the largest difference is.
+    """
+
+    sqnr: float
+    free_sqnr: float
+    code_steps: float
+    mismatch_rate: float
+    worst_layer: str
+
+
+class LockStep:
+    """Runs a bundle's graph in floating point with every layer's result in sight.
+
+    Args:
+        bundle: Made from ``recipe``.
+    """
+
+    def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, bundle: Bundle) -> None:
+        self._program = program
+        self._simulation = Simulation(program, recipe)
+        self._recipe = recipe
+        self._output = bundle.manifest.output
+        with tempfile.TemporaryDirectory() as folder:
+            self._runner = OrtRunner(_with_layer_results(bundle, recipe, Path(folder)), integer=False)
+
+    def compare(self, inputs: Mapping[str, Tensor]) -> Agreement:
+        """Compare on one set of model inputs, by name in the program's order."""
+        results = self._runner.infer(_feeds(inputs))
+        free = self._simulation(inputs)
+        graph = results.pop(self._output)
+        watcher = _Synchronizer(results)
+        synchronized = self._simulation(inputs, watcher)
+        worst = max(watcher.steps, key=lambda path: watcher.steps[path], default="")
+        return Agreement(
+            sqnr=sqnr_db(synchronized.numpy(), graph),
+            free_sqnr=sqnr_db(free.numpy(), graph),
+            code_steps=watcher.steps.get(worst, 0.0),
+            mismatch_rate=watcher.differing / max(watcher.compared, 1),
+            worst_layer=worst,
+        )
+
+
+class _Synchronizer:
+    """Compares each layer's result with the graph's, and lets the graph's flow on."""
+
+    def __init__(self, results: Mapping[str, NDArray[Any]]) -> None:
+        self._results = results
+        self.steps: dict[str, float] = {}
+        self.differing = self.compared = 0
+
+    def __call__(self, layer: LayerRecipe, ours: Tensor) -> Tensor:
+        if layer.name not in self._results:
+            return ours  # the graph's output, compared by the caller
+        theirs = torch.from_numpy(np.asarray(self._results[layer.name]))
+        distance = (ours - theirs).abs() / code_step(layer)
+        self.steps[layer.path] = float(distance.max())
+        self.differing += int((distance > ROUNDING).sum())
+        self.compared += distance.numel()
+        return theirs
+
+
+def code_step(layer: LayerRecipe) -> float:
+    """One step of a layer's result: of its own grid, or of an input code times the largest weight."""
+    if layer.output is not None:
+        return float(layer.output.scale)
+    largest = (np.abs(layer.weight_codes.reshape(len(layer.weight_codes), -1)).max(1) * layer.weight.scale).max()
+    return float(layer.input.scale * largest)
+
+
+def _with_layer_results(bundle: Bundle, recipe: QuantRecipe, folder: Path) -> Path:
+    """A copy of the graph that also returns every layer's result; large weights stay where they are."""
+    model = onnx.load(bundle.model, load_external_data=False)
+    computed = {name for node in model.graph.node for name in node.output}
+    for layer in recipe.layers:
+        if layer.name in computed:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(layer.name, onnx.TensorProto.FLOAT, None))
+    path = folder / bundle.model.name
+    onnx.save_model(model, str(path))
+    for data in bundle.model.parent.glob(f"{bundle.model.name}_data*"):
+        (folder / data.name).symlink_to(data)
+    return path
+
+
+def _feeds(inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Graph inputs: the graph takes timesteps as a vector."""
+    return {name: value.reshape(-1).numpy() if value.ndim == 0 else value.numpy() for name, value in inputs.items()}

@@ -1,0 +1,172 @@
+"""The chain, on one screen: load, capture, calibrate, quantize, rewrite, write, prove."""
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from tfmq_export.bundle import Bundle
+from tfmq_export.config import CompileConfig, find_preset
+from tfmq_export.denoiser import Denoiser, Description
+from tfmq_export.emit import emit
+from tfmq_export.errors import ConfigError, RecipeError
+from tfmq_export.export import export_onnx
+from tfmq_export.models.factory import describe
+from tfmq_export.models.load import Source, load
+from tfmq_export.output import check_output, replaced_folder
+from tfmq_export.passes.base import PassReport, run_passes
+from tfmq_export.passes.graph import dump_to, export_model, import_graph
+from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.pictures import save_comparison
+from tfmq_export.program import DiffusionProgram, capture
+from tfmq_export.progress import Progress, Silent, Step
+from tfmq_export.ptq.calibration import calibrate
+from tfmq_export.ptq.observers import Estimator
+from tfmq_export.ptq.quantize import QuantPlan, quantize
+from tfmq_export.ptq.tib import tabulate
+from tfmq_export.recipe import QuantRecipe
+from tfmq_export.recipe_io import load_recipe
+from tfmq_export.runtime.benchmark import peak_rss_bytes
+from tfmq_export.target import Target, find_target
+from tfmq_export.validate import Subject, Validation, validate
+
+PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What ``compile_model`` made.
+
+    Attributes:
+        bundle: The output folder.
+        validation: The proof that went into its report.
+        seconds: Time of each stage.
+    """
+
+    bundle: Bundle
+    validation: Validation
+    seconds: dict[str, float]
+
+
+def compile_model(
+    model: str | Path | Source | tuple[nn.Module, Description],
+    output: str | Path,
+    config: CompileConfig | None = None,
+    *,
+    recipe: Path | None = None,
+    dump_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compile a diffusion model into a bundle, and prove it.
+
+    Args:
+        model: A path (diffusers folder, pipeline folder or ``model.pt``), a ``Source`` with more options, or any
+            module with its ``Description``.
+        output: The bundle's folder; an older bundle there is replaced at the very end.
+        recipe: Take this recipe instead of quantizing again.
+        dump_dir: Save the graph after each pass here.
+    Raises:
+        LoadError, ConfigError, ExportError, RecipeError: the input or the options cannot be used.
+        PrecisionError: a layer would not run in the integers asked for.
+        AccuracyError: a threshold was missed. In all cases nothing is left behind.
+    """
+    config = config or CompileConfig()
+    stages = _Timed(progress or Silent())
+    root = Path(output)
+    check_output(root)
+    target = find_target(config.target)
+    with stages.stage("Loading"):
+        denoiser = _load(model)
+    with stages.stage("Capturing the graph"):
+        program = capture(denoiser)
+    made = load_recipe(recipe) if recipe is not None else _quantize(denoiser, program, config, target, stages)
+    _check_recipe(made, program, denoiser)
+    with stages.stage("Rewriting the graph"):
+        graph = import_graph(export_onnx(program))
+        after = dump_to(dump_dir) if dump_dir is not None else None
+        passes = passes_for(made, target, sample=denoiser.sample, timestep=denoiser.timestep)
+        reports: tuple[PassReport, ...] = run_passes(graph, passes, after)
+    with replaced_folder(root) as partial:
+        with stages.stage("Writing"):
+            bundle = emit(partial, denoiser, made, target, export_model(graph), reports)
+        subject = Subject(denoiser, program, made, bundle)
+        validation = validate(
+            subject, config.thresholds, images=config.validation_images, seed=config.seed + 1, progress=stages
+        )
+        if not config.allow_precision_loss:
+            validation.receipt.raise_if_lost()
+        validation.report.raise_if_failed()
+        validation.write(bundle.report, {"seconds": stages.seconds, "peak_memory_bytes": peak_rss_bytes()})
+        save_comparison(bundle.root / "tfmq" / "samples.png", validation.reference_images, validation.images)
+    return Compiled(Bundle(root, bundle.manifest), validation, stages.seconds)
+
+
+def _load(model: str | Path | Source | tuple[nn.Module, Description]) -> Denoiser:
+    if isinstance(model, tuple):
+        if len(model) != 2:
+            raise ConfigError("expected (module, tfmq_export.Description)")
+        return describe(*model, steps=None, source=type(model[0]).__name__)
+    return load(model if isinstance(model, Source) else Source(Path(model)))
+
+
+def _quantize(
+    denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig, target: Target, stages: "_Timed"
+) -> QuantRecipe:
+    preset = find_preset(config.preset)
+    with stages.stage("Tabulating the timesteps"):
+        tib = tabulate(program, denoiser)
+    calibration = None
+    if preset.weight_bits:
+        with stages.stage("Calibrating on the model's own trajectory") as step:
+            calibration = calibrate(
+                program, denoiser, images=config.calibration_images, seed=config.seed, progress=step
+            )
+    plan = QuantPlan(
+        config.preset,
+        preset.weight_bits,
+        preset.activation_bits,
+        Estimator(config.estimator),
+        target.quantized_outputs,
+    )
+    provenance = {
+        "model": denoiser.source,
+        "seed": str(config.seed),
+        "calibration_images": str(config.calibration_images),
+        "estimator": config.estimator,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    with stages.stage("Quantizing") as step:
+        return quantize(program, calibration, tib, plan, provenance, step)
+
+
+def _check_recipe(recipe: QuantRecipe, program: DiffusionProgram, denoiser: Denoiser) -> None:
+    if recipe.fingerprint != program.fingerprint:
+        raise RecipeError(
+            f"the recipe was made from another model than {denoiser.source}; quantize again without --recipe"
+        )
+    if recipe.tib.timesteps != denoiser.timesteps:
+        raise RecipeError(
+            f"the recipe is for {len(recipe.tib.timesteps)} steps ({recipe.tib.timesteps.describe()}), "
+            f"--steps asks for {len(denoiser.timesteps)} ({denoiser.timesteps.describe()})"
+        )
+
+
+class _Timed:
+    """Passes progress on and notes how long each stage took."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Step]:
+        start = time.perf_counter()
+        with self._inner.stage(title) as step:
+            yield step
+        self.seconds[title] = round(time.perf_counter() - start, 2)

@@ -1,0 +1,88 @@
+"""Writing a bundle's files."""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from tfmq_export import __version__
+from tfmq_export.bundle import Bundle, InputInfo, LayerInfo, Manifest, PassInfo, sha256, write_manifest
+from tfmq_export.denoiser import Denoiser
+from tfmq_export.passes.base import PassReport
+from tfmq_export.passes.graph import save_model
+from tfmq_export.passes.pipeline import OUTPUT
+from tfmq_export.recipe import QuantRecipe
+from tfmq_export.recipe_io import save_recipe
+from tfmq_export.runtime.ort_runner import version as ort_version
+from tfmq_export.target import Target
+
+
+def emit(
+    root: Path,
+    denoiser: Denoiser,
+    recipe: QuantRecipe,
+    target: Target,
+    model: onnx.ModelProto,
+    reports: tuple[PassReport, ...],
+) -> Bundle:
+    """Write everything but the report into an existing folder.
+
+    Args:
+        reports: What each pass did.
+    """
+    component = root / denoiser.component
+    component.mkdir()
+    (root / "tfmq").mkdir()
+    save_model(model, component / "model.onnx")
+    _write_json(component / "config.json", denoiser.config)
+    if denoiser.scheduler_config is not None:
+        (root / "scheduler").mkdir()
+        _write_json(root / "scheduler" / "scheduler_config.json", denoiser.scheduler_config)
+    save_recipe(recipe, root / "tfmq")
+    if denoiser.conditioning:
+        arrays = {name: value.numpy() for name, value in denoiser.conditioning.items()}
+        arrays |= {f"{name}.unconditional": value.numpy() for name, value in denoiser.unconditional.items()}
+        np.savez(root / "tfmq" / "conditioning.npz", allow_pickle=False, **arrays)
+    manifest = Manifest(
+        version=__version__,
+        component=denoiser.component,
+        source=denoiser.source,
+        fingerprint=recipe.fingerprint,
+        preset=recipe.preset,
+        target=target.name,
+        inputs=_inputs(denoiser),
+        output=OUTPUT,
+        timesteps=denoiser.timesteps,
+        sampler=denoiser.sampler_info,
+        macs=recipe.macs,
+        integer_share=recipe.integer_share,
+        layers=_layers(recipe),
+        passes=tuple(PassInfo(r.name, r.semantics.value, len(r.changed), r.skipped) for r in reports),
+        versions={"onnxruntime": ort_version(), "onnx": importlib.metadata.version("onnx")},
+        provenance=dict(recipe.provenance),
+        files={str(path.relative_to(root)): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()},
+    )
+    write_manifest(root, manifest)
+    return Bundle(root, manifest)
+
+
+def _inputs(denoiser: Denoiser) -> tuple[InputInfo, ...]:
+    roles = {denoiser.sample: "sample", denoiser.timestep: "timestep"}
+    return tuple(
+        InputInfo(name, roles.get(name, "conditioning"), str(value.numpy().dtype), tuple(value.shape[1:]))
+        for name, value in denoiser.example_inputs.items()
+    )
+
+
+def _layers(recipe: QuantRecipe) -> tuple[LayerInfo, ...]:
+    quantized = [
+        LayerInfo(x.name, x.path, x.kind, x.macs, x.weight.spec.bits, x.input.spec.bits) for x in recipe.layers
+    ]
+    return (*quantized, *(LayerInfo(x.name, x.path, "float", x.macs, 0, 0, x.reason) for x in recipe.kept_float))
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", "utf-8")

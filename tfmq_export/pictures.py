@@ -1,0 +1,65 @@
+"""Pictures: rows of images, labelled."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+
+PER_ROW = 8
+SHOWN_PIXELS = 128  # small images are enlarged to about this, without smoothing
+
+
+def save_rows(path: Path, rows: Sequence[tuple[str, NDArray[np.float32]]], title: str = "") -> None:
+    """Write a PNG with one labelled strip for each batch of images.
+
+    Args:
+        rows: A label and images [N, C, H, W] in 0..1, C of 1 or 3.
+    """
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    width = max(min(len(images), PER_ROW) for _, images in rows)
+    strips = [_strip(images, width) for _, images in rows]
+    inches_wide = strips[0].shape[1] / 100
+    heights = [strip.shape[0] / 100 for strip in strips]
+    figure, axes = plt.subplots(
+        len(rows),
+        1,
+        figsize=(inches_wide + 0.2, sum(heights) + 0.35 * len(rows) + (0.35 if title else 0.05)),
+        gridspec_kw={"height_ratios": heights},
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (label, _), strip in zip(axes[:, 0], rows, strips, strict=True):
+        axis.imshow(strip, interpolation="nearest", cmap="gray" if strip.ndim == 2 else None, vmin=0, vmax=1)
+        axis.set_title(label, fontsize=10, loc="left")
+        axis.axis("off")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=100, format="png")
+    plt.close(figure)
+
+
+def save_comparison(path: Path, reference: NDArray[np.float32], images: NDArray[np.float32]) -> None:
+    """Full precision above, compiled below; nothing for latents, which are no pictures."""
+    if is_picture(reference):
+        save_rows(path, [("full precision", reference[:PER_ROW]), ("compiled", images[:PER_ROW])])
+
+
+def is_picture(images: NDArray[np.float32]) -> bool:
+    """Whether a batch can be looked at."""
+    return images.ndim == 4 and images.shape[1] in (1, 3)
+
+
+def _strip(images: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """Images side by side, PER_ROW to a line, [H, W] or [H, W, 3]."""
+    factor = max(1, SHOWN_PIXELS // images.shape[2])
+    tiles = images.repeat(factor, 2).repeat(factor, 3).transpose(0, 2, 3, 1)
+    tiles = np.pad(tiles, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=1.0)
+    while len(tiles) % width:
+        tiles = np.concatenate([tiles, np.ones_like(tiles[:1])])
+    lines = [np.concatenate(list(tiles[start : start + width]), 1) for start in range(0, len(tiles), width)]
+    strip = np.concatenate(lines, 0)
+    return strip[..., 0] if strip.shape[-1] == 1 else strip

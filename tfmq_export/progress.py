@@ -1,0 +1,24 @@
+"""How long work tells what it is doing; only the command line draws."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+Step = Callable[[int, int], None]
+"""Called with work done and work in all."""
+
+
+class Progress(Protocol):
+    """Where a chain of steps reports."""
+
+    def stage(self, title: str) -> AbstractContextManager[Step]:
+        """Enter one step of the chain; the callable inside takes its progress."""
+        ...
+
+
+class Silent:
+    """Reports nothing."""
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Step]:
+        yield lambda done, total: None

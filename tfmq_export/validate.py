@@ -1,0 +1,211 @@
+"""The proof: same images, same features, same arithmetic, and integers that really run.
+
+Both models start from the same noise. The full-precision trajectory is recorded once; the compiled
+graph is judged on it step by step, and draws its own images.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tfmq_export.agreement import Agreement, LockStep
+from tfmq_export.bundle import Bundle
+from tfmq_export.config import Thresholds
+from tfmq_export.denoiser import Denoise, Denoiser
+from tfmq_export.errors import RecipeError
+from tfmq_export.program import DiffusionProgram, evaluate
+from tfmq_export.progress import Progress, Silent
+from tfmq_export.ptq.calibration import CalibrationStep, record
+from tfmq_export.recipe import QuantRecipe
+from tfmq_export.runtime.compare import Comparison, Report, Threshold, cosine, psnr, sqnr_db, ssim
+from tfmq_export.runtime.denoiser import LoadedBundle
+from tfmq_export.runtime.denoiser import load as load_bundle
+from tfmq_export.runtime.realized import Receipt, realized_on_ort
+
+IMAGE_CHANNELS = (1, 3)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Validation:
+    """Everything one validation found.
+
+    Attributes:
+        report: Comparisons and verdicts.
+        receipt: Requested against realized precision.
+        reference_images: Drawn by the full-precision model, [N, C, H, W] in 0..1.
+        images: Drawn by the compiled graph from the same noise.
+    """
+
+    report: Report
+    receipt: Receipt
+    reference_images: NDArray[np.float32]
+    images: NDArray[np.float32]
+
+    def to_json(self) -> dict[str, object]:
+        return {**self.report.to_json(), "precision": self.receipt.to_json()}
+
+    def write(self, path: Path, extra: Mapping[str, object] | None = None) -> None:
+        """Write report.json."""
+        path.write_text(json.dumps({**self.to_json(), **(extra or {})}, indent=1) + "\n", "utf-8")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """What is validated, and against what.
+
+    Attributes:
+        denoiser: The full-precision model.
+        program: Its captured graph.
+        recipe: The recipe the bundle was made with.
+        bundle: The compiled graph.
+    """
+
+    denoiser: Denoiser
+    program: DiffusionProgram
+    recipe: QuantRecipe
+    bundle: Bundle
+
+    def __post_init__(self) -> None:
+        if self.recipe.fingerprint != self.program.fingerprint:
+            raise RecipeError(
+                f"{self.bundle.root} was not compiled from {self.denoiser.source}: the weights or the graph differ"
+            )
+        if self.recipe.tib.timesteps != self.denoiser.timesteps:
+            raise RecipeError(
+                f"{self.bundle.root} was compiled for {len(self.recipe.tib.timesteps)} steps "
+                f"({self.recipe.tib.timesteps.describe()}), not for {len(self.denoiser.timesteps)} "
+                f"({self.denoiser.timesteps.describe()}); give the same --steps"
+            )
+
+
+def validate(
+    subject: Subject, thresholds: Thresholds, *, images: int = 16, seed: int = 1, progress: Progress | None = None
+) -> Validation:
+    """Measure a bundle against the model it came from.
+
+    Args:
+        seed: Of the starting noise; another than calibration's.
+    """
+    progress = progress or Silent()
+    denoiser = subject.denoiser
+    noise, prompts = denoiser.noise(images, seed), denoiser.prompts(images)
+    with progress.stage("Sampling in full precision") as step:
+        trajectory, reference = record(denoiser, denoiser.module_denoise(), noise, prompts, step)
+    with load_bundle(subject.bundle.root) as loaded:
+        with progress.stage("Sampling in integers") as step:
+            _, compiled = record(denoiser, bundle_denoise(loaded, denoiser), noise, prompts, step)
+        with progress.stage("Comparing step by step") as step:
+            per_step = []
+            for done, recorded in enumerate(trajectory, start=1):
+                prediction = run_bundle(loaded, denoiser, recorded.inputs)
+                per_step.append(sqnr_db(recorded.prediction.numpy(), prediction))
+                step(done, len(trajectory))
+    reference_images, compiled_images, peak = as_images(reference, compiled)
+    with progress.stage("Checking the graph against fake-quant") as step:
+        agreements = _agreements(subject, trajectory, step)
+    with progress.stage("Reading the optimized graph"):
+        receipt = realized_on_ort(subject.bundle, subject.bundle.manifest.layers, macs=subject.bundle.manifest.macs)
+    temporal, exact = _temporal(subject)
+    comparisons = (
+        Comparison.of("image PSNR (dB)", psnr(reference_images, compiled_images, peak)),
+        Comparison.of("image SSIM", ssim(reference_images, compiled_images, peak)),
+        Comparison.of("noise-prediction SQNR per timestep (dB)", np.array(per_step)),
+        Comparison.of("temporal feature cosine", temporal),
+        Comparison.of("temporal table exactness", exact),
+        Comparison.of("agreement with fake-quant, lock-step (dB)", np.array([a.sqnr for a in agreements])),
+        Comparison.of("agreement with fake-quant, free-running (dB)", np.array([a.free_sqnr for a in agreements])),
+        Comparison.of("largest layer difference (code steps)", np.array([a.code_steps for a in agreements])),
+        Comparison.of("share of codes that differ", np.array([a.mismatch_rate for a in agreements])),
+    )
+    by_name = {comparison.metric: comparison for comparison in comparisons}
+    verdicts = (
+        Threshold("image PSNR (dB)", thresholds.psnr).judge(by_name["image PSNR (dB)"].mean),
+        Threshold("image SSIM", thresholds.ssim).judge(by_name["image SSIM"].mean),
+        Threshold("noise-prediction SQNR (dB)", thresholds.sqnr).judge(float(np.mean(per_step))),
+        Threshold("temporal feature cosine", thresholds.temporal_cosine).judge(
+            by_name["temporal feature cosine"].lowest
+        ),
+        Threshold("temporal table exactness", 1.0).judge(by_name["temporal table exactness"].lowest),
+        Threshold("agreement with fake-quant, lock-step (dB)", thresholds.agreement).judge(
+            by_name["agreement with fake-quant, lock-step (dB)"].lowest
+        ),
+    )
+    return Validation(Report(comparisons, verdicts), receipt, reference_images, compiled_images)
+
+
+def bundle_denoise(loaded: LoadedBundle, denoiser: Denoiser) -> Denoise:
+    """A compiled graph that stands in for the module in any sampler."""
+
+    def denoise(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
+        inputs = {denoiser.sample: sample, denoiser.timestep: torch.as_tensor(timestep).reshape(-1), **conditioning}
+        return torch.from_numpy(run_bundle(loaded, denoiser, inputs))
+
+    return denoise
+
+
+def run_bundle(loaded: LoadedBundle, denoiser: Denoiser, inputs: Any) -> NDArray[Any]:
+    """One prediction of a compiled graph on recorded model inputs."""
+    arrays = {name: value.detach().numpy() for name, value in inputs.items()}
+    sample, timestep = arrays.pop(denoiser.sample), arrays.pop(denoiser.timestep)
+    if (timestep == timestep.reshape(-1)[0]).all():
+        timestep = timestep.reshape(-1)[:1]  # one table row serves the batch
+    return np.asarray(loaded(sample, timestep, **arrays))
+
+
+def as_images(reference: Tensor, compiled: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+    """Both batches as pictures in 0..1, or as they are where they are latents; and the peak for PSNR."""
+    if reference.ndim == 4 and reference.shape[1] in IMAGE_CHANNELS:
+        both = [((batch.clamp(-1, 1) + 1) / 2).numpy() for batch in (reference, compiled)]
+        return both[0], both[1], 1.0
+    span = float(reference.max() - reference.min())
+    shaped = [
+        batch.reshape(len(batch), -1, *batch.shape[-2:]) if batch.ndim > 4 else batch for batch in (reference, compiled)
+    ]
+    return shaped[0].numpy(), shaped[1].numpy(), span
+
+
+def _agreements(subject: Subject, trajectory: tuple[CalibrationStep, ...], step: Any) -> list[Agreement]:
+    lock_step = LockStep(subject.program, subject.recipe, subject.bundle)
+    found = []
+    for done, recorded in enumerate(trajectory, start=1):
+        # The first and the last sample of the batch: with guidance one of each half.
+        few = {name: value if value.ndim == 0 else value[[0, -1]] for name, value in recorded.inputs.items()}
+        found.append(lock_step.compare(few))
+        step(done, len(trajectory))
+    return found
+
+
+def _temporal(subject: Subject) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Cosine of each stored feature with the float model's, [T * features]; whether its row is the recipe's."""
+    denoiser, program, tib = subject.denoiser, subject.program, subject.recipe.tib
+    if not tib.tables:
+        return np.ones(1), np.ones(1)
+    stored = {
+        initializer.name: onnx.numpy_helper.to_array(initializer, str(subject.bundle.model.parent))
+        for initializer in onnx.load(subject.bundle.model, load_external_data=False).graph.initializer
+        if initializer.name.endswith(".table")
+    }
+    wanted = {table.name for table in tib.tables}
+    nodes = [node for node in program.module.graph.nodes if node.name in wanted]
+    feeds = {name: value[:1] if value.ndim else value for name, value in denoiser.example_inputs.items()}
+    cosines, exact = [], []
+    for row, value in enumerate(tib.timesteps.values):
+        feeds[denoiser.timestep] = denoiser.timestep_like_example(value, 1)
+        with torch.no_grad():
+            features = evaluate(program.module, nodes, feeds)
+        for table in tib.tables:
+            kept = stored.get(f"temporal.{table.name}.table")
+            if kept is None:
+                continue  # merged with an equal value by the exporter
+            feature = features[table.name].numpy().reshape(-1).astype(np.float64)
+            cosines.append(float(cosine(feature, kept[row].reshape(-1).astype(np.float64))))
+            exact.append(float(np.array_equal(kept[row], table.rows[row])))
+    return np.array(cosines), np.array(exact)
