@@ -42,8 +42,9 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
 
 
 def constant(name: str, values: NDArray[np.generic]) -> gs.Constant:
-    """An initializer of any numpy type."""
-    return gs.Constant(name, np.ascontiguousarray(values))
+    """An initializer of any numpy type and rank."""
+    # Not ascontiguousarray: it makes rank 0 to rank 1, and engines want scalar scales.
+    return gs.Constant(name, np.asarray(values, order="C"))
 
 
 def int4_constant(name: str, values: NDArray[np.int8]) -> gs.Constant:

@@ -31,6 +31,11 @@ def psnr(a: NDArray[np.generic], b: NDArray[np.generic], peak: float) -> NDArray
         return np.asarray(10 * np.log10(peak**2 / error))
 
 
+def has_ssim(images: NDArray[np.generic]) -> bool:
+    """Whether ``ssim`` is defined: [N, C, H, W] with room for its window."""
+    return images.ndim == 4 and min(images.shape[2:]) >= _WINDOW
+
+
 def ssim(a: NDArray[np.generic], b: NDArray[np.generic], peak: float) -> NDArray[np.float64]:
     """Structural similarity of each image, [N]; 1 where they are equal (Wang et al. 2004).
 
@@ -41,7 +46,7 @@ def ssim(a: NDArray[np.generic], b: NDArray[np.generic], peak: float) -> NDArray
         peak: Span of the values.
     """
     x, y = _paired(a, b)
-    if x.ndim != 4 or min(x.shape[2:]) < _WINDOW:
+    if not has_ssim(x):
         raise ConfigError(f"ssim needs images [N, C, H, W] of at least {_WINDOW} pixels a side, got {list(x.shape)}")
     mean_x, mean_y = _blur(x), _blur(y)
     var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2

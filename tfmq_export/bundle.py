@@ -87,6 +87,7 @@ class Manifest:
         component: Folder of the graph.
         source: File or folder name the model came from.
         macs: Multiply-accumulates of the whole model for one sample.
+        weight_bytes: Of the full-precision weights.
         integer_share: Share of ``macs`` asked to run in integers.
         conditioning: Names of the arrays in ``tfmq/conditioning.npz``.
         files: SHA-256 of each file of the bundle, by relative path.
@@ -103,6 +104,7 @@ class Manifest:
     timesteps: TimestepSet
     sampler: SamplerInfo
     macs: int
+    weight_bytes: int
     integer_share: float
     layers: tuple[LayerInfo, ...]
     passes: tuple[PassInfo, ...]

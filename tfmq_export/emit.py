@@ -58,6 +58,7 @@ def emit(
         timesteps=denoiser.timesteps,
         sampler=denoiser.sampler_info,
         macs=recipe.macs,
+        weight_bytes=sum(value.nbytes for value in denoiser.module.parameters()),
         integer_share=recipe.integer_share,
         layers=_layers(recipe),
         passes=tuple(PassInfo(r.name, r.semantics.value, len(r.changed), r.skipped) for r in reports),

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from tfmq_export.errors import LoadError
@@ -46,13 +49,18 @@ def read_folder(root: Path) -> tuple[nn.Module, dict[str, Any]]:
 def read_prompts(path: Path, guidance_scale: float | None) -> PromptSet:
     """Read ``--conditioning``: ``NAME`` [examples, ...] and ``NAME.unconditional`` [...] for each input.
 
+    Args:
+        path: A safetensors file, or the conditioning.npz of a bundle.
     Raises:
-        LoadError: the file is missing or no safetensors file.
+        LoadError: the file is missing or of another format.
     """
     try:
-        with safe_open(path, "pt") as tensors:
-            arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  # no iteration
-    except (OSError, SafetensorError) as error:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
+        else:
+            arrays = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
         raise LoadError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
     suffix = ".unconditional"
     return PromptSet(

@@ -57,4 +57,4 @@ def load(source: Source) -> Denoiser:
     if source.guidance_scale is not None:
         prompts = replace(prompts, guidance_scale=source.guidance_scale)
     steps = DEFAULT_STEPS if source.steps is None else source.steps
-    return denoiser_of(model, scheduler, prompts, steps=steps, where=source.path.name)
+    return denoiser_of(model, scheduler, prompts, steps=steps, where="/".join(source.path.absolute().parts[-2:]))

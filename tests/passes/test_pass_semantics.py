@@ -1,0 +1,194 @@
+"""Every pass against its declared semantics: the graph before and the graph after, both in ONNX Runtime.
+
+A new pass needs a place in ``chains``, or ``test_every_pass_is_held_to_its_semantics`` fails.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from onnx_graphs import graph_of, infer
+from toy_nets import Feeds, Net, conv_net, observe, per_channel, recipe_for, token_net, vector_net
+
+from tfmq_export import passes as package
+from tfmq_export.passes.base import Pass, PassReport, Semantics, run_passes
+from tfmq_export.passes.check_model import CheckModel
+from tfmq_export.passes.graph import export_model
+from tfmq_export.passes.name_outputs import NameOutputs
+from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.passes.strip_qdq import StripQdq
+from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.target import Target
+
+NETS: Sequence[Callable[[], Net]] = (conv_net, token_net, vector_net)
+WIDTHS = ((8, 8), (4, 6))
+FP32_ROUNDING = 1e-5
+"""Of the largest output: some 80 units in the last place, for sums of at most 72 terms behind one norm."""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One pass at work in a chain."""
+
+    net: Net
+    recipe: QuantRecipe
+    report: PassReport
+    before: onnx.ModelProto
+    after: onnx.ModelProto
+
+
+def chains(recipe: QuantRecipe) -> list[list[Pass]]:
+    """Lists of passes that together show every pass at work on some net."""
+    ort, portable = (Target(form, frozenset({"conv"}), form) for form in ("mha", "matmul"))
+    names = {"sample": "sample", "timestep": "timestep"}
+    quantizing = [x for x in passes_for(recipe, ort, **names) if not isinstance(x, NameOutputs | CheckModel)]
+    return [passes_for(recipe, ort, **names), passes_for(recipe, portable, **names), [*quantizing, StripQdq()]]
+
+
+@cache
+def rewrites() -> tuple[Rewrite, ...]:
+    done = []
+    for make in NETS:
+        net = make()
+        for widths in WIDTHS:
+            recipe = recipe_for(net, *widths)
+            for chain in chains(recipe):
+                graph = graph_of(net.model)
+                before = export_model(graph)
+                for step in chain:
+                    (report,) = run_passes(graph, [step])
+                    after = export_model(graph)
+                    done.append(Rewrite(net, recipe, report, before, after))
+                    before = after
+    return tuple(done)
+
+
+def pass_classes() -> list[type[Pass]]:
+    modules = [importlib.import_module(f"{package.__name__}.{item.name}") for item in pkgutil.iter_modules(package.__path__)]
+    members = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
+    return sorted(
+        (x for x in members if issubclass(x, Pass) and not inspect.isabstract(x)), key=lambda item: item.__name__
+    )
+
+
+def feeds_of(rewrite: Rewrite, model: onnx.ModelProto, row: int) -> Feeds:
+    feeds = rewrite.net.feeds(rewrite.recipe.tib.timesteps.values[row], seed=row)
+    rank = len(model.graph.input[1].type.tensor_type.shape.dim)
+    return feeds | {"timestep": feeds["timestep"].reshape((1,) * rank)}
+
+
+def assert_same(actual: NDArray, expected: NDArray) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=FP32_ROUNDING * np.abs(expected).max())
+
+
+def assert_exact(rewrite: Rewrite, row: int) -> None:
+    (expected,) = infer(rewrite.before, feeds_of(rewrite, rewrite.before, row))
+    (actual,) = infer(rewrite.after, feeds_of(rewrite, rewrite.after, row))
+
+    assert_same(actual, expected)
+
+
+def assert_quantizing(rewrite: Rewrite, row: int) -> None:
+    """Teacher forcing: what a layer returns after the pass, against the old graph fed with the new one's values.
+
+    Then every segment between two layers must agree to rounding, and every layer to its own grids.
+    """
+    layers = rewrite.recipe.layers
+    after = feeds_of(rewrite, rewrite.after, row)
+    results = {layer.name: result_name(rewrite.after, layer) for layer in layers}
+    output = rewrite.after.graph.output[0].name
+    actual = observe(rewrite.after, [*results.values(), output], after)
+    forced = {name: actual[result] for name, result in results.items()}
+
+    severed = sever(rewrite.before, [layer.name for layer in layers])
+    feeds = feeds_of(rewrite, rewrite.before, row) | forced
+    expected = dict(zip([value.name for value in severed.graph.output], infer(severed, feeds), strict=True))
+
+    for layer in layers:
+        distance = np.abs(forced[layer.name] - expected[f"{layer.name}.own"])
+        channel_axis = 1 if layer.kind == "conv" else -1
+        distance = np.moveaxis(distance, channel_axis, 0).reshape(len(layer.weight_codes), -1).max(1)
+        bound = largest_error(layer, rewrite.net.layers[layer.name].weight)
+        assert (distance <= bound * (1 + 1e-4)).all(), layer.name  # fp32 accumulates to less than 1e-4 of a step
+    if output in expected:
+        assert_same(actual[output], expected[output])
+
+
+def largest_error(layer: LayerRecipe, weight: NDArray) -> NDArray:
+    """Half a step of the input for each weight, half a step of the weight for each input; bias and result. [out]"""
+    x, w = layer.input, layer.weight.scale
+    reach = x.scale * max(x.zero_point - x.spec.qmin, x.spec.qmax - x.zero_point)
+    fan_in = weight[0].size
+    from_input = np.abs(weight.reshape(len(weight), -1)).sum(1) * x.scale / 2
+    from_weight = fan_in * reach * w / 2
+    # Both sides of a comparison may be rounded to the output grid.
+    from_output = layer.output.scale if layer.output is not None else 0.0
+    return from_input + from_weight + x.scale * w / 2 + from_output
+
+
+def result_name(model: onnx.ModelProto, layer: LayerRecipe) -> str:
+    """StripQdq leaves the unquantized twin of a result."""
+    computed = {name for node in model.graph.node for name in node.output}
+    return layer.name if layer.name in computed else f"{layer.name}.output.raw"
+
+
+def sever(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """Each named value becomes an input; what the graph computes for it becomes the output ``<name>.own``."""
+    cut = onnx.ModelProto()
+    cut.CopyFrom(model)
+    for item in cut.graph.node:
+        item.output[:] = [f"{name}.own" if name in names else name for name in item.output]
+    outputs = [value for value in cut.graph.output if value.name not in names]
+    outputs += [helper.make_tensor_value_info(f"{name}.own", TensorProto.FLOAT, None) for name in names]
+    del cut.graph.output[:]
+    cut.graph.output.extend(outputs)
+    cut.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    return cut
+
+
+HOLDS = {Semantics.EXACT: assert_exact, Semantics.QUANTIZING: assert_quantizing}
+
+
+@pytest.mark.parametrize("kind", pass_classes())
+def test_every_pass_is_held_to_its_semantics(kind: type[Pass]) -> None:
+    mine = [rewrite for rewrite in rewrites() if rewrite.report.name == kind.__name__]
+
+    assert mine, f"{kind.__name__} is in none of the chains above; give it a case"
+    assert kind is CheckModel or any(rewrite.report.changed for rewrite in mine), "a pass that does nothing proves nothing"
+    for rewrite in mine:
+        for row in range(len(rewrite.recipe.tib.timesteps)):
+            HOLDS[kind.semantics](rewrite, row)
+
+
+@pytest.mark.parametrize("make", NETS)
+def test_the_error_of_a_whole_net_is_small_at_eight_bits(make: Callable[[], Net]) -> None:
+    net = make()
+    graph = graph_of(net.model)
+    chain, *_ = chains(recipe_for(net))
+    run_passes(graph, chain)
+
+    for row, timestep in enumerate(net.timesteps.values):
+        feeds = net.feeds(timestep, seed=row)
+        (expected,) = infer(net.model, feeds)
+        (actual,) = infer(export_model(graph), feeds | {"timestep": feeds["timestep"].reshape(-1)})
+        # Three layers of 8 bits leave 30 dB and more; a wrong zero point or scale leaves less than 10.
+        assert 20 * np.log10(np.linalg.norm(expected) / np.linalg.norm(actual - expected)) > 25
+
+
+def test_the_bound_on_errors_is_not_vacuous() -> None:
+    # The bounds must lie well below the numbers they bound, or any garbage would pass.
+    for make in NETS:
+        net = make()
+        for layer in recipe_for(net).layers:
+            weight = net.layers[layer.name].weight
+            reach = np.abs(weight.reshape(len(weight), -1)).sum(1) * layer.input.scale * layer.input.spec.qmax
+            assert (largest_error(layer, weight) < 0.05 * reach).all()
+            assert per_channel(layer.weight.scale, weight.ndim).shape[0] == len(weight)

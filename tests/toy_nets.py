@@ -1,0 +1,253 @@
+"""Small denoisers as the exporter writes them, and recipes for them made with numpy alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from onnx_graphs import build, infer, normal
+
+from tfmq_export.recipe import LayerRecipe, QuantRecipe, TemporalTable, TibRecipe
+from tfmq_export.spec import QParams, QuantSpec
+from tfmq_export.timesteps import TimestepSet
+
+Feeds = dict[str, NDArray]
+HEADROOM = 1.25
+"""Grids reach past the values seen, so that no test hides behind saturation."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a net: the value it reads, and its weight as PyTorch has it."""
+
+    kind: str
+    source: str
+    weight: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Net:
+    """A float graph with inputs ``sample`` and ``timestep``."""
+
+    model: onnx.ModelProto
+    layers: Mapping[str, Layer]
+    feature: str
+    per_sample: bool
+    timesteps: TimestepSet
+
+    def feeds(self, timestep: float, batch: int = 3, seed: int = 0) -> Feeds:
+        shape = [dim.dim_value for dim in self.model.graph.input[0].type.tensor_type.shape.dim[1:]]
+        rank = len(self.model.graph.input[1].type.tensor_type.shape.dim)
+        dtype = self.timesteps.array.dtype
+        return {"sample": normal(seed, batch, *shape), "timestep": np.full((1,) * rank, timestep, dtype)}
+
+
+def activation_grid(values: NDArray, bits: int = 8) -> QParams:
+    """An unsigned grid over values and 0, with headroom."""
+    spec = QuantSpec(bits, signed=False)
+    low, high = (HEADROOM * end for end in (min(float(values.min()), 0.0), max(float(values.max()), 0.0)))
+    scale = np.float32((high - low) / spec.qmax or 1.0)
+    return QParams(spec, np.asarray(scale), np.asarray(np.round(-low / scale), np.int32))
+
+
+def rounded_weight(weight: NDArray, bits: int = 8) -> tuple[QParams, NDArray[np.int8]]:
+    """The symmetric grid per output channel, and the weight rounded to it."""
+    spec = QuantSpec(bits, axis=0)
+    scale = (np.abs(weight.reshape(len(weight), -1)).max(1) / spec.qmax).astype(np.float32)
+    codes = np.clip(np.round(weight / per_channel(scale, weight.ndim)), spec.qmin, spec.qmax)
+    return QParams(spec, scale, np.zeros(len(scale), np.int32)), codes.astype(np.int8)
+
+
+def per_channel(values: NDArray, rank: int) -> NDArray:
+    """[out] against a weight, [out, ...]."""
+    return values.reshape(-1, *[1] * (rank - 1))
+
+
+def layer_recipe(
+    name: str, kind: str, weight: NDArray, x: QParams, y: QParams | None = None, bits: int = 8
+) -> LayerRecipe:
+    grid, codes = rounded_weight(weight, bits)
+    return LayerRecipe(name, f"net.{name}", kind, weight.size, grid, codes, x, y)
+
+
+def recipe_with(
+    layers: Sequence[LayerRecipe] = (),
+    tables: Sequence[TemporalTable] = (),
+    timesteps: TimestepSet | None = None,
+) -> QuantRecipe:
+    tib = TibRecipe(timesteps or TimestepSet((0,)), tuple(tables))
+    return QuantRecipe("0" * 64, "w8a8", tuple(layers), (), tib, sum(layer.macs for layer in layers))
+
+
+def recipe_for(net: Net, weight_bits: int = 8, activation_bits: int = 8) -> QuantRecipe:
+    """Grids over the values seen in the schedule, convolutions with an output grid, one table."""
+    wanted = [net.feature, *net.layers, *dict.fromkeys(layer.source for layer in net.layers.values())]
+    runs = [observe(net.model, wanted, net.feeds(t, seed=seed)) for seed, t in enumerate(net.timesteps.values)]
+    seen = {name: np.concatenate([run[name] for run in runs]) for name in wanted[1:]}
+    layers = [
+        layer_recipe(
+            name,
+            layer.kind,
+            layer.weight,
+            activation_grid(seen[layer.source], activation_bits),
+            activation_grid(seen[name]) if layer.kind == "conv" else None,
+            weight_bits,
+        )
+        for name, layer in net.layers.items()
+    ]
+    rows = np.stack([run[net.feature][0] if net.per_sample else run[net.feature] for run in runs])
+    table = TemporalTable(net.feature, f"net.{net.feature}", rows, net.per_sample)
+    return recipe_with(layers, [table], net.timesteps)
+
+
+def observe(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Feeds:
+    """Values of the graph by name; inputs included."""
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    known = {value.name for value in shown.graph.output}
+    computed = [name for name in names if name not in feeds]
+    for name in computed:
+        if name not in known:
+            shown.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    values = dict(zip([value.name for value in shown.graph.output], infer(shown, feeds), strict=True))
+    return {name: feeds[name] if name in feeds else values[name] for name in names}
+
+
+def with_integer_timestep(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``build`` makes float inputs only, and infers every type behind them."""
+    model.graph.input[1].type.tensor_type.elem_type = TensorProto.INT64
+    del model.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def node(op: str, inputs: str, output: str, **attrs: object) -> onnx.NodeProto:
+    """A node as the exporter names it; inputs and outputs apart by spaces."""
+    return helper.make_node(op, inputs.split(), output.split(), name=f"node_{output.split()[0]}", **attrs)
+
+
+def conv_net() -> Net:
+    """Convolutions, one with a standardized weight; a temporal embedding of integers is added to their features."""
+    kernels = {"conv2d": normal(1, 8, 3, 3, 3), "conv2d_1": normal(2, 8, 2, 3, 3), "conv2d_2": normal(3, 3, 8, 1, 1)}
+    raw = kernels["conv2d_1"] + 1
+    kernels["conv2d_1"] = raw - raw.mean((1, 2, 3), keepdims=True)
+    nodes = [
+        node("Shape", "sample", "batch", start=0, end=1),
+        node("Expand", "timestep batch", "expand"),
+        node("Cast", "expand", "real", to=TensorProto.FLOAT),
+        node("Unsqueeze", "real one", "column"),
+        node("Mul", "column frequencies", "angles"),
+        node("Sin", "angles", "sin"),
+        node("Cos", "angles", "cos"),
+        node("Concat", "sin cos", "waves", axis=1),
+        node("Gemm", "waves in.weight in.bias", "linear", transB=1),
+        node("Sigmoid", "linear", "gate"),
+        node("Mul", "linear gate", "silu"),
+        node("Gemm", "silu out.weight out.bias", "linear_1", transB=1),
+        node("Unsqueeze", "linear_1 spatial", "unsqueeze"),
+        node("Conv", "sample w b", "conv2d", pads=[1] * 4),
+        node("Add", "conv2d unsqueeze", "add"),
+        node("GroupNormalization", "add gamma beta", "group_norm", num_groups=2),
+        node("Sigmoid", "group_norm", "gate_1"),
+        node("Mul", "group_norm gate_1", "silu_1"),
+        node("ReduceMean", "raw axes", "mean"),
+        node("Sub", "raw mean", "standardized"),
+        node("Conv", "silu_1 standardized b1", "conv2d_1", pads=[1] * 4, group=4),
+        node("Add", "conv2d_1 conv2d", "add_1"),
+        node("Conv", "add_1 w2", "conv2d_2"),
+    ]
+    constants = {
+        "one": np.array([1]),
+        "spatial": np.array([2, 3]),
+        "axes": np.array([1, 2, 3]),
+        "frequencies": np.float32([[1.0, 0.1, 0.01, 0.001]]),
+        "in.weight": normal(4, 16, 8),
+        "in.bias": normal(5, 16),
+        "out.weight": normal(6, 8, 16),
+        "out.bias": normal(7, 8),
+        "gamma": normal(8, 8),
+        "beta": normal(9, 8),
+        "w": kernels["conv2d"],
+        "b": normal(10, 8),
+        "raw": raw,
+        "b1": normal(11, 8),
+        "w2": kernels["conv2d_2"],
+    }
+    shape = ("batch", 3, 6, 6)
+    model = with_integer_timestep(
+        build(nodes, {"sample": shape, "timestep": ("steps",)}, {"conv2d_2": shape}, constants)
+    )
+    sources = {"conv2d": "sample", "conv2d_1": "silu_1", "conv2d_2": "add_1"}
+    layers = {name: Layer("conv", source, kernels[name]) for name, source in sources.items()}
+    return Net(model, layers, "linear_1", True, TimestepSet((999, 500, 1, 0)))
+
+
+def token_net(length: int = 5, width: int = 8, heads: int = 2) -> Net:
+    """Linear layers of rank 3 around attention; one real timestep, of rank 0, for all samples."""
+    weights = {name: normal(seed, width, width) for seed, name in enumerate(["linear", "linear_1", "linear_2"])}
+    weights["linear_3"] = normal(7, width, width)
+    nodes = [node("Mul", "timestep frequencies", "angles"), node("Sin", "angles", "sin"), node("Add", "sample sin", "x")]
+    constants = {
+        "frequencies": np.float32(np.exp(-np.arange(width))),
+        "split": np.array([-1, length, heads, width // heads]),
+        "join": np.array([-1, length, width]),
+    }
+    for name in weights:
+        source = "attended" if name == "linear_3" else "x"
+        nodes += [
+            node("Transpose", f"{name}.weight", f"{name}.transposed", perm=[1, 0]),
+            node("MatMul", f"{source} {name}.transposed", f"{name}.product"),
+            node("Add", f"{name}.product {name}.bias", name),
+        ]
+        constants |= {f"{name}.weight": weights[name], f"{name}.bias": normal(len(constants), width)}
+        if name != "linear_3":
+            nodes += [
+                node("Reshape", f"{name} split", f"{name}.split"),
+                node("Transpose", f"{name}.split", f"{name}.heads", perm=[0, 2, 1, 3]),
+            ]
+        if name == "linear_2":
+            nodes += [
+                node("Attention", "linear.heads linear_1.heads linear_2.heads", "attention"),
+                node("Transpose", "attention", "merged", perm=[0, 2, 1, 3]),
+                node("Reshape", "merged join", "attended"),
+            ]
+    nodes.append(node("Add", "linear_3 x", "residual"))
+    shape = ("batch", length, width)
+    model = build(nodes, {"sample": shape, "timestep": ()}, {"residual": shape}, constants)
+    for info in model.graph.value_info:  # the exporter names the batch; inference loses it at Reshape to -1
+        if info.name.split(".")[-1] in ("split", "heads", "attention", "merged", "attended"):
+            info.type.tensor_type.shape.dim[0].dim_param = "batch"
+    layers = {
+        name: Layer("linear", "attended" if name == "linear_3" else "x", weight) for name, weight in weights.items()
+    }
+    return Net(model, layers, "sin", False, TimestepSet((0.75, 0.5, 0.25), real=True))
+
+
+def vector_net(width: int = 12, hidden: int = 16) -> Net:
+    """Linear layers of rank 2; each sample may bring its own real timestep."""
+    weights = {"linear": normal(1, hidden, width), "linear_1": normal(2, width, hidden)}
+    nodes = [
+        node("Unsqueeze", "timestep one", "column"),
+        node("Mul", "column frequencies", "angles"),
+        node("Cos", "angles", "cos"),
+        node("Gemm", "sample w b", "linear", transB=1),
+        node("Add", "linear cos", "add"),
+        node("Relu", "add", "relu"),
+        node("Gemm", "relu w1 b1", "linear_1", transB=1),
+    ]
+    constants = {
+        "one": np.array([1]),
+        "frequencies": normal(5, 1, hidden),
+        "w": weights["linear"],
+        "b": normal(3, hidden),
+        "w1": weights["linear_1"],
+        "b1": normal(4, width),
+    }
+    shape = ("batch", width)
+    model = build(nodes, {"sample": shape, "timestep": ("steps",)}, {"linear_1": shape}, constants)
+    layers = {
+        "linear": Layer("linear", "sample", weights["linear"]),
+        "linear_1": Layer("linear", "relu", weights["linear_1"]),
+    }
+    return Net(model, layers, "cos", True, TimestepSet((1.5, 0.5, 0.0), real=True))

@@ -1,0 +1,124 @@
+"""What the terminal shows: progress, tables, one-line errors, exit codes."""
+
+import functools
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import ParamSpec
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tfmq_export.errors import OutputError, TfmqError
+from tfmq_export.progress import Step
+
+P = ParamSpec("P")
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn our errors into one line and an exit code; bugs keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            command(*args, **kwargs)
+        except TfmqError as error:
+            fail(error)
+        except OSError as error:  # a disk that is full or gone; anything else of ours is a TfmqError already
+            fail(OutputError(f"{error.filename or 'output'}: {error.strerror or error}"))
+        except KeyboardInterrupt:
+            err.print("interrupted; nothing was left behind", style="yellow")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return wrapped
+
+
+def fail(error: TfmqError) -> None:
+    """Print one line and leave with the error's code."""
+    err.print("[bold red]error:[/] ", end="")
+    err.print(" ".join(str(error).split()), markup=False, highlight=False)
+    raise typer.Exit(error.exit_code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    # Unwinds like Ctrl-C, so that temporary folders go.
+    sys.exit(TERMINATED)
+
+
+def set_up_logging(verbose: int) -> None:
+    """-v shows a line per step, -vv one per layer."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    handler = RichHandler(console=err, show_path=False)
+    logging.getLogger("tfmq_export").setLevel(level)
+    logging.getLogger("tfmq_export").addHandler(handler)
+
+
+class Bars:
+    """Draws a bar for each stage, with an estimate of what is left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Step]:
+        task = self._progress.add_task(title, total=None)
+
+        def step(done: int, total: int) -> None:
+            self._progress.update(task, completed=done, total=total)
+
+        yield step
+        self._progress.update(task, total=1, completed=1)
+        self._progress.stop_task(task)
+
+
+class Lines:
+    """Prints a line for each stage, where nobody watches a terminal."""
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Step]:
+        err.print(f"{title} ...")
+        yield lambda done, total: None
+
+
+@contextmanager
+def bars(quiet: bool) -> Iterator[Bars | Lines]:
+    """Progress on stderr: bars on a terminal, lines elsewhere, nothing when quiet."""
+    if not err.is_terminal and not quiet:
+        yield Lines()
+        return
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=quiet) as progress:
+        yield Bars(progress)
+
+
+def table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None) -> None:
+    """Print rows; numbers are the caller's strings."""
+    grid = Table(title=title, title_justify="left", show_header=header is not None, box=None, pad_edge=False)
+    for column in header or rows[0]:
+        grid.add_column(column if header else "")
+    for row in rows:
+        grid.add_row(*row)
+    out.print(grid)
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
