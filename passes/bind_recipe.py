@@ -46,7 +46,8 @@ class BindRecipe(Pass):
         for layer in self.recipe.layers:
             node = found[layer.name]
             node.name = node_name(layer)
-            if node.op == "MatMul":
+            shape = node.outputs[0].shape
+            if node.op == "MatMul" and (shape is None or len(shape) > 2):  # a result of rank 2 would change shape
                 _raise_bias_rank(node)
         return Changes(tuple(layer.path for layer in self.recipe.layers))
 

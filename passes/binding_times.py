@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import onnx_graphsurgeon as gs
 
 SHAPE_QUERIES = frozenset({"Shape", "Size"})
-# Reads the data of its first input and only the shape of the second.
 
 
 def binding_times(graph: gs.Graph) -> dict[str, frozenset[str]]:

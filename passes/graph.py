@@ -18,10 +18,27 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 # protobuf cannot hold more than 2 GiB; weights above this size go to a file of their own.
 EXTERNAL_DATA_BYTES = 1 << 30
 
+CONSTANT_ATTRIBUTES = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
+
 
 def import_graph(model: onnx.ModelProto) -> gs.Graph:
     """Open a model for rewriting."""
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name in CONSTANT_ATTRIBUTES:
+            _store_as_tensor(node)
     return gs.import_onnx(model)
+
+
+def _store_as_tensor(node: onnx.NodeProto) -> None:
+    """graphsurgeon reads the short forms of Constant as float64 and int64 whatever they are."""
+    (attribute,) = node.attribute
+    values = np.array(onnx.helper.get_attribute_value(attribute), CONSTANT_ATTRIBUTES[attribute.name])
+    node.attribute[0].CopyFrom(onnx.helper.make_attribute("value", numpy_helper.from_array(values)))
 
 
 def export_model(graph: gs.Graph) -> onnx.ModelProto:
@@ -36,9 +53,11 @@ def export_model(graph: gs.Graph) -> onnx.ModelProto:
 def save_model(model: onnx.ModelProto, path: Path) -> None:
     """Write a model, with its weights in ``<name>_data`` when it is large."""
     external = model.ByteSize() > EXTERNAL_DATA_BYTES
-    onnx.save_model(
-        model, str(path), save_as_external_data=external, all_tensors_to_one_file=True, location=f"{path.name}_data"
-    )
+    data = path.with_name(f"{path.name}_data")
+    data.unlink(missing_ok=True)  # onnx would append to it
+    onnx.save_model(model, str(path), save_as_external_data=external, all_tensors_to_one_file=True, location=data.name)
+    if external:
+        data.chmod(0o644)  # onnx writes 0600
 
 
 def constant(name: str, values: NDArray[np.generic]) -> gs.Constant:

@@ -73,7 +73,8 @@ def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
             f"{layer.path}: the graph's weight is {weight.shape}, the recipe's {codes.shape}; made from another model?"
         )
     scale = layer.weight.scale.reshape(-1, *[1] * (codes.ndim - 1))
-    clipped = (codes == layer.weight.spec.qmin) | (codes == layer.weight.spec.qmax)
+    qmin, qmax = layer.weight.spec.qmin, layer.weight.spec.qmax
+    clipped = (codes == qmin) & (weight < scale * qmin) | (codes == qmax) & (weight > scale * qmax)
     distance = np.abs(weight - scale * codes)
     if (distance[~clipped] > np.broadcast_to(scale, codes.shape)[~clipped]).any():
         raise PostconditionError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
@@ -32,10 +33,13 @@ class TabulateTib(Pass):
     semantics: ClassVar[Semantics] = Semantics.EXACT
 
     def requires(self, graph: gs.Graph) -> None:
-        inputs = {value.name for value in graph.inputs}
+        inputs = {value.name: value for value in graph.inputs}
         for name in (self.timestep, self.sample):
             if name not in inputs:
                 raise PreconditionError(f"the graph has no input {name!r}, only {', '.join(sorted(inputs))}")
+        schedule, dtype = self.tib.timesteps, inputs[self.timestep].dtype
+        if not np.array_equal(schedule.array.astype(dtype), schedule.array):
+            raise PreconditionError(f"the graph takes {dtype} timesteps, which cannot hold {schedule.describe()}")
 
     def apply(self, graph: gs.Graph) -> Changes:
         values = graph.tensors()
@@ -52,7 +56,7 @@ class TabulateTib(Pass):
                 continue
             if table.per_sample and batch is None:
                 batch = _batch_of(graph, values[self.sample])
-            served = _look_up(graph, table, rows, batch)
+            served = _typed_like(graph, feature, _look_up(graph, table, rows, batch), f"temporal.{table.name}")
             readers = readers_of_time if feature is timestep else list(feature.outputs)
             for node in readers:
                 for position, value in enumerate(node.inputs):
@@ -72,6 +76,16 @@ class TabulateTib(Pass):
             )
 
 
+def _typed_like(graph: gs.Graph, feature: gs.Tensor, served: gs.Variable, prefix: str) -> gs.Variable:
+    """Tables are float32; a mask or an index gets its own type back."""
+    if feature.dtype is None or feature.dtype == np.float32:
+        return served
+    typed = variable(f"{prefix}.typed", dtype=feature.dtype)
+    to = {"to": onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feature.dtype))}
+    graph.nodes.append(gs.Node("Cast", f"{prefix}.type", to, inputs=[served], outputs=[typed]))
+    return typed
+
+
 def computed_from_time(graph: gs.Graph, timestep: str) -> list[str]:
     """Nodes whose only data is the timestep, apart from the row lookup."""
     depends = binding_times(graph)
@@ -87,7 +101,7 @@ def computed_from_time(graph: gs.Graph, timestep: str) -> list[str]:
 
 def _moves_a_row(node: gs.Node) -> bool:
     """Whether a node only reshapes or splits table rows."""
-    layout = {"Unsqueeze", "Squeeze", "Reshape", "Slice", "Split", "Transpose", "Expand", "Flatten", "Identity"}
+    layout = {"Unsqueeze", "Squeeze", "Reshape", "Slice", "Split", "Transpose", "Expand", "Flatten", "Identity", "Cast"}
     if node.op not in layout:
         return False
     source = node.inputs[0].inputs

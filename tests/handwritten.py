@@ -3,15 +3,17 @@
 Each ``build_*`` is a factory for ``--factory handwritten:build_*``; weights are random and seeded.
 """
 
+import functools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tfmq_export import Description
 from tfmq_export.denoiser import Conditioning, Denoise, Denoiser
 from tfmq_export.models.factory import describe
+from tfmq_export.program import DiffusionProgram, capture
 
 CLASSES = 4
 
@@ -23,7 +25,7 @@ class StandardisedConv(nn.Conv2d):
         mean = self.weight.mean((1, 2, 3), keepdim=True)
         variance = self.weight.var((1, 2, 3), unbiased=False, keepdim=True)
         weight = (self.weight - mean) * (variance + 1e-5).rsqrt()
-        return F.conv2d(x, weight / math.sqrt(weight[0].numel()), self.bias, self.stride, self.padding)
+        return functional.conv2d(x, weight / math.sqrt(weight[0].numel()), self.bias, self.stride, self.padding)
 
 
 class RmsNorm(nn.Module):
@@ -32,7 +34,7 @@ class RmsNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * self.gain * math.sqrt(x.shape[1])
+        return functional.normalize(x, dim=1) * self.gain * math.sqrt(x.shape[1])
 
 
 class SinusoidalTime(nn.Module):
@@ -53,14 +55,17 @@ class FilmBlock(nn.Module):
     def __init__(self, channels: int, out: int, time: int) -> None:
         super().__init__()
         self.to_film = nn.Sequential(nn.SiLU(), nn.Linear(time, 2 * out))
-        self.first, self.second = StandardisedConv(channels, out, 3, padding=1), StandardisedConv(out, out, 3, padding=1)
+        self.first, self.second = (
+            StandardisedConv(channels, out, 3, padding=1),
+            StandardisedConv(out, out, 3, padding=1),
+        )
         self.norm1, self.norm2 = nn.GroupNorm(4, out), nn.GroupNorm(4, out)
         self.skip = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.to_film(time)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(self.norm1(self.first(x)) * (scale + 1) + shift)
-        return F.silu(self.norm2(self.second(h))) + self.skip(x)
+        h = functional.silu(self.norm1(self.first(x)) * (scale + 1) + shift)
+        return functional.silu(self.norm2(self.second(h))) + self.skip(x)
 
 
 class LinearAttention(nn.Module):
@@ -150,7 +155,7 @@ class DitBlock(nn.Module):
             weights = (q @ k.transpose(-2, -1) * (d // self.heads) ** -0.5).softmax(dim=-1)
             out = weights @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = functional.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(b, n, d))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -229,12 +234,12 @@ class EdmSignal(nn.Module):
 
     def network(self, x: Tensor, noise_level: Tensor) -> Tensor:
         angles = noise_level * self.frequencies
-        embedding = F.silu(self.embed(torch.cat((angles.cos(), angles.sin()))))  # [C]: no batch axis at all
-        skip = F.silu(self.enter(x))
-        h = F.silu(self.down(skip) + embedding[:, None])
-        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(h.mean(-1)))))
-        h = F.silu(self.mix(h * gate[..., None]))
-        return self.leave(torch.cat((F.silu(self.up(h)), skip), dim=1))
+        embedding = functional.silu(self.embed(torch.cat((angles.cos(), angles.sin()))))  # [C]: no batch axis at all
+        skip = functional.silu(self.enter(x))
+        h = functional.silu(self.down(skip) + embedding[:, None])
+        gate = torch.sigmoid(self.excite(functional.relu(self.squeeze(h.mean(-1)))))
+        h = functional.silu(self.mix(h * gate[..., None]))
+        return self.leave(torch.cat((functional.silu(self.up(h)), skip), dim=1))
 
     def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
         total = (sigma**2 + self.data_std**2).sqrt()
@@ -269,6 +274,13 @@ FACTORIES = {"film_unet": build_film_unet, "dit": build_dit, "edm": build_edm}
 def denoiser_of(name: str) -> Denoiser:
     """A fresh model, described and checked."""
     return describe(*FACTORIES[name](), steps=None, source=name)
+
+
+@functools.cache
+def captured(name: str) -> tuple[Denoiser, DiffusionProgram]:
+    """One capture for all tests that only look: it takes seconds."""
+    denoiser = denoiser_of(name)
+    return denoiser, capture(denoiser)
 
 
 def walk(timesteps: list[int] | list[float]) -> object:

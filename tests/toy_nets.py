@@ -187,7 +187,11 @@ def token_net(length: int = 5, width: int = 8, heads: int = 2) -> Net:
     """Linear layers of rank 3 around attention; one real timestep, of rank 0, for all samples."""
     weights = {name: normal(seed, width, width) for seed, name in enumerate(["linear", "linear_1", "linear_2"])}
     weights["linear_3"] = normal(7, width, width)
-    nodes = [node("Mul", "timestep frequencies", "angles"), node("Sin", "angles", "sin"), node("Add", "sample sin", "x")]
+    nodes = [
+        node("Mul", "timestep frequencies", "angles"),
+        node("Sin", "angles", "sin"),
+        node("Add", "sample sin", "x"),
+    ]
     constants = {
         "frequencies": np.float32(np.exp(-np.arange(width))),
         "split": np.array([-1, length, heads, width // heads]),

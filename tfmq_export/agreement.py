@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tfmq_export.bundle import Bundle
-from tfmq_export.program import DiffusionProgram
+from tfmq_export.program import TIMESTEP, DiffusionProgram
 from tfmq_export.ptq.simulate import Simulation
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.runtime.compare import sqnr_db
@@ -33,8 +33,8 @@ class Agreement:
     """The graph against fake-quant at one timestep.
 
     Attributes:
-        sqnr: Of the noise prediction, in lock-step, dB.
-        free_sqnr: The same when each side goes its own way, dB.
+        sqnr: In lock-step, dB: the lowest of any layer's result and of the noise prediction.
+        free_sqnr: Of the noise prediction, when each side goes its own way, dB.
         code_steps: Largest difference of any layer's result, in steps of its grid.
         mismatch_rate: Share of codes that differ.
         worst_layer: Where the largest difference is.
@@ -59,19 +59,20 @@ class LockStep:
         self._simulation = Simulation(program, recipe)
         self._recipe = recipe
         self._output = bundle.manifest.output
+        (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
         with tempfile.TemporaryDirectory() as folder:
             self._runner = OrtRunner(_with_layer_results(bundle, recipe, Path(folder)), integer=False)
 
     def compare(self, inputs: Mapping[str, Tensor]) -> Agreement:
         """Compare on one set of model inputs, by name in the program's order."""
-        results = self._runner.infer(_feeds(inputs))
+        results = self._runner.infer(_feeds(inputs, self._timestep))
         free = self._simulation(inputs)
         graph = results.pop(self._output)
         watcher = _Synchronizer(results)
         synchronized = self._simulation(inputs, watcher)
         worst = max(watcher.steps, key=lambda path: watcher.steps[path], default="")
         return Agreement(
-            sqnr=sqnr_db(synchronized.numpy(), graph),
+            sqnr=min([sqnr_db(synchronized.numpy(), graph), *watcher.sqnr]),
             free_sqnr=sqnr_db(free.numpy(), graph),
             code_steps=watcher.steps.get(worst, 0.0),
             mismatch_rate=watcher.differing / max(watcher.compared, 1),
@@ -85,6 +86,7 @@ class _Synchronizer:
     def __init__(self, results: Mapping[str, NDArray[Any]]) -> None:
         self._results = results
         self.steps: dict[str, float] = {}
+        self.sqnr: list[float] = []
         self.differing = self.compared = 0
 
     def __call__(self, layer: LayerRecipe, ours: Tensor) -> Tensor:
@@ -93,6 +95,7 @@ class _Synchronizer:
         theirs = torch.from_numpy(np.asarray(self._results[layer.name]))
         distance = (ours - theirs).abs() / code_step(layer)
         self.steps[layer.path] = float(distance.max())
+        self.sqnr.append(sqnr_db(ours.numpy(), theirs.numpy()))
         self.differing += int((distance > ROUNDING).sum())
         self.compared += distance.numel()
         return theirs
@@ -120,6 +123,9 @@ def _with_layer_results(bundle: Bundle, recipe: QuantRecipe, folder: Path) -> Pa
     return path
 
 
-def _feeds(inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
-    """Graph inputs: the graph takes timesteps as a vector."""
-    return {name: value.reshape(-1).numpy() if value.ndim == 0 else value.numpy() for name, value in inputs.items()}
+def _feeds(inputs: Mapping[str, Tensor], timestep: str) -> dict[str, NDArray[Any]]:
+    """Graph inputs: the graph takes timesteps as a vector, of one where one serves the batch."""
+    feeds = {name: value.numpy() for name, value in inputs.items()}
+    steps = feeds[timestep].reshape(-1)
+    feeds[timestep] = steps[:1] if (steps == steps[0]).all() else steps
+    return feeds

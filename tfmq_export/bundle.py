@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.errors import LoadError
+from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.timesteps import TimestepSet
 
 SCHEMA = 1
@@ -184,7 +184,7 @@ def open_bundle(root: Path) -> Bundle:
         if data["schema"] != SCHEMA:
             raise LoadError(f"{path}: schema {data['schema']}, this version reads {SCHEMA}; compile the model again")
         return Bundle(root, _manifest_from(data))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadError(f"{path}: not a readable manifest ({error!r}); compile the model again") from error
 
 

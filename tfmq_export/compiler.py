@@ -18,8 +18,8 @@ from tfmq_export.errors import ConfigError, RecipeError
 from tfmq_export.export import export_onnx
 from tfmq_export.models.factory import describe
 from tfmq_export.models.load import Source, load
-from tfmq_export.output import check_output, replaced_folder
-from tfmq_export.passes.base import PassReport, run_passes
+from tfmq_export.output import replaced_folder
+from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import dump_to, export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.pictures import save_comparison
@@ -78,20 +78,19 @@ def compile_model(
     config = config or CompileConfig()
     stages = _Timed(progress or Silent())
     root = Path(output)
-    check_output(root)
     target = find_target(config.target)
     with stages.stage("Loading"):
         denoiser = _load(model)
-    with stages.stage("Capturing the graph"):
-        program = capture(denoiser)
-    made = load_recipe(recipe) if recipe is not None else _quantize(denoiser, program, config, target, stages)
-    _check_recipe(made, program, denoiser)
-    with stages.stage("Rewriting the graph"):
-        graph = import_graph(export_onnx(program))
-        after = dump_to(dump_dir) if dump_dir is not None else None
-        passes = passes_for(made, target, sample=denoiser.sample, timestep=denoiser.timestep)
-        reports: tuple[PassReport, ...] = run_passes(graph, passes, after)
     with replaced_folder(root) as partial:
+        with stages.stage("Capturing the graph"):
+            program = capture(denoiser)
+        made = load_recipe(recipe) if recipe is not None else _quantize(denoiser, program, config, target, stages)
+        _check_recipe(made, program, denoiser)
+        with stages.stage("Rewriting the graph"):
+            graph = import_graph(export_onnx(program))
+            after = dump_to(dump_dir) if dump_dir is not None else None
+            passes = passes_for(made, target, sample=denoiser.sample, timestep=denoiser.timestep)
+            reports = run_passes(graph, passes, after)
         with stages.stage("Writing"):
             bundle = emit(partial, denoiser, made, target, export_model(graph), reports)
         subject = Subject(denoiser, program, made, bundle)

@@ -88,7 +88,9 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> CompileConfig:
             values = tomllib.loads(path.read_text("utf-8"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not readable TOML: {error}") from error
-    thresholds = {**values.pop("thresholds", {})}
+    thresholds = values.pop("thresholds", {})
+    if not isinstance(thresholds, dict):
+        raise ConfigError(f"{path}: thresholds: expected a table [thresholds], got {thresholds!r}")
     for key, value in flags.items():
         if value is not None:
             group, _, inner = key.partition(".")

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tfmq_export.bundle import SamplerInfo
+from tfmq_export.errors import ConfigError, ExportError
 from tfmq_export.timesteps import TimestepSet
 
 Conditioning = Mapping[str, Tensor]
@@ -101,7 +103,17 @@ class Denoiser:
         return {name: values[torch.arange(images) % len(values)] for name, values in self.conditioning.items()}
 
     def inputs(self, sample: Tensor, timestep: Any, conditioning: Conditioning) -> dict[str, Tensor]:
-        """Arguments of ``module.forward`` by name, in its order."""
+        """Arguments of ``module.forward`` by name, in the order of the example inputs.
+
+        Raises:
+            ConfigError: the sampler gave other conditioning than the module takes.
+        """
+        if conditioning.keys() != self.conditioning.keys():
+            names = [", ".join(sorted(given)) or "nothing" for given in (conditioning, self.conditioning)]
+            raise ConfigError(
+                f"the sampler calls denoise with {names[0]} as conditioning, the module takes {names[1]}; "
+                "pass on what the sampler was given, by name"
+            )
         given = {
             self.sample: sample,
             self.timestep: self.timestep_like_example(timestep, len(sample)),
@@ -128,8 +140,8 @@ class Denoiser:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The prediction: the first tensor a module returns."""
-    while isinstance(output, (tuple, list)):
-        output = output[0]
-    assert isinstance(output, Tensor)
-    return output
+    """The prediction: the first tensor a module returns, alone or in tuples, lists and dicts."""
+    found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    if found is None:
+        raise ExportError(f"forward() returns {type(output).__name__} without a tensor; return the prediction")
+    return found

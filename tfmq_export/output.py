@@ -1,6 +1,5 @@
 """Writing a folder so that it is there whole or not at all."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,31 +10,25 @@ from tfmq_export.bundle import is_bundle
 from tfmq_export.errors import OutputError
 
 
-def check_output(path: Path) -> None:
-    """Refuse a place we must not write to, before any work is done.
-
-    Raises:
-        OutputError: something that is no bundle stands there, or the folder above is not writable.
-    """
+def _check(path: Path) -> None:
+    """Refuse a place we must not write to."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(f"{path}: exists and is not a folder; choose another -o")
     if path.is_dir() and any(path.iterdir()) and not is_bundle(path):
         raise OutputError(f"{path}: holds files that are no bundle of tfmq-export; choose another -o")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{parent}: not writable; choose another -o")
 
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place at the end, and is gone if anything fails.
 
+    Enter it before long work, so that a place that cannot be written is refused at once.
+
     Raises:
-        OutputError: the disk is full or refuses.
+        OutputError: something that is no bundle stands there, or the disk is full or refuses.
     """
     path = path.absolute()
+    _check(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))

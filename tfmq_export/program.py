@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tfmq_export.denoiser import Denoiser
@@ -65,6 +66,7 @@ class Operation:
         kind: "conv" or "linear".
         input: Name of the value it reads.
         weight: Name of its weight's node.
+        bias: Name of its bias's node, or None.
         macs: Multiply-accumulates for one sample.
         roles: What its result depends on.
     """
@@ -74,6 +76,7 @@ class Operation:
     kind: str
     input: str
     weight: str
+    bias: str | None
     macs: int
     roles: frozenset[str]
 
@@ -133,6 +136,7 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     module = exported.module(check_guards=False)
     if not isinstance(module, fx.GraphModule):
         raise ExportError("torch.export returned no graph module; this torch version is not supported")
+    _keep_prediction(module)
     roles = {
         name: SAMPLE if name == denoiser.sample else TIMESTEP if name == denoiser.timestep else CONDITIONING
         for name in denoiser.example_inputs
@@ -141,8 +145,11 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     depends = dependences(module.graph, roles)
     operations, left_float = _classify(_operations(module.graph, depends), depends)
     features = _temporal_features(module.graph, depends)
-    temporal = sum(op.macs for op in _operations(module.graph, depends) if op.roles == {TIMESTEP})
-    macs = _count_macs(module, denoiser.example_inputs) - temporal
+    merged = _optimize(program, [op.name for op in operations] + [feature.name for feature in features])
+    _merge(module, merged)
+    operations = tuple(op for op in operations if op.name not in merged)
+    features = tuple(feature for feature in features if feature.name not in merged)
+    macs = _count_macs(module, denoiser.example_inputs, depends)
     logger.info("captured %d nodes, %d operations to quantize", len(module.graph.nodes), len(operations))
     return DiffusionProgram(
         program, module, operations, left_float, features, macs, roles, _fingerprint(module, exported)
@@ -204,7 +211,7 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
         with warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx"):
             warnings.simplefilter("ignore")
             exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=dynamic, strict=False)
-            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
+            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     except Exception as error:  # torch.export has no common base; whatever it raises comes from the model
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(
@@ -213,6 +220,52 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
         ) from error
     assert program is not None
     return program
+
+
+def _keep_prediction(module: fx.GraphModule) -> None:
+    """Drop every result but the first tensor, and what computes only them."""
+    graph = module.graph
+    (output,) = graph.find_nodes(op="output")
+    results = [leaf for leaf in tree_leaves(output.args) if isinstance(leaf, fx.Node)]
+    if not results:
+        raise ExportError("forward() returns no tensor that depends on its inputs; return the prediction")
+    output.args = (results[0],)
+    graph.set_codegen(fx.graph.CodeGen())  # inputs and output are flat now
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _optimize(program: torch.onnx.ONNXProgram, names: Iterable[str]) -> dict[str, str]:
+    """Simplify the ONNX graph around the named values, which passes look up later.
+
+    The exporter's optimizer renames, merges and fuses at will (a convolution disappears into the batch
+    norm behind it), but it leaves graph outputs alone: so the named values are outputs meanwhile.
+
+    Returns:
+        Values it found equal to another, and that other (a layer called twice on one input).
+    """
+    outputs = program.model.graph.outputs
+    prediction = outputs[0]
+    values = {value.name: value for node in program.model.graph for value in node.outputs}
+    outputs[:] = [prediction, *(values[name] for name in names if name in values and values[name] is not prediction)]
+    program.optimize()
+    merged = {}
+    for value in outputs:
+        node = value.producer()
+        source = node.inputs[0] if node is not None and node.op_type == "Identity" else None
+        if source is not None and source in outputs:
+            merged[str(value.name)] = str(source.name)
+    outputs[:] = [outputs[0]]
+    return merged
+
+
+def _merge(module: fx.GraphModule, merged: Mapping[str, str]) -> None:
+    """Compute equal values once, as the ONNX graph does."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    for name, kept in merged.items():
+        nodes[name].replace_all_uses_with(nodes[kept])
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 @contextmanager
@@ -228,15 +281,17 @@ def _quiet(logger_name: str) -> Iterator[None]:
 
 
 def _check_batch(module: fx.GraphModule, denoiser: Denoiser) -> None:
-    for node in module.graph.nodes:
-        if node.op == "placeholder" and node.name == denoiser.sample:
-            if isinstance(node.meta["val"].shape[0], int):
-                raise ExportError(
-                    f"{denoiser.source}: forward() fixes the batch size to {node.meta['val'].shape[0]}; "
-                    "use x.shape[0] where a literal or int(...) stands for the batch"
-                )
-            return
-    raise ExportError(f"{denoiser.source}: forward() does not use its argument {denoiser.sample!r}")
+    samples = [node for node in module.graph.find_nodes(op="placeholder") if node.name == denoiser.sample]
+    if not samples or not samples[0].users:
+        raise ExportError(f"{denoiser.source}: forward() does not use its argument {denoiser.sample!r}")
+    (output,) = module.graph.find_nodes(op="output")
+    for node in (samples[0], output.args[0]):
+        shape = node.meta["val"].shape
+        if not shape or isinstance(shape[0], int):
+            raise ExportError(
+                f"{denoiser.source}: forward() fixes the batch size ({node.name} has shape {list(shape)}); "
+                "use x.shape[0] where a literal or int(...) stands for the batch"
+            )
 
 
 def _operations(graph: fx.Graph, depends: Mapping[str, frozenset[str]]) -> list[Operation]:
@@ -252,9 +307,10 @@ def _operations(graph: fx.Graph, depends: Mapping[str, frozenset[str]]) -> list[
         positions = _per_sample(source if transposed else node)
         per_position = weight.meta["val"].numel() // shape[0]  # multiplications for one output (or transposed input)
         kind = "conv_transpose" if transposed else KINDS[node.target]
+        bias = node.args[2].name if len(node.args) > 2 and isinstance(node.args[2], fx.Node) else None
         macs = positions * per_position
         roles = depends[node.name]
-        found.append(Operation(node.name, module_path(node), kind, source.name, weight.name, macs, roles))
+        found.append(Operation(node.name, module_path(node), kind, source.name, weight.name, bias, macs, roles))
     return found
 
 
@@ -279,6 +335,8 @@ def _classify(
             left.append((op, "no backend runs a transposed convolution in integers"))
         elif depends[op.weight]:
             left.append((op, f"its weight is computed from the {', '.join(sorted(depends[op.weight]))}"))
+        elif op.bias is not None and depends[op.bias]:
+            left.append((op, f"its bias is computed from the {', '.join(sorted(depends[op.bias]))}"))
         elif TIMESTEP in op.roles and SAMPLE not in op.roles:
             left.append((op, "modulation: computed once per image from timestep and conditioning"))
         else:
@@ -324,7 +382,9 @@ def _behind_layout(node: fx.Node, temporal: set[fx.Node]) -> fx.Node:
     return node
 
 
-def _count_macs(module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> int:
+def _count_macs(module: fx.GraphModule, inputs: Mapping[str, Tensor], depends: Mapping[str, frozenset[str]]) -> int:
+    """For one sample, without the layers of the temporal block."""
+
     def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
@@ -333,7 +393,13 @@ def _count_macs(module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> int:
     batch = max(len(value) for value in inputs.values() if value.ndim)
     with torch.no_grad(), counter:
         module(**inputs)
-    return counter.get_total_flops() // (2 * batch)
+    total = counter.get_total_flops() // 2
+    nodes = {node.name: node for node in module.graph.nodes}
+    for op in _operations(module.graph, depends):
+        if op.roles == {TIMESTEP}:
+            has_batch = not isinstance(nodes[op.name].meta["val"].shape[0], int)
+            total -= op.macs * (batch if has_batch else 1)
+    return total // batch
 
 
 def _fingerprint(module: fx.GraphModule, exported: torch.export.ExportedProgram) -> str:

@@ -50,6 +50,9 @@ class LayerRecipe:
             raise RecipeError(f"{self.path}: weight zero points must be 0")
         if self.weight_codes.min() < self.weight.spec.qmin or self.weight_codes.max() > self.weight.spec.qmax:
             raise RecipeError(f"{self.path}: weight codes leave the {self.weight.spec.bits}-bit grid")
+        for grid in (self.input, self.output):
+            if grid is not None and (grid.spec.signed or grid.spec.axis is not None):
+                raise RecipeError(f"{self.path}: activations need an unsigned grid with one scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,10 @@ class TemporalTable:
     path: str
     rows: NDArray[np.float32]
     per_sample: bool
+
+    def __post_init__(self) -> None:
+        if self.rows.dtype != np.float32:
+            raise RecipeError(f"{self.path}: a table must be float32, got {self.rows.dtype}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

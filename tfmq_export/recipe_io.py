@@ -32,7 +32,11 @@ def save_recipe(recipe: QuantRecipe, folder: Path) -> None:
         "layers": [_save_layer(layer, arrays) for layer in recipe.layers],
         "kept_float": [{"name": x.name, "path": x.path, "macs": x.macs, "reason": x.reason} for x in recipe.kept_float],
     }
-    save_file(arrays, folder / "recipe.safetensors")
+    try:
+        # Row by row: safetensors writes memory as it lies and would transpose a transposed array.
+        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, folder / "recipe.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"{folder / 'recipe.safetensors'}: {error}") from error
     (folder / "recipe.safetensors").chmod(0o644)  # safetensors writes 0600
     (folder / "recipe.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
@@ -60,7 +64,8 @@ def load_recipe(path: Path) -> QuantRecipe:
             provenance=document["provenance"],
         )
     except FileNotFoundError as error:
-        raise RecipeError(f"{error.filename}: no such file; --recipe takes a bundle or its tfmq/ folder") from error
+        missing = error.filename or folder / "recipe.safetensors"  # safetensors does not say
+        raise RecipeError(f"{missing}: no such file; --recipe takes a bundle or its tfmq/ folder") from error
     except TfmqError as error:
         raise RecipeError(f"{folder}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -1,26 +1,35 @@
-"""Time the DDPM CIFAR-10 UNet (36 M parameters, random weights) in ONNX Runtime: float against compiled.
+"""Time the DDPM CIFAR-10 U-Net (36 M parameters, random weights): ONNX Runtime fp32 against our presets.
 
-    python tools/bench_ddpm.py FLOAT.onnx COMPILED.onnx [--threads 1] [--rounds 60]
+    python tools/bench_ddpm.py [--threads 1] [--rounds 40] [--presets w8a8 w4a8 w4a6]
 
-Speed does not depend on the values of the weights, so nothing is downloaded. The models take turns: a busy
-machine then slows both, and the ratio of their minima holds.
+Speed does not depend on the values of the weights, so nothing is downloaded. The fp32 baseline is the plain
+export of the model. All candidates take turns in one run, so that a busy machine slows them alike.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Mapping
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
-from diffusers import UNet2DModel
-from numpy.typing import NDArray
+from diffusers import DDIMScheduler, UNet2DModel
+
+from tfmq_export.compiler import compile_model
+from tfmq_export.config import CompileConfig, Thresholds
+from tfmq_export.export import export_onnx
+from tfmq_export.models.load import Source, load
+from tfmq_export.passes.graph import save_model
+from tfmq_export.program import capture
+from tfmq_export.runtime.benchmark import speedups, time_interleaved
+from tfmq_export.runtime.ort_runner import OrtRunner, version
+
+STEPS = 4  # enough to calibrate random weights
+NO_GATE = Thresholds(psnr=-100.0, sqnr=-100.0)  # random weights draw no images worth comparing
 
 
 def ddpm_cifar10(seed: int = 0) -> UNet2DModel:
-    """The UNet of google/ddpm-cifar10-32 with random weights."""
+    """The U-Net of google/ddpm-cifar10-32 with random weights."""
     torch.manual_seed(seed)
     return UNet2DModel(
         sample_size=32,
@@ -40,60 +49,43 @@ def ddpm_cifar10(seed: int = 0) -> UNet2DModel:
     ).eval()
 
 
-def session(path: Path, threads: int) -> ort.InferenceSession:
-    """Open a model on the CPU with every graph optimization, as shipped bundles are run."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def feeds(model: ort.InferenceSession, batch: int) -> dict[str, NDArray]:
-    """Noise for float inputs, 0 for the timestep or its row."""
-    rng = np.random.default_rng(0)
-    values: dict[str, NDArray] = {}
-    for tensor in model.get_inputs():
-        shape = [size if isinstance(size, int) else batch for size in tensor.shape]
-        is_float = tensor.type == "tensor(float)"
-        values[tensor.name] = rng.standard_normal(shape, np.float32) if is_float else np.zeros(shape, np.int64)
-    return values
-
-
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each run, one after the other in every round, after one round to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for position in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if position > 0:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
-def runner(path: Path, threads: int, batch: int) -> Callable[[], object]:
-    """One inference of a model, ready to be timed."""
-    model = session(path, threads)
-    values = feeds(model, batch)
-    return lambda: model.run(None, values)
-
-
 def main() -> None:
-    """Print one line per model."""
+    """Compile, time, print one line per candidate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=Path, help="the first is what the others are compared with")
+    parser.add_argument("--presets", nargs="+", default=["w8a8", "w4a8", "w4a6"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--batch", type=int, default=1)
     args = parser.parse_args()
 
-    runs = {str(path): runner(path, args.threads, args.batch) for path in args.models}
-    times = interleaved(runs, args.rounds)
-
-    reference = min(times[str(args.models[0])])
-    for name, samples in times.items():
-        best = min(samples)
-        print(f"{name}: min {best:.2f} ms, median {statistics.median(samples):.2f} ms, {reference / best:.2f}x")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ddpm_cifar10().save_pretrained(folder / "model")
+        DDIMScheduler().save_config(folder / "model")
+        source = Source(folder / "model", steps=STEPS)
+        save_model(export_onnx(capture(load(source))), folder / "fp32.onnx")
+        models = {"fp32": folder / "fp32.onnx"}
+        for preset in args.presets:
+            config = CompileConfig(preset=preset, calibration_images=1, validation_images=1, thresholds=NO_GATE)
+            made = compile_model(source, folder / preset, config)
+            models[preset] = made.bundle.model
+            print(f"{preset}: compiled in {sum(made.seconds.values()):.0f} s, {made.validation.receipt.counts('conv')}")
+        rng = np.random.default_rng(0)
+        feeds = {
+            "sample": rng.standard_normal((args.batch, 3, 32, 32), np.float32),
+            "timestep": np.zeros(args.batch, np.int64),
+        }
+        runners = {candidate: OrtRunner(path, threads=args.threads) for candidate, path in models.items()}
+        timings = time_interleaved(
+            {candidate: partial(runner.infer, feeds) for candidate, runner in runners.items()}, rounds=args.rounds
+        )
+        ratios = speedups(timings, "fp32")
+        print(
+            f"onnxruntime {version()}, {args.threads} thread(s), batch {args.batch}, {args.rounds} interleaved rounds"
+        )
+        for candidate, timing in timings.items():
+            megabytes = models[candidate].stat().st_size / 1e6
+            print(f"{candidate:6} {timing.median * 1e3:8.2f} ms  {ratios[candidate]:.2f}x  {megabytes:7.1f} MB")
 
 
 if __name__ == "__main__":

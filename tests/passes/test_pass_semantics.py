@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx_graphs import graph_of, infer
-from toy_nets import Feeds, Net, conv_net, observe, per_channel, recipe_for, token_net, vector_net
+from toy_nets import Feeds, Net, conv_net, observe, recipe_for, token_net, vector_net
 
 from tfmq_export import passes as package
 from tfmq_export.passes.base import Pass, PassReport, Semantics, run_passes
@@ -72,7 +72,9 @@ def rewrites() -> tuple[Rewrite, ...]:
 
 
 def pass_classes() -> list[type[Pass]]:
-    modules = [importlib.import_module(f"{package.__name__}.{item.name}") for item in pkgutil.iter_modules(package.__path__)]
+    modules = [
+        importlib.import_module(f"{package.__name__}.{item.name}") for item in pkgutil.iter_modules(package.__path__)
+    ]
     members = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
     return sorted(
         (x for x in members if issubclass(x, Pass) and not inspect.isabstract(x)), key=lambda item: item.__name__
@@ -162,7 +164,9 @@ def test_every_pass_is_held_to_its_semantics(kind: type[Pass]) -> None:
     mine = [rewrite for rewrite in rewrites() if rewrite.report.name == kind.__name__]
 
     assert mine, f"{kind.__name__} is in none of the chains above; give it a case"
-    assert kind is CheckModel or any(rewrite.report.changed for rewrite in mine), "a pass that does nothing proves nothing"
+    assert kind is CheckModel or any(rewrite.report.changed for rewrite in mine), (
+        "a pass that does nothing proves nothing"
+    )
     for rewrite in mine:
         for row in range(len(rewrite.recipe.tib.timesteps)):
             HOLDS[kind.semantics](rewrite, row)
@@ -191,4 +195,3 @@ def test_the_bound_on_errors_is_not_vacuous() -> None:
             weight = net.layers[layer.name].weight
             reach = np.abs(weight.reshape(len(weight), -1)).sum(1) * layer.input.scale * layer.input.spec.qmax
             assert (largest_error(layer, weight) < 0.05 * reach).all()
-            assert per_channel(layer.weight.scale, weight.ndim).shape[0] == len(weight)

@@ -73,6 +73,7 @@ def tiny_bundle(tmp_path: Path) -> Callable[..., Path]:
             timesteps=TimestepSet(TIMESTEPS),
             sampler=SamplerInfo("DDIMScheduler", len(TIMESTEPS)),
             macs=0,
+            weight_bytes=0,
             integer_share=0.0,
             layers=(),
             passes=(),

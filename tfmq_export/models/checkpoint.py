@@ -2,7 +2,7 @@
 
 import os
 import pickle
-import zipfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tfmq_export.errors import LoadError
 from tfmq_export.models.diffusers_model import PromptSet, build
-from tfmq_export.models.folder import first_line
 
 FORMAT = "tfmq-export model"
 VERSION = 1
@@ -26,16 +25,16 @@ def read_tensors(path: Path) -> Any:
     if not path.is_file():
         raise LoadError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) or b"Unsupported" in str(error).encode() or "weights_only" in str(error):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, pickle.UnpicklingError) and "eights" in str(error):  # "Weights only load failed"
             raise LoadError(
                 f"{path}: holds pickled Python objects, which could run code when loaded, so it was not; "
                 "save plain tensors (model.state_dict()) and use --factory, or pack a diffusers folder with tfmq-pack"
             ) from error
-        raise LoadError(f"{path}: not a file torch.save wrote, or truncated: {first_line(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise LoadError(f"{path}: not a file torch.save wrote, or truncated: {first_line(error)}") from error
+        raise LoadError(f"{path}: truncated, or not a file that torch.save wrote; save or download it again") from error
 
 
 def read_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any], PromptSet]:

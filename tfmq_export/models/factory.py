@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ def describe(module: nn.Module, description: Description, steps: int | None, sou
             raise ConfigError(f"Description.{role} is {name!r}, but example_inputs has {', '.join(inputs)}")
     if len(inputs[description.sample]) != 2:
         raise ConfigError("Description.example_inputs needs a batch of 2: a batch of 1 would be taken for a constant")
+    if inputs[description.timestep].shape not in ((), (2,)):
+        raise ConfigError(
+            f"the example timestep has shape {list(inputs[description.timestep].shape)}; "
+            "let forward() take one number, [], or one per sample, [batch]"
+        )
     others = set(inputs) - {description.sample, description.timestep}
     if missing := others - set(description.conditioning):
         raise ConfigError(
@@ -72,6 +78,7 @@ def describe(module: nn.Module, description: Description, steps: int | None, sou
         )
     if strange := set(description.conditioning) - others:
         raise ConfigError(f"Description.conditioning names {', '.join(sorted(strange))}, not among example_inputs")
+    _check_conditioning(description, inputs)
     timesteps, sampler, info, scheduler = _sampler(description, steps)
     if timesteps.real != inputs[description.timestep].is_floating_point():
         kinds = ("float", "integer") if timesteps.real else ("integer", "float")
@@ -91,6 +98,24 @@ def describe(module: nn.Module, description: Description, steps: int | None, sou
         scheduler_config=scheduler,
         source=source,
     )
+
+
+def _check_conditioning(description: Description, inputs: Mapping[str, Tensor]) -> None:
+    for name, values in description.conditioning.items():
+        example = inputs[name]
+        if len(example) != len(inputs[description.sample]):
+            raise ConfigError(f"Description.example_inputs: {name} has a batch of {len(example)}, the sample of 2")
+        if values.dtype != example.dtype or values.shape[1:] != example.shape[1:]:
+            kinds = [f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in (values, example)]
+            raise ConfigError(f"Description.conditioning of {name} is {kinds[0]}, its example input {kinds[1]}")
+    for name, value in description.unconditional.items():
+        if name not in description.conditioning:
+            raise ConfigError(f"Description.unconditional names {name}, not among the conditioning")
+        wanted = description.conditioning[name].shape[1:]
+        if value.shape != wanted:
+            raise ConfigError(
+                f"Description.unconditional value of {name} is {list(value.shape)}, needs {list(wanted)}: no batch axis"
+            )
 
 
 def _sampler(

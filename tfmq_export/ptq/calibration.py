@@ -47,6 +47,7 @@ class _Watcher(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, watched: frozenset[str], look: Callable[[str, Tensor], None]) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # it would append lines to our own errors
         self.watched, self.look = watched, look
 
     def run_node(self, n: fx.Node) -> Any:

@@ -60,7 +60,7 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.features:
-            return self.features[n.name]
+            return self.features[n.name].to(n.meta["val"].dtype)
         layer = self.layers.get(n.name)
         if layer is None:
             return super().run_node(n)

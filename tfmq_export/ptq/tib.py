@@ -18,12 +18,15 @@ class _Float64(fx.Interpreter):
     """Runs the graph in float64, whatever precision it was written in."""
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        return _widened(super().run_node(n))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = torch.utils._pytree.tree_map(_double, (args, kwargs))
         return super().call_function(target, args, kwargs)
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _double(argument: Any) -> Any:
@@ -37,10 +40,10 @@ def tabulate(program: DiffusionProgram, denoiser: Denoiser) -> TibRecipe:
     nodes = [node for node in program.module.graph.nodes if node.name in wanted]
     (timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
     # The sample lends its batch of one; its data reaches no temporal feature.
-    feeds = {name: value[:1] if value.ndim else value for name, value in denoiser.example_inputs.items()}
+    feeds = {name: _widened(value[:1] if value.ndim else value) for name, value in denoiser.example_inputs.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for value in denoiser.timesteps.values:
-        feeds[timestep] = denoiser.timestep_like_example(value, 1)
+        feeds[timestep] = _widened(denoiser.timestep_like_example(value, 1))
         for name, row in evaluate(program.module, nodes, feeds, _Float64).items():
             rows[name].append(row)
     tables = [

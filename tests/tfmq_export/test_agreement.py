@@ -1,0 +1,143 @@
+"""The agreement check itself: high where graph and recipe agree, low where any one number differs."""
+
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from handwritten import FACTORIES, captured
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from tfmq_export.agreement import Agreement, LockStep
+from tfmq_export.bundle import Bundle
+from tfmq_export.config import Thresholds, find_preset
+from tfmq_export.emit import emit
+from tfmq_export.export import export_onnx
+from tfmq_export.passes.base import run_passes
+from tfmq_export.passes.graph import export_model, import_graph
+from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.ptq.calibration import CalibrationSet, calibrate
+from tfmq_export.ptq.quantize import QuantPlan, quantize
+from tfmq_export.ptq.tib import tabulate
+from tfmq_export.recipe import QuantRecipe
+from tfmq_export.target import find_target
+
+AGREED = Thresholds().agreement
+
+
+def silent(done: int, total: int) -> None:
+    pass
+
+
+@functools.cache
+def exported(name: str, preset: str) -> tuple[tempfile.TemporaryDirectory, Bundle, QuantRecipe, CalibrationSet]:
+    denoiser, program = captured(name)
+    bits, target = find_preset(preset), find_target("ort-cpu")
+    calibration = calibrate(program, denoiser, images=2, seed=0, progress=silent)
+    plan = QuantPlan(preset, bits.weight_bits, bits.activation_bits, quantized_outputs=target.quantized_outputs)
+    recipe = quantize(program, calibration, tabulate(program, denoiser), plan, {}, silent)
+    graph = import_graph(export_onnx(program))
+    reports = run_passes(graph, passes_for(recipe, target, sample=denoiser.sample, timestep=denoiser.timestep))
+    folder = tempfile.TemporaryDirectory()
+    bundle = emit(Path(folder.name), denoiser, recipe, target, export_model(graph), reports)
+    return folder, bundle, recipe, calibration
+
+
+def compare(name: str, bundle: Bundle, recipe: QuantRecipe, calibration: CalibrationSet) -> list[Agreement]:
+    lock_step = LockStep(captured(name)[1], recipe, bundle)
+    return [lock_step.compare(step.inputs) for step in calibration.steps]
+
+
+def tampered(bundle: Bundle, root: Path, initializer: str, change: Callable[[NDArray], NDArray]) -> Bundle:
+    """A copy of a bundle in which one initializer of the graph is another."""
+    shutil.copytree(bundle.root, root)
+    copy = Bundle(root, bundle.manifest)
+    model = onnx.load(copy.model)
+    (found,) = (x for x in model.graph.initializer if x.name == initializer)
+    before = numpy_helper.to_array(found)
+    after = change(before.copy()).astype(before.dtype)
+    assert not np.array_equal(before, after)
+    found.CopyFrom(numpy_helper.from_array(after, initializer))
+    onnx.save(model, copy.model)
+    return copy
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a6"])
+@pytest.mark.parametrize("name", list(FACTORIES))
+def test_graph_and_fake_quant_agree_at_every_timestep(name: str, preset: str) -> None:
+    _, bundle, recipe, calibration = exported(name, preset)
+
+    found = compare(name, bundle, recipe, calibration)
+
+    assert len(found) == len(captured(name)[0].timesteps)
+    assert min(agreement.sqnr for agreement in found) >= AGREED
+    # Every segment starts from the same numbers: at most a tie here and there falls to the other side.
+    assert max(agreement.mismatch_rate for agreement in found) < 0.01
+
+
+def negate_largest(codes: NDArray) -> NDArray:
+    at = np.unravel_index(np.abs(codes.astype(int)).argmax(), codes.shape)
+    codes[at] = -np.clip(codes[at].astype(int), -127, 127)
+    return codes
+
+
+def spoil_one_row(rows: NDArray) -> NDArray:
+    rows[1] += 0.5
+    return rows
+
+
+# A layer in the middle of each model: what comes after it runs on the graph's own numbers, so only a check
+# of every layer sees it.
+MIDDLE = {"film_unet": "mid.first", "dit": "blocks.0.mlp.0", "edm": "down"}
+
+
+@pytest.mark.parametrize("name", list(FACTORIES))
+@pytest.mark.parametrize(
+    ("suffix", "change"),
+    [
+        ("weight_codes", negate_largest),
+        ("weight_scale", lambda scale: scale * 1.5),
+    ],
+)
+def test_one_wrong_number_of_one_layer_shows(
+    name: str, suffix: str, change: Callable[[NDArray], NDArray], tmp_path: Path
+) -> None:
+    _, bundle, recipe, calibration = exported(name, "w8a8")
+    (layer,) = (layer for layer in recipe.layers if layer.path == MIDDLE[name])
+
+    found = compare(name, tampered(bundle, tmp_path / "out", f"{layer.name}.{suffix}", change), recipe, calibration)
+
+    assert max(agreement.sqnr for agreement in found) < AGREED - 10
+    assert {agreement.worst_layer for agreement in found} == {layer.path}
+
+
+@pytest.mark.parametrize("name", list(FACTORIES))
+def test_one_wrong_activation_scale_shows(name: str, tmp_path: Path) -> None:
+    _, bundle, recipe, calibration = exported(name, "w8a8")
+    (layer,) = (layer for layer in recipe.layers if layer.path == MIDDLE[name])
+    graph = onnx.load(bundle.model).graph
+    producers = {value: node for node in graph.node for value in node.output}
+    (node,) = (node for node in graph.node if node.name == f"node_{layer.name}")
+    scale = producers[node.input[0]].input[1]
+
+    found = compare(name, tampered(bundle, tmp_path / "out", scale, lambda s: s * 0.25), recipe, calibration)
+
+    assert max(agreement.sqnr for agreement in found) < AGREED - 10
+
+
+@pytest.mark.parametrize("name", list(FACTORIES))
+def test_one_wrong_table_row_shows_at_its_timestep_only(name: str, tmp_path: Path) -> None:
+    _, bundle, recipe, calibration = exported(name, "w8a8")
+    table = max(recipe.tib.tables, key=lambda table: table.rows.size)
+
+    found = compare(
+        name, tampered(bundle, tmp_path / "out", f"temporal.{table.name}.table", spoil_one_row), recipe, calibration
+    )
+
+    spoiled = [agreement.sqnr < AGREED - 10 for agreement in found]
+    assert spoiled == [row == 1 for row in range(len(spoiled))]

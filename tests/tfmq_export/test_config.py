@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from tfmq_export.config import PRESETS, CompileConfig, find_preset, load_config
+from tfmq_export.errors import ConfigError
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "tfmq.toml"
+    path.write_text(text)
+    return path
+
+
+def test_without_file_and_flags_the_defaults_hold() -> None:
+    assert load_config(None, {}) == CompileConfig()
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'preset = "w4a8"\nseed = 3\n[thresholds]\npsnr = 20.0\nssim = 0.5\n')
+
+    config = load_config(path, {"seed": 5, "thresholds.ssim": 0.9, "preset": None, "thresholds.psnr": None})
+
+    assert (config.preset, config.seed, config.target) == ("w4a8", 5, "ort-cpu")
+    assert (config.thresholds.psnr, config.thresholds.ssim) == (20.0, 0.9)
+    assert config.thresholds.agreement == CompileConfig().thresholds.agreement
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sed = 1", "unknown setting 'sed'; did you mean 'seed'?"),
+        ("calibration_image = 1", "unknown setting 'calibration_image'; did you mean 'calibration_images'?"),
+        ("[thresholds]\npsn = 1.0", "psn'; did you mean 'psnr'?"),
+        ("zzzzzz = 1", "unknown setting 'zzzzzz'"),
+        ('preset = "w8a9"', "unknown preset 'w8a9'; did you mean 'w8a8'?"),
+        ("seed = -1", "seed: Input should be greater than or equal to 0, got -1"),
+        ("calibration_images = 0", "calibration_images: "),
+        ('seed = "many"', "seed: "),
+        ('estimator = "median"', "estimator: "),
+        ("seed = ", "not readable TOML"),
+        pytest.param("thresholds = 5", "thresholds: "),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(toml(tmp_path, text), {})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_names_the_file(tmp_path: Path) -> None:
+    path = toml(tmp_path, "sed = 1")
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {})
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_an_unreadable_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "tfmq.toml"
+    if content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(ConfigError, match="not readable TOML"):
+        load_config(path, {})
+
+
+def test_a_flag_out_of_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match="calibration_images: "):
+        load_config(None, {"calibration_images": 0})
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("w8a9", "w8a8"), ("w4a7", "w4a"), ("fp16", "fp32"), ("W8A8", "w8a8")])
+def test_an_unknown_preset_suggests_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_preset(name)
+    assert f"unknown preset {name!r}; " in str(caught.value)
+    assert nearest in str(caught.value)
+
+
+def test_a_preset_like_no_other_lists_them_all() -> None:
+    with pytest.raises(ConfigError, match=f"there is {', '.join(PRESETS)}"):
+        find_preset("qqqqqq")
+
+
+def test_every_preset_is_usable() -> None:
+    for name, preset in PRESETS.items():
+        assert CompileConfig(preset=name).preset == name
+        assert (preset.weight_bits == 0) == (preset.activation_bits == 0) == (name == "fp32")
+
+
+def test_a_config_cannot_be_edited() -> None:
+    with pytest.raises(ValidationError):
+        CompileConfig().seed = 1

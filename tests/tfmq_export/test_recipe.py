@@ -1,0 +1,97 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from onnx_graphs import normal
+from toy_nets import activation_grid, layer_recipe, recipe_with
+
+from tfmq_export.errors import RecipeError
+from tfmq_export.recipe import FloatLayer, TemporalTable, TibRecipe
+from tfmq_export.spec import QParams, QuantSpec
+from tfmq_export.timesteps import TimestepSet
+
+X = activation_grid(np.float32([-1, 1]))
+CONV = layer_recipe("conv2d", "conv", normal(0, 4, 3, 3, 3), X, X)
+LINEAR = layer_recipe("linear", "linear", normal(0, 4, 3), X, bits=4)
+
+
+def grid(spec: QuantSpec, scale: object, zero_point: object) -> QParams:
+    return QParams(spec, np.asarray(scale, np.float32), np.asarray(zero_point, np.int32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "conv_transpose"}, "unknown kind of layer 'conv_transpose'"),
+        ({"weight_codes": CONV.weight_codes.astype(np.int32)}, "weight codes must be int8, got int32"),
+        ({"weight": grid(QuantSpec(8, axis=0), [1.0] * 3, [0] * 3)}, "one scale per output channel"),
+        ({"weight": grid(QuantSpec(8, axis=1), [1.0] * 4, [0] * 4)}, "one scale per output channel"),
+        ({"weight": grid(QuantSpec(8), 1.0, 0)}, "one scale per output channel"),
+        ({"weight": grid(QuantSpec(8, axis=0), [1.0] * 4, [0, 0, 0, 1])}, "weight zero points must be 0"),
+        ({"weight": grid(QuantSpec(4, axis=0), [1.0] * 4, [0] * 4)}, "weight codes leave the 4-bit grid"),
+    ],
+)
+def test_invalid_layers_cannot_exist(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=rf"net\.conv2d: .*{message}"):
+        replace(CONV, **changes)
+
+
+@pytest.mark.parametrize("end", ["input", "output"])
+@pytest.mark.parametrize(
+    "params",
+    [grid(QuantSpec(8), 1.0, -3), grid(QuantSpec(8, signed=False, axis=0), [1.0] * 3, [0] * 3)],
+    ids=["signed", "per channel"],
+)
+def test_activations_are_unsigned_with_one_scale(params: QParams, end: str) -> None:
+    with pytest.raises(RecipeError, match=r"net\.conv2d"):
+        replace(CONV, **{end: params})
+
+
+def test_a_table_is_float32() -> None:
+    with pytest.raises(RecipeError, match=r"net\.emb"):
+        TemporalTable("emb", "net.emb", np.zeros((3, 4)), True)
+
+
+@pytest.mark.parametrize("value", [-9, 8])
+def test_one_code_outside_four_bits_is_enough(value: int) -> None:
+    codes = LINEAR.weight_codes.copy()
+    codes[2, 1] = value
+
+    with pytest.raises(RecipeError, match="weight codes leave the 4-bit grid"):
+        replace(LINEAR, weight_codes=codes)
+
+
+def table(rows: np.ndarray) -> TemporalTable:
+    return TemporalTable("emb", "net.emb", rows.astype(np.float32), True)
+
+
+def test_a_table_has_one_row_per_timestep() -> None:
+    schedule = TimestepSet((2, 1, 0))
+
+    assert TibRecipe(schedule, (table(normal(0, 3, 4)),)).nbytes == 3 * 4 * 4
+    with pytest.raises(RecipeError, match=r"net\.emb: 2 rows for 3 timesteps"):
+        TibRecipe(schedule, (table(normal(0, 2, 4)),))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_table_is_finite(value: float) -> None:
+    rows = normal(0, 3, 4)
+    rows[1, 2] = value
+
+    with pytest.raises(RecipeError, match=r"net\.emb: the temporal table holds NaN or infinity"):
+        TibRecipe(TimestepSet((2, 1, 0)), (table(rows),))
+
+
+def test_shares_are_weighted_by_work_and_by_size() -> None:
+    recipe = recipe_with([replace(CONV, macs=600), replace(LINEAR, macs=100)])
+    recipe = replace(recipe, macs=1000, kept_float=(FloatLayer("out", "net.out", 300, "first reason"),))
+
+    assert recipe.integer_share == 0.7
+    assert recipe.mean_weight_bits == pytest.approx((108 * 8 + 12 * 4) / 120)
+
+
+def test_a_float_recipe_has_no_integer_share() -> None:
+    recipe = recipe_with()
+
+    assert recipe.integer_share == 0.0
+    assert recipe.mean_weight_bits == 32.0

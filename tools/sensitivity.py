@@ -1,0 +1,145 @@
+"""What limits a preset on a model: by part, and layer by layer.
+
+    python tools/sensitivity.py MODEL [--preset w8a8] [--images 16] [--json FILE]
+
+First table: PSNR of images from the same noise when only one part of the recipe is in force. Second table: the
+layers whose quantization alone costs the noise prediction most, over the recorded trajectory.
+Runs PyTorch fake-quant, so a row needs no graph.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from tfmq_export.config import find_preset
+from tfmq_export.denoiser import first_tensor
+from tfmq_export.models.load import Source, load
+from tfmq_export.program import DiffusionProgram, capture
+from tfmq_export.ptq.calibration import calibrate, record
+from tfmq_export.ptq.fake_quant import fake_quantize_activation
+from tfmq_export.ptq.quantize import QuantPlan, quantize
+from tfmq_export.ptq.tib import tabulate
+from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.runtime.compare import psnr, sqnr_db
+from tfmq_export.target import find_target
+from tfmq_export.validate import as_images
+
+PARTS = ("weight", "input", "output")
+Chosen = Callable[[LayerRecipe, str], bool]
+
+
+class Partial(fx.Interpreter):
+    """The program with some parts of some layers quantized."""
+
+    def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, chosen: Chosen) -> None:
+        super().__init__(program.module)
+        self.layers = {layer.name: layer for layer in recipe.layers}
+        self.chosen = chosen
+
+    def run_node(self, n: fx.Node) -> object:
+        """Run one node, on grids where they are in force."""
+        layer = self.layers.get(n.name)
+        if layer is None or not any(self.chosen(layer, part) for part in PARTS):
+            return super().run_node(n)
+        (x, weight, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
+        if self.chosen(layer, "input"):
+            x = fake_quantize_activation(x, layer.input)
+        if self.chosen(layer, "weight"):
+            scale = torch.from_numpy(layer.weight.scale).reshape(-1, *[1] * (weight.ndim - 1))
+            weight = torch.from_numpy(layer.weight_codes) * scale
+        y = n.target(x, weight, *rest, **kwargs)
+        if layer.output is not None and self.chosen(layer, "output"):
+            y = fake_quantize_activation(y, layer.output)
+        return y
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--preset", default="w8a8")
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--timesteps", type=int, default=6, help="timesteps the layer table looks at")
+    parser.add_argument("--top", type=int, default=12)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    denoiser = load(Source(args.model, steps=args.steps))
+    program = capture(denoiser)
+    preset = find_preset(args.preset)
+    calibration = calibrate(program, denoiser, images=16, seed=0, progress=_quiet)
+    outputs = find_target("ort-cpu").quantized_outputs
+    plan = QuantPlan(args.preset, preset.weight_bits, preset.activation_bits, quantized_outputs=outputs)
+    recipe = quantize(program, calibration, tabulate(program, denoiser), plan, {}, _quiet)
+
+    first, last = recipe.layers[0].name, recipe.layers[-1].name
+    rows: dict[str, Chosen] = {
+        "weights only": lambda layer, part: part == "weight",
+        "layer inputs only": lambda layer, part: part == "input",
+        "convolution outputs only": lambda layer, part: part == "output",
+        "first layer's input only": lambda layer, part: part == "input" and layer.name == first,
+        "last layer's output only": lambda layer, part: part == "output" and layer.name == last,
+        "all but first and last layer": lambda layer, part: layer.name not in (first, last),
+        "all": lambda layer, part: True,
+    }
+    noise, prompts = denoiser.noise(args.images, 1), denoiser.prompts(args.images)
+    _, reference = record(denoiser, denoiser.module_denoise(), noise, prompts, _quiet)
+    parts = {}
+    print(f"{args.preset} on {denoiser.source}: PSNR over {args.images} images, dB")
+    for name, chosen in rows.items():
+
+        def denoise(sample: Tensor, timestep: object, /, chosen: Chosen = chosen, **given: Tensor) -> Tensor:
+            inputs = denoiser.inputs(sample, timestep, given)
+            return first_tensor(Partial(program, recipe, chosen).run(*inputs.values()))
+
+        _, images = record(denoiser, denoise, noise, prompts, _quiet)
+        values = psnr(*as_images(reference, images))
+        parts[name] = [round(float(value), 2) for value in (values.mean(), np.median(values), values.min())]
+        print(
+            f"  {name:30} mean {parts[name][0]:6.2f}  median {parts[name][1]:6.2f}  worst {parts[name][2]:6.2f}",
+            flush=True,
+        )
+
+    stride = max(1, len(calibration.steps) // args.timesteps)
+    looked_at = [
+        (
+            {name: value if value.ndim == 0 else value[[0, -1]] for name, value in step.inputs.items()},
+            step.prediction[[0, -1]],
+        )
+        for step in calibration.steps[::-1][::stride]
+    ]
+    layers = []
+    for layer in recipe.layers:
+        for part in PARTS:
+            if part == "output" and layer.output is None:
+                continue
+            interpreter = Partial(
+                program, recipe, lambda x, p, name=layer.name, part=part: x.name == name and p == part
+            )
+            with torch.no_grad():
+                sqnr = [
+                    sqnr_db(wanted.numpy(), first_tensor(interpreter.run(*inputs.values())).numpy())
+                    for inputs, wanted in looked_at
+                ]
+            layers.append({"layer": layer.path, "part": part, "sqnr": [round(value, 1) for value in sqnr]})
+    # Noise adds up as power, so the mean is taken over noise-to-signal ratios.
+    layers.sort(key=lambda row: -sum(10 ** (-value / 10) for value in row["sqnr"]))
+    print("noise-prediction SQNR of one part of one layer, dB, from the last timestep to the first")
+    for row in layers[: args.top]:
+        print(f"  {row['layer']:44} {row['part']:7} {' '.join(f'{value:5.1f}' for value in row['sqnr'])}")
+    if args.json:
+        args.json.write_text(json.dumps({"parts": parts, "layers": layers}, indent=1) + "\n")
+
+
+def _quiet(done: int, total: int) -> None:
+    return None
+
+
+if __name__ == "__main__":
+    main()
