@@ -258,16 +258,14 @@ def _show(bundle: "Bundle", validation: "Validation") -> None:
     """The result for people."""
     manifest, receipt = bundle.manifest, validation.receipt
     by_name = {comparison.metric: comparison for comparison in validation.report.comparisons}
-    psnr, ssim = by_name["image PSNR (dB)"], by_name["image SSIM"]
+    psnr, ssim = by_name["image PSNR (dB)"], by_name.get("image SSIM")
+    similarity = "" if ssim is None else f", SSIM {ssim.mean:.3f}"
     sqnr = by_name["noise-prediction SQNR per timestep (dB)"]
     cosine, agreement = by_name["temporal feature cosine"], by_name["agreement with fake-quant, lock-step (dB)"]
     convolutions, linears = receipt.counts("conv"), receipt.counts("linear")
     emulated = sorted({row.emulated for row in receipt.rows if row.emulated})
     rows = [
-        (
-            "images",
-            f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}), SSIM {ssim.mean:.3f}, {len(psnr.values)} images",
-        ),
+        ("images", f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}, {len(psnr.values)} images"),
         ("noise prediction", f"SQNR {sqnr.mean:.1f} dB, worst timestep {sqnr.lowest:.1f}"),
         ("temporal features", f"cosine {cosine.lowest:.7f} at worst, {len(manifest.timesteps)} timesteps"),
         ("graph = fake-quant", f"{agreement.lowest:.0f} dB at worst, layer by layer in lock-step"),

@@ -37,6 +37,7 @@ KINDS: Mapping[object, str] = {
     aten.linear.default: "linear",
 }
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+PRODUCTS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
 CONVOLUTION_IS_TRANSPOSED = 6  # position of the flag among aten.convolution's arguments
 
 # A shape query reads no data: a timestep expanded to the batch of the sample still depends on t only.
@@ -300,6 +301,8 @@ def _operations(graph: fx.Graph, depends: Mapping[str, frozenset[str]]) -> list[
         transposed = node.target in TRANSPOSED or (
             node.target is aten.convolution.default and node.args[CONVOLUTION_IS_TRANSPOSED]
         )
+        if node.target in PRODUCTS and any(not depends[operand.name] for operand in node.all_input_nodes):
+            found.append(_raw_product(node, depends))
         if node.target not in KINDS and not transposed:
             continue
         source, weight = node.args[0], node.args[1]
@@ -312,6 +315,15 @@ def _operations(graph: fx.Graph, depends: Mapping[str, frozenset[str]]) -> list[
         roles = depends[node.name]
         found.append(Operation(node.name, module_path(node), kind, source.name, weight.name, bias, macs, roles))
     return found
+
+
+def _raw_product(node: fx.Node, depends: Mapping[str, frozenset[str]]) -> Operation:
+    """A product with a bare parameter, such as ``x @ self.weight``."""
+    left: Any = node.args[0]
+    right: Any = node.args[1]
+    weight, source = (left, right) if not depends[left.name] else (right, left)
+    macs = _per_sample(node) * left.meta["val"].shape[-1]
+    return Operation(node.name, module_path(node), "product", source.name, weight.name, None, macs, depends[node.name])
 
 
 def _per_sample(node: fx.Node) -> int:
@@ -331,7 +343,9 @@ def _classify(
     for op in operations:
         if op.roles <= {TIMESTEP}:
             continue  # folded, or served by a table
-        if op.kind == "conv_transpose":
+        if op.kind == "product":
+            left.append((op, "a product with a bare parameter; only nn.Linear and convolutions are quantized"))
+        elif op.kind == "conv_transpose":
             left.append((op, "no backend runs a transposed convolution in integers"))
         elif depends[op.weight]:
             left.append((op, f"its weight is computed from the {', '.join(sorted(depends[op.weight]))}"))
