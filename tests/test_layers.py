@@ -24,8 +24,9 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "recipe_io": (frozenset({"numpy", "safetensors"}), DATA),
     "denoiser": (TORCH, DATA),
     "models": (TORCH | {"diffusers", "numpy", "safetensors"}, DATA | MODEL_SIDE),
-    "program": (TORCH, DATA | MODEL_SIDE),
-    "ptq": (TORCH | {"numpy"}, DATA | MODEL_SIDE | {"program"}),
+    "analysis": (TORCH, DATA),
+    "program": (TORCH, DATA | MODEL_SIDE | {"analysis"}),
+    "ptq": (TORCH | {"numpy"}, DATA | MODEL_SIDE | {"analysis", "program"}),
     "passes": (ONNX | {"numpy", "onnxruntime"}, DATA),
     # onnx only to read the optimized graph back; a production host never calls that.
     "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "openvino"}), DATA),

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tfmq_export.analysis import TIMESTEP
 from tfmq_export.bundle import Bundle
-from tfmq_export.program import TIMESTEP, DiffusionProgram
+from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.simulate import Simulation
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.runtime.compare import sqnr_db

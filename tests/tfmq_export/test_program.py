@@ -7,8 +7,9 @@ from handwritten import captured, probe
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tfmq_export.analysis import SAMPLE, TIMESTEP, dependences
 from tfmq_export.errors import ExportError
-from tfmq_export.program import SAMPLE, TIMESTEP, DiffusionProgram, capture, dependences, evaluate
+from tfmq_export.program import DiffusionProgram, capture, evaluate
 
 
 class Probe(nn.Module):

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tfmq_export.program import SAMPLE, DiffusionProgram, Operation
+from tfmq_export.analysis import SAMPLE, Operation
+from tfmq_export.program import DiffusionProgram
 from tfmq_export.progress import Step
 from tfmq_export.ptq.calibration import CalibrationSet
 from tfmq_export.ptq.observers import Estimator, activation_grid

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tfmq_export.analysis import TIMESTEP
 from tfmq_export.denoiser import first_tensor
-from tfmq_export.program import TIMESTEP, DiffusionProgram
+from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.fake_quant import fake_quantize_activation
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tfmq_export.analysis import TIMESTEP
 from tfmq_export.denoiser import Denoiser
-from tfmq_export.program import TIMESTEP, DiffusionProgram, evaluate
+from tfmq_export.program import DiffusionProgram, evaluate
 from tfmq_export.recipe import TemporalTable, TibRecipe
 
 
