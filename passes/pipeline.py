@@ -7,6 +7,7 @@ from tfmq_export.passes.fold_constants import FoldConstants
 from tfmq_export.passes.insert_qdq import InsertQdq
 from tfmq_export.passes.lower_attention import LowerAttention
 from tfmq_export.passes.lower_group_norm import LowerGroupNorm
+from tfmq_export.passes.merge_constants import MergeConstants
 from tfmq_export.passes.name_outputs import NameOutputs
 from tfmq_export.passes.quantize_weights import QuantizeWeights
 from tfmq_export.passes.tabulate_tib import TabulateTib
@@ -32,6 +33,7 @@ def passes_for(recipe: QuantRecipe, target: Target, *, sample: str, timestep: st
         LowerAttention("matmul"),  # whatever has no fused form
         InsertQdq(recipe),
         QuantizeWeights(recipe),
+        MergeConstants(),
         NameOutputs(OUTPUT),
         CheckModel(recipe, target, timestep),
     ]

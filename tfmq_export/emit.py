@@ -36,6 +36,7 @@ def emit(
     component = root / denoiser.component
     component.mkdir()
     (root / "tfmq").mkdir()
+    del model.graph.value_info[:]  # engines infer shapes; they would be 3 % of a small 4-bit file
     save_model(model, component / "model.onnx")
     _write_json(component / "config.json", denoiser.config)
     if denoiser.scheduler_config is not None:

@@ -1,0 +1,232 @@
+"""The commands as a user types them: results, one-line errors, exit codes, nothing left behind."""
+
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from typer.testing import CliRunner, Result
+
+from tfmq_export import cli
+from tfmq_export.bundle import open_bundle
+from tfmq_export.console import INTERRUPTED
+
+SIZES = ["--calibration-images", "2", "--validation-images", "2", "--steps", "3"]
+NO_GATE = ["--min-psnr", "-100", "--min-sqnr", "-100"]  # random weights draw nothing worth comparing
+
+
+def tiny_folder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+    )
+    model.save_pretrained(folder)
+    DDIMScheduler().save_config(folder)
+    return folder
+
+
+def run(command: str, *arguments: object) -> Result:
+    app = cli._app(getattr(cli, command), "")
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    path = folder / "model.pt"
+    result = run("pack", tiny_folder(folder / "unet"), "-o", path)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(packed: Path) -> Path:
+    out = packed.parent / "out" / "tiny"
+    result = run("export", packed, "-o", out, "-q", *SIZES, *NO_GATE)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_export_says_what_was_realized(packed: Path, tmp_path: Path) -> None:
+    result = run("export", packed, "-o", tmp_path / "out", "--preset", "w4a6", "-q", *SIZES, *NO_GATE)
+
+    assert result.exit_code == 0
+    assert "4-bit weights" in result.output
+    convolutions = [layer for layer in open_bundle(tmp_path / "out").manifest.layers if layer.kind == "conv"]
+    assert f"{len(convolutions)}/{len(convolutions)} convolutions" in result.output
+
+
+def test_a_folder_and_its_packed_file_give_the_same_graph(packed: Path, bundle: Path, tmp_path: Path) -> None:
+    run("export", packed.parent / "unet", "-o", tmp_path / "out", "-q", *SIZES, *NO_GATE)
+
+    assert (tmp_path / "out/unet/model.onnx").read_bytes() == (bundle / "unet/model.onnx").read_bytes()
+
+
+def test_validate_passes_and_gates(packed: Path, bundle: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    common = [bundle, "--against", packed, "--images", "2", "-q"]
+
+    passed = run("validate", *common, *NO_GATE, "--json", report)
+    missed = run("validate", *common, "--min-psnr", "200")
+
+    assert passed.exit_code == 0
+    assert '"passed": true' in report.read_text()
+    assert missed.exit_code == 6
+    assert "asked >= 200" in missed.output
+
+
+def test_validate_refuses_another_model(bundle: Path, tmp_path: Path) -> None:
+    other = UNet2DModel.from_pretrained(tiny_folder(tmp_path / "other"))
+    with torch.no_grad():
+        other.conv_in.weight.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+
+    result = run("validate", bundle, "--against", tmp_path / "other", "-q")
+
+    assert result.exit_code == 4
+    assert "was not compiled from" in result.output
+
+
+def test_sample_draws_a_picture_with_and_without_the_model(packed: Path, bundle: Path, tmp_path: Path) -> None:
+    alone = run("sample", bundle, "-o", tmp_path / "alone.png", "--images", "2", "-q")
+    beside = run("sample", bundle, "-o", tmp_path / "beside.png", "--images", "2", "--against", packed, "-q")
+
+    assert (alone.exit_code, beside.exit_code) == (0, 0)
+    for name in ("alone.png", "beside.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_bench_names_its_baseline(packed: Path, bundle: Path) -> None:
+    twin = run("bench", bundle, "--rounds", "3", "-q")
+    exported = run("bench", bundle, "--rounds", "3", "--against", packed, "-q")
+
+    assert "fp32 twin" in twin.output
+    assert "fp32 export of the model" in exported.output
+
+
+def write_truncated(path: Path, packed: Path) -> None:
+    path.write_bytes(packed.read_bytes()[:5000])
+
+
+def write_pickled(path: Path, packed: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), path)
+
+
+def write_bare_pickle(path: Path, packed: Path) -> None:
+    path.write_bytes(pickle.dumps(pytest.main))
+
+
+def write_tensors(path: Path, packed: Path) -> None:
+    torch.save({"weight": torch.ones(2)}, path)
+
+
+def write_nothing(path: Path, packed: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (write_truncated, "truncated"),
+        (write_pickled, "could run code"),
+        (write_bare_pickle, "could run code"),
+        (write_tensors, "no description of the model"),
+        (write_nothing, "no such file"),
+    ],
+)
+def test_unreadable_input_is_one_line_and_code_3(packed: Path, tmp_path: Path, write, says: str) -> None:
+    path = tmp_path / "broken.pt"
+    write(path, packed)
+
+    result = run("export", path, "-o", tmp_path / "out", "-q")
+
+    assert result.exit_code == 3
+    assert says in result.output
+    assert result.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset", "w8a9"], "did you mean 'w8a8'?"),
+        (["--target", "tpu"], "there is ort-cpu"),
+        (["--steps", "0"], "at least 1"),
+        (["--steps", "100000"], "cannot run 100000 steps"),
+        (["--estimator", "median"], "estimator"),
+        (["--calibration-images", "0"], "calibration_images"),
+        (["--factory", "nothing:build"], "nothing"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_code_2(packed: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
+    result = run("export", packed, "-o", tmp_path / "out", "-q", *arguments)
+
+    assert result.exit_code == 2
+    assert says in result.output
+    assert result.output.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missed_threshold_leaves_the_older_bundle(packed: Path, bundle: Path) -> None:
+    before = (bundle / "tfmq/manifest.json").read_bytes()
+
+    result = run("export", packed, "-o", bundle, "-q", *SIZES, "--min-psnr", "500")
+
+    assert result.exit_code == 6
+    assert (bundle / "tfmq/manifest.json").read_bytes() == before
+    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+
+
+def spawn(arguments: list[object], **options: object) -> subprocess.Popen[str]:
+    code = "from tfmq_export.cli import export_main; export_main()"
+    words = [str(argument) for argument in arguments]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing(packed: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process = spawn([packed, "-o", tmp_path / "out", *SIZES[:4], "--steps", "900"])
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.partial-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(packed: Path, tmp_path: Path) -> None:
+    def little_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = spawn([packed, "-o", tmp_path / "out", "-q", *SIZES, *NO_GATE], preexec_fn=little_room)
+    _, errors = process.communicate(timeout=180)
+
+    assert process.returncode == 4
+    assert "Traceback" not in errors
+    assert errors.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
