@@ -29,6 +29,19 @@ def node_name(layer: LayerRecipe) -> str:
     return f"node_{layer.name}"
 
 
+def bound_nodes(graph: gs.Graph, recipe: QuantRecipe) -> list[tuple[LayerRecipe, gs.Node]]:
+    """Each layer with the node that ``BindRecipe`` named after it.
+
+    Raises:
+        PreconditionError: a layer has none.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    for layer in recipe.layers:
+        if node_name(layer) not in nodes:
+            raise PreconditionError(f"{layer.path}: no node {node_name(layer)}; run BindRecipe first")
+    return [(layer, nodes[node_name(layer)]) for layer in recipe.layers]
+
+
 @dataclass(frozen=True)
 class BindRecipe(Pass):
     """Name the multiplying node of every layer after the layer."""

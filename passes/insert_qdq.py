@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
-from tfmq_export.passes.bind_recipe import node_name
+from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.spec import QParams
@@ -28,19 +28,14 @@ class InsertQdq(Pass):
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
 
     def requires(self, graph: gs.Graph) -> None:
-        nodes = {node.name: node for node in graph.nodes}
-        for layer in self.recipe.layers:
-            node = nodes.get(node_name(layer))
-            if node is None:
-                raise PreconditionError(f"{layer.path}: no node {node_name(layer)}; run BindRecipe first")
+        for layer, node in bound_nodes(graph, self.recipe):
             if _reads_dequantized(node):
                 raise PreconditionError(f"{layer.path}: its input is quantized already")
 
     def apply(self, graph: gs.Graph) -> Changes:
-        nodes = {node.name: node for node in graph.nodes}
         inserted: dict[str, list[tuple[QParams, gs.Tensor]]] = {}
-        for layer in self.recipe.layers:
-            node = nodes[node_name(layer)]
+        bound = bound_nodes(graph, self.recipe)
+        for layer, node in bound:
             source = node.inputs[0]
             ready = inserted.setdefault(source.name, [])
             shared = next((value for grid, value in ready if grid.same_as(layer.input)), None)
@@ -49,15 +44,14 @@ class InsertQdq(Pass):
                 shared = _quantize_dequantize(graph, source, layer.input, prefix)
                 ready.append((layer.input, shared))
             node.inputs[0] = shared
-        for layer in self.recipe.layers:
+        for layer, node in bound:
             if layer.output is not None:
-                _quantize_output(graph, nodes[node_name(layer)], layer.output, f"{layer.name}.output")
+                _quantize_output(graph, node, layer.output, f"{layer.name}.output")
         return Changes(tuple(layer.path for layer in self.recipe.layers))
 
     def ensures(self, graph: gs.Graph) -> None:
-        nodes = {node.name: node for node in graph.nodes}
-        for layer in self.recipe.layers:
-            if not _reads_dequantized(nodes[node_name(layer)]):
+        for layer, node in bound_nodes(graph, self.recipe):
+            if not _reads_dequantized(node):
                 raise PostconditionError(f"{layer.path}: its input is not quantized")
 
 

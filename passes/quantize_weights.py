@@ -21,7 +21,7 @@ from onnx import TensorProto
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
-from tfmq_export.passes.bind_recipe import node_name
+from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, int4_constant, variable
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 
@@ -36,20 +36,14 @@ class QuantizeWeights(Pass):
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
 
     def requires(self, graph: gs.Graph) -> None:
-        nodes = {node.name: node for node in graph.nodes}
-        for layer in self.recipe.layers:
-            node = nodes.get(node_name(layer))
-            if node is None:
-                raise PreconditionError(f"{layer.path}: no node {node_name(layer)}; run BindRecipe first")
+        for layer, node in bound_nodes(graph, self.recipe):
             weight = node.inputs[1]
             if not isinstance(weight, gs.Constant):
                 raise PreconditionError(f"{layer.path}: its weight {weight.name} is not a constant")
             _prove_binding(layer, weight.values.T if _is_transposed(node) else weight.values)
 
     def apply(self, graph: gs.Graph) -> Changes:
-        nodes = {node.name: node for node in graph.nodes}
-        for layer in self.recipe.layers:
-            node = nodes[node_name(layer)]
+        for layer, node in bound_nodes(graph, self.recipe):
             node.inputs[1] = _dequantized_weight(graph, layer, transposed=_is_transposed(node))
             if len(node.inputs) > 2:
                 node.inputs[2] = _dequantized_bias(graph, layer, node.inputs[2])

@@ -63,7 +63,7 @@ class TimestepSet:
         missing = ~hits.any(1)
         if missing.any():
             raise TimestepError(
-                f"timestep {wanted[missing][0]} is not in this schedule of {len(self)} steps ({self.describe()}); "
+                f"timestep {wanted[missing][0]:g} is not in this schedule of {len(self)} steps ({self.describe()}); "
                 "compile with the --steps and scheduler you sample with"
             )
         return np.asarray(hits.argmax(1), np.int64)
