@@ -206,7 +206,11 @@ def spawn(arguments: list[object], **options: object) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing(packed: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
-    process = spawn([packed, "-o", tmp_path / "out", *SIZES[:4], "--steps", "900"])
+    def heeds_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit it ignored
+
+    arguments = [packed, "-o", tmp_path / "out", *SIZES[:4], "--steps", "900"]
+    process = spawn(arguments, preexec_fn=heeds_interrupts)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.partial-*")) and time.monotonic() < deadline:
         time.sleep(0.2)
