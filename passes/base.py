@@ -17,8 +17,6 @@ class Semantics(Enum):
 
     EXACT = "exact"
     """The same function in real arithmetic."""
-    PAIRED = "paired"
-    """One half of an identity; refused, never skipped, when the other half cannot happen."""
     QUANTIZING = "quantizing"
     """Numbers change by the quantization the recipe asks for, and by nothing else."""
 

@@ -56,7 +56,6 @@ class LockStep:
     """
 
     def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, bundle: Bundle) -> None:
-        self._program = program
         self._simulation = Simulation(program, recipe)
         self._recipe = recipe
         self._output = bundle.manifest.output
@@ -125,8 +124,13 @@ def _with_layer_results(bundle: Bundle, recipe: QuantRecipe, folder: Path) -> Pa
 
 
 def _feeds(inputs: Mapping[str, Tensor], timestep: str) -> dict[str, NDArray[Any]]:
-    """Graph inputs: the graph takes timesteps as a vector, of one where one serves the batch."""
+    """Graph inputs as arrays."""
     feeds = {name: value.numpy() for name, value in inputs.items()}
-    steps = feeds[timestep].reshape(-1)
-    feeds[timestep] = steps[:1] if (steps == steps[0]).all() else steps
+    feeds[timestep] = timestep_vector(feeds[timestep])
     return feeds
+
+
+def timestep_vector(timesteps: NDArray[Any]) -> NDArray[Any]:
+    """Timesteps as graphs take them: [1] where all samples share one, which gathers one table row; else [N]."""
+    steps = timesteps.reshape(-1)
+    return steps[:1] if (steps == steps[0]).all() else steps

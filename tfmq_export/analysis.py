@@ -176,9 +176,6 @@ def classify(
 def find_temporal_features(graph: fx.Graph, depends: Mapping[str, frozenset[str]]) -> tuple[TemporalFeature, ...]:
     """Values of t alone that other values read, taken in front of layout operations."""
     temporal = {node for node in graph.nodes if depends[node.name] == {TIMESTEP} and node.op != "placeholder"}
-    batch = next(
-        (n.meta["val"].shape[0] for n in graph.nodes if n.op == "placeholder" and SAMPLE in depends[n.name]), None
-    )
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if node.op == "placeholder" or depends[node.name] == {TIMESTEP}:
@@ -197,7 +194,7 @@ def find_temporal_features(graph: fx.Graph, depends: Mapping[str, frozenset[str]
                 f"{module_path(node)}: temporal value {node.name} has its batch on axis {symbolic[-1]}; "
                 "keep the batch of timestep features on axis 0"
             )
-        features.append(TemporalFeature(node.name, module_path(node), bool(symbolic) and batch is not None))
+        features.append(TemporalFeature(node.name, module_path(node), bool(symbolic)))
     return tuple(features)
 
 

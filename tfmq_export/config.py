@@ -18,14 +18,13 @@ class Preset:
 
     weight_bits: int
     activation_bits: int
-    summary: str
 
 
 PRESETS: Mapping[str, Preset] = {
-    "w8a8": Preset(8, 8, "8-bit weights and activations"),
-    "w4a8": Preset(4, 8, "4-bit weights in half the file, 8-bit activations"),
-    "w4a6": Preset(4, 6, "4-bit weights, 6-bit activations (emulated on 8-bit kernels)"),
-    "fp32": Preset(0, 0, "no quantization: export and temporal tables only"),
+    "w8a8": Preset(8, 8),
+    "w4a8": Preset(4, 8),
+    "w4a6": Preset(4, 6),
+    "fp32": Preset(0, 0),
 }
 
 

@@ -63,10 +63,6 @@ class PostconditionError(PassError):
     """The pass ran and its law does not hold."""
 
 
-class TargetError(TfmqError):
-    """The target cannot run this recipe."""
-
-
 class BuildError(TfmqError):
     """The backend refused the graph."""
 

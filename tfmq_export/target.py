@@ -13,13 +13,11 @@ class Target:
     Attributes:
         quantized_outputs: Kinds of layer that only run in integers with a QuantizeLinear on their output.
         attention: Form of attention nodes: "matmul" is portable, "mha" is com.microsoft.MultiHeadAttention.
-        emulated_bits: Widths that run on 8-bit kernels.
     """
 
     name: str
     quantized_outputs: frozenset[str]
     attention: str
-    emulated_bits: frozenset[int] = frozenset(range(2, 8))
 
 
 TARGETS: Mapping[str, Target] = {

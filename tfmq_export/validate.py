@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tfmq_export.agreement import Agreement, LockStep
+from tfmq_export.agreement import Agreement, LockStep, timestep_vector
 from tfmq_export.bundle import Bundle
 from tfmq_export.config import Thresholds
 from tfmq_export.denoiser import Denoise, Denoiser
@@ -159,9 +159,7 @@ def run_bundle(loaded: LoadedBundle, denoiser: Denoiser, inputs: Any) -> NDArray
     """One prediction of a compiled graph on recorded model inputs."""
     arrays = {name: value.detach().numpy() for name, value in inputs.items()}
     sample, timestep = arrays.pop(denoiser.sample), arrays.pop(denoiser.timestep)
-    if (timestep == timestep.reshape(-1)[0]).all():
-        timestep = timestep.reshape(-1)[:1]  # one table row serves the batch
-    return np.asarray(loaded(sample, timestep, **arrays))
+    return np.asarray(loaded(sample, timestep_vector(timestep), **arrays))
 
 
 def as_images(reference: Tensor, compiled: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
