@@ -1,5 +1,6 @@
 """The whole order of rewrites, in one list."""
 
+from tfmq_export.errors import TargetError
 from tfmq_export.passes.base import Pass
 from tfmq_export.passes.bind_recipe import BindRecipe
 from tfmq_export.passes.check_model import CheckModel
@@ -10,6 +11,8 @@ from tfmq_export.passes.lower_group_norm import LowerGroupNorm
 from tfmq_export.passes.merge_constants import MergeConstants
 from tfmq_export.passes.name_outputs import NameOutputs
 from tfmq_export.passes.quantize_weights import QuantizeWeights
+from tfmq_export.passes.split_skips import SplitSkips
+from tfmq_export.passes.stack_output_codes import StackOutputCodes
 from tfmq_export.passes.tabulate_tib import TabulateTib
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.target import Target
@@ -23,9 +26,18 @@ def passes_for(recipe: QuantRecipe, target: Target, *, sample: str, timestep: st
     Args:
         sample: Name of the input that holds the noisy sample.
         timestep: Name of the input that holds the timestep.
+    Raises:
+        TargetError: the recipe asks for what no lowering exists for.
     """
+    varying = [layer.path for layer in recipe.layers if layer.input_by_timestep is not None]
+    if varying:
+        raise TargetError(
+            f"{varying[0]}: {target.name} has no lowering for an activation grid per timestep "
+            f'({len(varying)} layers); set fsc = "tib" in [method]'
+        )
     return [
         FoldConstants(),
+        SplitSkips(recipe.splits),
         BindRecipe(recipe),
         TabulateTib(recipe.tib, timestep, sample),
         LowerGroupNorm(),
@@ -33,6 +45,7 @@ def passes_for(recipe: QuantRecipe, target: Target, *, sample: str, timestep: st
         LowerAttention("matmul"),  # whatever has no fused form
         InsertQdq(recipe),
         QuantizeWeights(recipe),
+        StackOutputCodes(recipe),
         MergeConstants(),
         NameOutputs(OUTPUT),
         CheckModel(recipe, target, timestep),

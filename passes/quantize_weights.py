@@ -8,11 +8,15 @@ Integers of 4 bits and fewer are stored packed, ``INT4 -> Cast(INT8) -> Dequanti
 folds the Cast when it loads the model, so the kernel is the 8-bit one and the file half the size.
 The learned integers are stored as they are, never re-rounded from floats.
 
+Power-of-two scaling (PTS) shifts the integers of input channel k by ``d_k``. The shifts are folded into the
+8-bit container, ``INT4 -> Cast(INT32) -> Mul(2^(d_k - min d)) -> Cast(INT8)``, and the scale takes ``2^(min d)``: the
+engine folds that too, so PTS on 4-bit weights costs nothing at run time.
+
 A bias feeding an integer kernel is int32 on the accumulator's grid, ``input.scale * weight.scale``.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -56,12 +60,14 @@ def _is_transposed(node: gs.Node) -> bool:
 
 
 def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
-    """The recipe's integers must be this weight, to one step: ``|W - scale * W_int| <= scale`` unless clipped.
+    """The recipe's integers must be this weight, to one step: ``|tau W - scale * W_int| <= scale`` unless clipped.
 
     Raises:
         PostconditionError: they are not.
     """
     codes = layer.weight_codes
+    if layer.les_scale is not None and weight.shape == codes.shape:
+        weight = scale_input_channels(weight, layer.les_scale, layer.groups)
     if weight.shape != codes.shape:
         raise PreconditionError(
             f"{layer.path}: the graph's weight is {weight.shape}, the recipe's {codes.shape}; made from another model?"
@@ -76,18 +82,28 @@ def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
         )
 
 
+def scale_input_channels(weight: NDArray[Any], factor: NDArray[Any], groups: int) -> NDArray[Any]:
+    """Every input channel of a weight times its factor.
+
+    Args:
+        weight: [out, in / groups, ...].
+        factor: [in].
+    """
+    rows = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
+    return (rows * factor.reshape(groups, 1, -1, 1)).reshape(weight.shape)
+
+
+def weight_steps(layer: LayerRecipe) -> NDArray[np.float32]:
+    """Real value of one step of the stored, shifted integers, per output channel."""
+    if layer.pts_exponent is None:
+        return layer.weight.scale
+    return layer.weight.scale * np.float32(2.0 ** int(layer.pts_exponent.min()))
+
+
 def _dequantized_weight(graph: gs.Graph, layer: LayerRecipe, *, transposed: bool) -> gs.Variable:
     codes = layer.weight_codes.T if transposed else layer.weight_codes
-    name = f"{layer.name}.weight_codes"
-    stored: gs.Tensor
-    if layer.weight.spec.bits <= PACKED_BITS:
-        stored = variable(f"{layer.name}.weight_int8", dtype=np.int8, shape=codes.shape)
-        packed = int4_constant(name, codes)
-        cast = {"to": TensorProto.INT8}
-        graph.nodes.append(gs.Node("Cast", f"{layer.name}.weight_unpack", cast, inputs=[packed], outputs=[stored]))
-    else:
-        stored = constant(name, codes)
-    scale = constant(f"{layer.name}.weight_scale", layer.weight.scale)
+    stored = _stored_codes(graph, layer, codes, transposed=transposed)
+    scale = constant(f"{layer.name}.weight_scale", weight_steps(layer))
     zero_point = constant(f"{layer.name}.weight_zero_point", np.zeros(len(layer.weight.scale), np.int8))
     real = variable(f"{layer.name}.weight_dequantized", dtype=np.float32, shape=codes.shape)
     axis = {"axis": 1 if transposed else 0}
@@ -97,10 +113,50 @@ def _dequantized_weight(graph: gs.Graph, layer: LayerRecipe, *, transposed: bool
     return real
 
 
+def _stored_codes(graph: gs.Graph, layer: LayerRecipe, codes: NDArray[np.int8], *, transposed: bool) -> gs.Tensor:
+    """The integers as int8: packed where they are narrow, shifted where PTS says so."""
+    name = f"{layer.name}.weight_codes"
+    is_packed = layer.weight.spec.bits <= PACKED_BITS
+    stored: gs.Tensor = int4_constant(name, codes) if is_packed else constant(name, codes)
+    if layer.pts_exponent is not None:
+        shift = _shift(layer, transposed=transposed)
+        shifted, container = codes.astype(np.int32) * shift, np.iinfo(np.int8)
+        if shifted.max() > container.max or shifted.min() < container.min:
+            raise PreconditionError(
+                f"{layer.path}: its {layer.weight.spec.bits}-bit weight shifted by PTS does not fit 8 bits; use 4-bit "
+                "weights or --pts off"
+            )
+        wide = _cast(graph, stored, f"{layer.name}.weight_int32", TensorProto.INT32, np.int32)
+        stored = variable(f"{layer.name}.weight_shifted", dtype=np.int32, shape=codes.shape)
+        factors = constant(f"{layer.name}.weight_shift", shift)
+        graph.nodes.append(gs.Node("Mul", f"{layer.name}.weight_shift_by", inputs=[wide, factors], outputs=[stored]))
+    if is_packed or layer.pts_exponent is not None:
+        return _cast(graph, stored, f"{layer.name}.weight_int8", TensorProto.INT8, np.int8)
+    return stored
+
+
+def _shift(layer: LayerRecipe, *, transposed: bool) -> NDArray[np.int32]:
+    """``2^(d_k - min d)`` for each weight's input channel, broadcastable against the stored codes."""
+    assert layer.pts_exponent is not None
+    shift = np.exp2(layer.pts_exponent.astype(np.int32) - int(layer.pts_exponent.min())).astype(np.int32)  # [in]
+    if transposed:
+        return shift.reshape(-1, 1)
+    groups, rank = layer.groups, layer.weight_codes.ndim
+    per_output = np.repeat(shift.reshape(groups, -1), len(layer.weight_codes) // groups, axis=0)
+    rows = per_output[:1] if groups == 1 else per_output
+    return rows.reshape(*rows.shape, *[1] * (rank - 2))
+
+
+def _cast(graph: gs.Graph, value: gs.Tensor, name: str, to: int, dtype: object) -> gs.Variable:
+    result = variable(name, dtype=dtype)
+    graph.nodes.append(gs.Node("Cast", f"{name}.cast", {"to": to}, inputs=[value], outputs=[result]))
+    return result
+
+
 def _dequantized_bias(graph: gs.Graph, layer: LayerRecipe, bias: gs.Tensor) -> gs.Variable:
     if not isinstance(bias, gs.Constant):
         raise PreconditionError(f"{layer.path}: its bias {bias.name} is not a constant")
-    scale = (layer.input.scale * layer.weight.scale).astype(np.float32)
+    scale = (layer.input.scale * weight_steps(layer)).astype(np.float32)
     codes = np.round(bias.values.astype(np.float64) / scale)
     if np.abs(codes).max(initial=0) > np.iinfo(np.int32).max:
         raise PreconditionError(f"{layer.path}: its bias does not fit 32 bits at the weight's scale")

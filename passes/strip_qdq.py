@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant
+from tfmq_export.passes.quantize_weights import scale_input_channels
 
 THROUGH = ("Cast", "Clip")
 
 
 @dataclass(frozen=True)
 class StripQdq(Pass):
-    """Remove every QuantizeLinear, Clip and DequantizeLinear that ``InsertQdq`` and ``QuantizeWeights`` put in."""
+    """Remove all that quantization put in: Q, Clip and DQ, rescaled inputs, stacked outputs."""
 
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
 
@@ -27,21 +28,22 @@ class StripQdq(Pass):
         changed = []
         for node in [node for node in graph.nodes if node.op == "DequantizeLinear"]:
             codes = _origin(node.inputs[0])
-            if isinstance(codes, gs.Constant):
+            if _is_stored(codes):
                 axis = node.attrs.get("axis", 1)
-                twin: gs.Tensor = constant(f"{node.name}.float", _dequantize(codes, node.inputs[1], axis))
+                twin: gs.Tensor = constant(f"{node.name}.float", _dequantize(_stored(codes), node.inputs[1], axis))
             else:
                 twin = codes.inputs[0].inputs[0]
             (real,) = node.outputs
-            for reader in list(real.outputs):
-                for position, value in enumerate(reader.inputs):
-                    if value is real:
-                        reader.inputs[position] = twin
+            _read_instead(real, twin)
             if real in graph.outputs:
                 # The output keeps its name: the node that computed the unquantized value writes it.
                 twin.inputs[0].outputs = [real]
                 node.outputs.clear()
             changed.append(node.name)
+        for node in [node for node in graph.nodes if node.name.endswith(".output.sum")]:
+            _unstack(node)
+        for node in [node for node in graph.nodes if node.name.endswith(".rescale")]:
+            _undo_rescale(node)
         return Changes(tuple(changed))
 
     def ensures(self, graph: gs.Graph) -> None:
@@ -57,9 +59,64 @@ def _origin(value: gs.Tensor) -> gs.Tensor:
     return value
 
 
-def _dequantize(codes: gs.Constant, scale: gs.Constant, axis: int) -> NDArray[np.float32]:
-    values = np.asarray(codes.values).astype(np.float32)
+def _is_stored(value: gs.Tensor) -> bool:
+    return isinstance(value, gs.Constant) or (bool(value.inputs) and value.inputs[0].op == "Mul")
+
+
+def _stored(value: gs.Tensor) -> NDArray[np.int32]:
+    """Integers of a weight, shifted where power-of-two scaling shifts them."""
+    if isinstance(value, gs.Constant):
+        return np.asarray(value.values).astype(np.int32)
+    codes, shift = value.inputs[0].inputs
+    return _stored(_origin(codes)) * np.asarray(shift.values, np.int32)
+
+
+def _dequantize(codes: NDArray[np.int32], scale: gs.Constant, axis: int) -> NDArray[np.float32]:
+    values = codes.astype(np.float32)
     steps = np.asarray(scale.values, np.float32)
     if steps.ndim:
         steps = steps.reshape([-1 if position == axis % values.ndim else 1 for position in range(values.ndim)])
     return values * steps
+
+
+def _read_instead(old: gs.Tensor, new: gs.Tensor) -> None:
+    for reader in list(old.outputs):
+        for position, value in enumerate(reader.inputs):
+            if value is old:
+                reader.inputs[position] = new
+
+
+def _unstack(total: gs.Node) -> None:
+    """Undo ``StackOutputCodes``: in floating point one copy of the layer says it all."""
+    split = total.inputs[0].inputs[0]
+    layer = split.inputs[0].inputs[0]
+    copies, start = len(split.outputs), total.inputs[-1].values
+    weight, bias = layer.inputs[1], layer.inputs[2]
+    count = len(weight.values) // copies
+    layer.inputs[1] = constant(f"{weight.name}.single", weight.values[:count])
+    layer.inputs[2] = constant(f"{bias.name}.single", bias.values[:count] + start)
+    (result,) = total.outputs
+    total.outputs.clear()
+    layer.outputs = [result]
+
+
+def _undo_rescale(node: gs.Node) -> None:
+    """Move the factor of an input back into the weights that read it."""
+    source, factor = node.inputs
+    (scaled,) = node.outputs
+    if scaled.outputs and scaled.outputs[0].op == "Relu":
+        relu = scaled.outputs[0]
+        relu.inputs[0] = source
+        (source,) = relu.outputs
+        scaled = source
+    for layer in list(scaled.outputs):
+        weight = layer.inputs[1]
+        values = np.asarray(weight.values)
+        if layer.op == "Conv":
+            scaled = scale_input_channels(values, factor.values.reshape(-1), layer.attrs.get("group", 1))
+        elif layer.op == "Gemm" and layer.attrs.get("transB", 0):
+            scaled = values * factor.values
+        else:
+            scaled = values * factor.values.reshape(-1, 1)
+        layer.inputs[0] = source
+        layer.inputs[1] = constant(f"{weight.name}.{layer.name}", scaled)

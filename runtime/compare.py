@@ -77,6 +77,22 @@ def cosine(a: NDArray[np.generic], b: NDArray[np.generic]) -> NDArray[np.float64
     return np.where((norm_x == 0) & (norm_y == 0), 1.0, cosines)
 
 
+def temporal_mismatch(exact: NDArray[np.generic], served: NDArray[np.generic]) -> NDArray[np.int64]:
+    """Which timestep a served feature really looks like: ``argmax_t' cos(exact_t', served_t) - t``, [T].
+
+    0 everywhere is right; anything else feeds the network another timestep's information (TFMQ-DM, figure 4).
+
+    Args:
+        exact: One feature over the schedule, [T, n].
+    """
+    x, y = _paired(exact, served)
+    similarity = cosine(x[:, None, :].repeat(len(y), 1), y[None, :, :].repeat(len(x), 0))  # [t', t]
+    best, own = similarity.max(0), similarity.diagonal()
+    # Equal features of neighbouring timesteps are no mismatch.
+    nearest = np.where(own >= best, np.arange(len(x)), similarity.argmax(0))
+    return np.asarray(nearest - np.arange(len(x)), np.int64)
+
+
 class Direction(Enum):
     """Which side of a threshold is good."""
 

@@ -3,17 +3,26 @@
 Each ``build_*`` is a factory for ``--factory handwritten:build_*``; weights are random and seeded.
 """
 
+import copy
 import functools
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tfmq_export import Description
+from tfmq_export.config import Method
 from tfmq_export.denoiser import Conditioning, Denoise, Denoiser
 from tfmq_export.models.factory import describe
 from tfmq_export.program import DiffusionProgram, capture
+from tfmq_export.progress import Step
+from tfmq_export.ptq.calibration import CalibrationStep, calibrate
+from tfmq_export.ptq.effort import find_effort
+from tfmq_export.ptq.quantize import quantize
+from tfmq_export.ptq.subject import QuantPlan, prepare
+from tfmq_export.recipe import QuantRecipe
 
 CLASSES = 4
 
@@ -281,6 +290,45 @@ def captured(name: str) -> tuple[Denoiser, DiffusionProgram]:
     """One capture for all tests that only look: it takes seconds."""
     denoiser = denoiser_of(name)
     return denoiser, capture(denoiser)
+
+
+PLAIN = Method(les="off", pts="off", split_skips=False)
+"""Round to nearest on observed ranges: nothing is learned, nothing is rewritten."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One of the models, quantized.
+
+    Attributes:
+        program: What the recipe is for, with its skip concatenations split.
+        steps: The trajectory it was calibrated on.
+    """
+
+    denoiser: Denoiser
+    program: DiffusionProgram
+    steps: tuple[CalibrationStep, ...]
+    recipe: QuantRecipe
+
+
+def silent(done: int, total: int) -> None:
+    """No progress."""
+
+
+def own_copy(program: DiffusionProgram) -> DiffusionProgram:
+    """Splitting skip concatenations changes a program in place, and ``captured`` is shared."""
+    return replace(program, module=copy.deepcopy(program.module))
+
+
+def quantized(
+    name: str, weight_bits: int, activation_bits: int, method: Method = PLAIN, seed: int = 0, progress: Step = silent
+) -> Quantized:
+    """Calibrate on two images and quantize with the least effort."""
+    denoiser, program = captured(name)
+    steps = calibrate(denoiser, images=2, seed=seed, progress=silent)
+    plan = QuantPlan("test", weight_bits, activation_bits, method, find_effort("fast"), frozenset({"conv"}), seed=seed)
+    subject = prepare(own_copy(program), denoiser, steps, plan, {})
+    return Quantized(denoiser, subject.program, steps, quantize(subject, plan, progress))
 
 
 def walk(timesteps: list[int] | list[float]) -> object:

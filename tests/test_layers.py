@@ -26,7 +26,8 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "models": (TORCH | {"diffusers", "numpy", "safetensors"}, DATA | MODEL_SIDE),
     "analysis": (TORCH, DATA),
     "program": (TORCH, DATA | MODEL_SIDE | {"analysis"}),
-    "ptq": (TORCH | {"numpy"}, DATA | MODEL_SIDE | {"analysis", "program"}),
+    "blocks": (TORCH, DATA | {"analysis"}),
+    "ptq": (TORCH | {"numpy", "safetensors"}, DATA | MODEL_SIDE | {"analysis", "blocks", "program"}),
     "passes": (ONNX | {"numpy", "onnxruntime"}, DATA),
     # onnx only to read the optimized graph back; a production host never calls that.
     "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "openvino"}), DATA),

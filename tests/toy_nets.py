@@ -1,7 +1,7 @@
 """Small denoisers as the exporter writes them, and recipes for them made with numpy alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx_graphs import build, infer, normal
 
-from tfmq_export.recipe import LayerRecipe, QuantRecipe, TemporalTable, TibRecipe
+from tfmq_export.recipe import LayerRecipe, QuantRecipe, SkipSplit, TemporalTable, TibRecipe
 from tfmq_export.spec import QParams, QuantSpec
 from tfmq_export.timesteps import TimestepSet
 
@@ -29,13 +29,22 @@ class Layer:
 
 @dataclass(frozen=True)
 class Net:
-    """A float graph with inputs ``sample`` and ``timestep``."""
+    """A float graph with inputs ``sample`` and ``timestep``.
+
+    Attributes:
+        splits: Layers of the model that its recipe splits.
+        split_model: The same function with those layers split by hand; ``layers`` names the halves.
+        stacked: Layers whose output takes four codes.
+    """
 
     model: onnx.ModelProto
     layers: Mapping[str, Layer]
     feature: str
     per_sample: bool
     timesteps: TimestepSet
+    splits: tuple[SkipSplit, ...] = ()
+    split_model: onnx.ModelProto | None = None
+    stacked: tuple[str, ...] = ()
 
     def feeds(self, timestep: float, batch: int = 3, seed: int = 0) -> Feeds:
         shape = [dim.dim_value for dim in self.model.graph.input[0].type.tensor_type.shape.dim[1:]]
@@ -44,9 +53,9 @@ class Net:
         return {"sample": normal(seed, batch, *shape), "timestep": np.full((1,) * rank, timestep, dtype)}
 
 
-def activation_grid(values: NDArray, bits: int = 8) -> QParams:
+def activation_grid(values: NDArray, bits: int = 8, codes: int = 1) -> QParams:
     """An unsigned grid over values and 0, with headroom."""
-    spec = QuantSpec(bits, signed=False)
+    spec = QuantSpec(bits, signed=False, codes=codes)
     low, high = (HEADROOM * end for end in (min(float(values.min()), 0.0), max(float(values.max()), 0.0)))
     scale = np.float32((high - low) / spec.qmax or 1.0)
     return QParams(spec, np.asarray(scale), np.asarray(np.round(-low / scale), np.int32))
@@ -84,7 +93,8 @@ def recipe_with(
 def recipe_for(net: Net, weight_bits: int = 8, activation_bits: int = 8) -> QuantRecipe:
     """Grids over the values seen in the schedule, convolutions with an output grid, one table."""
     wanted = [net.feature, *net.layers, *dict.fromkeys(layer.source for layer in net.layers.values())]
-    runs = [observe(net.model, wanted, net.feeds(t, seed=seed)) for seed, t in enumerate(net.timesteps.values)]
+    model = net.split_model or net.model
+    runs = [observe(model, wanted, net.feeds(t, seed=seed)) for seed, t in enumerate(net.timesteps.values)]
     seen = {name: np.concatenate([run[name] for run in runs]) for name in wanted[1:]}
     layers = [
         layer_recipe(
@@ -92,14 +102,14 @@ def recipe_for(net: Net, weight_bits: int = 8, activation_bits: int = 8) -> Quan
             layer.kind,
             layer.weight,
             activation_grid(seen[layer.source], activation_bits),
-            activation_grid(seen[name]) if layer.kind == "conv" else None,
-            weight_bits,
+            activation_grid(seen[name], codes=4 if name in net.stacked else 1) if layer.kind == "conv" else None,
+            8 if name in net.stacked else weight_bits,  # packed weights do not stack
         )
         for name, layer in net.layers.items()
     ]
     rows = np.stack([run[net.feature][0] if net.per_sample else run[net.feature] for run in runs])
     table = TemporalTable(net.feature, f"net.{net.feature}", rows, net.per_sample)
-    return recipe_with(layers, [table], net.timesteps)
+    return replace(recipe_with(layers, [table], net.timesteps), splits=net.splits)
 
 
 def observe(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Feeds:
@@ -181,6 +191,52 @@ def conv_net() -> Net:
     sources = {"conv2d": "sample", "conv2d_1": "silu_1", "conv2d_2": "add_1"}
     layers = {name: Layer("conv", source, kernels[name]) for name, source in sources.items()}
     return Net(model, layers, "linear_1", True, TimestepSet((999, 500, 1, 0)))
+
+
+def skip_net() -> Net:
+    """A strided convolution on a skip concatenation; the prediction, its last layer, has four codes."""
+    weights = {"conv2d": normal(1, 6, 3, 3, 3), "conv2d_1": normal(2, 4, 9, 3, 3), "conv2d_2": normal(3, 3, 4, 1, 1)}
+    halves = {"conv2d_1_part0": weights["conv2d_1"][:, :6], "conv2d_1_part1": weights["conv2d_1"][:, 6:]}
+    before = [
+        node("Unsqueeze", "timestep one", "column"),
+        node("Mul", "column frequencies", "angles"),
+        node("Cos", "angles", "cos"),
+        node("Unsqueeze", "cos spatial", "unsqueeze"),
+        node("Conv", "sample w b", "conv2d", pads=[1] * 4),
+        node("Add", "conv2d unsqueeze", "add"),
+        node("Relu", "add", "relu"),
+    ]
+    attributes = {"pads": [1, 0, 0, 1], "strides": [2, 1]}
+    whole = [node("Concat", "relu sample", "cat", axis=1), node("Conv", "cat w1 b1", "conv2d_1", **attributes)]
+    split = [
+        node("Conv", "relu w1.0 b1", "conv2d_1_part0", **attributes),
+        node("Conv", "sample w1.1", "conv2d_1_part1", **attributes),
+        node("Add", "conv2d_1_part0 conv2d_1_part1", "conv2d_1"),
+    ]
+    after = [node("Conv", "conv2d_1 w2 b2", "conv2d_2")]
+    constants = {
+        "one": np.array([1]),
+        "spatial": np.array([2, 3]),
+        "frequencies": normal(5, 1, 6),
+        "w": weights["conv2d"],
+        "b": normal(6, 6),
+        "b1": normal(7, 4),
+        "w2": weights["conv2d_2"],
+        "b2": normal(8, 3),
+    }
+    inputs = {"sample": ("batch", 3, 6, 6), "timestep": ("steps",)}
+    result = {"conv2d_2": ("batch", 3, "h", "w")}
+    model = build([*before, *whole, *after], inputs, result, constants | {"w1": weights["conv2d_1"]})
+    by_half = {f"w1.{index}": half for index, half in enumerate(halves.values())}
+    split_model = build([*before, *split, *after], inputs, result, constants | by_half)
+    layers = {
+        "conv2d": Layer("conv", "sample", weights["conv2d"]),
+        "conv2d_1_part0": Layer("conv", "relu", halves["conv2d_1_part0"]),
+        "conv2d_1_part1": Layer("conv", "sample", halves["conv2d_1_part1"]),
+        "conv2d_2": Layer("conv", "conv2d_1", weights["conv2d_2"]),
+    }
+    splits = (SkipSplit("conv2d_1", (6, 3)),)
+    return Net(model, layers, "cos", True, TimestepSet((1.5, 0.5, 0.0), real=True), splits, split_model, ("conv2d_2",))
 
 
 def token_net(length: int = 5, width: int = 8, heads: int = 2) -> Net:

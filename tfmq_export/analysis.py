@@ -62,6 +62,7 @@ class Operation:
         bias: Name of its bias's node, or None.
         macs: Multiply-accumulates for one sample.
         roles: What its result depends on.
+        groups: Of a convolution.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Operation:
     bias: str | None
     macs: int
     roles: frozenset[str]
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,8 +126,16 @@ def find_operations(graph: fx.Graph, depends: Mapping[str, frozenset[str]]) -> l
         bias = node.args[2].name if len(node.args) > 2 and isinstance(node.args[2], fx.Node) else None
         macs = positions * per_position
         roles = depends[node.name]
-        found.append(Operation(node.name, module_path(node), kind, source.name, weight.name, bias, macs, roles))
+        groups = _groups(node) if kind == "conv" else 1
+        found.append(Operation(node.name, module_path(node), kind, source.name, weight.name, bias, macs, roles, groups))
     return found
+
+
+def _groups(node: fx.Node) -> int:
+    source: Any = node.args[0]
+    weight: Any = node.args[1]
+    spatial = weight.meta["val"].ndim - 2
+    return int(source.meta["val"].shape[-spatial - 1]) // int(weight.meta["val"].shape[1])
 
 
 def _raw_product(node: fx.Node, depends: Mapping[str, frozenset[str]]) -> Operation:
@@ -228,8 +238,18 @@ def count_macs(module: fx.GraphModule, inputs: Mapping[str, Tensor], depends: Ma
     return total // batch
 
 
+def module_stack(node: fx.Node) -> list[tuple[str, str]]:
+    """Path and class name of each module that a node was issued in, outermost first; without the model itself."""
+    stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack", {})
+    found = []
+    for path, kind in stack.values():
+        path = path.removeprefix("model.")
+        if path not in ("", "model"):  # the capture's own wrapper
+            found.append((path, kind if isinstance(kind, str) else kind.__qualname__))
+    return found
+
+
 def module_path(node: fx.Node) -> str:
     """Path of the module that issued a node."""
-    stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack", {})
-    path = list(stack.values())[-1][0] if stack else ""
-    return path.removeprefix("model.") or node.name
+    stack = module_stack(node)
+    return stack[-1][0] if stack else node.name

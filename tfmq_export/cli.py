@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tfmq_export import __version__
-from tfmq_export.console import bars, out, reports_errors, set_up_logging, size, table
+from tfmq_export.console import bars, err, out, reports_errors, set_up_logging, size, table
 
 if TYPE_CHECKING:
     from tfmq_export.bundle import Bundle
@@ -55,7 +55,27 @@ def export(
     factory: Factory = None,
     recipe: Annotated[Path | None, typer.Option(help="Reuse the recipe of an earlier bundle.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in TOML; flags win.")] = None,
-    estimator: Annotated[str | None, typer.Option(help="Activation ranges: mse or minmax.", show_default="mse")] = None,
+    effort: Annotated[str | None, typer.Option(help="fast, standard or paper.", show_default="standard")] = None,
+    tib: Annotated[
+        str | None, typer.Option(help="Temporal features: table, quantized or select.", show_default="table")
+    ] = None,
+    les: Annotated[
+        str | None,
+        typer.Option(
+            help="Equivalent scaling: adaptive, uniform, linear, quadratic, smoothquant or off.",
+            show_default="adaptive",
+        ),
+    ] = None,
+    pts: Annotated[
+        str | None, typer.Option(help="Power-of-two scaling: vote, mse or off.", show_default="vote")
+    ] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="Activation ranges: mse, minmax, kl or percentile.", show_default="mse")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Ceiling on cached activations, e.g. 2GiB; the rest goes to disk.")
+    ] = None,
     calibration_images: Annotated[int | None, typer.Option(help="Trajectories to calibrate on.")] = None,
     validation_images: Annotated[int | None, typer.Option(help="Images to compare at the end.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of noise and sampling.", show_default="0")] = None,
@@ -77,7 +97,12 @@ def export(
     flags = {
         "preset": preset,
         "target": target,
-        "estimator": estimator,
+        "effort": effort,
+        "method.tib": tib,
+        "method.les": les,
+        "method.pts": pts,
+        "method.estimator": estimator,
+        "max_memory": max_memory,
         "calibration_images": calibration_images,
         "validation_images": validation_images,
         "seed": seed,
@@ -92,10 +117,17 @@ def export(
 
     with bars(quiet) as progress:
         with progress.stage("Starting"):
-            from tfmq_export.compiler import compile_model
+            from tfmq_export.compiler import checkpoint_of, compile_model
             from tfmq_export.models.load import Source
         source = Source(model, factory, steps, conditioning, guidance_scale)
-        made = compile_model(source, root, settings, recipe=recipe, dump_dir=dump_dir, progress=progress)
+        try:
+            made = compile_model(
+                source, root, settings, recipe=recipe, resume=resume, dump_dir=dump_dir, progress=progress
+            )
+        except (KeyboardInterrupt, SystemExit):
+            if checkpoint_of(root).exists():
+                err.print(f"finished blocks are kept in {checkpoint_of(root)}: the same command with --resume goes on")
+            raise
     _show(made.bundle, made.validation)
     out.print(f"\nwritten to [bold]{root}[/] in {sum(made.seconds.values()):.0f} s")
     if (root / "tfmq" / "samples.png").exists():
@@ -131,6 +163,7 @@ def validate(
         with progress.stage("Loading"):
             from tfmq_export.models.load import load
             from tfmq_export.program import capture
+            from tfmq_export.ptq.skip_concat import split_skip_concats
             from tfmq_export.recipe_io import load_recipe
             from tfmq_export.validate import Subject
             from tfmq_export.validate import validate as run_validation
@@ -138,7 +171,8 @@ def validate(
             denoiser = load(_source_of(opened, against, factory))
         with progress.stage("Capturing the graph"):
             program = capture(denoiser)
-        subject = Subject(denoiser, program, load_recipe(bundle), opened)
+        recipe = load_recipe(bundle)
+        subject = Subject(denoiser, split_skip_concats(program, recipe.splits), recipe, opened)
         validation = run_validation(subject, thresholds, images=images, seed=seed, progress=progress)
     _show(opened, validation)
     if json is not None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,17 +23,20 @@ from tfmq_export.output import replaced_folder
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import dump_to, export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.pictures import save_comparison
+from tfmq_export.pictures import TemporalRow, save_comparison, save_temporal
 from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.progress import Progress, Silent, Step
 from tfmq_export.ptq.calibration import calibrate
-from tfmq_export.ptq.observers import Estimator
-from tfmq_export.ptq.quantize import QuantPlan, quantize
+from tfmq_export.ptq.checkpoint import Checkpoint
+from tfmq_export.ptq.effort import find_effort
+from tfmq_export.ptq.quantize import quantize, unquantized
+from tfmq_export.ptq.skip_concat import split_skip_concats
+from tfmq_export.ptq.subject import QuantPlan, prepare
 from tfmq_export.ptq.tib import tabulate
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.recipe_io import load_recipe
 from tfmq_export.runtime.benchmark import peak_rss_bytes
-from tfmq_export.target import Target, find_target
+from tfmq_export.target import find_target
 from tfmq_export.validate import Subject, Validation, validate
 
 PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy")
@@ -53,12 +57,13 @@ class Compiled:
     seconds: dict[str, float]
 
 
-def compile_model(
+def compile_model(  # noqa: PLR0913  # options of the one public entry, by keyword
     model: str | Path | Source | tuple[nn.Module, Description],
     output: str | Path,
     config: CompileConfig | None = None,
     *,
     recipe: Path | None = None,
+    resume: bool = False,
     dump_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -69,11 +74,13 @@ def compile_model(
             module with its ``Description``.
         output: The bundle's folder; an older bundle there is replaced at the very end.
         recipe: Take this recipe instead of quantizing again.
+        resume: Go on where an interrupted run with this output and these settings stopped.
         dump_dir: Save the graph after each pass here.
     Raises:
         LoadError, ConfigError, ExportError, RecipeError: the input or the options cannot be used.
         PrecisionError: a layer would not run in the integers asked for.
-        AccuracyError: a threshold was missed. In all cases nothing is left behind.
+        AccuracyError: a threshold was missed. Nothing half-written is left behind; finished blocks stay in
+            ``.NAME.checkpoint`` beside the output, for ``resume``.
     """
     config = config or CompileConfig()
     stages = _Timed(progress or Silent())
@@ -84,8 +91,12 @@ def compile_model(
     with replaced_folder(root) as partial:
         with stages.stage("Capturing the graph"):
             program = capture(denoiser)
-        made = load_recipe(recipe) if recipe is not None else _quantize(denoiser, program, config, target, stages)
-        _check_recipe(made, program, denoiser)
+        if recipe is not None:
+            made = load_recipe(recipe)
+            _check_recipe(made, program, denoiser)
+            program = split_skip_concats(program, made.splits)
+        else:
+            program, made = _quantize(denoiser, program, config, stages, (checkpoint_of(root), resume))
         with stages.stage("Rewriting the graph"):
             graph = import_graph(export_onnx(program))
             after = dump_to(dump_dir) if dump_dir is not None else None
@@ -101,8 +112,18 @@ def compile_model(
             validation.receipt.raise_if_lost()
         validation.report.raise_if_failed()
         validation.write(bundle.report, {"seconds": stages.seconds, "peak_memory_bytes": peak_rss_bytes()})
+        if made.tib.source != "table":
+            errors = validation.temporal
+            row = TemporalRow(made.tib.source, errors.cosine, errors.mismatch)
+            save_temporal(bundle.root / "tfmq" / "temporal.png", denoiser.timesteps.values, [row])
         save_comparison(bundle.root / "tfmq" / "samples.png", validation.reference_images, validation.images)
+    shutil.rmtree(checkpoint_of(root), ignore_errors=True)  # only now is its work safe
     return Compiled(Bundle(root, bundle.manifest), validation, stages.seconds)
+
+
+def checkpoint_of(root: Path) -> Path:
+    """Where the finished blocks of an interrupted run wait."""
+    return root.absolute().with_name(f".{root.absolute().name}.checkpoint")
 
 
 def _load(model: str | Path | Source | tuple[nn.Module, Description]) -> Denoiser:
@@ -114,34 +135,45 @@ def _load(model: str | Path | Source | tuple[nn.Module, Description]) -> Denoise
 
 
 def _quantize(
-    denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig, target: Target, stages: "_Timed"
-) -> QuantRecipe:
-    preset = find_preset(config.preset)
-    with stages.stage("Tabulating the timesteps"):
-        tib = tabulate(program, denoiser)
-    calibration = None
-    if preset.weight_bits:
-        with stages.stage("Calibrating on the model's own trajectory") as step:
-            calibration = calibrate(
-                program, denoiser, images=config.calibration_images, seed=config.seed, progress=step
-            )
+    denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig, stages: "_Timed", keep: tuple[Path, bool]
+) -> tuple[DiffusionProgram, QuantRecipe]:
+    """The recipe, and the program it is for: with its skip concatenations split.
+
+    Args:
+        keep: Folder of the checkpoint, and whether to go on from it.
+    """
+    preset, method, effort = find_preset(config.preset), config.method, find_effort(config.effort)
+    images = config.calibration_images or effort.images
+    provenance = {
+        "model": denoiser.source,
+        "seed": str(config.seed),
+        "effort": config.effort,
+        "calibration_images": str(images),
+        **{name: str(value) for name, value in method.model_dump().items()},
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    if not preset.weight_bits:
+        return program, unquantized(program, config.preset, tabulate(program, denoiser), provenance)
     plan = QuantPlan(
         config.preset,
         preset.weight_bits,
         preset.activation_bits,
-        Estimator(config.estimator),
-        target.quantized_outputs,
+        method,
+        effort,
+        find_target(config.target).quantized_outputs,
+        config.seed,
+        config.max_memory,
     )
-    provenance = {
-        "model": denoiser.source,
-        "seed": str(config.seed),
-        "calibration_images": str(config.calibration_images),
-        "estimator": config.estimator,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-    with stages.stage("Quantizing") as step:
-        return quantize(program, calibration, tib, plan, provenance, step)
+    settings = {"fingerprint": program.fingerprint, "preset": config.preset, **provenance}
+    settings |= {"timesteps": f"{len(denoiser.timesteps)}: {denoiser.timesteps.describe()}"}
+    with Checkpoint(keep[0], settings, resume=keep[1]) as checkpoint:
+        with stages.stage("Recording the model's own trajectory") as step:
+            recorded = calibrate(denoiser, images=images, seed=config.seed, progress=step)
+        with stages.stage("Tabulating the timesteps"):
+            subject = prepare(program, denoiser, recorded, plan, provenance)
+        with stages.stage("Quantizing") as step:
+            return subject.program, quantize(subject, plan, step, checkpoint)
 
 
 def _check_recipe(recipe: QuantRecipe, program: DiffusionProgram, denoiser: Denoiser) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from tfmq_export.errors import ConfigError
 
@@ -39,8 +39,38 @@ class Thresholds(BaseModel):
     psnr: float = Field(10.0, description="mean PSNR of the images, dB")
     ssim: float = Field(0.0, description="mean SSIM of the images")
     sqnr: float = Field(0.0, description="noise-prediction SQNR, mean over the timesteps, dB")
-    temporal_cosine: float = Field(0.999999, description="lowest cosine of any temporal feature at any timestep")
+    temporal_cosine: float | None = Field(
+        None, description="lowest cosine of any temporal feature at any timestep; tables default to 0.999999"
+    )
     agreement: float = Field(40.0, description="lowest SQNR of the graph against PyTorch fake-quant, in lock-step, dB")
+
+    def temporal_cosine_of(self, source: str) -> float:
+        """The bound for tables made from ``source``: those of full precision have no reason to differ."""
+        if self.temporal_cosine is not None:
+            return self.temporal_cosine
+        return 0.999999 if source == "table" else 0.0
+
+
+class Method(BaseModel):
+    """Which parts of the algorithms are in force; the defaults are all of both papers, joined."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tib: Literal["table", "quantized", "select"] = Field("table", description="how temporal features are served")
+    tiar: bool = Field(True, description="reconstruct the temporal block jointly; off: inside the blocks, as others do")
+    fsc: Literal["off", "tib", "all"] = Field("tib", description="which activations get a grid per timestep")
+    estimator: Literal["mse", "minmax", "kl", "percentile"] = Field("mse", description="how ranges become scales")
+    weight_range: Literal["search", "minmax"] = Field("search", description="scale of a weight")
+    les: Literal["adaptive", "uniform", "linear", "quadratic", "smoothquant", "off"] = Field(
+        "adaptive", description="equivalent scaling, by its timestep weighting"
+    )
+    pts: Literal["vote", "mse", "off"] = Field("vote", description="how power-of-two exponents are chosen")
+    pts_layers: Literal["skip", "all"] = Field("skip", description="which layers may have them")
+    pts_quorum: float = Field(0.85, ge=0, le=1, description="share of the votes an exponent needs (kappa)")
+    pts_exponents: int = Field(4, ge=1, le=5, description="candidates: 0, -1, ...; 5 needs 4-bit weights")
+    split_skips: bool = Field(True, description="one quantizer per half of a skip concatenation")
+    reconstruct: bool = Field(True, description="learn the rounding block by block")
+    learned_steps: bool = Field(True, description="tune activation scales on each block's output")
 
 
 class CompileConfig(BaseModel):
@@ -50,8 +80,10 @@ class CompileConfig(BaseModel):
 
     preset: str = "w8a8"
     target: str = "ort-cpu"
-    estimator: Literal["mse", "minmax"] = "mse"
-    calibration_images: int = Field(16, ge=1)
+    effort: Literal["fast", "standard", "paper"] = "standard"
+    method: Method = Method.model_construct()
+    max_memory: ByteSize | None = Field(None, ge=1 << 20, description="for cached activations; the rest goes to disk")
+    calibration_images: int | None = Field(None, ge=1, description="trajectories to record; the effort decides")
     validation_images: int = Field(16, ge=1)
     seed: int = Field(0, ge=0)
     thresholds: Thresholds = Thresholds.model_construct()
@@ -60,6 +92,10 @@ class CompileConfig(BaseModel):
     def model_post_init(self, context: Any, /) -> None:
         """Check the names that pydantic cannot know."""
         find_preset(self.preset)
+
+
+TABLES: Mapping[str, type[BaseModel]] = {"thresholds": Thresholds, "method": Method}
+"""Tables of a TOML file, and prefixes of flags."""
 
 
 def find_preset(name: str) -> Preset:
@@ -87,28 +123,28 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> CompileConfig:
             values = tomllib.loads(path.read_text("utf-8"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not readable TOML: {error}") from error
-    thresholds = values.pop("thresholds", {})
-    if not isinstance(thresholds, dict):
-        raise ConfigError(f"{path}: thresholds: expected a table [thresholds], got {thresholds!r}")
+    tables = {name: values.pop(name, {}) for name in TABLES}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {name}: expected a table [{name}], got {table!r}")
     for key, value in flags.items():
         if value is not None:
             group, _, inner = key.partition(".")
-            if inner:
-                thresholds[inner] = value
-            else:
-                values[group] = value
+            (tables[group] if inner else values)[inner or group] = value
     try:
-        return CompileConfig(**values, thresholds=Thresholds(**thresholds))
+        return CompileConfig(**values, **{name: model(**tables[name]) for name, model in TABLES.items()})
     except ValidationError as error:
         raise ConfigError(_explain(error, path)) from error
 
 
 def _explain(error: ValidationError, path: Path | None) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    table = next((name for name, model in TABLES.items() if model.__name__ == error.title), None)
+    key = ".".join(str(part) for part in ([table] if table else []) + list(first["loc"]))
     where = f"{path}: " if path is not None else ""
     if first["type"] == "extra_forbidden":
-        known = [*CompileConfig.model_fields, *Thresholds.model_fields]
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        inner = (f"{name}.{field}" for name, model in TABLES.items() for field in model.model_fields)
+        known = [*CompileConfig.model_fields, *inner]
+        near = difflib.get_close_matches(key, known, 1)
         return f"{where}unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     return f"{where}{key}: {first['msg']}, got {first['input']!r}"

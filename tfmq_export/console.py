@@ -38,7 +38,7 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
         except OSError as error:  # a disk that is full or gone; anything else of ours is a TfmqError already
             fail(OutputError(f"{error.filename or 'output'}: {error.strerror or error}"))
         except KeyboardInterrupt:
-            err.print("interrupted; nothing was left behind", style="yellow")
+            err.print("interrupted; nothing half-written was left behind", style="yellow")
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped

@@ -51,6 +51,10 @@ class OutputError(TfmqError):
     """The output folder cannot be written."""
 
 
+class TargetError(TfmqError):
+    """The backend cannot run what the recipe asks for."""
+
+
 class PassError(TfmqError):
     """A graph pass that could not do its work."""
 

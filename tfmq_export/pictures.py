@@ -1,6 +1,7 @@
 """Pictures: rows of images, labelled."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 PER_ROW = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TemporalRow:
+    """One way to serve temporal features: cosine and mismatch, [features, T]."""
+
+    label: str
+    cosine: NDArray[np.float64]
+    mismatch: NDArray[np.int64]
+
+
 SHOWN_PIXELS = 128  # small images are enlarged to about this, without smoothing
 
 
@@ -46,6 +58,30 @@ def save_comparison(path: Path, reference: NDArray[np.float32], images: NDArray[
     """Full precision above, compiled below; nothing for latents, which are no pictures."""
     if is_picture(reference):
         save_rows(path, [("full precision", reference[:PER_ROW]), ("compiled", images[:PER_ROW])])
+
+
+def save_temporal(path: Path, timesteps: Sequence[float], rows: Sequence[TemporalRow]) -> None:
+    """Temporal feature error and mismatch over the schedule, a line per way to serve the features.
+
+    The upper panel shows the mean and the worst ``1 - cosine`` of all features, the lower one the largest mismatch.
+    """
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5.2), sharex=True, layout="constrained")
+    for row in rows:
+        error = np.maximum(1 - row.cosine, 1e-9)  # a logarithmic axis has no zero
+        (line,) = above.plot(timesteps, error.mean(0), label=row.label)
+        above.plot(timesteps, error.max(0), color=line.get_color(), linewidth=0.7, linestyle="--")
+        below.plot(timesteps, np.abs(row.mismatch).max(0), color=line.get_color())
+    above.set_yscale("log")
+    above.set_ylabel("1 - cosine\nmean (dashed: worst)")
+    above.legend(fontsize=8)
+    below.set_ylabel("largest mismatch\n(steps of the schedule)")
+    below.set_xlabel("timestep")
+    below.invert_xaxis()
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
 
 
 def is_picture(images: NDArray[np.float32]) -> bool:

@@ -14,20 +14,50 @@ from tfmq_export.errors import RecipeError
 from tfmq_export.spec import QParams
 from tfmq_export.timesteps import TimestepSet
 
+MIN_EXPONENT = -4  # a 4-bit weight shifted by 4 still fits 8 bits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TimestepGrids:
+    """A grid for each timestep of the finite set (FSC; TFMQ-DM, section 4.2).
+
+    Attributes:
+        scale: float32, [T].
+        zero_point: int32, [T].
+    """
+
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        if self.scale.ndim != 1 or self.scale.shape != self.zero_point.shape:
+            raise RecipeError(f"a finite set needs a scale and a zero point per timestep, got {self.scale.shape}")
+        if self.scale.dtype != np.float32 or self.zero_point.dtype != np.int32:
+            raise RecipeError("scales must be float32 and zero points int32")
+        if not (np.isfinite(self.scale).all() and (self.scale > 0).all()):
+            raise RecipeError("every scale must be positive and finite")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerRecipe:
     """One quantized convolution or linear layer.
+
+    It computes ``sum_k x^_k 2^d_k W^_k`` where ``x^ = fake_quantize(x / (tau 2^d), input)``.
 
     Attributes:
         name: The value this layer computes in the graph.
         path: Its module path, for people.
         kind: "conv" or "linear".
         macs: Multiply-accumulates for one sample.
-        weight: Grid of the weight, one scale per output channel (axis 0), zero point 0.
-        weight_codes: Rounded weight, int8, [out, in / groups, *kernel] or [out, in].
-        input: Grid of the input activation, one scale per tensor.
+        weight: Grid of ``tau W``, one scale per output channel (axis 0), zero point 0.
+        weight_codes: Rounded ``tau W``, int8, [out, in / groups, *kernel] or [out, in].
+        input: Grid of the scaled input activation, one scale per tensor.
         output: Grid the target puts on the output, or None where it stays float.
+        groups: Of a convolution.
+        les_scale: tau of learned equivalent scaling, float32 [in]; None where it is 1 (DMQ, section 3.2).
+        pts_exponent: d of power-of-two scaling, int8 [in], all at most 0; None where it is 0 (DMQ, section 3.4).
+        input_by_timestep: Grids in place of ``input``'s, one per timestep (TFMQ-DM, section 4.2).
+        output_by_timestep: The same for ``output``.
     """
 
     name: str
@@ -38,6 +68,11 @@ class LayerRecipe:
     weight_codes: NDArray[np.int8]
     input: QParams
     output: QParams | None
+    groups: int = 1
+    les_scale: NDArray[np.float32] | None = None
+    pts_exponent: NDArray[np.int8] | None = None
+    input_by_timestep: TimestepGrids | None = None
+    output_by_timestep: TimestepGrids | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("conv", "linear"):
@@ -53,6 +88,26 @@ class LayerRecipe:
         for grid in (self.input, self.output):
             if grid is not None and (grid.spec.signed or grid.spec.axis is not None):
                 raise RecipeError(f"{self.path}: activations need an unsigned grid with one scale")
+        channels = (self.weight_codes.shape[1] * self.groups,)
+        if self.les_scale is not None:
+            if self.les_scale.shape != channels or self.les_scale.dtype != np.float32:
+                raise RecipeError(f"{self.path}: LES needs a float32 factor per input channel")
+            if not (np.isfinite(self.les_scale).all() and (self.les_scale > 0).all()):
+                raise RecipeError(f"{self.path}: every LES factor must be positive and finite")
+        if self.pts_exponent is not None:
+            if self.pts_exponent.shape != channels or self.pts_exponent.dtype != np.int8:
+                raise RecipeError(f"{self.path}: PTS needs an int8 exponent per input channel")
+            if self.pts_exponent.max() > 0 or self.pts_exponent.min() < MIN_EXPONENT:
+                raise RecipeError(f"{self.path}: PTS exponents must be in {MIN_EXPONENT}..0")
+
+    @property
+    def input_factor(self) -> NDArray[np.float32] | None:
+        """``1 / (tau 2^d)``: what every input channel is multiplied by, [in]; None where it is 1."""
+        if self.les_scale is None and self.pts_exponent is None:
+            return None
+        tau = np.ones((), np.float64) if self.les_scale is None else self.les_scale.astype(np.float64)
+        shift = np.zeros((), np.int8) if self.pts_exponent is None else self.pts_exponent
+        return (1 / (tau * np.exp2(shift.astype(np.float64)))).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +147,15 @@ class TemporalTable:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TibRecipe:
-    """The temporal information block as lookup tables."""
+    """The temporal information block as lookup tables.
+
+    Attributes:
+        source: What the rows are: "table" (full precision), "quantized" (the quantized block) or "select".
+    """
 
     timesteps: TimestepSet
     tables: tuple[TemporalTable, ...]
+    source: str = "table"
 
     def __post_init__(self) -> None:
         for table in self.tables:
@@ -105,8 +165,30 @@ class TibRecipe:
                 raise RecipeError(f"{table.path}: the temporal table holds NaN or infinity")
 
     @property
+    def names(self) -> frozenset[str]:
+        """The graph values that tables replace."""
+        return frozenset(table.name for table in self.tables)
+
+    @property
     def nbytes(self) -> int:
         return sum(table.rows.nbytes for table in self.tables)
+
+
+@dataclass(frozen=True, slots=True)
+class SkipSplit:
+    """A layer on a concatenation ``[h | skip]``, computed as one layer per half and a sum (DMQ, section 3.4).
+
+    Attributes:
+        name: The value of the whole layer; its halves are ``name_part0``, ``name_part1``, ...
+        sizes: Input channels of each half.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+
+    def part(self, index: int) -> str:
+        """The value that one half computes."""
+        return f"{self.name}_part{index}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +199,7 @@ class QuantRecipe:
         fingerprint: Hash of the captured model; a recipe binds to no other.
         preset: Name of the preset it was made with.
         macs: Multiply-accumulates of the whole model for one sample, attention included.
+        splits: Layers on concatenations that are split.
         provenance: How it was made: versions, seed, calibration size; strings for people.
     """
 
@@ -127,6 +210,7 @@ class QuantRecipe:
     tib: TibRecipe
     macs: int
     provenance: Mapping[str, str] = field(default_factory=dict)
+    splits: tuple[SkipSplit, ...] = ()
 
     @property
     def integer_share(self) -> float:

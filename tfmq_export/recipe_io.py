@@ -10,11 +10,19 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tfmq_export.errors import RecipeError, TfmqError
-from tfmq_export.recipe import FloatLayer, LayerRecipe, QuantRecipe, TemporalTable, TibRecipe
+from tfmq_export.recipe import (
+    FloatLayer,
+    LayerRecipe,
+    QuantRecipe,
+    SkipSplit,
+    TemporalTable,
+    TibRecipe,
+    TimestepGrids,
+)
 from tfmq_export.spec import QParams, QuantSpec
 from tfmq_export.timesteps import TimestepSet
 
-SCHEMA = 1
+SCHEMA = 2
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -28,6 +36,8 @@ def save_recipe(recipe: QuantRecipe, folder: Path) -> None:
         "macs": recipe.macs,
         "provenance": dict(recipe.provenance),
         "timesteps": {"values": list(recipe.tib.timesteps.values), "real": recipe.tib.timesteps.real},
+        "temporal_source": recipe.tib.source,
+        "splits": [{"name": x.name, "sizes": list(x.sizes)} for x in recipe.splits],
         "tables": [_save_table(table, arrays) for table in recipe.tib.tables],
         "layers": [_save_layer(layer, arrays) for layer in recipe.layers],
         "kept_float": [{"name": x.name, "path": x.path, "macs": x.macs, "reason": x.reason} for x in recipe.kept_float],
@@ -59,9 +69,14 @@ def load_recipe(path: Path) -> QuantRecipe:
             preset=document["preset"],
             layers=tuple(_load_layer(item, arrays) for item in document["layers"]),
             kept_float=tuple(FloatLayer(**item) for item in document["kept_float"]),
-            tib=TibRecipe(timesteps, tuple(_load_table(item, arrays) for item in document["tables"])),
+            tib=TibRecipe(
+                timesteps,
+                tuple(_load_table(item, arrays) for item in document["tables"]),
+                document["temporal_source"],
+            ),
             macs=document["macs"],
             provenance=document["provenance"],
+            splits=tuple(SkipSplit(item["name"], tuple(item["sizes"])) for item in document["splits"]),
         )
     except FileNotFoundError as error:
         missing = error.filename or folder / "recipe.safetensors"  # safetensors does not say
@@ -83,11 +98,20 @@ def _load_table(item: dict[str, Any], arrays: Arrays) -> TemporalTable:
 
 def _save_layer(layer: LayerRecipe, arrays: Arrays) -> dict[str, object]:
     arrays[f"{layer.name}.weight_codes"] = layer.weight_codes
+    if layer.les_scale is not None:
+        arrays[f"{layer.name}.les_scale"] = layer.les_scale
+    if layer.pts_exponent is not None:
+        arrays[f"{layer.name}.pts_exponent"] = layer.pts_exponent
+    for role, grids in (("input", layer.input_by_timestep), ("output", layer.output_by_timestep)):
+        if grids is not None:
+            arrays[f"{layer.name}.{role}.scale_by_timestep"] = grids.scale
+            arrays[f"{layer.name}.{role}.zero_point_by_timestep"] = grids.zero_point
     return {
         "name": layer.name,
         "path": layer.path,
         "kind": layer.kind,
         "macs": layer.macs,
+        "groups": layer.groups,
         "weight": _save_grid(f"{layer.name}.weight", layer.weight, arrays),
         "input": _save_grid(f"{layer.name}.input", layer.input, arrays),
         "output": None if layer.output is None else _save_grid(f"{layer.name}.output", layer.output, arrays),
@@ -105,13 +129,23 @@ def _load_layer(item: dict[str, Any], arrays: Arrays) -> LayerRecipe:
         weight_codes=arrays[f"{name}.weight_codes"],
         input=_load_grid(f"{name}.input", item["input"], arrays),
         output=None if item["output"] is None else _load_grid(f"{name}.output", item["output"], arrays),
+        groups=item["groups"],
+        les_scale=arrays.get(f"{name}.les_scale"),
+        pts_exponent=arrays.get(f"{name}.pts_exponent"),
+        input_by_timestep=_load_timestep_grids(f"{name}.input", arrays),
+        output_by_timestep=_load_timestep_grids(f"{name}.output", arrays),
     )
+
+
+def _load_timestep_grids(name: str, arrays: Arrays) -> TimestepGrids | None:
+    scale = arrays.get(f"{name}.scale_by_timestep")
+    return None if scale is None else TimestepGrids(scale, arrays[f"{name}.zero_point_by_timestep"])
 
 
 def _save_grid(name: str, grid: QParams, arrays: Arrays) -> dict[str, object]:
     arrays[f"{name}.scale"] = np.asarray(grid.scale)
     arrays[f"{name}.zero_point"] = np.asarray(grid.zero_point)
-    return {"bits": grid.spec.bits, "signed": grid.spec.signed, "axis": grid.spec.axis}
+    return {"bits": grid.spec.bits, "signed": grid.spec.signed, "axis": grid.spec.axis, "codes": grid.spec.codes}
 
 
 def _load_grid(name: str, spec: dict[str, Any], arrays: Arrays) -> QParams:

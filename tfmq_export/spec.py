@@ -16,15 +16,19 @@ class QuantSpec:
         bits: Width of the integer, 2 to 8. Engines store widths below 8 in 8-bit codes.
         signed: Whether the grid is centred on zero.
         axis: Channel axis that owns its own scale; None means one scale per tensor.
+        codes: Integers that add up to one value, for the few values that a single one resolves too coarsely.
     """
 
     bits: int
     signed: bool = True
     axis: int | None = None
+    codes: int = 1
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise RecipeError(f"bits must be in 2..8, got {self.bits}")
+        if self.codes < 1 or (self.signed and self.codes > 1):
+            raise RecipeError(f"codes must be at least 1, and 1 on a signed grid, got {self.codes}")
 
     @property
     def qmin(self) -> int:
@@ -32,7 +36,7 @@ class QuantSpec:
 
     @property
     def qmax(self) -> int:
-        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+        return (1 << (self.bits - 1)) - 1 if self.signed else self.codes * ((1 << self.bits) - 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

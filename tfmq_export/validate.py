@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,14 +20,15 @@ from tfmq_export.bundle import Bundle
 from tfmq_export.config import Thresholds
 from tfmq_export.denoiser import Denoise, Denoiser
 from tfmq_export.errors import RecipeError
-from tfmq_export.program import DiffusionProgram, evaluate
+from tfmq_export.program import DiffusionProgram
 from tfmq_export.progress import Progress, Silent
 from tfmq_export.ptq.calibration import CalibrationStep, record
 from tfmq_export.recipe import QuantRecipe
-from tfmq_export.runtime.compare import Comparison, Report, Threshold, cosine, has_ssim, psnr, sqnr_db, ssim
+from tfmq_export.runtime.compare import Comparison, Report, Threshold, has_ssim, psnr, sqnr_db, ssim
 from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.denoiser import load as load_bundle
 from tfmq_export.runtime.realized import Receipt, realized_on_ort
+from tfmq_export.temporal_features import TemporalErrors, compare_temporal
 
 IMAGE_CHANNELS = (1, 3)
 
@@ -40,17 +40,19 @@ class Validation:
     Attributes:
         report: Comparisons and verdicts.
         receipt: Requested against realized precision.
+        temporal: Every served temporal feature against full precision.
         reference_images: Drawn by the full-precision model, [N, C, H, W] in 0..1.
         images: Drawn by the compiled graph from the same noise.
     """
 
     report: Report
     receipt: Receipt
+    temporal: TemporalErrors
     reference_images: NDArray[np.float32]
     images: NDArray[np.float32]
 
     def to_json(self) -> dict[str, object]:
-        return {**self.report.to_json(), "precision": self.receipt.to_json()}
+        return {**self.report.to_json(), "precision": self.receipt.to_json(), "temporal": self.temporal.to_json()}
 
     def write(self, path: Path, extra: Mapping[str, object] | None = None) -> None:
         """Write report.json."""
@@ -113,7 +115,7 @@ def validate(
         agreements = _agreements(subject, trajectory, step)
     with progress.stage("Reading the optimized graph"):
         receipt = realized_on_ort(subject.bundle, subject.bundle.manifest.layers, macs=subject.bundle.manifest.macs)
-    temporal, exact = _temporal(subject)
+    temporal = compare_temporal(subject.program, denoiser, subject.recipe.tib, subject.bundle)
     similarity: tuple[Comparison, ...] = ()
     # Signals, points and tiny images have no SSIM; where one is demanded all the same, ssim says so.
     if has_ssim(reference_images) or thresholds.ssim > 0:
@@ -122,8 +124,8 @@ def validate(
         Comparison.of("image PSNR (dB)", psnr(reference_images, compiled_images, peak)),
         *similarity,
         Comparison.of("noise-prediction SQNR per timestep (dB)", np.array(per_step)),
-        Comparison.of("temporal feature cosine", temporal),
-        Comparison.of("temporal table exactness", exact),
+        Comparison.of("temporal feature cosine", _or_one(temporal.cosine)),
+        Comparison.of("temporal table exactness", _or_one(temporal.exact.astype(np.float64))),
         Comparison.of("agreement with fake-quant, lock-step (dB)", np.array([a.sqnr for a in agreements])),
         Comparison.of("agreement with fake-quant, free-running (dB)", np.array([a.free_sqnr for a in agreements])),
         Comparison.of("largest layer difference (code steps)", np.array([a.code_steps for a in agreements])),
@@ -134,7 +136,7 @@ def validate(
         Threshold("image PSNR (dB)", thresholds.psnr).judge(by_name["image PSNR (dB)"].mean),
         *(Threshold("image SSIM", thresholds.ssim).judge(found.mean) for found in similarity),
         Threshold("noise-prediction SQNR (dB)", thresholds.sqnr).judge(float(np.mean(per_step))),
-        Threshold("temporal feature cosine", thresholds.temporal_cosine).judge(
+        Threshold("temporal feature cosine", thresholds.temporal_cosine_of(subject.recipe.tib.source)).judge(
             by_name["temporal feature cosine"].lowest
         ),
         Threshold("temporal table exactness", 1.0).judge(by_name["temporal table exactness"].lowest),
@@ -142,7 +144,12 @@ def validate(
             by_name["agreement with fake-quant, lock-step (dB)"].lowest
         ),
     )
-    return Validation(Report(comparisons, verdicts), receipt, reference_images, compiled_images)
+    return Validation(Report(comparisons, verdicts), receipt, temporal, reference_images, compiled_images)
+
+
+def _or_one(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """All values; 1 for a model without temporal features."""
+    return values.reshape(-1) if values.size else np.ones(1)
 
 
 def bundle_denoise(loaded: LoadedBundle, denoiser: Denoiser) -> Denoise:
@@ -183,31 +190,3 @@ def _agreements(subject: Subject, trajectory: tuple[CalibrationStep, ...], step:
         found.append(lock_step.compare(few))
         step(done, len(trajectory))
     return found
-
-
-def _temporal(subject: Subject) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Cosine of each stored feature with the float model's, [T * features]; whether its row is the recipe's."""
-    denoiser, program, tib = subject.denoiser, subject.program, subject.recipe.tib
-    if not tib.tables:
-        return np.ones(1), np.ones(1)
-    stored = {
-        initializer.name: onnx.numpy_helper.to_array(initializer, str(subject.bundle.model.parent))
-        for initializer in onnx.load(subject.bundle.model, load_external_data=False).graph.initializer
-        if initializer.name.endswith(".table")
-    }
-    wanted = {table.name for table in tib.tables}
-    nodes = [node for node in program.module.graph.nodes if node.name in wanted]
-    feeds = {name: value[:1] if value.ndim else value for name, value in denoiser.example_inputs.items()}
-    cosines, exact = [], []
-    for row, value in enumerate(tib.timesteps.values):
-        feeds[denoiser.timestep] = denoiser.timestep_like_example(value, 1)
-        with torch.no_grad():
-            features = evaluate(program.module, nodes, feeds)
-        for table in tib.tables:
-            kept = stored.get(f"temporal.{table.name}.table")
-            if kept is None:
-                continue  # merged with an equal value by the exporter
-            feature = features[table.name].numpy().reshape(-1).astype(np.float64)
-            cosines.append(float(cosine(feature, kept[row].reshape(-1).astype(np.float64))))
-            exact.append(float(np.array_equal(kept[row], table.rows[row])))
-    return np.array(cosines), np.array(exact)

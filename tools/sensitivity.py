@@ -1,6 +1,6 @@
 """What limits a preset on a model: by part, and layer by layer.
 
-    python tools/sensitivity.py MODEL [--preset w8a8] [--images 16] [--json FILE]
+    python tools/sensitivity.py MODEL [--preset w8a8] [--effort fast] [--images 16] [--json FILE]
 
 First table: PSNR of images from the same noise when only one part of the recipe is in force. Second table: the
 layers whose quantization alone costs the noise prediction most, over the recorded trajectory.
@@ -16,20 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from tfmq_export.config import find_preset
+from tfmq_export.config import Method, find_preset
 from tfmq_export.denoiser import first_tensor
 from tfmq_export.models.load import Source, load
 from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.ptq.calibration import calibrate, record
-from tfmq_export.ptq.fake_quant import fake_quantize_activation
-from tfmq_export.ptq.quantize import QuantPlan, quantize
-from tfmq_export.ptq.tib import tabulate
+from tfmq_export.ptq.effort import find_effort
+from tfmq_export.ptq.quantize import quantize
+from tfmq_export.ptq.simulate import QuantizedLayer
+from tfmq_export.ptq.subject import QuantPlan, prepare
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.runtime.compare import psnr, sqnr_db
 from tfmq_export.target import find_target
 from tfmq_export.validate import as_images
 
 PARTS = ("weight", "input", "output")
+ONE_GRID = torch.zeros(1, dtype=torch.int64)  # no grid here differs by timestep
 Chosen = Callable[[LayerRecipe, str], bool]
 
 
@@ -38,24 +40,22 @@ class Partial(fx.Interpreter):
 
     def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, chosen: Chosen) -> None:
         super().__init__(program.module)
-        self.layers = {layer.name: layer for layer in recipe.layers}
+        self.layers = {layer.name: QuantizedLayer(layer) for layer in recipe.layers}
         self.chosen = chosen
 
     def run_node(self, n: fx.Node) -> object:
         """Run one node, on grids where they are in force."""
         layer = self.layers.get(n.name)
-        if layer is None or not any(self.chosen(layer, part) for part in PARTS):
+        if layer is None:
             return super().run_node(n)
+        chosen = {part: self.chosen(layer.recipe, part) for part in PARTS}
         (x, weight, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
-        if self.chosen(layer, "input"):
-            x = fake_quantize_activation(x, layer.input)
-        if self.chosen(layer, "weight"):
-            scale = torch.from_numpy(layer.weight.scale).reshape(-1, *[1] * (weight.ndim - 1))
-            weight = torch.from_numpy(layer.weight_codes) * scale
+        if chosen["input"] or chosen["weight"]:
+            # Equivalent scaling moves range between the two, so both sides take part in it.
+            x = layer.quantize_input(x, ONE_GRID) if chosen["input"] else layer.scale_input(x)
+            weight = layer.weight if chosen["weight"] else layer.scale_weight(weight)
         y = n.target(x, weight, *rest, **kwargs)
-        if layer.output is not None and self.chosen(layer, "output"):
-            y = fake_quantize_activation(y, layer.output)
-        return y
+        return layer.output.lay_over(y, ONE_GRID) if layer.output is not None and chosen["output"] else y
 
 
 def main() -> None:
@@ -63,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--preset", default="w8a8")
+    parser.add_argument("--effort", default="fast")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--timesteps", type=int, default=6, help="timesteps the layer table looks at")
@@ -72,11 +73,13 @@ def main() -> None:
 
     denoiser = load(Source(args.model, steps=args.steps))
     program = capture(denoiser)
-    preset = find_preset(args.preset)
-    calibration = calibrate(program, denoiser, images=16, seed=0, progress=_quiet)
+    preset, effort = find_preset(args.preset), find_effort(args.effort)
+    recorded = calibrate(denoiser, images=effort.images, seed=0, progress=_quiet)
     outputs = find_target("ort-cpu").quantized_outputs
-    plan = QuantPlan(args.preset, preset.weight_bits, preset.activation_bits, quantized_outputs=outputs)
-    recipe = quantize(program, calibration, tabulate(program, denoiser), plan, {}, _quiet)
+    plan = QuantPlan(args.preset, preset.weight_bits, preset.activation_bits, Method(), effort, outputs)
+    subject = prepare(program, denoiser, recorded, plan, {})
+    program = subject.program
+    recipe = quantize(subject, plan, _quiet)
 
     first, last = recipe.layers[0].name, recipe.layers[-1].name
     rows: dict[str, Chosen] = {
@@ -106,13 +109,13 @@ def main() -> None:
             flush=True,
         )
 
-    stride = max(1, len(calibration.steps) // args.timesteps)
+    stride = max(1, len(recorded) // args.timesteps)
     looked_at = [
         (
             {name: value if value.ndim == 0 else value[[0, -1]] for name, value in step.inputs.items()},
             step.prediction[[0, -1]],
         )
-        for step in calibration.steps[::-1][::stride]
+        for step in recorded[::-1][::stride]
     ]
     layers = []
     for layer in recipe.layers:

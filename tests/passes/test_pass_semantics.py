@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx_graphs import graph_of, infer
-from toy_nets import Feeds, Net, conv_net, observe, recipe_for, token_net, vector_net
+from toy_nets import Feeds, Net, conv_net, observe, recipe_for, skip_net, token_net, vector_net
 
 from tfmq_export import passes as package
 from tfmq_export.passes.base import Pass, PassReport, Semantics, run_passes
@@ -28,7 +28,7 @@ from tfmq_export.passes.strip_qdq import StripQdq
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.target import Target
 
-NETS: Sequence[Callable[[], Net]] = (conv_net, token_net, vector_net)
+NETS: Sequence[Callable[[], Net]] = (conv_net, token_net, vector_net, skip_net)
 WIDTHS = ((8, 8), (4, 6))
 FP32_ROUNDING = 1e-5
 """Of the largest output: some 80 units in the last place, for sums of at most 72 terms behind one norm."""

@@ -9,48 +9,39 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from handwritten import FACTORIES, captured
+from handwritten import FACTORIES, Quantized, captured, quantized
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from tfmq_export.agreement import Agreement, LockStep
 from tfmq_export.bundle import Bundle
-from tfmq_export.config import Thresholds, find_preset
+from tfmq_export.config import Method, Thresholds, find_preset
 from tfmq_export.emit import emit
 from tfmq_export.export import export_onnx
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.ptq.calibration import CalibrationSet, calibrate
-from tfmq_export.ptq.quantize import QuantPlan, quantize
-from tfmq_export.ptq.tib import tabulate
-from tfmq_export.recipe import QuantRecipe
 from tfmq_export.target import find_target
 
 AGREED = Thresholds().agreement
 
 
-def silent(done: int, total: int) -> None:
-    pass
-
-
 @functools.cache
-def exported(name: str, preset: str) -> tuple[tempfile.TemporaryDirectory, Bundle, QuantRecipe, CalibrationSet]:
-    denoiser, program = captured(name)
+def exported(name: str, preset: str) -> tuple[tempfile.TemporaryDirectory, Bundle, Quantized]:
+    """With every idea in force: scaling, exponents, split skips and stacked output codes must agree as well."""
     bits, target = find_preset(preset), find_target("ort-cpu")
-    calibration = calibrate(program, denoiser, images=2, seed=0, progress=silent)
-    plan = QuantPlan(preset, bits.weight_bits, bits.activation_bits, quantized_outputs=target.quantized_outputs)
-    recipe = quantize(program, calibration, tabulate(program, denoiser), plan, {}, silent)
-    graph = import_graph(export_onnx(program))
+    made = quantized(name, bits.weight_bits, bits.activation_bits, Method())
+    denoiser, recipe = made.denoiser, made.recipe
+    graph = import_graph(export_onnx(made.program))
     reports = run_passes(graph, passes_for(recipe, target, sample=denoiser.sample, timestep=denoiser.timestep))
     folder = tempfile.TemporaryDirectory()
     bundle = emit(Path(folder.name), denoiser, recipe, target, export_model(graph), reports)
-    return folder, bundle, recipe, calibration
+    return folder, bundle, made
 
 
-def compare(name: str, bundle: Bundle, recipe: QuantRecipe, calibration: CalibrationSet) -> list[Agreement]:
-    lock_step = LockStep(captured(name)[1], recipe, bundle)
-    return [lock_step.compare(step.inputs) for step in calibration.steps]
+def compare(bundle: Bundle, made: Quantized) -> list[Agreement]:
+    lock_step = LockStep(made.program, made.recipe, bundle)
+    return [lock_step.compare(step.inputs) for step in made.steps]
 
 
 def tampered(bundle: Bundle, root: Path, initializer: str, change: Callable[[NDArray], NDArray]) -> Bundle:
@@ -70,9 +61,9 @@ def tampered(bundle: Bundle, root: Path, initializer: str, change: Callable[[NDA
 @pytest.mark.parametrize("preset", ["w8a8", "w4a6"])
 @pytest.mark.parametrize("name", list(FACTORIES))
 def test_graph_and_fake_quant_agree_at_every_timestep(name: str, preset: str) -> None:
-    _, bundle, recipe, calibration = exported(name, preset)
+    _, bundle, made = exported(name, preset)
 
-    found = compare(name, bundle, recipe, calibration)
+    found = compare(bundle, made)
 
     assert len(found) == len(captured(name)[0].timesteps)
     assert min(agreement.sqnr for agreement in found) >= AGREED
@@ -107,10 +98,10 @@ MIDDLE = {"film_unet": "mid.first", "dit": "blocks.0.mlp.0", "edm": "down"}
 def test_one_wrong_number_of_one_layer_shows(
     name: str, suffix: str, change: Callable[[NDArray], NDArray], tmp_path: Path
 ) -> None:
-    _, bundle, recipe, calibration = exported(name, "w8a8")
-    (layer,) = (layer for layer in recipe.layers if layer.path == MIDDLE[name])
+    _, bundle, made = exported(name, "w8a8")
+    (layer,) = (layer for layer in made.recipe.layers if layer.path == MIDDLE[name])
 
-    found = compare(name, tampered(bundle, tmp_path / "out", f"{layer.name}.{suffix}", change), recipe, calibration)
+    found = compare(tampered(bundle, tmp_path / "out", f"{layer.name}.{suffix}", change), made)
 
     assert max(agreement.sqnr for agreement in found) < AGREED - 10
     assert {agreement.worst_layer for agreement in found} == {layer.path}
@@ -118,26 +109,24 @@ def test_one_wrong_number_of_one_layer_shows(
 
 @pytest.mark.parametrize("name", list(FACTORIES))
 def test_one_wrong_activation_scale_shows(name: str, tmp_path: Path) -> None:
-    _, bundle, recipe, calibration = exported(name, "w8a8")
-    (layer,) = (layer for layer in recipe.layers if layer.path == MIDDLE[name])
+    _, bundle, made = exported(name, "w8a8")
+    (layer,) = (layer for layer in made.recipe.layers if layer.path == MIDDLE[name])
     graph = onnx.load(bundle.model).graph
     producers = {value: node for node in graph.node for value in node.output}
     (node,) = (node for node in graph.node if node.name == f"node_{layer.name}")
     scale = producers[node.input[0]].input[1]
 
-    found = compare(name, tampered(bundle, tmp_path / "out", scale, lambda s: s * 0.25), recipe, calibration)
+    found = compare(tampered(bundle, tmp_path / "out", scale, lambda s: s * 0.25), made)
 
     assert max(agreement.sqnr for agreement in found) < AGREED - 10
 
 
 @pytest.mark.parametrize("name", list(FACTORIES))
 def test_one_wrong_table_row_shows_at_its_timestep_only(name: str, tmp_path: Path) -> None:
-    _, bundle, recipe, calibration = exported(name, "w8a8")
-    table = max(recipe.tib.tables, key=lambda table: table.rows.size)
+    _, bundle, made = exported(name, "w8a8")
+    table = max(made.recipe.tib.tables, key=lambda table: table.rows.size)
 
-    found = compare(
-        name, tampered(bundle, tmp_path / "out", f"temporal.{table.name}.table", spoil_one_row), recipe, calibration
-    )
+    found = compare(tampered(bundle, tmp_path / "out", f"temporal.{table.name}.table", spoil_one_row), made)
 
     spoiled = [agreement.sqnr < AGREED - 10 for agreement in found]
     assert spoiled == [row == 1 for row in range(len(spoiled))]

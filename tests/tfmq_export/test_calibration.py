@@ -2,88 +2,92 @@ from pathlib import Path
 
 import pytest
 import torch
-from handwritten import CLASSES, captured, denoiser_of, probe
+from handwritten import CLASSES, PLAIN, captured, denoiser_of, probe, quantized, silent
 from torch import Tensor, nn
 
+from tfmq_export.config import Method
 from tfmq_export.denoiser import Conditioning, Denoise
 from tfmq_export.errors import CalibrationError, ConfigError
 from tfmq_export.program import capture
-from tfmq_export.ptq import calibration
-from tfmq_export.ptq.calibration import CalibrationSet, calibrate
-from tfmq_export.ptq.quantize import QuantPlan, quantize
-from tfmq_export.ptq.tib import tabulate
-from tfmq_export.recipe import QuantRecipe
+from tfmq_export.ptq.calibration import CalibrationStep, calibrate, pick_rows
+from tfmq_export.ptq.effort import find_effort
+from tfmq_export.ptq.quantize import quantize
+from tfmq_export.ptq.subject import QuantPlan, prepare
 from tfmq_export.recipe_io import save_recipe
 
 
-def silent(done: int, total: int) -> None:
-    pass
-
-
-def calibrated(name: str, images: int = 2, seed: int = 0) -> CalibrationSet:
-    denoiser, program = captured(name)
-    return calibrate(program, denoiser, images=images, seed=seed, progress=silent)
-
-
-def recipe_of(name: str, seed: int) -> QuantRecipe:
-    denoiser, program = captured(name)
-    plan = QuantPlan("w4a6", 4, 6, quantized_outputs=frozenset({"conv"}))
-    return quantize(program, calibrated(name, seed=seed), tabulate(program, denoiser), plan, {}, silent)
+def calibrated(name: str, images: int = 2, seed: int = 0) -> tuple[CalibrationStep, ...]:
+    return calibrate(captured(name)[0], images=images, seed=seed, progress=silent)
 
 
 @pytest.mark.parametrize("name", ["film_unet", "edm"])
-def test_calibration_costs_one_model_call_per_timestep(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    denoiser, _ = captured(name)
-    calls = []
-    run = calibration._Watcher.run
+def test_calibration_costs_one_model_call_per_timestep(name: str) -> None:
+    denoiser = denoiser_of(name)
+    calls: list[object] = []
+    denoiser.module.register_forward_hook(lambda *_: calls.append(None))
 
-    def counted(self: object, *args: Tensor) -> object:
-        calls.append(args)
-        return run(self, *args)
+    steps = calibrate(denoiser, images=2, seed=0, progress=silent)
 
-    monkeypatch.setattr(calibration._Watcher, "run", counted)
-
-    found = calibrated(name)
-
-    visited = [float(step.inputs[denoiser.timestep].reshape(-1)[0]) for step in found.steps]
-    assert len(calls) == len(found.steps) == len(denoiser.timesteps)
+    visited = [float(step.inputs[denoiser.timestep].reshape(-1)[0]) for step in steps]
+    assert len(calls) == len(steps) == len(denoiser.timesteps)
     assert visited == [pytest.approx(value) for value in denoiser.timesteps.values]
+
+
+def test_predictions_are_the_models_own() -> None:
+    denoiser = denoiser_of("film_unet")
+
+    for step in calibrate(denoiser, images=2, seed=0, progress=silent):
+        x, t = step.inputs["x"], step.inputs["time"]
+        with torch.no_grad():
+            expected = denoiser.module(x, t.expand(len(x)))
+        assert torch.equal(step.prediction, expected)
 
 
 def test_guidance_runs_both_halves_in_every_call() -> None:
     found = calibrated("dit", images=3)
 
-    for step in found.steps:
+    for step in found:
         assert len(step.inputs["z"]) == 6
         assert step.inputs["y"].tolist() == [0, 1, 2, CLASSES, CLASSES, CLASSES]
         assert torch.equal(*step.inputs["z"].chunk(2))
 
 
+class Wide(nn.Module):
+    """Two layers whose values have ranges that are known: the input is -3..5, the product twice as wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+        with torch.no_grad():
+            self.conv.weight.copy_(2 * torch.eye(3)[:, :, None, None])
+            self.last.weight.copy_(torch.eye(3)[:, :, None, None])
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.last(self.conv(sample))
+
+
 def test_ranges_are_those_of_the_models_own_trajectory() -> None:
-    denoiser, program = captured("film_unet")
-    ranges: dict[str, list[float]] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda _, given, out, path=path: ranges.setdefault(path, []).extend(
-                [*map(float, given[0].aminmax()), *map(float, out.aminmax())]
-            )
-        )
-        for path, module in denoiser.module.named_modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    images = denoiser.sampler(denoiser.module_denoise(), denoiser.noise(2, 0), {})
-    for hook in hooks:
-        hook.remove()
+    def between_the_ends(denoise: Denoise, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        x = torch.linspace(-3, 5, noise.numel()).reshape(noise.shape)
+        for t in (3, 1):
+            denoise(x, t)
+        return x
 
-    found = calibrated("film_unet")
+    denoiser = probe(Wide(), sampler=between_the_ends)
+    steps = calibrate(denoiser, images=2, seed=0, progress=silent)
+    plan = QuantPlan(
+        "w8a8", 8, 8, PLAIN.model_copy(update={"estimator": "minmax"}), find_effort("fast"), frozenset({"conv"})
+    )
 
-    # The graph reorders fp32 sums; over a few steps of a random model that stays far below 1e-3.
-    torch.testing.assert_close(found.images, images, rtol=1e-3, atol=1e-3)
-    for op in program.operations:
-        x, y = found.observations[op.input], found.observations[op.name]
-        low, high = (torch.tensor(ranges[op.path]).reshape(-1, 4)[:, i] for i in (slice(0, 4, 2), slice(1, 4, 2)))
-        expected = [low[:, 0].min(), high[:, 0].max(), low[:, 1].min(), high[:, 1].max()]
-        assert [x.low, x.high, y.low, y.high] == pytest.approx([float(v) for v in expected], rel=1e-3, abs=1e-3)
+    recipe = quantize(prepare(capture(denoiser), denoiser, steps, plan, {}), plan, silent)
+
+    first, last = recipe.layers
+    ends = {"first": (-3, 5, first.input), "between": (-6, 10, first.output), "last": (-6, 10, last.input)}
+    for low, high, grid in ends.values():
+        assert grid is not None
+        reach = [float(grid.scale * (code - int(grid.zero_point))) for code in (grid.spec.qmin, grid.spec.qmax)]
+        # The zero point is rounded to a code: either end moves by at most half a step.
+        assert reach == pytest.approx([low, high], abs=0.51 * float(grid.scale))
 
 
 def test_recorded_inputs_are_copies() -> None:
@@ -98,10 +102,10 @@ def test_recorded_inputs_are_copies() -> None:
     module.forward = lambda sample, timestep: module.conv(sample)  # type: ignore[method-assign]
     denoiser = probe(module, sampler=in_place)
 
-    found = calibrate(capture(denoiser), denoiser, images=2, seed=0, progress=silent)
+    found = calibrate(denoiser, images=2, seed=0, progress=silent)
 
-    assert torch.equal(found.steps[0].inputs["sample"], denoiser.noise(2, 0))
-    assert not torch.equal(found.steps[1].inputs["sample"], found.steps[0].inputs["sample"])
+    assert torch.equal(found[0].inputs["sample"], denoiser.noise(2, 0))
+    assert not torch.equal(found[1].inputs["sample"], found[0].inputs["sample"])
 
 
 def test_a_seed_gives_the_same_recipe_and_another_seed_another(tmp_path: Path) -> None:
@@ -109,7 +113,7 @@ def test_a_seed_gives_the_same_recipe_and_another_seed_another(tmp_path: Path) -
     for label, seed in (("first", 0), ("again", 0), ("other", 1)):
         folder = tmp_path / label
         folder.mkdir()
-        save_recipe(recipe_of("edm", seed), folder)
+        save_recipe(quantized("edm", 4, 6, Method(), seed).recipe, folder)
         files[label] = [path.read_bytes() for path in sorted(folder.iterdir())]
 
     assert files["first"] == files["again"]
@@ -128,8 +132,26 @@ def test_a_model_that_turns_nan_is_refused_in_one_line() -> None:
     denoiser = probe(Bad())
 
     with pytest.raises(CalibrationError, match="NaN or infinity") as error:
-        calibrate(capture(denoiser), denoiser, images=2, seed=0, progress=silent)
+        calibrate(denoiser, images=2, seed=0, progress=silent)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["film_unet", "dit", "edm"])
+def test_rows_are_whole_calls_in_the_order_of_the_schedule(name: str) -> None:
+    denoiser, _ = captured(name)
+    steps = calibrated(name, images=3)
+
+    rows = pick_rows(denoiser, tuple(reversed(steps)), 2)
+
+    per_call = min(2, len(steps[0].inputs[denoiser.sample]))
+    assert rows.steps.tolist() == [step for step in range(len(steps)) for _ in range(per_call)]
+    times = rows.inputs[denoiser.timestep]
+    assert times.tolist() == [pytest.approx(denoiser.timesteps.values[step]) for step in rows.steps.tolist()]
+    for row, step in enumerate(rows.steps.tolist()):
+        batch = steps[step].inputs[denoiser.sample]
+        assert any(torch.equal(rows.inputs[denoiser.sample][row], sample) for sample in batch)
+    # Guidance puts the conditional half first: the ends of the batch are one of each half.
+    assert name != "dit" or rows.inputs["y"][:2].tolist() == [0, CLASSES]
 
 
 @pytest.mark.parametrize("given", [{}, {"label": torch.zeros(2, dtype=torch.long)}], ids=["forgotten", "misnamed"])

@@ -27,6 +27,16 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     assert config.thresholds.agreement == CompileConfig().thresholds.agreement
 
 
+def test_flags_of_the_method_win_over_its_table(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'max_memory = "2GiB"\n[method]\nles = "off"\npts = "mse"\nreconstruct = false\n')
+
+    config = load_config(path, {"method.les": "smoothquant", "method.pts": None, "effort": "fast"})
+
+    assert (config.method.les, config.method.pts, config.method.reconstruct) == ("smoothquant", "mse", False)
+    assert config.method.tib == CompileConfig().method.tib
+    assert (config.effort, config.max_memory) == ("fast", 2 << 30)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -38,9 +48,14 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("seed = -1", "seed: Input should be greater than or equal to 0, got -1"),
         ("calibration_images = 0", "calibration_images: "),
         ('seed = "many"', "seed: "),
-        ('estimator = "median"', "estimator: "),
+        ('[method]\nestimator = "median"', "estimator: "),
+        ("[method]\nestimatr = 1", "estimatr'; did you mean 'estimator'?"),
+        ("[method]\npts_quorum = 1.5", "pts_quorum: "),
+        ('effort = "heroic"', "effort: "),
+        ('max_memory = "1KiB"', "max_memory: "),
         ("seed = ", "not readable TOML"),
         pytest.param("thresholds = 5", "thresholds: "),
+        pytest.param("method = 5", "method: "),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -> None:

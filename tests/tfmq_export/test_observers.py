@@ -6,9 +6,9 @@ from onnx import helper
 from onnx_graphs import build, infer
 
 from tfmq_export.errors import CalibrationError
-from tfmq_export.ptq.fake_quant import fake_quantize, fake_quantize_activation
+from tfmq_export.ptq.fake_quant import Grid, fake_quantize
 from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, merge, observe
-from tfmq_export.spec import QParams, QuantSpec
+from tfmq_export.spec import QuantSpec
 
 
 def qdq_model(scale: float, zero_point: int) -> onnx.ModelProto:
@@ -20,16 +20,24 @@ def qdq_model(scale: float, zero_point: int) -> onnx.ModelProto:
     return build(nodes, {"x": [None]}, {"y": [None]}, {"scale": np.float32(scale), "zero_point": np.uint8(zero_point)})
 
 
-def grid(scale: float, zero_point: int, bits: int = 8) -> QParams:
-    return QParams(QuantSpec(bits, signed=False), np.array(scale, np.float32), np.array(zero_point, np.int32))
+ONE_STEP = torch.tensor([0])
+"""Every row at the first timestep of the schedule."""
+
+
+def unsigned(bits: int) -> QuantSpec:
+    return QuantSpec(bits, signed=False)
+
+
+def grid(scale: float, zero_point: int, bits: int = 8) -> Grid:
+    return Grid(unsigned(bits), torch.tensor(scale), torch.tensor(float(zero_point)))
 
 
 def seen(values: torch.Tensor) -> Observation:
     return Observation(float(values.min()), float(values.max()), values)
 
 
-def squared_error(values: torch.Tensor, on: QParams) -> float:
-    return float((fake_quantize_activation(values, on).double() - values.double()).square().mean())
+def squared_error(values: torch.Tensor, on: Grid) -> float:
+    return float((on.lay_over(values, ONE_STEP).double() - values.double()).square().mean())
 
 
 def test_ties_round_to_the_even_code() -> None:
@@ -48,7 +56,7 @@ def test_fake_quantize_is_onnx_runtimes_quantize_dequantize_to_the_last_bit(zero
     x = np.concatenate([np.arange(-300, 300) + 0.5, np.linspace(-300, 300, 997)]).astype(np.float32)
     x *= np.float32(scale)
 
-    ours = fake_quantize_activation(torch.from_numpy(x), grid(scale, zero_point))
+    ours = grid(scale, zero_point).lay_over(torch.from_numpy(x), ONE_STEP)
 
     (theirs,) = infer(qdq_model(scale, zero_point), {"x": x})
     np.testing.assert_array_equal(ours.numpy(), theirs)
@@ -62,9 +70,9 @@ def test_zero_is_exact_and_the_zero_point_inside_the_grid(
 ) -> None:
     values = torch.empty(500).uniform_(low, high, generator=torch.Generator().manual_seed(0))
 
-    found = activation_grid(Observation(low, high, values), bits, estimator)
+    found = activation_grid(Observation(low, high, values), unsigned(bits), estimator)
 
-    assert fake_quantize_activation(torch.zeros(1), found).item() == 0
+    assert found.lay_over(torch.zeros(1), ONE_STEP).item() == 0
     assert 0 <= found.zero_point <= found.spec.qmax == 2**bits - 1
 
 
@@ -73,10 +81,10 @@ def test_zero_is_exact_and_the_zero_point_inside_the_grid(
 def test_min_max_covers_the_observed_range(mean: int, bits: int) -> None:
     values = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * 3 + mean
 
-    found = activation_grid(seen(values), bits, Estimator.MIN_MAX)
+    found = activation_grid(seen(values), unsigned(bits), Estimator.MIN_MAX)
 
     # Half a step for rounding to the grid, half a step for the zero point's own rounding.
-    assert (fake_quantize_activation(values, found) - values).abs().max() <= 1.001 * found.scale
+    assert (found.lay_over(values, ONE_STEP) - values).abs().max() <= 1.001 * found.scale
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -87,7 +95,7 @@ def test_mse_is_never_worse_than_min_max_and_better_where_outliers_are(bits: int
     observation = seen(values)
 
     by_mse, by_range = (
-        squared_error(values, activation_grid(observation, bits, estimator))
+        squared_error(values, activation_grid(observation, unsigned(bits), estimator))
         for estimator in (Estimator.MSE, Estimator.MIN_MAX)
     )
 

@@ -6,7 +6,7 @@ from onnx_graphs import normal
 from toy_nets import activation_grid, layer_recipe, recipe_with
 
 from tfmq_export.errors import RecipeError
-from tfmq_export.recipe import FloatLayer, TemporalTable, TibRecipe
+from tfmq_export.recipe import FloatLayer, TemporalTable, TibRecipe, TimestepGrids
 from tfmq_export.spec import QParams, QuantSpec
 from tfmq_export.timesteps import TimestepSet
 
@@ -45,6 +45,53 @@ def test_invalid_layers_cannot_exist(changes: dict[str, object], message: str) -
 def test_activations_are_unsigned_with_one_scale(params: QParams, end: str) -> None:
     with pytest.raises(RecipeError, match=r"net\.conv2d"):
         replace(CONV, **{end: params})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"les_scale": np.float32([1, 2])}, "LES needs a float32 factor per input channel"),
+        ({"les_scale": np.float64([1, 2, 3])}, "LES needs a float32 factor per input channel"),
+        ({"les_scale": np.float32([1, 0, 3])}, "every LES factor must be positive and finite"),
+        ({"les_scale": np.float32([1, -1, 3])}, "every LES factor must be positive and finite"),
+        ({"les_scale": np.float32([1, np.inf, 3])}, "every LES factor must be positive and finite"),
+        ({"pts_exponent": np.int8([0, 0, 0, 0])}, "PTS needs an int8 exponent per input channel"),
+        ({"pts_exponent": np.int32([0, 0, 0])}, "PTS needs an int8 exponent per input channel"),
+        ({"pts_exponent": np.int8([0, 1, 0])}, r"PTS exponents must be in -4\.\.0"),
+        ({"pts_exponent": np.int8([0, -5, 0])}, r"PTS exponents must be in -4\.\.0"),
+        ({"groups": 2, "les_scale": np.float32([1, 2, 3])}, "LES needs a float32 factor per input channel"),
+    ],
+)
+def test_scaling_that_does_not_fit_its_layer_cannot_exist(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=rf"net\.conv2d: {message}"):
+        replace(CONV, **changes)
+
+
+def test_a_grouped_layer_has_a_factor_for_each_channel_of_all_groups() -> None:
+    tau, exponent = np.float32([0.5, 1, 2, 4, 8, 16]), np.int8([0, 0, -1, 0, 0, -2])
+
+    layer = replace(CONV, groups=2, les_scale=tau, pts_exponent=exponent)
+
+    assert layer.input_factor is not None
+    np.testing.assert_array_equal(layer.input_factor, [2, 1, 1, 0.25, 0.125, 0.25])  # 1 / (tau 2^d)
+    assert layer.input_factor.dtype == np.float32
+    assert CONV.input_factor is None
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero_point"),
+    [
+        (np.float32([1, 2]), np.int32([0])),
+        (np.float32(1), np.int32(0)),
+        (np.float32([1, 0]), np.int32([0, 0])),
+        (np.float32([1, np.nan]), np.int32([0, 0])),
+        (np.float64([1, 2]), np.int32([0, 0])),
+        (np.float32([1, 2]), np.int64([0, 0])),
+    ],
+)
+def test_a_finite_set_has_one_usable_grid_per_timestep(scale: np.ndarray, zero_point: np.ndarray) -> None:
+    with pytest.raises(RecipeError):
+        TimestepGrids(np.asarray(scale), np.asarray(zero_point))
 
 
 def test_a_table_is_float32() -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx_graphs import normal
-from toy_nets import activation_grid, conv_net, layer_recipe, recipe_for, recipe_with, token_net
+from toy_nets import activation_grid, conv_net, layer_recipe, recipe_for, recipe_with, skip_net, token_net
 
 from tfmq_export.errors import RecipeError
-from tfmq_export.recipe import FloatLayer, LayerRecipe, QuantRecipe, TemporalTable
+from tfmq_export.recipe import FloatLayer, LayerRecipe, QuantRecipe, TemporalTable, TimestepGrids
 from tfmq_export.recipe_io import load_recipe, save_recipe
 from tfmq_export.spec import QParams
 from tfmq_export.timesteps import TimestepSet
@@ -21,6 +21,12 @@ from tfmq_export.timesteps import TimestepSet
 
 def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
     return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
+
+
+def same_array(first: np.ndarray | None, second: np.ndarray | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return same_bits(first, second)
 
 
 def same_grid(first: QParams | None, second: QParams | None) -> bool:
@@ -36,14 +42,22 @@ def assert_same_layer(first: LayerRecipe, second: LayerRecipe) -> None:
     assert same_grid(first.weight, second.weight)
     assert same_grid(first.input, second.input)
     assert same_grid(first.output, second.output)
+    assert first.groups == second.groups
+    for field in ("les_scale", "pts_exponent"):
+        assert same_array(getattr(first, field), getattr(second, field))
+    for role in ("input_by_timestep", "output_by_timestep"):
+        ours, theirs = getattr(first, role), getattr(second, role)
+        assert (ours is None) == (theirs is None)
+        for field in ("scale", "zero_point"):
+            assert same_array(getattr(ours, field, None), getattr(theirs, field, None))
 
 
 def assert_same(first: QuantRecipe, second: QuantRecipe) -> None:
-    for field in ("fingerprint", "preset", "kept_float", "macs", "provenance"):
+    for field in ("fingerprint", "preset", "kept_float", "macs", "provenance", "splits"):
         assert getattr(first, field) == getattr(second, field)
     for ours, theirs in zip(first.layers, second.layers, strict=True):
         assert_same_layer(ours, theirs)
-    assert first.tib.timesteps == second.tib.timesteps
+    assert (first.tib.timesteps, first.tib.source) == (second.tib.timesteps, second.tib.source)
     for table, other in zip(first.tib.tables, second.tib.tables, strict=True):
         assert (table.name, table.path, table.per_sample) == (other.name, other.path, other.per_sample)
         assert same_bits(table.rows, other.rows)
@@ -57,6 +71,36 @@ def test_a_recipe_survives_saving_to_the_bit(tmp_path: Path, make: Callable, wid
         kept_float=(FloatLayer("conv_out", "net.conv_out", 7, "few channels"),),
         provenance={"model": "mod\u00e8le.pt", "seed": "0"},
     )
+
+    save_recipe(recipe, tmp_path)
+
+    assert_same(load_recipe(tmp_path), recipe)
+
+
+def test_everything_scaling_decided_survives_saving_to_the_bit(tmp_path: Path) -> None:
+    recipe = recipe_for(skip_net(), 4, 8)
+    grids = TimestepGrids(np.float32([0.1, 0.2, 0.3]), np.int32([0, 7, 255]))
+    first, second, third, fourth = recipe.layers
+    layers = (
+        replace(first, les_scale=np.float32([0.1, 1 / 3, 7]), input_by_timestep=grids, output_by_timestep=grids),
+        replace(second, pts_exponent=np.int8([0, -1, -2, -3, 0, 0])),
+        replace(third, les_scale=np.float32([1, 2, 3]), pts_exponent=np.int8([-4, 0, 0])),
+        fourth,
+    )
+    recipe = replace(recipe, layers=layers, tib=replace(recipe.tib, source="select"))
+    assert recipe.splits
+    assert fourth.output is not None
+    assert fourth.output.spec.codes == 4
+
+    save_recipe(recipe, tmp_path)
+
+    assert_same(load_recipe(tmp_path), recipe)
+
+
+def test_groups_survive_saving(tmp_path: Path) -> None:
+    grid = activation_grid(normal(1, 4))
+    layer = replace(layer_recipe("conv2d", "conv", normal(0, 4, 2, 1, 1), grid, grid), groups=2)
+    recipe = recipe_with([replace(layer, les_scale=np.float32([1, 2, 3, 4]))])
 
     save_recipe(recipe, tmp_path)
 
@@ -176,13 +220,16 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
         (no_document, r"recipe\.json: no such file; --recipe takes a bundle or its tfmq/ folder"),
         pytest.param(no_arrays, r"recipe\.safetensors: no such file"),
         (lambda folder: (folder / "recipe.json").write_text("[]"), "not a readable recipe"),
-        (edit(lambda d: d.update(schema=2)), "recipe schema 2, this version reads 1"),
+        (edit(lambda d: d.update(schema=1)), "recipe schema 1, this version reads 2"),
         (edit(lambda d: d.pop("layers")), "not a readable recipe"),
         (edit(lambda d: d["layers"][0].update(name="conv2d_77")), "not a readable recipe"),
         (edit(lambda d: d["layers"][0].update(kind="conv3d")), "unknown kind of layer"),
         (edit(lambda d: d["layers"][0]["weight"].update(bits=2)), "weight codes leave the 2-bit grid"),
         (edit(lambda d: d["layers"][0]["weight"].update(bits=99)), r"bits must be in 2\.\.8"),
         (edit(lambda d: d["layers"][0]["weight"].update(bits="8")), "not a readable recipe"),
+        (edit(lambda d: d["layers"][0]["input"].update(codes=0)), "codes must be at least 1"),
+        (edit(lambda d: d["layers"][0].pop("groups")), "not a readable recipe"),
+        (edit(lambda d: d.pop("splits")), "not a readable recipe"),
         (edit(lambda d: d["timesteps"]["values"].pop()), "4 rows for 3 timesteps"),
         (edit(lambda d: d["timesteps"].update(values=[])), "at least one timestep"),
     ],

@@ -3,37 +3,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from handwritten import captured
+from handwritten import captured, quantized, silent
 
 from tfmq_export.errors import TimestepError
-from tfmq_export.program import DiffusionProgram
-from tfmq_export.ptq.calibration import CalibrationSet, calibrate
-from tfmq_export.ptq.quantize import QuantPlan, quantize
+from tfmq_export.ptq.calibration import calibrate
+from tfmq_export.ptq.quantize import unquantized
 from tfmq_export.ptq.simulate import Simulation
 from tfmq_export.ptq.tib import tabulate
-from tfmq_export.recipe import QuantRecipe
 from tfmq_export.runtime.compare import sqnr_db
-
-
-def silent(done: int, total: int) -> None:
-    pass
-
-
-def prepared(name: str, bits: tuple[int, int]) -> tuple[DiffusionProgram, CalibrationSet, QuantRecipe]:
-    denoiser, program = captured(name)
-    calibration = calibrate(program, denoiser, images=2, seed=0, progress=silent)
-    plan = QuantPlan("test", *bits, quantized_outputs=frozenset({"conv"}))
-    given = calibration if bits[0] else None
-    return program, calibration, quantize(program, given, tabulate(program, denoiser), plan, {}, silent)
 
 
 @pytest.mark.parametrize("name", ["film_unet", "dit", "edm"])
 def test_a_recipe_without_layers_is_the_float_model(name: str) -> None:
-    program, calibration, recipe = prepared(name, (0, 0))
+    denoiser, program = captured(name)
 
-    simulate = Simulation(program, recipe)
+    simulate = Simulation(program, unquantized(program, "fp32", tabulate(program, denoiser), {}))
 
-    for step in calibration.steps:
+    for step in calibrate(denoiser, images=2, seed=0, progress=silent):
         # Tables are more exact than the module: its own fp32 angles differ by about 1e-5.
         torch.testing.assert_close(simulate(step.inputs), step.prediction, rtol=1e-3, atol=1e-3)
 
@@ -43,9 +29,9 @@ def test_a_recipe_without_layers_is_the_float_model(name: str) -> None:
 def test_more_bits_are_nearer_to_the_float_model(name: str) -> None:
     errors = []
     for bits in ((8, 8), (4, 8), (2, 4)):
-        program, calibration, recipe = prepared(name, bits)
-        simulate = Simulation(program, recipe)
-        sqnr = [sqnr_db(step.prediction.numpy(), simulate(step.inputs).numpy()) for step in calibration.steps]
+        made = quantized(name, *bits)
+        simulate = Simulation(made.program, made.recipe)
+        sqnr = [sqnr_db(step.prediction.numpy(), simulate(step.inputs).numpy()) for step in made.steps]
         errors.append(min(sqnr))
 
     assert errors[0] > errors[1] > errors[2]
@@ -53,14 +39,14 @@ def test_more_bits_are_nearer_to_the_float_model(name: str) -> None:
 
 
 def test_layers_compute_with_the_recipes_integers() -> None:
-    program, calibration, recipe = prepared("film_unet", (8, 8))
-    (layer,) = (layer for layer in recipe.layers if layer.path == "shrink")
+    made = quantized("film_unet", 8, 8)
+    (layer,) = (layer for layer in made.recipe.layers if layer.path == "shrink")
     silenced = replace(layer, weight_codes=np.zeros_like(layer.weight_codes))
-    layers = tuple(silenced if x is layer else x for x in recipe.layers)
+    layers = tuple(silenced if x is layer else x for x in made.recipe.layers)
     seen = {}
 
-    Simulation(program, replace(recipe, layers=layers))(
-        calibration.steps[0].inputs, lambda layer, y: seen.setdefault(layer.path, y)
+    Simulation(made.program, replace(made.recipe, layers=layers))(
+        made.steps[0].inputs, lambda layer, y: seen.setdefault(layer.path, y)
     )
 
     # Only the bias is left, the same at every pixel.
@@ -69,9 +55,9 @@ def test_layers_compute_with_the_recipes_integers() -> None:
 
 
 def test_what_the_observer_returns_flows_on() -> None:
-    program, calibration, recipe = prepared("edm", (8, 8))
-    inputs = calibration.steps[0].inputs
-    simulate = Simulation(program, recipe)
+    made = quantized("edm", 8, 8)
+    inputs = made.steps[0].inputs
+    simulate = Simulation(made.program, made.recipe)
 
     changed = simulate(inputs, lambda layer, y: torch.zeros_like(y) if layer.path == "leave" else y)
 
@@ -82,8 +68,8 @@ def test_what_the_observer_returns_flows_on() -> None:
 
 
 def test_each_sample_may_have_its_own_timestep() -> None:
-    program, calibration, recipe = prepared("film_unet", (8, 8))
-    simulate, x = Simulation(program, recipe), calibration.steps[0].inputs["x"]
+    made = quantized("film_unet", 8, 8)
+    simulate, x = Simulation(made.program, made.recipe), made.steps[0].inputs["x"]
 
     both = simulate({"x": x, "time": torch.tensor([900, 40])})
 
@@ -94,7 +80,7 @@ def test_each_sample_may_have_its_own_timestep() -> None:
 
 
 def test_a_timestep_outside_the_schedule_is_refused() -> None:
-    program, calibration, recipe = prepared("edm", (8, 8))
+    made = quantized("edm", 8, 8)
 
     with pytest.raises(TimestepError, match=r"timestep 0\.3"):
-        Simulation(program, recipe)({**calibration.steps[0].inputs, "sigma": torch.tensor(0.3)})
+        Simulation(made.program, made.recipe)({**made.steps[0].inputs, "sigma": torch.tensor(0.3)})

@@ -31,6 +31,19 @@ def test_other_widths_are_no_grid(bits: int) -> None:
         QuantSpec(bits)
 
 
+@given(bits=st.integers(2, 8), codes=st.integers(1, 16))
+def test_codes_that_add_up_have_one_zero_between_them(bits: int, codes: int) -> None:
+    spec = QuantSpec(bits, signed=False, codes=codes)
+
+    assert (spec.qmin, spec.qmax) == (0, codes * (2**bits - 1))
+
+
+@pytest.mark.parametrize(("codes", "signed"), [(0, False), (-1, False), (2, True)])
+def test_only_unsigned_codes_add_up(codes: int, signed: bool) -> None:
+    with pytest.raises(RecipeError, match="codes must be at least 1, and 1 on a signed grid"):
+        QuantSpec(8, signed=signed, codes=codes)
+
+
 def test_a_grid_cannot_be_edited() -> None:
     with pytest.raises(FrozenInstanceError):
         UNSIGNED.bits = 4  # type: ignore[misc]

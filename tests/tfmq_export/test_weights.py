@@ -1,9 +1,8 @@
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tfmq_export.ptq.weights import quantize_weight, search_weight_scale
+from tfmq_export.ptq.weights import nearest_codes, search_weight_scale
 from tfmq_export.spec import QuantSpec
 
 
@@ -45,31 +44,42 @@ def test_channels_are_searched_one_by_one() -> None:
     assert torch.equal(together, alone)
 
 
+def test_one_candidate_is_the_full_range() -> None:
+    spec, weight = QuantSpec(4, axis=0), weights(2)
+
+    scale = search_weight_scale(weight, spec, candidates=1)
+
+    assert torch.equal(scale, weight.reshape(6, -1).abs().amax(1) / spec.qmax)
+
+
 @pytest.mark.parametrize("shape", [(4, 3, 3, 3), (4, 5), (4, 2, 7)])
 def test_codes_are_the_weight_rounded_to_its_grid(shape: tuple[int, ...]) -> None:
+    spec = QuantSpec(8, axis=0)
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
 
-    grid, codes = quantize_weight(weight, 8)
+    scale = search_weight_scale(weight, spec)
+    codes = nearest_codes(weight, scale, spec)
 
-    scale = grid.scale.reshape(-1, *[1] * (len(shape) - 1))
+    steps = scale.reshape(-1, *[1] * (len(shape) - 1))
     inside = (codes > -128) & (codes < 127)
     assert codes.shape == shape
-    assert codes.dtype == np.int8
-    assert grid.scale.shape == (4,)
-    assert not grid.zero_point.any()
+    assert scale.shape == (4,)
+    assert torch.equal(codes, codes.to(torch.int8).float())
     # Half a step, and a little: codes come from an fp32 division.
-    assert (np.abs(weight.numpy() - scale * codes) <= scale * 0.50001)[inside].all()
+    assert ((weight - steps * codes).abs() <= steps * 0.50001)[inside].all()
 
 
 def test_a_channel_of_zeros_stays_zero_and_disturbs_no_other() -> None:
+    spec = QuantSpec(4, axis=0)
     weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(4))
     zeroed = weight.clone()
     zeroed[1] = 0
 
-    (grid, codes), (full_grid, full_codes) = (quantize_weight(w, 4) for w in (zeroed, weight))
+    scale, full_scale = (search_weight_scale(w, spec) for w in (zeroed, weight))
+    codes, full_codes = nearest_codes(zeroed, scale, spec), nearest_codes(weight, full_scale, spec)
 
     assert not codes[1].any()
-    assert np.isfinite(grid.scale).all()
-    assert (grid.scale > 0).all()
-    np.testing.assert_array_equal(codes[[0, 2]], full_codes[[0, 2]])
-    np.testing.assert_array_equal(grid.scale[[0, 2]], full_grid.scale[[0, 2]])
+    assert scale.isfinite().all()
+    assert (scale > 0).all()
+    assert torch.equal(codes[[0, 2]], full_codes[[0, 2]])
+    assert torch.equal(scale[[0, 2]], full_scale[[0, 2]])

@@ -4,19 +4,16 @@ Every step of one trajectory is recorded, so T steps cost T model calls (Q-Diffu
 batch for every step: T^2). With guidance the conditional and unconditional halves run together.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from tfmq_export.denoiser import Conditioning, Denoise, Denoiser, first_tensor
-from tfmq_export.program import DiffusionProgram
+from tfmq_export.denoiser import Conditioning, Denoise, Denoiser
+from tfmq_export.errors import CalibrationError
 from tfmq_export.progress import Step
-from tfmq_export.ptq.observers import Observation, merge, observe
-
-VALUES_PER_STEP = 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,33 +25,23 @@ class CalibrationStep:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CalibrationSet:
-    """A recorded trajectory.
+class CalibrationRows:
+    """Samples picked from a trajectory, timestep after timestep.
 
     Attributes:
-        steps: In sampling order.
-        observations: By graph value: inputs of all quantizable operations, outputs of convolutions.
-        images: What the trajectory ended in, [N, ...].
+        inputs: Of the graph, by name, [R, ...]; one timestep per row.
+        steps: Position of each row's timestep in the schedule, int64 [R].
+        timesteps: T.
+        one_timestep: Whether the model takes a single timestep for the whole batch.
     """
 
-    steps: tuple[CalibrationStep, ...]
-    observations: Mapping[str, Observation]
-    images: Tensor
+    inputs: Mapping[str, Tensor]
+    steps: Tensor
+    timesteps: int
+    one_timestep: bool
 
-
-class _Watcher(fx.Interpreter):
-    """Runs the graph and shows chosen values to ``look``."""
-
-    def __init__(self, module: fx.GraphModule, watched: frozenset[str], look: Callable[[str, Tensor], None]) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # it would append lines to our own errors
-        self.watched, self.look = watched, look
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.watched:
-            self.look(n.name, value)
-        return value
+    def __len__(self) -> int:
+        return len(self.steps)
 
 
 @torch.no_grad()
@@ -82,26 +69,36 @@ def record(
     return tuple(steps), images
 
 
-@torch.no_grad()
-def calibrate(
-    program: DiffusionProgram, denoiser: Denoiser, *, images: int, seed: int, progress: Step
-) -> CalibrationSet:
-    """Sample ``images`` images with the full-precision model and watch what flows.
+def calibrate(denoiser: Denoiser, *, images: int, seed: int, progress: Step) -> tuple[CalibrationStep, ...]:
+    """Record ``images`` images that the full-precision model draws.
 
     Raises:
-        CalibrationError: a watched value was NaN or infinite.
+        CalibrationError: the model predicted NaN or infinity.
     """
-    watched = frozenset(op.input for op in program.operations)
-    watched |= {op.name for op in program.operations if op.kind == "conv"}
-    generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, list[Observation]] = {name: [] for name in watched}
+    noise, prompts = denoiser.noise(images, seed), denoiser.prompts(images)
+    steps, _ = record(denoiser, denoiser.module_denoise(), noise, prompts, progress)
+    for step in steps:
+        if not step.prediction.isfinite().all():
+            at = step.inputs[denoiser.timestep].reshape(-1)[0]
+            raise CalibrationError(
+                f"{denoiser.source} predicted NaN or infinity on its own trajectory, at timestep {at:g}; "
+                "check the checkpoint"
+            )
+    return steps
 
-    def look(name: str, value: Tensor) -> None:
-        parts[name].append(observe(value, VALUES_PER_STEP, generator))
 
-    def denoise(sample: Tensor, timestep: Any, /, **given: Tensor) -> Tensor:
-        inputs = denoiser.inputs(sample, timestep, given)
-        return first_tensor(_Watcher(program.module, watched, look).run(*inputs.values()))
-
-    steps, final = record(denoiser, denoise, denoiser.noise(images, seed), denoiser.prompts(images), progress)
-    return CalibrationSet(steps, {name: merge(seen) for name, seen in parts.items()}, final)
+def pick_rows(denoiser: Denoiser, steps: Sequence[CalibrationStep], per_timestep: int) -> CalibrationRows:
+    """Take ``per_timestep`` samples of every recorded call, spread evenly over its batch."""
+    picked: dict[str, list[Tensor]] = {name: [] for name in denoiser.example_inputs}
+    positions: list[Tensor] = []
+    for step in steps:
+        batch = len(step.inputs[denoiser.sample])
+        rows = torch.linspace(0, batch - 1, min(per_timestep, batch)).round().long()
+        for name, value in step.inputs.items():
+            picked[name].append(value.reshape(-1).expand(len(rows)) if value.ndim == 0 else value[rows])
+        timesteps = picked[denoiser.timestep][-1]
+        positions.append(torch.from_numpy(denoiser.timesteps.rows(timesteps.numpy())))
+    one_timestep = denoiser.example_inputs[denoiser.timestep].ndim == 0
+    order = torch.cat(positions).argsort(stable=True)
+    inputs = {name: torch.cat(values)[order] for name, values in picked.items()}
+    return CalibrationRows(inputs, torch.cat(positions)[order], len(denoiser.timesteps), one_timestep)

@@ -1,7 +1,12 @@
 """Quantize and dequantize in floating point, rounding as ONNX does."""
 
+from dataclasses import dataclass
+
+import numpy as np
+import torch
 from torch import Tensor
 
+from tfmq_export.recipe import TimestepGrids
 from tfmq_export.spec import QParams, QuantSpec
 
 
@@ -15,6 +20,63 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
     return codes.sub_(zero_point).mul_(scale)
 
 
-def fake_quantize_activation(x: Tensor, grid: QParams) -> Tensor:
-    """Lay a per-tensor grid over an activation."""
-    return fake_quantize(x, x.new_tensor(float(grid.scale)), x.new_tensor(float(grid.zero_point)), grid.spec)
+def round_through(x: Tensor) -> Tensor:
+    """Round; the gradient passes as if nothing had happened (straight-through)."""
+    return x + (x.round() - x).detach()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """An activation's grid as tensors.
+
+    Attributes:
+        scale: Shape () or, for a finite set, [T].
+        zero_point: Float, the shape of ``scale``.
+    """
+
+    spec: QuantSpec
+    scale: Tensor
+    zero_point: Tensor
+
+    @classmethod
+    def of(cls, grid: QParams, by_timestep: TimestepGrids | None = None) -> "Grid":
+        """From the recipe's arrays."""
+        source = by_timestep or grid
+        scale, zero_point = np.asarray(source.scale), np.asarray(source.zero_point)
+        return cls(grid.spec, torch.from_numpy(scale), torch.from_numpy(zero_point).float())
+
+    def to_qparams(self) -> QParams:
+        """One grid for all timesteps: of a finite set, the one with the widest range."""
+        widest = int(self.scale.argmax()) if self.scale.ndim else ...
+        scale, zero_point = self.scale.cpu().float().numpy()[widest], self.zero_point.cpu().numpy()[widest]
+        return QParams(self.spec, np.asarray(scale, np.float32), np.asarray(zero_point, np.int32))
+
+    def to_timestep_grids(self) -> TimestepGrids | None:
+        """The finite set, where there is one."""
+        if not self.scale.ndim:
+            return None
+        return TimestepGrids(self.scale.cpu().float().numpy(), self.zero_point.cpu().to(torch.int32).numpy())
+
+    def lay_over(self, x: Tensor, steps: Tensor) -> Tensor:
+        """Fake-quantize an activation.
+
+        Args:
+            x: [N, ...] or several rows per sample.
+            steps: Position of each sample's timestep in the schedule, [N].
+        """
+        return fake_quantize(x, *self._for(x, steps), self.spec)
+
+    def lay_softly(self, x: Tensor, steps: Tensor) -> Tensor:
+        """The same with gradients for ``x`` and ``scale`` (LSQ, section 2.1)."""
+        scale, zero_point = self._for(x, steps)
+        codes = (round_through(x / scale) + zero_point).clamp(self.spec.qmin, self.spec.qmax)
+        return (codes - zero_point) * scale
+
+    def _for(self, x: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.scale.ndim:
+            return self.scale, self.zero_point
+        if len(steps) == 1:
+            return self.scale[steps[0]], self.zero_point[steps[0]]
+        rows = steps.repeat_interleave(len(x) // len(steps)).to(self.scale.device)
+        shape = (-1, *[1] * (x.ndim - 1))
+        return self.scale[rows].reshape(shape), self.zero_point[rows].reshape(shape)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from tfmq_export.errors import CalibrationError
-from tfmq_export.ptq.fake_quant import fake_quantize
-from tfmq_export.spec import QParams, QuantSpec
+from tfmq_export.ptq.fake_quant import Grid, fake_quantize
+from tfmq_export.spec import QuantSpec
 
 SHRINK_STEPS = 80
+PERCENTILE = 0.9999
+BINS = 2048  # of the histogram that KL compares
 
 
 class Estimator(StrEnum):
@@ -20,6 +22,8 @@ class Estimator(StrEnum):
 
     MIN_MAX = "minmax"
     MSE = "mse"
+    KL = "kl"
+    PERCENTILE = "percentile"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +49,7 @@ def observe(x: Tensor, keep: int, generator: torch.Generator) -> Observation:
     """Look at one tensor and remember ``keep`` of its values."""
     low, high = x.aminmax()
     picks = torch.randint(x.numel(), (keep,), generator=generator)
-    return Observation(low.item(), high.item(), x.reshape(-1)[picks].clone())
+    return Observation(low.item(), high.item(), x.reshape(-1)[picks.to(x.device)].float().cpu())
 
 
 def merge(parts: Sequence[Observation]) -> Observation:
@@ -55,21 +59,48 @@ def merge(parts: Sequence[Observation]) -> Observation:
     )
 
 
-def activation_grid(observation: Observation, bits: int, estimator: Estimator) -> QParams:
+def activation_grid(observation: Observation, spec: QuantSpec, estimator: Estimator) -> Grid:
     """An unsigned per-tensor grid; 0 is always inside its range.
 
-    ``MSE`` shrinks the observed range by (1 - 0.01 i), i < 80, and keeps the i of least squared error.
+    ``MSE`` and ``KL`` shrink the observed range by (1 - 0.01 i), i < 80, and keep the i of least squared error, or
+    of least divergence between the histograms before and after; ``PERCENTILE`` cuts 0.01 % off either end.
     """
-    spec = QuantSpec(bits, signed=False)
     low, high = min(observation.low, 0.0), max(observation.high, 0.0)
+    if estimator is Estimator.PERCENTILE:
+        ends = torch.tensor([1 - PERCENTILE, PERCENTILE])
+        low, high = (float(end) for end in observation.values.quantile(ends))
+        low, high = min(low, 0.0), max(high, 0.0)
     shrink = torch.ones(1, dtype=torch.float64)
-    if estimator is Estimator.MSE:
+    if estimator in (Estimator.MSE, Estimator.KL):
         shrink = 1 - 0.01 * torch.arange(SHRINK_STEPS, dtype=torch.float64)
     scale = (max(high - low, 1e-8) * shrink / (spec.qmax - spec.qmin)).float()  # [candidates]
     zero_point = (spec.qmin - torch.round(low * shrink.float() / scale)).clamp(spec.qmin, spec.qmax)  # [candidates]
-    errors = [
-        (fake_quantize(observation.values, s, z, spec) - observation.values).square().mean()
-        for s, z in zip(scale, zero_point, strict=True)
-    ]
-    best = int(torch.stack(errors).argmin())
-    return QParams(spec, scale[best].numpy(), zero_point[best].to(torch.int32).numpy())
+    if len(shrink) == 1:
+        return Grid(spec, scale[0], zero_point[0])
+    cost = _divergence if estimator is Estimator.KL else _squared_error
+    costs = [cost(observation.values, s, z, spec) for s, z in zip(scale, zero_point, strict=True)]
+    best = int(torch.stack(costs).argmin())
+    return Grid(spec, scale[best], zero_point[best])
+
+
+def _squared_error(values: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    return (fake_quantize(values, scale, zero_point, spec) - values).square().mean()
+
+
+def _divergence(values: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Of the histogram a grid can express from the one it is given (TensorRT's entropy calibration).
+
+    What lies outside the grid counts at its ends, where the grid, which knows only the inside, does not expect it.
+    """
+    low, high = -zero_point * scale, (spec.qmax - zero_point) * scale
+    inside = (values >= low) & (values <= high)
+    bins = ((values.clamp(low, high) - low) / (high - low) * (BINS - 1)).round().long()
+    given = torch.bincount(bins, minlength=BINS).double()
+    known = torch.bincount(bins[inside], minlength=BINS).double()
+    level = torch.arange(BINS) * (spec.qmax + 1) // BINS
+    occupied = (known > 0).double()
+    mass = torch.zeros(spec.qmax + 1, dtype=torch.float64).index_add_(0, level, known)
+    width = torch.zeros_like(mass).index_add_(0, level, occupied)
+    expected = (mass / width.clamp_min(1))[level] * occupied
+    p, q = given / given.sum(), expected / expected.sum().clamp_min(1e-12)
+    return torch.xlogy(p, p / q.clamp_min(1e-12)).sum()

@@ -1,37 +1,50 @@
-"""From a calibrated program to a recipe."""
+"""From a recorded trajectory to a recipe: one walk over the blocks.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+For each block, in forward order: equivalent scaling, power-of-two exponents, activation grids, rounding,
+learned steps. Full-precision and quantized activations travel side by side, so no prefix is run twice.
+"""
 
-from tfmq_export.analysis import SAMPLE, Operation
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_export.analysis import LAYOUT, SAMPLE, Operation, dependences
+from tfmq_export.blocks import Block, find_blocks
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.progress import Step
-from tfmq_export.ptq.calibration import CalibrationSet
-from tfmq_export.ptq.observers import Estimator, activation_grid
-from tfmq_export.ptq.weights import quantize_weight
-from tfmq_export.recipe import FloatLayer, LayerRecipe, QuantRecipe, TibRecipe
+from tfmq_export.ptq.activation_cache import ActivationCache
+from tfmq_export.ptq.block_runner import BlockRunner, LayerRule, batch_symbol
+from tfmq_export.ptq.block_stage import BlockStage, by_input
+from tfmq_export.ptq.checkpoint import Checkpoint
+from tfmq_export.ptq.draft import Draft, quantized_rule
+from tfmq_export.ptq.flow import Flow
+from tfmq_export.ptq.input_watch import InputWatch
+from tfmq_export.ptq.observers import Estimator
+from tfmq_export.ptq.subject import QuantPlan, Subject
+from tfmq_export.ptq.tib import (
+    TemporalBlock,
+    TemporalPlan,
+    quantized_tables,
+    reconstruct_temporal,
+    select_tables,
+    temporal_drafts,
+)
+from tfmq_export.recipe import FloatLayer, QuantRecipe, TibRecipe
+from tfmq_export.spec import QuantSpec
+
+logger = logging.getLogger(__name__)
+aten = torch.ops.aten
 
 BOUNDARY_BITS = 8
 OUTPUT_BITS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class QuantPlan:
-    """What to quantize, and how.
-
-    Attributes:
-        preset: Its name.
-        weight_bits: 0 leaves every layer in floating point.
-        activation_bits: Of layer inputs. First and last layer always take 8.
-        estimator: How activation ranges become scales.
-        quantized_outputs: Kinds of layer whose output the target wants on a grid.
-    """
-
-    preset: str
-    weight_bits: int
-    activation_bits: int
-    estimator: Estimator = Estimator.MSE
-    quantized_outputs: frozenset[str] = frozenset()
+LAST_OUTPUT_CODES = 16
+SCALING_ROWS = 256  # LES and PTS look at so many rows of a value
+# Values pass these unchanged in kind: what reads a resized or concatenated residual stream reads the stream.
+CARRIERS = LAYOUT | {aten.cat.default, aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default}
+CARRIERS |= {aten.constant_pad_nd.default, aten.pad.default, aten._upsample_nearest_exact2d.vec}
 
 
 def float_layers(program: DiffusionProgram) -> tuple[FloatLayer, ...]:
@@ -39,51 +52,188 @@ def float_layers(program: DiffusionProgram) -> tuple[FloatLayer, ...]:
     return tuple(FloatLayer(op.name, op.path, op.macs, reason) for op, reason in program.left_float)
 
 
-def quantize(
-    program: DiffusionProgram,
-    calibration: CalibrationSet | None,
-    tib: TibRecipe,
-    plan: QuantPlan,
-    provenance: Mapping[str, str],
-    progress: Step,
-) -> QuantRecipe:
+def unquantized(program: DiffusionProgram, preset: str, tib: TibRecipe, provenance: Mapping[str, str]) -> QuantRecipe:
+    """The recipe that leaves every layer in floating point."""
+    kept = tuple(FloatLayer(op.name, op.path, op.macs, f"preset {preset} keeps it") for op in program.operations)
+    return QuantRecipe(
+        program.fingerprint, preset, (), float_layers(program) + kept, tib, program.macs, dict(provenance)
+    )
+
+
+def quantize(subject: Subject, plan: QuantPlan, progress: Step, checkpoint: Checkpoint | None = None) -> QuantRecipe:
     """Choose grids and round every weight.
 
     Args:
-        calibration: None only when the plan quantizes nothing.
+        checkpoint: Where finished blocks are kept, and taken from.
     """
-    left = float_layers(program)
-    if calibration is None:
-        left += tuple(
-            FloatLayer(op.name, op.path, op.macs, f"preset {plan.preset} keeps it") for op in program.operations
+    program, method = subject.program, plan.method
+    temporal = temporal_drafts(program, plan.weight_bits, plan.activation_bits) if method.tib != "table" else ()
+    inside = bool(temporal) and not method.tiar  # plain reconstruction treats temporal layers as any others
+    tib = subject.exact
+    if temporal and not inside:
+        tib = _temporal_tables(subject, temporal, plan, checkpoint)
+    drafts = {draft.op.name: draft for draft in (*_drafts(program, plan), *(temporal if inside else ()))}
+    walk = Walk(subject, tib, plan, inside=inside)
+    blocks = walk.blocks(drafts)
+    costs = [max(1, sum(drafts[name].op.macs for name in block.layers)) for block in blocks]
+    decided: dict[str, Draft] = {}
+    for index, block in enumerate(blocks):
+        done, own = sum(costs[:index]), costs[index]
+
+        def report(part: int, whole: int, done: int = done, own: int = own) -> None:
+            progress(done + own * part // whole, sum(costs))
+
+        ours = [drafts[name] for name in block.layers]
+        kept = checkpoint.load(f"block-{index:04d}", ours) if checkpoint is not None else None
+        finished = walk.step(index, block, ours, kept, report)
+        if checkpoint is not None and kept is None:
+            checkpoint.save(f"block-{index:04d}", finished)
+        decided |= {draft.op.name: draft for draft in finished}
+        walk.forget(blocks[index + 1 :])
+        progress(done + own, sum(costs))
+        logger.info("%s: %d layers quantized", block.path, len(block.layers))
+    if inside:
+        computed = [decided[draft.op.name] for draft in temporal]
+        temporal_block = TemporalBlock(program, subject.denoiser)
+        tib = _served(quantized_tables(temporal_block, computed, subject.exact), subject, plan)
+    return QuantRecipe(
+        program.fingerprint,
+        plan.preset,
+        tuple(decided[op.name].to_recipe() for op in program.operations),
+        float_layers(program),
+        tib,
+        program.macs,
+        dict(subject.provenance),
+        subject.splits,
+    )
+
+
+def _temporal_tables(
+    subject: Subject, drafts: tuple[Draft, ...], plan: QuantPlan, checkpoint: Checkpoint | None
+) -> TibRecipe:
+    """The temporal block, quantized before every other block (TFMQ-DM, section 4.1)."""
+    block = TemporalBlock(subject.program, subject.denoiser)
+    decided = checkpoint.load("temporal", drafts) if checkpoint is not None else None
+    if decided is None:
+        method = plan.method
+        schedule = plan.effort.temporal if method.reconstruct else replace(plan.effort.temporal, iterations=0)
+        temporal = TemporalPlan(method.fsc != "off", Estimator(method.estimator), schedule)
+        decided = reconstruct_temporal(block, drafts, temporal, lambda done, total: None)
+        if checkpoint is not None:
+            checkpoint.save("temporal", decided)
+    return _served(quantized_tables(block, decided, subject.exact), subject, plan)
+
+
+def _served(quantized: TibRecipe, subject: Subject, plan: QuantPlan) -> TibRecipe:
+    if plan.method.tib == "quantized":
+        return quantized
+    return select_tables(subject.exact, quantized, plan.activation_bits)
+
+
+class Walk:
+    """The two networks side by side, at the same block.
+
+    Args:
+        served: Temporal features as the quantized network will see them.
+        inside: Whether the temporal block is walked with the others; else it is served from tables.
+    """
+
+    def __init__(self, subject: Subject, served: TibRecipe, plan: QuantPlan, *, inside: bool) -> None:
+        program, rows = subject.program, subject.rows
+        self._program, self._plan = program, plan
+        # Full-precision activations, quantized ones, and the inputs inside one block.
+        self._ceiling = None if plan.max_memory is None else plan.max_memory // 3
+        device = next(program.module.parameters()).device
+        features = [{} if inside else _features(program, tib) for tib in (subject.exact, served)]
+        self._served = frozenset(features[1])
+        self._wanted, self._given = (
+            Flow(rows, values, ActivationCache(len(rows), self._ceiling), device) for values in features
         )
-        return QuantRecipe(program.fingerprint, plan.preset, (), left, tib, program.macs, dict(provenance))
-    layers = []
+        self._batch = batch_symbol(program)
+
+    def blocks(self, layers: Iterable[str]) -> tuple[Block, ...]:
+        """The blocks to walk."""
+        graph = self._program.module.graph
+        return find_blocks(graph, dependences(graph, self._program.roles), layers, self._served)
+
+    def step(
+        self, index: int, block: Block, drafts: Sequence[Draft], kept: tuple[Draft, ...] | None, progress: Step
+    ) -> tuple[Draft, ...]:
+        """Quantize one block and move on behind it.
+
+        Args:
+            kept: The block as an earlier run finished it.
+        """
+        runner = BlockRunner(self._program.module, block, self._batch)
+        scaled = [group[0] for group in by_input(drafts).values()] if kept is None and self._scales else []
+        inputs = InputWatch(self._wanted.rows, scaled, SCALING_ROWS, self._ceiling)
+        self._wanted.advance(runner, inputs.rules)
+        decided = kept if kept is not None else self._decide(index, runner, inputs, drafts, progress)
+        inputs.close()
+
+        def rules(picks: Tensor) -> dict[str, LayerRule]:
+            steps = self._given.rows.steps[picks]
+            return {draft.op.name: quantized_rule(draft, steps) for draft in decided}
+
+        self._given.advance(runner, rules)
+        return decided
+
+    @property
+    def _scales(self) -> bool:
+        return self._plan.method.les != "off" or self._plan.method.pts != "off"
+
+    def _decide(
+        self, index: int, runner: BlockRunner, inputs: InputWatch, drafts: Sequence[Draft], progress: Step
+    ) -> tuple[Draft, ...]:
+        generator = torch.Generator().manual_seed(self._plan.seed * 1_000_003 + index)
+        stream = _residual_stream(self._program.module.graph, runner.block)
+        method, effort = self._plan.method, self._plan.effort
+        stage = BlockStage(runner, self._wanted, self._given, inputs, method, effort, stream, generator)
+        return stage.run(drafts, progress) if drafts else ()
+
+    def forget(self, later: Iterable[Block]) -> None:
+        """Drop what no later block reads."""
+        needed = {name for block in later for name in block.reads}
+        self._wanted.keep(needed)
+        self._given.keep(needed)
+
+
+def _features(program: DiffusionProgram, tib: TibRecipe) -> dict[str, Tensor]:
+    """Tables are float32; a mask or an index gets its own type back."""
+    types = {node.name: node.meta["val"].dtype for node in program.module.graph.nodes if node.name in tib.names}
+    return {table.name: torch.from_numpy(table.rows).to(types[table.name]) for table in tib.tables}
+
+
+def _drafts(program: DiffusionProgram, plan: QuantPlan) -> list[Draft]:
     on_sample = [op.name for op in program.operations if SAMPLE in op.roles]
     boundary = {on_sample[0], on_sample[-1]} if on_sample else set()
-    for done, op in enumerate(program.operations, start=1):
-        layers.append(_quantize_layer(program, op, calibration, plan, op.name in boundary))
-        progress(done, len(program.operations))
-    return QuantRecipe(program.fingerprint, plan.preset, tuple(layers), left, tib, program.macs, dict(provenance))
+    last = on_sample[-1] if on_sample else ""
+    return [_draft(program, op, plan, op.name in boundary, op.name == last) for op in program.operations]
 
 
-def _quantize_layer(
-    program: DiffusionProgram, op: Operation, calibration: CalibrationSet, plan: QuantPlan, is_boundary: bool
-) -> LayerRecipe:
+def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, is_boundary: bool, is_last: bool) -> Draft:
     weight_bits = BOUNDARY_BITS if is_boundary else plan.weight_bits
     activation_bits = BOUNDARY_BITS if is_boundary else plan.activation_bits
-    weight, codes = quantize_weight(program.value(op.weight), weight_bits)
     output = None
     if op.kind in plan.quantized_outputs:
-        # The engine's container, not the preset's choice: always 8 bits.
-        output = activation_grid(calibration.observations[op.name], OUTPUT_BITS, plan.estimator)
-    return LayerRecipe(
-        name=op.name,
-        path=op.path,
-        kind=op.kind,
-        macs=op.macs,
-        weight=weight,
-        weight_codes=codes,
-        input=activation_grid(calibration.observations[op.input], activation_bits, plan.estimator),
-        output=output,
+        # The engine's container, not the preset's choice: always 8 bits. The prediction itself takes several.
+        output = QuantSpec(OUTPUT_BITS, signed=False, codes=LAST_OUTPUT_CODES if is_last else 1)
+    return Draft(
+        op,
+        program.value(op.weight),
+        QuantSpec(weight_bits, signed=True, axis=0),
+        QuantSpec(activation_bits, signed=False),
+        output,
     )
+
+
+def _residual_stream(graph: fx.Graph, block: Block) -> frozenset[str]:
+    """Values in a block that are what it reads, at most resized or concatenated: no normalisation saw them."""
+    stream = set(block.reads)
+    inside = set(block.nodes)
+    for node in graph.nodes:
+        if node.name in inside and node.target in CARRIERS:
+            sources = [source.name for source in node.all_input_nodes if source.name in stream]
+            if sources:
+                stream.add(node.name)
+    return frozenset(stream)

@@ -9,7 +9,10 @@ from torch import Tensor, fx
 from tfmq_export.analysis import TIMESTEP
 from tfmq_export.denoiser import first_tensor
 from tfmq_export.program import DiffusionProgram
-from tfmq_export.ptq.fake_quant import fake_quantize_activation
+from tfmq_export.ptq.equivalent_scaling import on_channels, scale_input_channels
+from tfmq_export.ptq.fake_quant import Grid
+from tfmq_export.ptq.skip_concat import channel_axis
+from tfmq_export.ptq.weights import per_output
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 
 AfterLayer = Callable[[LayerRecipe, Tensor], Tensor]
@@ -20,13 +23,13 @@ class Simulation:
     """Runs a program as its recipe says: integer weights, gridded activations, tabulated time.
 
     Args:
+        program: With the recipe's skip concatenations split.
         recipe: Made from this very program.
     """
 
     def __init__(self, program: DiffusionProgram, recipe: QuantRecipe) -> None:
         self._program, self._recipe = program, recipe
-        self._layers = {layer.name: layer for layer in recipe.layers}
-        self._weights = {layer.name: _dequantized(layer) for layer in recipe.layers}
+        self._layers = {layer.name: QuantizedLayer(layer) for layer in recipe.layers}
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
 
     @torch.no_grad()
@@ -43,21 +46,64 @@ class Simulation:
             table.name: torch.from_numpy(table.rows)[rows if table.per_sample else rows[0]]
             for table in self._recipe.tib.tables
         }
-        interpreter = _Interpreter(self._program.module, self._layers, self._weights, features, after_layer)
+        interpreter = _Interpreter(self._program.module, self._layers, features, rows, after_layer)
         return first_tensor(interpreter.run(*inputs.values()))
+
+
+class QuantizedLayer:
+    """A layer's integers as tensors.
+
+    Attributes:
+        weight: ``tau W 2^d`` from its integers.
+        output: None where the result stays in floating point.
+    """
+
+    def __init__(self, recipe: LayerRecipe) -> None:
+        self.recipe = recipe
+        factor = recipe.input_factor
+        self.factor = None if factor is None else torch.from_numpy(factor)
+        codes = torch.from_numpy(recipe.weight_codes).float()
+        self.weight = codes * per_output(torch.from_numpy(recipe.weight.scale), codes)
+        self.step = torch.from_numpy(recipe.input.scale * recipe.weight.scale)  # of the accumulator
+        if recipe.pts_exponent is not None:
+            shift = torch.exp2(torch.from_numpy(recipe.pts_exponent).float())
+            self.weight = scale_input_channels(self.weight, shift, recipe.groups)
+            self.step = self.step * float(shift.min())
+        self.input = Grid.of(recipe.input, recipe.input_by_timestep)
+        self.output = None if recipe.output is None else Grid.of(recipe.output, recipe.output_by_timestep)
+
+    def scale_input(self, x: Tensor) -> Tensor:
+        """``x / (tau 2^d)``."""
+        return x if self.factor is None else x * on_channels(self.factor, x, channel_axis(self.recipe.kind))
+
+    def scale_weight(self, weight: Tensor) -> Tensor:
+        """The other half: ``tau 2^d W`` of a float weight."""
+        return weight if self.factor is None else scale_input_channels(weight, 1 / self.factor, self.recipe.groups)
+
+    def quantize_input(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The scaled input on its grid.
+
+        Args:
+            rows: Position of each sample's timestep in the schedule, [N] or [1].
+        """
+        return self.input.lay_over(self.scale_input(x), rows)
+
+    def on_accumulator_grid(self, bias: Tensor) -> Tensor:
+        """A bias as integer kernels add it: int32 steps of ``input.scale * weight.scale``."""
+        return (bias.double() / self.step).round().float() * self.step
 
 
 class _Interpreter(fx.Interpreter):
     def __init__(
         self,
         module: fx.GraphModule,
-        layers: Mapping[str, LayerRecipe],
-        weights: Mapping[str, Tensor],
+        layers: Mapping[str, QuantizedLayer],
         features: Mapping[str, Tensor],
+        rows: Tensor,
         after_layer: AfterLayer | None,
     ) -> None:
         super().__init__(module)
-        self.layers, self.weights, self.features, self.after_layer = layers, weights, features, after_layer
+        self.layers, self.features, self.rows, self.after_layer = layers, features, rows, after_layer
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.features:
@@ -67,21 +113,11 @@ class _Interpreter(fx.Interpreter):
             return super().run_node(n)
         (x, _, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
         assert isinstance(x, Tensor)
-        # Linear layers on inputs of rank 3 and more add their bias in floating point.
-        if rest and isinstance(rest[0], Tensor) and (layer.kind == "conv" or x.ndim == 2):
-            rest[0] = _on_accumulator_grid(rest[0], layer)
-        y = n.target(fake_quantize_activation(x, layer.input), self.weights[n.name], *rest, **kwargs)  # type: ignore[operator]
+        # Linear layers on inputs of rank 3 and more add their bias in floating point; so do per-timestep grids.
+        in_integers = layer.recipe.kind == "conv" or x.ndim == 2
+        if rest and isinstance(rest[0], Tensor) and in_integers and layer.recipe.input_by_timestep is None:
+            rest[0] = layer.on_accumulator_grid(rest[0])
+        y = n.target(layer.quantize_input(x, self.rows), layer.weight, *rest, **kwargs)  # type: ignore[operator]
         if layer.output is not None:
-            y = fake_quantize_activation(y, layer.output)
-        return y if self.after_layer is None else self.after_layer(layer, y)
-
-
-def _on_accumulator_grid(bias: Tensor, layer: LayerRecipe) -> Tensor:
-    """A bias as integer kernels add it: int32 steps of ``input.scale * weight.scale``."""
-    step = torch.from_numpy(layer.input.scale * layer.weight.scale)
-    return (bias.double() / step).round().float() * step
-
-
-def _dequantized(layer: LayerRecipe) -> Tensor:
-    scale = torch.from_numpy(layer.weight.scale).reshape(-1, *[1] * (layer.weight_codes.ndim - 1))
-    return torch.from_numpy(layer.weight_codes).float() * scale
+            y = layer.output.lay_over(y, self.rows)
+        return y if self.after_layer is None else self.after_layer(layer.recipe, y)

@@ -1,24 +1,23 @@
-"""Rounding weights to a grid per output channel."""
+"""Scales of weights, and rounding to nearest."""
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tfmq_export.ptq.fake_quant import fake_quantize
-from tfmq_export.spec import QParams, QuantSpec
+from tfmq_export.spec import QuantSpec
 
 SHRINK_STEPS = 80
 NORM = 2.4
 
 
-def search_weight_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
+def search_weight_scale(weight: Tensor, spec: QuantSpec, candidates: int = SHRINK_STEPS) -> Tensor:
     """Scale per output channel of least ``mean |w - w^|^2.4`` (BRECQ's search; symmetric, zero point 0).
 
-    The candidates shrink the channel's largest magnitude by (1 - 0.01 i), i < 80.
+    The candidates shrink the channel's largest magnitude by (1 - 0.01 i).
 
     Args:
         weight: [out, ...].
+        candidates: 1 takes the full range (min-max).
     Returns:
         Scales, [out]; 1 for a channel of zeros.
     """
@@ -28,7 +27,7 @@ def search_weight_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
     zero = full.new_zeros(())
     best_error = torch.full_like(full, torch.inf)
     best = full
-    for step in range(SHRINK_STEPS):
+    for step in range(candidates):
         scale = full * (1 - 0.01 * step)
         error = (fake_quantize(rows, scale, zero, spec) - rows).abs().pow(NORM).mean(1, keepdim=True)
         better = error < best_error
@@ -36,15 +35,11 @@ def search_weight_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
     return best[:, 0]
 
 
-def quantize_weight(weight: Tensor, bits: int) -> tuple[QParams, NDArray[np.int8]]:
-    """Round to nearest on the searched grid.
+def per_output(scale: Tensor, weight: Tensor) -> Tensor:
+    """Shape a scale per output channel so that it broadcasts against a weight."""
+    return scale.reshape(-1, *[1] * (weight.ndim - 1))
 
-    Returns:
-        The grid (axis 0) and the int8 codes, shaped like ``weight``.
-    """
-    spec = QuantSpec(bits, signed=True, axis=0)
-    scale = search_weight_scale(weight, spec)
-    shaped = scale.reshape(-1, *[1] * (weight.ndim - 1))
-    codes = (weight / shaped).round().clamp(spec.qmin, spec.qmax)
-    grid = QParams(spec, scale.float().numpy(), np.zeros(len(scale), np.int32))
-    return grid, codes.to(torch.int8).numpy()
+
+def nearest_codes(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Round to nearest; integers as float, shaped like ``weight``."""
+    return (weight / per_output(scale, weight)).round().clamp(spec.qmin, spec.qmax)

