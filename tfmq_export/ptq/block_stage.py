@@ -64,9 +64,7 @@ class BlockStage:
         drafts = tuple(part for group in by_input(drafts).values() for part in self._scale(group))
         drafts = tuple(self._weight_scale(draft) for draft in drafts)
         drafts = self._lay_grids(drafts)
-        narrow = any(draft.weight_spec.bits < CONTAINER_BITS for draft in drafts)
-        worthwhile = narrow or not self.effort.narrow_only
-        if self.method.reconstruct and self.effort.rounding.iterations and worthwhile:
+        if self.method.reconstruct and self.effort.rounding.iterations:
             drafts = self._round(drafts, progress)
         if self.method.learned_steps and self.effort.step_iterations:
             drafts = self._tune_steps(drafts)
@@ -198,16 +196,17 @@ class BlockStage:
 
     # -- what is learned on the block's output ------------------------------------------------
 
-    def _loss(self, rules: Callable[[Tensor], Mapping[str, LayerRule]], batch: int) -> Tensor:
-        """Mean squared error of a fresh batch, summed over the channels."""
-        picks = draw_rows(self.given.rows, batch, self.generator)
+    def _errors(self, rules: Callable[[Tensor], Mapping[str, LayerRule]], picks: Tensor) -> Tensor:
+        """Squared error of the block for some rows, summed over the channels, [N]."""
         with torch.autocast(self.runner.device.type, torch.bfloat16, enabled=self.runner.low_precision):
             written = self.runner(self.given.read(self.runner, picks), rules(self.given.rows.steps[picks]))
         target = self.wanted.read_target(self.runner, picks)
-        return torch.stack([block_error(value.float(), target[name]) for name, value in written.items()]).sum()
+        return torch.stack([row_errors(value.float(), target[name]) for name, value in written.items()]).sum(0)
+
+    def _draw(self) -> Tensor:
+        return draw_rows(self.given.rows, self.effort.rounding.batch, self.generator)
 
     def _round(self, drafts: Sequence[Draft], progress: Step) -> tuple[Draft, ...]:
-        schedule = self.effort.rounding
         grids = decided_grids(drafts)
 
         def loss(weights: Mapping[str, Tensor]) -> Tensor:
@@ -217,27 +216,53 @@ class BlockStage:
                     for draft in drafts
                 }
 
-            return self._loss(rules, schedule.batch)
+            return self._errors(rules, self._draw()).mean()
 
-        return learn_rounding(drafts, loss, schedule, progress)
+        return learn_rounding(drafts, loss, self.effort.rounding, progress)
 
     def _tune_steps(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
+        """Tune the grids; keep the result only where it helps.
+
+        Every timestep counts by its own error: in a plain mean the noisiest ones would decide for all.
+        """
+        before = self._errors_by_timestep(drafts)
+
         def loss(soft: Mapping[str, Grid]) -> Tensor:
             def rules(steps: Tensor) -> dict[str, LayerRule]:
                 return {draft.op.name: quantized_rule(draft, steps, grids=soft) for draft in drafts}
 
-            return self._loss(rules, self.effort.rounding.batch)
+            picks = self._draw()
+            return (self._errors(rules, picks) / before[self.given.rows.steps[picks]]).mean()
 
         learned = learn_steps(loss, decided_grids(drafts), self.effort.step_iterations, STEP_LEARNING_RATE)
-        return tuple(
+        tuned = tuple(
             replace(draft, input=learned[input_key(draft)], output=learned.get(output_key(draft))) for draft in drafts
         )
+        gain = (before / self._errors_by_timestep(tuned)).log().mean()
+        return tuned if gain > 0 else tuple(drafts)
+
+    @torch.no_grad()
+    def _errors_by_timestep(self, drafts: Sequence[Draft]) -> Tensor:
+        """The block's mean error at each timestep, with everything rounded, [T]."""
+
+        def rules(steps: Tensor) -> dict[str, LayerRule]:
+            return {draft.op.name: quantized_rule(draft, steps) for draft in drafts}
+
+        rows = self.given.rows
+        errors = torch.cat([self._errors(rules, picks) for picks in chunks(rows)])
+        steps = rows.steps.to(errors.device)
+        total = errors.new_zeros(rows.timesteps).index_add_(0, steps, errors)
+        count = torch.bincount(steps, minlength=rows.timesteps).clamp_min(1)
+        return (total / count).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def block_error(ours: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error summed over channels, mean over samples and positions; values of rank 3 are tokens [N, L, C]."""
-    channel = -1 if ours.ndim == TOKENS_RANK else 1
-    return (ours - wanted).square().sum(channel).mean()
+def row_errors(ours: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of each row, summed over channels, mean over positions, [N]; rank 3 holds tokens [N, L, C]."""
+    squared = (ours - wanted).square()
+    if squared.ndim == 1:
+        return squared
+    errors = squared.sum(-1 if squared.ndim == TOKENS_RANK else 1)
+    return errors.reshape(len(errors), -1).mean(1)
 
 
 def by_input(drafts: Sequence[Draft]) -> dict[str, list[Draft]]:

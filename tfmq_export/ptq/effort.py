@@ -27,7 +27,6 @@ class Effort:
         scaling: LES, per value.
         step_iterations: Learned activation steps, per block.
         temporal: TIAR.
-        narrow_only: Learn the rounding of blocks with weights below 8 bits only: at 8 bits nearest is 37 dB by itself.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Effort:
     rounding: RoundingSchedule
     step_iterations: int
     temporal: RoundingSchedule
-    narrow_only: bool = True
 
 
 EFFORTS: Mapping[str, Effort] = {
@@ -67,7 +65,6 @@ EFFORTS: Mapping[str, Effort] = {
         rounding=RoundingSchedule(20000, 32, 1e-3),
         step_iterations=5000,
         temporal=RoundingSchedule(20000, 0, 1e-3),
-        narrow_only=False,
     ),
 }
 
