@@ -79,6 +79,7 @@ def save_temporal(path: Path, timesteps: Sequence[float], rows: Sequence[Tempora
     above.legend(fontsize=8)
     below.set_ylabel("largest mismatch\n(steps of the schedule)")
     below.set_xlabel("timestep")
+    below.set_ylim(0, max(1, *(int(np.abs(row.mismatch).max()) for row in rows), 0) * 1.05)
     below.invert_xaxis()
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
