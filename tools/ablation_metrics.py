@@ -20,10 +20,10 @@ KID_SUBSETS, KID_SUBSET_SIZE = 50, 100
 def frechet_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """Between Gaussians fitted to two sets of features, [N, d] and [M, d]."""
     mean = np.square(a.mean(0) - b.mean(0)).sum()
-    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # tr sqrt(A B) from the eigenvalues of A B, which are real and at least 0 for covariances.
-    roots = np.sqrt(np.clip(np.linalg.eigvals(first @ second).real, 0, None)).sum()
-    return float(mean + np.trace(first) + np.trace(second) - 2 * roots)
+    x, y = ((values - values.mean(0)) / np.sqrt(len(values) - 1) for values in (a, b))
+    # The eigenvalues of the covariances' product are the squared singular values of x y^T, which is far smaller.
+    roots = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    return float(mean + np.square(x).sum() + np.square(y).sum() - 2 * roots)
 
 
 def kernel_distance(a: NDArray[np.float64], b: NDArray[np.float64], seed: int = 0) -> float:

@@ -23,5 +23,7 @@ def test_a_grid_per_timestep_has_no_lowering_and_is_refused() -> None:
     recipe = recipe_for(conv_net())
     assert passes_for(recipe, TARGET, sample="sample", timestep="timestep")
 
-    with pytest.raises(TargetError, match=r"net.conv2d: ort-cpu has no lowering for .*\(1 layers\); set fsc = .tib. in .method."):
+    with pytest.raises(
+        TargetError, match=r"net.conv2d: ort-cpu has no lowering for .*\(1 layers\); set fsc = .tib. in .method."
+    ):
         passes_for(with_grids_per_timestep(recipe), TARGET, sample="sample", timestep="timestep")
