@@ -15,10 +15,8 @@ Compute = Callable[..., Tensor]
 LayerRule = Callable[[Compute, Sequence[Tensor]], Tensor]
 """What to do in place of a layer: ``rule(compute, operands)``, where ``compute(*operands)`` is the plain layer.
 
-The operands are input and weight of a layer, or query, key and value of an attention.
+The operands are input and weight.
 """
-
-OPERANDS: Mapping[object, int] = {torch.ops.aten.scaled_dot_product_attention.default: 3}
 
 
 class BlockRunner:
@@ -74,12 +72,11 @@ class BlockRunner:
 
 def apply_rule(rule: LayerRule, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Run a rule in place of a node."""
-    operands = OPERANDS.get(node.target, 2)
 
     def compute(*given: Any) -> Tensor:
         return node.target(*given, *args[len(given) :], **kwargs)  # type: ignore[operator, no-any-return]
 
-    return rule(compute, args[:operands])
+    return rule(compute, args[:2])
 
 
 def _evaluate_constants(module: fx.GraphModule, nodes: Sequence[fx.Node]) -> dict[fx.Node, Any]:
