@@ -10,7 +10,7 @@ from torch import Tensor
 from tfmq_export.config import Method
 from tfmq_export.progress import Step
 from tfmq_export.ptq.block_runner import BlockRunner, Compute, LayerRule
-from tfmq_export.ptq.draft import Draft, decided_grids, input_key, output_key, quantized_rule
+from tfmq_export.ptq.draft import Draft, decided_grids, input_key, output_key, quantized_rules, with_nearest_codes
 from tfmq_export.ptq.effort import Effort
 from tfmq_export.ptq.equivalent_scaling import (
     ScaledLayer,
@@ -28,7 +28,7 @@ from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, m
 from tfmq_export.ptq.power_of_two import channel_errors, least_error_exponents, vote_exponents
 from tfmq_export.ptq.reconstruct import learn_rounding
 from tfmq_export.ptq.skip_concat import channel_axis
-from tfmq_export.ptq.weights import SHRINK_STEPS, nearest_codes, search_weight_scale
+from tfmq_export.ptq.weights import SHRINK_STEPS
 from tfmq_export.spec import QuantSpec
 
 VALUES_PER_STEP = 512  # remembered of each activation at each timestep
@@ -62,7 +62,8 @@ class BlockStage:
     def run(self, drafts: Sequence[Draft], progress: Step) -> tuple[Draft, ...]:
         """Quantize all layers of the block."""
         drafts = tuple(part for group in by_input(drafts).values() for part in self._scale(group))
-        drafts = tuple(self._weight_scale(draft) for draft in drafts)
+        candidates = SHRINK_STEPS if self.method.weight_range == "search" else 1
+        drafts = tuple(with_nearest_codes(draft, candidates) for draft in drafts)
         drafts = self._lay_grids(drafts)
         if self.method.reconstruct and self.effort.rounding.iterations:
             drafts = self._round(drafts, progress)
@@ -133,11 +134,6 @@ class BlockStage:
         return compute
 
     # -- grids --------------------------------------------------------------------------------
-
-    def _weight_scale(self, draft: Draft) -> Draft:
-        candidates = SHRINK_STEPS if self.method.weight_range == "search" else 1
-        scale = search_weight_scale(draft.weight, draft.weight_spec, candidates)
-        return replace(draft, scale=scale, codes=nearest_codes(draft.weight, scale, draft.weight_spec))
 
     def _lay_grids(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
         """Observe every activation of the block where the quantized network feeds it."""
@@ -210,13 +206,9 @@ class BlockStage:
         grids = decided_grids(drafts)
 
         def loss(weights: Mapping[str, Tensor]) -> Tensor:
-            def rules(steps: Tensor) -> dict[str, LayerRule]:
-                return {
-                    draft.op.name: quantized_rule(draft, steps, weight=weights[draft.op.name], grids=grids)
-                    for draft in drafts
-                }
-
-            return self._errors(rules, self._draw()).mean()
+            return self._errors(
+                lambda steps: quantized_rules(drafts, steps, weights=weights, grids=grids), self._draw()
+            ).mean()
 
         return learn_rounding(drafts, loss, self.effort.rounding, progress)
 
@@ -228,11 +220,9 @@ class BlockStage:
         before = self._errors_by_timestep(drafts)
 
         def loss(soft: Mapping[str, Grid]) -> Tensor:
-            def rules(steps: Tensor) -> dict[str, LayerRule]:
-                return {draft.op.name: quantized_rule(draft, steps, grids=soft) for draft in drafts}
-
             picks = self._draw()
-            return (self._errors(rules, picks) / before[self.given.rows.steps[picks]]).mean()
+            errors = self._errors(lambda steps: quantized_rules(drafts, steps, grids=soft), picks)
+            return (errors / before[self.given.rows.steps[picks]]).mean()
 
         learned = learn_steps(loss, decided_grids(drafts), self.effort.step_iterations, STEP_LEARNING_RATE)
         tuned = tuple(
@@ -244,12 +234,10 @@ class BlockStage:
     @torch.no_grad()
     def _errors_by_timestep(self, drafts: Sequence[Draft]) -> Tensor:
         """The block's mean error at each timestep, with everything rounded, [T]."""
-
-        def rules(steps: Tensor) -> dict[str, LayerRule]:
-            return {draft.op.name: quantized_rule(draft, steps) for draft in drafts}
-
         rows = self.given.rows
-        errors = torch.cat([self._errors(rules, picks) for picks in chunks(rows)])
+        errors = torch.cat(
+            [self._errors(lambda steps: quantized_rules(drafts, steps), picks) for picks in chunks(rows)]
+        )
         steps = rows.steps.to(errors.device)
         total = errors.new_zeros(rows.timesteps).index_add_(0, steps, errors)
         count = torch.bincount(steps, minlength=rows.timesteps).clamp_min(1)

@@ -1,7 +1,7 @@
 """What has been decided about one layer while its block is being quantized."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from tfmq_export.ptq.block_runner import Compute, LayerRule
 from tfmq_export.ptq.equivalent_scaling import on_channels, scale_input_channels
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.skip_concat import channel_axis
-from tfmq_export.ptq.weights import per_output
+from tfmq_export.ptq.weights import SHRINK_STEPS, nearest_codes, per_output, search_weight_scale
 from tfmq_export.recipe import LayerRecipe
 from tfmq_export.spec import QParams, QuantSpec
 
@@ -122,6 +122,36 @@ def quantized_rule(
         return _lay(draft.output, output_key(draft), compute(draft.shift_back(x), used), steps, grids)
 
     return rule
+
+
+def quantized_rules(
+    drafts: Sequence[Draft],
+    steps: Tensor,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    grids: Mapping[str, Grid] | None = None,
+) -> dict[str, LayerRule]:
+    """``quantized_rule`` of every layer of a block, by name.
+
+    Args:
+        weights: In place of the rounded ones, by layer.
+    """
+    return {
+        draft.op.name: quantized_rule(
+            draft, steps, weight=None if weights is None else weights[draft.op.name], grids=grids
+        )
+        for draft in drafts
+    }
+
+
+def with_nearest_codes(draft: Draft, candidates: int = SHRINK_STEPS) -> Draft:
+    """The layer with its weight's scale, rounded to nearest.
+
+    Args:
+        candidates: Of the scale search; 1 is min-max.
+    """
+    scale = search_weight_scale(draft.weight, draft.weight_spec, candidates)
+    return replace(draft, scale=scale, codes=nearest_codes(draft.weight, scale, draft.weight_spec))
 
 
 def input_key(draft: Draft) -> str:

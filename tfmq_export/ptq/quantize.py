@@ -16,10 +16,10 @@ from tfmq_export.blocks import Block, find_blocks
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.progress import Step
 from tfmq_export.ptq.activation_cache import ActivationCache
-from tfmq_export.ptq.block_runner import BlockRunner, LayerRule, batch_symbol
+from tfmq_export.ptq.block_runner import BlockRunner, batch_symbol
 from tfmq_export.ptq.block_stage import BlockStage, by_input
 from tfmq_export.ptq.checkpoint import Checkpoint
-from tfmq_export.ptq.draft import Draft, quantized_rule
+from tfmq_export.ptq.draft import Draft, quantized_rules
 from tfmq_export.ptq.flow import Flow
 from tfmq_export.ptq.input_watch import InputWatch
 from tfmq_export.ptq.observers import Estimator
@@ -170,12 +170,7 @@ class Walk:
         self._wanted.advance(runner, inputs.rules)
         decided = kept if kept is not None else self._decide(index, runner, inputs, drafts, progress)
         inputs.close()
-
-        def rules(picks: Tensor) -> dict[str, LayerRule]:
-            steps = self._given.rows.steps[picks]
-            return {draft.op.name: quantized_rule(draft, steps) for draft in decided}
-
-        self._given.advance(runner, rules)
+        self._given.advance(runner, lambda picks: quantized_rules(decided, self._given.rows.steps[picks]))
         return decided
 
     @property

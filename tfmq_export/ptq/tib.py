@@ -22,14 +22,13 @@ from tfmq_export.denoiser import Denoiser
 from tfmq_export.program import DiffusionProgram, evaluate
 from tfmq_export.progress import Step
 from tfmq_export.ptq.block_runner import BlockRunner, Compute, LayerRule, batch_symbol
-from tfmq_export.ptq.draft import Draft, decided_grids, input_key, quantized_rule
+from tfmq_export.ptq.draft import Draft, decided_grids, input_key, quantized_rules, with_nearest_codes
 from tfmq_export.ptq.effort import RoundingSchedule
 from tfmq_export.ptq.fake_quant import fake_quantize
 from tfmq_export.ptq.finite_set import calibrate_finite_set
 from tfmq_export.ptq.flow import Rules
 from tfmq_export.ptq.observers import Estimator, Observation, activation_grid
 from tfmq_export.ptq.reconstruct import learn_rounding
-from tfmq_export.ptq.weights import SHRINK_STEPS, nearest_codes, search_weight_scale
 from tfmq_export.recipe import TemporalTable, TibRecipe
 from tfmq_export.spec import QuantSpec
 
@@ -167,18 +166,12 @@ def reconstruct_temporal(
     """
     with torch.no_grad():
         wanted = block(lambda steps: {})
-    ready = _with_grids(block, [_with_scale(draft) for draft in drafts], plan)
+    ready = _with_grids(block, [with_nearest_codes(draft) for draft in drafts], plan)
     if plan.schedule.iterations:
         grids = decided_grids(ready)
 
         def loss(weights: Mapping[str, Tensor]) -> Tensor:
-            def rules(steps: Tensor) -> dict[str, LayerRule]:
-                return {
-                    draft.op.name: quantized_rule(draft, steps, weight=weights[draft.op.name], grids=grids)
-                    for draft in ready
-                }
-
-            found = block(rules)
+            found = block(lambda steps: quantized_rules(ready, steps, weights=weights, grids=grids))
             errors = [(found[name] - value).square().flatten(1).sum(1).mean() for name, value in wanted.items()]
             return torch.stack(errors).sum()
 
@@ -189,11 +182,7 @@ def reconstruct_temporal(
 @torch.no_grad()
 def quantized_tables(block: TemporalBlock, drafts: Sequence[Draft], exact: TibRecipe) -> TibRecipe:
     """Tables of what the quantized block computes."""
-
-    def rules(steps: Tensor) -> dict[str, LayerRule]:
-        return {draft.op.name: quantized_rule(draft, steps) for draft in drafts}
-
-    found = block(rules)
+    found = block(lambda steps: quantized_rules(drafts, steps))
     tables = [
         replace(table, rows=found[table.name].float().cpu().numpy().reshape(table.rows.shape)) for table in exact.tables
     ]
@@ -216,11 +205,6 @@ def select_tables(exact: TibRecipe, quantized: TibRecipe, activation_bits: int) 
             rows.append(cached if errors[1] < errors[0] else computed)
         tables.append(replace(full, rows=torch.stack(rows).numpy()))
     return TibRecipe(exact.timesteps, tuple(tables), "select")
-
-
-def _with_scale(draft: Draft) -> Draft:
-    scale = search_weight_scale(draft.weight, draft.weight_spec, SHRINK_STEPS)
-    return replace(draft, scale=scale, codes=nearest_codes(draft.weight, scale, draft.weight_spec))
 
 
 @torch.no_grad()
