@@ -1,5 +1,6 @@
 """What each backend can run, as data. Passes read it; they never ask which backend it is."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,27 +12,55 @@ class Target:
     """A backend's demands on the graph.
 
     Attributes:
+        engine: Whose own account of the graph is the receipt: "onnxruntime", "openvino" or "tensorrt".
         quantized_outputs: Kinds of layer that only run in integers with a QuantizeLinear on their output.
         attention: Form of attention nodes: "matmul" is portable, "mha" is com.microsoft.MultiHeadAttention.
+        symmetric: Activation codes are int8 with zero point 0; else uint8 with any.
+        integer_bias: Biases are int32 codes behind a DequantizeLinear; else they stay in floating point.
+        packed_weights: 4-bit integers may be stored packed, behind a Cast that the engine folds at load.
+        float_type: What is not quantized computes in: "float32" or "float16".
+        integers: Whether the backend has integer kernels for QDQ graphs at all.
     """
 
     name: str
-    quantized_outputs: frozenset[str]
-    attention: str
+    engine: str
+    quantized_outputs: frozenset[str] = frozenset()
+    attention: str = "matmul"
+    symmetric: bool = False
+    integer_bias: bool = False
+    packed_weights: bool = True
+    float_type: str = "float32"
+    integers: bool = True
 
 
-TARGETS: Mapping[str, Target] = {
+_TARGETS = (
     # ONNX Runtime fuses DQ -> Conv -> Q only; without the output Q the convolution silently runs in fp32.
-    "ort-cpu": Target("ort-cpu", quantized_outputs=frozenset({"conv"}), attention="mha"),
-}
+    Target(
+        "ort-cpu",
+        engine="onnxruntime",
+        quantized_outputs=frozenset({"conv"}),
+        attention="mha",
+        integer_bias=True,
+    ),
+    # The CUDA provider has no integer kernels for QDQ: right numbers, no int8 speed.
+    Target("ort-cuda", engine="onnxruntime", attention="mha", integers=False),
+    Target("openvino", engine="openvino"),
+    # TensorRT takes precision from the graph's own types, int8 with zero point 0, and does not fold integer constants.
+    Target("tensorrt", engine="tensorrt", symmetric=True, packed_weights=False, float_type="float16"),
+    Target("tensorrt-rtx", engine="tensorrt", symmetric=True, packed_weights=False, float_type="float16"),
+)
+
+TARGETS: Mapping[str, Target] = {target.name: target for target in _TARGETS}
 
 
 def find_target(name: str) -> Target:
     """Look a target up.
 
     Raises:
-        ConfigError: there is no such target.
+        ConfigError: there is no such target; suggests the nearest.
     """
     if name not in TARGETS:
-        raise ConfigError(f"unknown target {name!r}; there is {', '.join(TARGETS)}")
+        near = difflib.get_close_matches(name, TARGETS, 1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(TARGETS)}"
+        raise ConfigError(f"unknown target {name!r}; {hint}")
     return TARGETS[name]
