@@ -19,6 +19,8 @@ class Semantics(Enum):
     """The same function in real arithmetic."""
     QUANTIZING = "quantizing"
     """Numbers change by the quantization the recipe asks for, and by nothing else."""
+    ROUNDING = "rounding"
+    """Numbers change by the rounding of fp16, and by nothing else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,17 @@
 """The whole order of rewrites, in one list."""
 
-from tfmq_export.errors import TargetError
 from tfmq_export.passes.base import Pass
 from tfmq_export.passes.bind_recipe import BindRecipe
 from tfmq_export.passes.check_model import CheckModel
 from tfmq_export.passes.fold_constants import FoldConstants
+from tfmq_export.passes.half_precision import HalfPrecision
 from tfmq_export.passes.insert_qdq import InsertQdq
 from tfmq_export.passes.lower_attention import LowerAttention
 from tfmq_export.passes.lower_group_norm import LowerGroupNorm
+from tfmq_export.passes.lower_timestep_grids import LowerTimestepGrids
 from tfmq_export.passes.merge_constants import MergeConstants
 from tfmq_export.passes.name_outputs import NameOutputs
+from tfmq_export.passes.offset_inputs import OffsetInputs
 from tfmq_export.passes.quantize_weights import QuantizeWeights
 from tfmq_export.passes.split_skips import SplitSkips
 from tfmq_export.passes.stack_output_codes import StackOutputCodes
@@ -24,17 +26,10 @@ def passes_for(recipe: QuantRecipe, target: Target, *, sample: str, timestep: st
     """From the float graph of a model to the graph a target runs.
 
     Args:
+        recipe: Adapted to the target.
         sample: Name of the input that holds the noisy sample.
         timestep: Name of the input that holds the timestep.
-    Raises:
-        TargetError: the recipe asks for what no lowering exists for.
     """
-    varying = [layer.path for layer in recipe.layers if layer.input_by_timestep is not None]
-    if varying:
-        raise TargetError(
-            f"{varying[0]}: {target.name} has no lowering for an activation grid per timestep "
-            f'({len(varying)} layers); set fsc = "tib" in [method]'
-        )
     return [
         FoldConstants(),
         SplitSkips(recipe.splits),
@@ -43,10 +38,13 @@ def passes_for(recipe: QuantRecipe, target: Target, *, sample: str, timestep: st
         LowerGroupNorm(),
         *([LowerAttention("mha")] if target.attention == "mha" else []),
         LowerAttention("matmul"),  # whatever has no fused form
-        InsertQdq(recipe),
+        InsertQdq(recipe, target),
+        LowerTimestepGrids(recipe, target, sample),
         QuantizeWeights(recipe),
+        OffsetInputs(recipe, target),
         StackOutputCodes(recipe),
         MergeConstants(),
         NameOutputs(OUTPUT),
+        *([HalfPrecision(recipe)] if target.float_type == "float16" else []),
         CheckModel(recipe, target, timestep),
     ]

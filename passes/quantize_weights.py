@@ -93,17 +93,10 @@ def scale_input_channels(weight: NDArray[Any], factor: NDArray[Any], groups: int
     return (rows * factor.reshape(groups, 1, -1, 1)).reshape(weight.shape)
 
 
-def weight_steps(layer: LayerRecipe) -> NDArray[np.float32]:
-    """Real value of one step of the stored, shifted integers, per output channel."""
-    if layer.pts_exponent is None:
-        return layer.weight.scale
-    return layer.weight.scale * np.float32(2.0 ** int(layer.pts_exponent.min()))
-
-
 def _dequantized_weight(graph: gs.Graph, layer: LayerRecipe, *, transposed: bool) -> gs.Variable:
     codes = layer.weight_codes.T if transposed else layer.weight_codes
     stored = _stored_codes(graph, layer, codes, transposed=transposed)
-    scale = constant(f"{layer.name}.weight_scale", weight_steps(layer))
+    scale = constant(f"{layer.name}.weight_scale", layer.shifted_steps)
     zero_point = constant(f"{layer.name}.weight_zero_point", np.zeros(len(layer.weight.scale), np.int8))
     real = variable(f"{layer.name}.weight_dequantized", dtype=np.float32, shape=codes.shape)
     axis = {"axis": 1 if transposed else 0}
@@ -156,7 +149,7 @@ def _cast(graph: gs.Graph, value: gs.Tensor, name: str, to: int, dtype: object) 
 def _dequantized_bias(graph: gs.Graph, layer: LayerRecipe, bias: gs.Tensor) -> gs.Variable:
     if not isinstance(bias, gs.Constant):
         raise PreconditionError(f"{layer.path}: its bias {bias.name} is not a constant")
-    scale = (layer.input.scale * weight_steps(layer)).astype(np.float32)
+    scale = (layer.input.scale * layer.shifted_steps).astype(np.float32)
     codes = np.round(bias.values.astype(np.float64) / scale)
     if np.abs(codes).max(initial=0) > np.iinfo(np.int32).max:
         raise PreconditionError(f"{layer.path}: its bias does not fit 32 bits at the weight's scale")

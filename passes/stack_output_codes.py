@@ -15,13 +15,12 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tfmq_export.errors import PostconditionError, PreconditionError
+from tfmq_export.passes.activation_codes import CODE_LEVELS
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.spec import QParams
-
-CODE_LEVELS = 255
 
 
 def stacked(recipe: QuantRecipe) -> list[LayerRecipe]:

@@ -20,12 +20,14 @@ THROUGH = ("Cast", "Clip")
 
 @dataclass(frozen=True)
 class StripQdq(Pass):
-    """Remove all that quantization put in: Q, Clip and DQ, rescaled inputs, stacked outputs."""
+    """Remove all that quantization put in: Q, Clip and DQ, offsets, rescaled inputs, stacked outputs."""
 
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
 
     def apply(self, graph: gs.Graph) -> Changes:
         changed = []
+        for node in [node for node in graph.nodes if node.name.endswith(".input.offset")]:
+            _undo_offset(node)
         for node in [node for node in graph.nodes if node.op == "DequantizeLinear"]:
             codes = _origin(node.inputs[0])
             if _is_stored(codes):
@@ -98,6 +100,55 @@ def _unstack(total: gs.Node) -> None:
     (result,) = total.outputs
     total.outputs.clear()
     layer.outputs = [result]
+
+
+def _undo_offset(moved: gs.Node) -> None:
+    """Undo ``OffsetInputs``: one copy of the weight, the bias without the offset, padding in the convolution."""
+    quantize = moved.outputs[0].outputs[0]
+    (real,) = quantize.outputs[0].outputs[0].outputs
+    step = float(quantize.inputs[1].values)
+    lowest = int(np.iinfo(quantize.inputs[2].dtype).min)
+    offsets = np.unique(moved.inputs[1].values.astype(np.float64))[::-1]
+    surplus = offsets[0] + step * lowest * (len(offsets) - 1)  # s (K m + z)
+    source, pads = moved.inputs[0], None
+    if source.inputs and source.inputs[0].name.endswith(".input.copy"):
+        source = source.inputs[0].inputs[0]
+    if source.inputs and source.inputs[0].name.endswith(".input.pad"):
+        full = [int(size) for size in source.inputs[0].inputs[1].values]
+        rank = len(full) // 2
+        pads = [*full[2:rank], *full[rank + 2 :]]
+        source = source.inputs[0].inputs[0]
+    for layer in list(real.outputs):
+        weight = _weight_of(layer)
+        if layer.op == "Conv":
+            weight = weight[:, : weight.shape[1] // len(offsets)]
+            if pads is not None:
+                layer.attrs["pads"] = pads
+        layer.inputs[0], layer.inputs[1] = source, constant(f"{layer.name}.stripped_weight", weight)
+        transposed = layer.op == "MatMul" or (layer.op == "Gemm" and not layer.attrs.get("transB", 0))
+        rows = weight.T if transposed else weight.reshape(len(weight), -1)  # [out, ...]
+        _raise_bias(layer, surplus * rows.sum(1, dtype=np.float64))
+
+
+def _weight_of(layer: gs.Node) -> NDArray[np.float32]:
+    dequantize = layer.inputs[1].inputs[0]
+    return _dequantize(_stored(_origin(dequantize.inputs[0])), dequantize.inputs[1], dequantize.attrs.get("axis", 1))
+
+
+def _raise_bias(layer: gs.Node, amount: NDArray[np.float64]) -> None:
+    name = f"{layer.name}.stripped_bias"
+    if layer.op == "MatMul":
+        add = layer.outputs[0].outputs[0]
+        position = next(i for i, value in enumerate(add.inputs) if isinstance(value, gs.Constant))
+        add.inputs[position] = constant(name, (add.inputs[position].values + amount).astype(np.float32))
+        return
+    bias = layer.inputs[2]
+    if not isinstance(bias, gs.Constant):
+        codes, scale, *_ = bias.inputs[0].inputs
+        values = codes.values * scale.values.astype(np.float64)
+    else:
+        values = bias.values
+    layer.inputs[2] = constant(name, (values + amount).astype(np.float32))
 
 
 def _undo_rescale(node: gs.Node) -> None:

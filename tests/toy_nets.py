@@ -11,9 +11,11 @@ from onnx_graphs import build, infer, normal
 
 from tfmq_export.recipe import LayerRecipe, QuantRecipe, SkipSplit, TemporalTable, TibRecipe
 from tfmq_export.spec import QParams, QuantSpec
+from tfmq_export.target import find_target
 from tfmq_export.timesteps import TimestepSet
 
 Feeds = dict[str, NDArray]
+ORT_CPU = find_target("ort-cpu")
 HEADROOM = 1.25
 """Grids reach past the values seen, so that no test hides behind saturation."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from tfmq_export.adapt import adapt
 from tfmq_export.bundle import Bundle
 from tfmq_export.config import CompileConfig, find_preset
 from tfmq_export.denoiser import Denoiser, Description
@@ -100,7 +101,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         with stages.stage("Rewriting the graph"):
             graph = import_graph(export_onnx(program))
             after = dump_to(dump_dir) if dump_dir is not None else None
-            passes = passes_for(made, target, sample=denoiser.sample, timestep=denoiser.timestep)
+            passes = passes_for(adapt(made, target), target, sample=denoiser.sample, timestep=denoiser.timestep)
             reports = run_passes(graph, passes, after)
         with stages.stage("Writing"):
             bundle = emit(partial, denoiser, made, target, export_model(graph), reports)

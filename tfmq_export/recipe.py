@@ -109,6 +109,23 @@ class LayerRecipe:
         shift = np.zeros((), np.int8) if self.pts_exponent is None else self.pts_exponent
         return (1 / (tau * np.exp2(shift.astype(np.float64)))).astype(np.float32)
 
+    @property
+    def shifted_codes(self) -> NDArray[np.int32]:
+        """The weight's integers with power-of-two scaling in them, ``codes << (d - min d)``."""
+        codes = self.weight_codes.astype(np.int32)
+        if self.pts_exponent is None:
+            return codes
+        shifts = self.pts_exponent.astype(np.int32) - int(self.pts_exponent.min())  # [in]
+        by_group = np.repeat(shifts.reshape(self.groups, -1), len(codes) // self.groups, axis=0)
+        return codes << by_group.reshape(*by_group.shape, *[1] * (codes.ndim - 2))
+
+    @property
+    def shifted_steps(self) -> NDArray[np.float32]:
+        """Real value of one step of ``shifted_codes``, [out]."""
+        if self.pts_exponent is None:
+            return self.weight.scale
+        return self.weight.scale * np.float32(2.0 ** int(self.pts_exponent.min()))
+
 
 @dataclass(frozen=True, slots=True)
 class FloatLayer:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tfmq_export.adapt import adapt
 from tfmq_export.agreement import Agreement, LockStep, timestep_vector
 from tfmq_export.bundle import Bundle
 from tfmq_export.config import Thresholds
@@ -28,6 +29,7 @@ from tfmq_export.runtime.compare import Comparison, Report, Threshold, has_ssim,
 from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.denoiser import load as load_bundle
 from tfmq_export.runtime.realized import Receipt, realized_on_ort
+from tfmq_export.target import find_target
 from tfmq_export.temporal_features import TemporalErrors, compare_temporal
 
 IMAGE_CHANNELS = (1, 3)
@@ -182,7 +184,8 @@ def as_images(reference: Tensor, compiled: Tensor) -> tuple[NDArray[np.float32],
 
 
 def _agreements(subject: Subject, trajectory: tuple[CalibrationStep, ...], step: Any) -> list[Agreement]:
-    lock_step = LockStep(subject.program, subject.recipe, subject.bundle)
+    carried_out = adapt(subject.recipe, find_target(subject.bundle.manifest.target))
+    lock_step = LockStep(subject.program, carried_out, subject.bundle)
     found = []
     for done, recorded in enumerate(trajectory, start=1):
         # The first and the last sample of the batch: with guidance one of each half.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx_graphs import build, graph_of, infer, normal, ops
-from toy_nets import activation_grid, conv_net, layer_recipe, node, recipe_for, recipe_with, token_net
+from toy_nets import ORT_CPU, activation_grid, conv_net, layer_recipe, node, recipe_for, recipe_with, token_net
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import run_passes
@@ -38,7 +38,7 @@ def unit_model() -> onnx.ModelProto:
 
 def quantized(model: onnx.ModelProto, recipe: QuantRecipe) -> gs.Graph:
     graph = graph_of(model)
-    run_passes(graph, [FoldConstants(), BindRecipe(recipe), InsertQdq(recipe)])
+    run_passes(graph, [FoldConstants(), BindRecipe(recipe), InsertQdq(recipe, ORT_CPU)])
     return graph
 
 
@@ -223,7 +223,7 @@ def test_a_layer_without_its_node_is_refused() -> None:
     recipe = recipe_with([unit_layer("linear_9", grid(8, 1.0, 0))])
 
     with pytest.raises(PreconditionError, match=r"net.linear_9: no node node_linear_9; run BindRecipe first"):
-        run_passes(graph_of(unit_model()), [InsertQdq(recipe)])
+        run_passes(graph_of(unit_model()), [InsertQdq(recipe, ORT_CPU)])
 
 
 def test_second_run_is_refused() -> None:
@@ -231,11 +231,11 @@ def test_second_run_is_refused() -> None:
     graph = quantized(unit_model(), recipe)
 
     with pytest.raises(PreconditionError, match=r"net.linear: its input is quantized already"):
-        run_passes(graph, [InsertQdq(recipe)])
+        run_passes(graph, [InsertQdq(recipe, ORT_CPU)])
 
 
 def test_a_float_input_breaks_the_promise() -> None:
     recipe = recipe_with([unit_layer("linear", activation_grid(UNIT))])
 
     with pytest.raises(PostconditionError, match=r"net.linear: its input is not quantized"):
-        InsertQdq(recipe).ensures(graph_of(unit_model()))
+        InsertQdq(recipe, ORT_CPU).ensures(graph_of(unit_model()))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx_graphs import build, graph_of, infer, normal
 from scaled_layers import OPS, computed, float_model, float_weight, sample, scaled_layer
-from toy_nets import layer_recipe, node, recipe_with
+from toy_nets import ORT_CPU, layer_recipe, node, recipe_with
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import run_passes
@@ -34,7 +34,7 @@ def grid(scale: float, zero_point: int, bits: int = 8) -> QParams:
 def quantized(model: onnx.ModelProto, *layers: LayerRecipe) -> gs.Graph:
     recipe = recipe_with(layers)
     graph = graph_of(model)
-    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe), QuantizeWeights(recipe)])
+    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe, ORT_CPU), QuantizeWeights(recipe)])
     return graph
 
 
@@ -202,7 +202,7 @@ def test_the_bias_lies_on_the_accumulators_grid() -> None:
 def bound_graph(layer: LayerRecipe, weight: NDArray, bias: NDArray | None = None) -> tuple[gs.Graph, QuantizeWeights]:
     recipe = recipe_with([layer])
     graph = graph_of(conv_model(weight, np.zeros(len(weight), np.float32) if bias is None else bias, (3, 3)))
-    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe)])
+    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe, ORT_CPU)])
     return graph, QuantizeWeights(recipe)
 
 

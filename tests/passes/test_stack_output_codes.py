@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx_graphs import build, graph_of, normal, ops
-from toy_nets import layer_recipe, node, recipe_with
+from toy_nets import ORT_CPU, layer_recipe, node, recipe_with
 
 from tfmq_export.bundle import LayerInfo
 from tfmq_export.errors import PostconditionError, PreconditionError
@@ -52,7 +52,7 @@ def float_graph(layer: LayerRecipe, bias: NDArray | None) -> gs.Graph:
 
 def before_stacking(recipe: QuantRecipe, bias: NDArray | None) -> gs.Graph:
     graph = float_graph(recipe.layers[0], bias)
-    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe), QuantizeWeights(recipe)])
+    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe, ORT_CPU), QuantizeWeights(recipe)])
     return graph
 
 
@@ -215,7 +215,7 @@ def test_a_grouped_convolution_is_refused() -> None:
     nodes = [node("Conv", "x w", "conv2d", group=2)]
     shape = ("n", 4, 3, 3)
     graph = graph_of(build(nodes, {"x": shape}, {"conv2d": shape}, {"w": normal(0, 4, 2, 1, 1)}))
-    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe), QuantizeWeights(recipe)])
+    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe, ORT_CPU), QuantizeWeights(recipe)])
 
     with pytest.raises(PreconditionError, match=r"net.conv2d: only a plain convolution can stack output codes"):
         run_passes(graph, [StackOutputCodes(recipe)])
@@ -226,7 +226,7 @@ def test_a_linear_layer_is_refused() -> None:
     graph = graph_of(
         build([node("MatMul", "x w", "linear")], {"x": (2, 4)}, {"linear": (2, 4)}, {"w": normal(0, 4, 4).T})
     )
-    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe), QuantizeWeights(recipe)])
+    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe, ORT_CPU), QuantizeWeights(recipe)])
 
     with pytest.raises(PreconditionError, match=r"net.linear: only a plain convolution can stack output codes"):
         run_passes(graph, [StackOutputCodes(recipe)])
@@ -235,7 +235,7 @@ def test_a_linear_layer_is_refused() -> None:
 def test_float_weights_are_refused() -> None:
     recipe = recipe_with([stacked_layer(FOUR_CODES)])
     graph = float_graph(recipe.layers[0], normal(1, 3))
-    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe)])
+    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe, ORT_CPU)])
 
     with pytest.raises(PreconditionError, match=r"net.conv2d: run QuantizeWeights first"):
         run_passes(graph, [StackOutputCodes(recipe)])

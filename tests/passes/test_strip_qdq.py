@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx_graphs import build, graph_of, infer, normal, ops
 from scaled_layers import OPS, float_model, float_weight, per_weight, sample, scaled_layer
-from toy_nets import layer_recipe, node, per_channel, recipe_with
+from toy_nets import ORT_CPU, layer_recipe, node, per_channel, recipe_with
 
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.bind_recipe import BindRecipe
@@ -38,7 +38,9 @@ def grid(scale: float, zero_point: int, bits: int = 8, codes: int = 1) -> QParam
 
 def stripped(graph: gs.Graph, *layers: LayerRecipe) -> gs.Graph:
     recipe = recipe_with(layers)
-    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe), QuantizeWeights(recipe), StackOutputCodes(recipe)])
+    run_passes(
+        graph, [BindRecipe(recipe), InsertQdq(recipe, ORT_CPU), QuantizeWeights(recipe), StackOutputCodes(recipe)]
+    )
     assert "DequantizeLinear" in ops(graph)
     run_passes(graph, [StripQdq()])
     return graph

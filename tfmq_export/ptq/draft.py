@@ -156,7 +156,7 @@ def with_nearest_codes(draft: Draft, candidates: int = SHRINK_STEPS) -> Draft:
 
 def input_key(draft: Draft) -> str:
     """Layers that read one value share its grid."""
-    return f"{draft.op.input}:{draft.input_spec.bits}"
+    return f"{draft.op.input}:{draft.input_spec.bits}x{draft.input_spec.codes}"
 
 
 def output_key(draft: Draft) -> str:

@@ -40,7 +40,9 @@ aten = torch.ops.aten
 
 BOUNDARY_BITS = 8
 OUTPUT_BITS = 8
-LAST_OUTPUT_CODES = 16
+# Codes that add up to the sample and to the noise prediction, which no step of the sampler averages away.
+FIRST_CODES = {"input": 8, "output": 1}
+LAST_CODES = {"input": 4, "output": 16}
 SCALING_ROWS = 256  # LES and PTS look at so many rows of a value
 # Values pass these unchanged in kind: what reads a resized or concatenated residual stream reads the stream.
 CARRIERS = LAYOUT | {aten.cat.default, aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default}
@@ -201,23 +203,29 @@ def _features(program: DiffusionProgram, tib: TibRecipe) -> dict[str, Tensor]:
 
 def _drafts(program: DiffusionProgram, plan: QuantPlan) -> list[Draft]:
     on_sample = [op.name for op in program.operations if SAMPLE in op.roles]
-    boundary = {on_sample[0], on_sample[-1]} if on_sample else set()
-    last = on_sample[-1] if on_sample else ""
-    return [_draft(program, op, plan, op.name in boundary, op.name == last) for op in program.operations]
+    codes = {on_sample[0]: FIRST_CODES, on_sample[-1]: LAST_CODES} if on_sample else {}
+    return [_draft(program, op, plan, codes.get(op.name)) for op in program.operations]
 
 
-def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, is_boundary: bool, is_last: bool) -> Draft:
-    weight_bits = BOUNDARY_BITS if is_boundary else plan.weight_bits
-    activation_bits = BOUNDARY_BITS if is_boundary else plan.activation_bits
+def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Mapping[str, int] | None) -> Draft:
+    """A layer with nothing decided but its widths.
+
+    Args:
+        codes: Of a boundary layer, the first or last on the sample's way.
+    """
+    weight_bits = BOUNDARY_BITS if codes else plan.weight_bits
+    activation_bits = BOUNDARY_BITS if codes else plan.activation_bits
+    # Several codes are more channels of one convolution; other layers make do with one.
+    stacks = codes if codes and op.kind == "conv" and op.groups == 1 else {"input": 1, "output": 1}
     output = None
     if op.kind in plan.quantized_outputs:
-        # The engine's container, not the preset's choice: always 8 bits. The prediction itself takes several.
-        output = QuantSpec(OUTPUT_BITS, signed=False, codes=LAST_OUTPUT_CODES if is_last else 1)
+        # The engine's container, not the preset's choice: always 8 bits.
+        output = QuantSpec(OUTPUT_BITS, signed=False, codes=stacks["output"])
     return Draft(
         op,
         program.value(op.weight),
         QuantSpec(weight_bits, signed=True, axis=0),
-        QuantSpec(activation_bits, signed=False),
+        QuantSpec(activation_bits, signed=False, codes=stacks["input"]),
         output,
     )
 

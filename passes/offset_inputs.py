@@ -1,0 +1,199 @@
+"""Lower activation grids that no single code of the target holds.
+
+    x^  ==  s (q - z)  ==  s sum_k q_k - s (K m + z)        q_k = clip(round((x + c_k) / s), m, m + 255)
+    conv(x^, W) + b  ==  conv([s q_0 | s q_1 | ...], [W | W | ...]) + (b - s (K m + z) sum W)
+
+with ``c_k = s (z + m - 255 k)`` and m the lowest code (0 or -128). One code (K = 1) carries an 8-bit grid with a
+zero point on an engine that has none; several, each taking over where the one before saturates, resolve the sample
+finer than 8 bits. The constant part of ``x^`` meets every tap of the kernel, so padding is done in front of the
+quantizer, on real numbers; with the convolution's own zero padding the border would be wrong.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from tfmq_export.errors import PostconditionError, PreconditionError
+from tfmq_export.passes.activation_codes import CODE_LEVELS, code_type, fits, grid_constants
+from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.bind_recipe import bound_nodes
+from tfmq_export.passes.graph import constant, variable
+from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.spec import QParams
+from tfmq_export.target import Target
+
+Pads = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OffsetInputs(Pass):
+    """Quantize the inputs that ``InsertQdq`` left; runs behind ``QuantizeWeights``."""
+
+    recipe: QuantRecipe
+    target: Target
+    semantics: ClassVar[Semantics] = Semantics.QUANTIZING
+
+    def requires(self, graph: gs.Graph) -> None:
+        for layer, node in self._mine(graph):
+            if layer.input.spec.bits != 8:
+                raise PreconditionError(f"{layer.path}: only 8-bit codes can be offset, not {layer.input.spec.bits}")
+            if node.op == "Conv" and node.attrs.get("auto_pad", "NOTSET") != "NOTSET":
+                raise PreconditionError(f"{layer.path}: its padding is {node.attrs['auto_pad']}; give it in numbers")
+            if node.inputs[0].inputs and node.inputs[0].inputs[0].op == "DequantizeLinear":
+                raise PreconditionError(f"{layer.path}: its input is quantized already")
+            stored = node.inputs[1].inputs
+            if not stored or stored[0].op != "DequantizeLinear":
+                raise PreconditionError(f"{layer.path}: run QuantizeWeights first")
+            if layer.input.spec.codes > 1:
+                _check_stackable(layer, node)
+
+    def apply(self, graph: gs.Graph) -> Changes:
+        ready: dict[tuple[str, Pads], list[tuple[QParams, gs.Variable]]] = {}
+        layers = self._mine(graph)
+        for layer, node in layers:
+            source, pads = node.inputs[0], take_pads(node)
+            known = ready.setdefault((source.name, pads), [])
+            shared = next((value for grid, value in known if grid.same_as(layer.input)), None)
+            if shared is None:
+                shared = _quantize(graph, source, pads, layer, self.target)
+                known.append((layer.input, shared))
+            node.inputs[0] = shared
+            _tile_weight(node, layer.input.spec.codes)
+            _add_to_bias(graph, node, layer, self.target)
+        return Changes(tuple(layer.path for layer, _ in layers))
+
+    def ensures(self, graph: gs.Graph) -> None:
+        for layer, node in self._mine(graph):
+            if not node.inputs[0].inputs or node.inputs[0].inputs[0].op != "DequantizeLinear":
+                raise PostconditionError(f"{layer.path}: its input is not quantized")
+
+    def _mine(self, graph: gs.Graph) -> list[tuple[LayerRecipe, gs.Node]]:
+        return [
+            (layer, node)
+            for layer, node in bound_nodes(graph, self.recipe)
+            if layer.input_by_timestep is None and not fits(layer, self.target)
+        ]
+
+
+def offsets(grid: QParams, target: Target) -> NDArray[np.float32]:
+    """What each code's quantizer adds, ``c_k``, [codes]."""
+    starts = np.int64(grid.zero_point) + np.iinfo(code_type(target)).min - CODE_LEVELS * np.arange(grid.spec.codes)
+    return (np.float64(grid.scale) * starts).astype(np.float32)
+
+
+def surplus(grid: QParams, target: Target) -> int:
+    """What the codes of a value add up to too much, ``K m + z``, in steps."""
+    return grid.spec.codes * int(np.iinfo(code_type(target)).min) + int(grid.zero_point)
+
+
+def _check_stackable(layer: LayerRecipe, node: gs.Node) -> None:
+    if node.op != "Conv" or node.attrs.get("group", 1) != 1:
+        raise PreconditionError(f"{layer.path}: only a plain convolution can take several input codes")
+    if not isinstance(node.inputs[1].inputs[0].inputs[0], gs.Constant):
+        raise PreconditionError(f"{layer.path}: a packed or shifted weight cannot be repeated")
+
+
+def take_pads(node: gs.Node) -> Pads:
+    """The padding of a convolution, which loses it."""
+    pads = tuple(node.attrs.get("pads", ()))
+    if any(pads):
+        node.attrs["pads"] = [0] * len(pads)
+        return pads
+    return ()
+
+
+def _quantize(graph: gs.Graph, source: gs.Tensor, pads: Pads, layer: LayerRecipe, target: Target) -> gs.Variable:
+    grid, prefix = layer.input, f"{layer.name}.input"
+    codes = grid.spec.codes
+    value = pad(graph, source, pads, prefix) if pads else source
+    added = offsets(grid, target)
+    if codes > 1:
+        copies = variable(f"{prefix}.copies", np.float32)
+        graph.nodes.append(gs.Node("Concat", f"{prefix}.copy", {"axis": 1}, [value] * codes, [copies]))
+        value = copies
+        channels = layer.weight_codes.shape[1]
+        added = np.repeat(added, channels).reshape(-1, *[1] * (layer.weight_codes.ndim - 2))
+    else:
+        added = added.reshape(())
+    moved = variable(f"{prefix}.moved", np.float32)
+    stored = variable(f"{prefix}.codes", code_type(target))
+    real = variable(f"{prefix}.dequantized", np.float32)
+    constants = grid_constants(grid.scale, 0, target, prefix)
+    graph.nodes += [
+        gs.Node("Add", f"{prefix}.offset", inputs=[value, constant(f"{prefix}.offsets", added)], outputs=[moved]),
+        gs.Node("QuantizeLinear", f"{prefix}.quantize", inputs=[moved, *constants], outputs=[stored]),
+        gs.Node("DequantizeLinear", f"{prefix}.dequantize", inputs=[stored, *constants], outputs=[real]),
+    ]
+    return real
+
+
+def pad(graph: gs.Graph, source: gs.Tensor, pads: Sequence[int], prefix: str) -> gs.Variable:
+    """Zeros around the spatial axes; ``pads`` are [begin, ..., end, ...] as Conv has them."""
+    half = len(pads) // 2
+    full = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
+    padded = variable(f"{prefix}.padded", np.float32)
+    inputs = [source, constant(f"{prefix}.pads", full)]
+    graph.nodes.append(gs.Node("Pad", f"{prefix}.pad", {"mode": "constant"}, inputs, [padded]))
+    return padded
+
+
+def _tile_weight(node: gs.Node, codes: int) -> None:
+    """Repeat a stored weight along its input channels, once per code."""
+    if codes == 1:
+        return
+    dequantize = node.inputs[1].inputs[0]
+    stored = dequantize.inputs[0]
+    times = (1, codes, *[1] * (stored.values.ndim - 2))
+    dequantize.inputs[0] = constant(f"{stored.name}.repeated", np.tile(stored.values, times))
+    dequantize.outputs[0].shape = None
+
+
+def _add_to_bias(graph: gs.Graph, node: gs.Node, layer: LayerRecipe, target: Target) -> None:
+    """Take the constant part of the input, ``s (K m + z) sum W``, off the bias."""
+    integers = layer.shifted_codes.reshape(len(layer.weight_codes), -1).sum(1, dtype=np.int64)
+    steps = -surplus(layer.input, target) * integers  # [out], on the accumulator's grid
+    step = (layer.input.scale * layer.shifted_steps).astype(np.float32)
+    if node.op == "MatMul":
+        _add_behind(graph, node, steps * step.astype(np.float64), layer)
+        return
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if target.integer_bias:
+        before = 0 if bias is None else bias.inputs[0].inputs[0].values.astype(np.int64)
+        codes = before + steps
+        if np.abs(codes).max(initial=0) > np.iinfo(np.int32).max:
+            raise PreconditionError(f"{layer.path}: its offset bias does not fit 32 bits")
+        made: gs.Tensor = _integer_bias(graph, codes.astype(np.int32), step, f"{layer.name}.offset_bias")
+    else:
+        before = 0 if bias is None else np.asarray(bias.values, np.float64)
+        made = constant(f"{layer.name}.offset_bias", (before + steps * step.astype(np.float64)).astype(np.float32))
+    node.inputs = [*node.inputs[:2], made]
+
+
+def _integer_bias(graph: gs.Graph, codes: NDArray[np.int32], scale: NDArray[np.float32], prefix: str) -> gs.Variable:
+    real = variable(f"{prefix}.dequantized", np.float32)
+    inputs = [
+        constant(f"{prefix}.codes", codes),
+        constant(f"{prefix}.scale", scale),
+        constant(f"{prefix}.zero_point", np.zeros(len(codes), np.int32)),
+    ]
+    graph.nodes.append(gs.Node("DequantizeLinear", f"{prefix}.dq", {"axis": 0}, inputs, [real]))
+    return real
+
+
+def _add_behind(graph: gs.Graph, product: gs.Node, amount: NDArray[np.float64], layer: LayerRecipe) -> None:
+    """A MatMul's bias is the Add behind it; where there is none, one is put there under the layer's name."""
+    (result,) = product.outputs
+    for reader in result.outputs:
+        for position, value in enumerate(reader.inputs):
+            if result.name != layer.name and reader.op == "Add" and isinstance(value, gs.Constant):
+                moved = (np.asarray(value.values, np.float64) + amount).astype(np.float32)
+                reader.inputs[position] = constant(f"{layer.name}.offset_bias", moved)
+                return
+    bare = variable(f"{layer.name}.product", np.float32, result.shape)
+    product.outputs = [bare]
+    bias = constant(f"{layer.name}.offset_bias", amount.astype(np.float32).reshape(1, 1, -1))
+    graph.nodes.append(gs.Node("Add", f"{layer.name}.offset_add", inputs=[bare, bias], outputs=[result]))

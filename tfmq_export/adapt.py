@@ -1,0 +1,41 @@
+"""What a target makes of a recipe.
+
+A recipe is made once; each target runs what it can of it. What it cannot is refused here, before any rewriting.
+"""
+
+from dataclasses import replace
+
+from tfmq_export.errors import TargetError
+from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.target import Target
+
+
+def adapt(recipe: QuantRecipe, target: Target) -> QuantRecipe:
+    """The recipe as a target carries it out: output grids only where its kernels want them.
+
+    Raises:
+        TargetError: the recipe lacks a grid that the target needs, or has one that it has no lowering for.
+    """
+    for layer in recipe.layers:
+        if layer.kind in target.quantized_outputs:
+            _check_output(layer, target)
+    return replace(recipe, layers=tuple(_adapted(layer, target) for layer in recipe.layers))
+
+
+def _check_output(layer: LayerRecipe, target: Target) -> None:
+    if layer.output is None:
+        raise TargetError(
+            f"{layer.path}: {target.name} needs a grid on the output of every {layer.kind} layer, and the recipe has "
+            f"none; quantize again with --target {target.name}"
+        )
+    if layer.input_by_timestep is not None:
+        raise TargetError(
+            f"{layer.path}: {target.name} has no lowering for a grid per timestep under a quantized output; "
+            'set fsc = "tib" in [method], or use --target openvino'
+        )
+
+
+def _adapted(layer: LayerRecipe, target: Target) -> LayerRecipe:
+    if layer.kind in target.quantized_outputs:
+        return layer
+    return replace(layer, output=None, output_by_timestep=None)
