@@ -51,7 +51,7 @@ def quantize_dequantize(graph: gs.Graph, source: gs.Tensor, grid: QParams, targe
     container = np.iinfo(code_type(target))
     narrow = (lowest, highest) != (container.min, container.max)
     if narrow and target.symmetric:
-        source = clip(graph, source, np.float32([lowest, highest]) * grid.scale, f"{prefix}.limits")
+        source = clip(graph, source, np.array([lowest, highest], np.float32) * grid.scale, f"{prefix}.limits")
     constants = grid_constants(grid.scale, 0 if target.symmetric else int(grid.zero_point), target, prefix)
     codes = variable(f"{prefix}.codes", dtype=code_type(target), shape=source.shape)
     graph.nodes.append(gs.Node("QuantizeLinear", f"{prefix}.quantize", inputs=[source, *constants], outputs=[codes]))

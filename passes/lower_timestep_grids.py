@@ -3,8 +3,8 @@
     x^_t  ==  s_t (q - z_t)                             q = clip(round((f_t x + c_t) / s_0), m, m + 2^b - 1) - m
     conv(x^_t, W) + b  ==  g_t conv(s_0 (q + m), W) + r_t
 
-with ``f_t = s_0 / s_t``, ``c_t = s_0 (z_t + m)``, ``g_t = s_t / s_0``, ``r_t = b - s_t (z_t + m) sum W`` and m the lowest
-code. The four are rows of tables like every other temporal feature; scale and zero point of the quantizer stay
+with ``f_t = s_0 / s_t``, ``c_t = s_0 (z_t + m)``, ``g_t = s_t / s_0``, ``r_t = b - s_t (z_t + m) sum W`` and m the
+lowest code. The four are rows of tables like every other temporal feature; scale and zero point of the quantizer stay
 constants, because no engine keeps a layer in integers whose scale is computed (TFMQ-DM, section 4.2).
 """
 
@@ -44,9 +44,7 @@ class LowerTimestepGrids(Pass):
             source = node.inputs[0]
             if source.inputs and source.inputs[0].op == "DequantizeLinear":
                 raise PreconditionError(f"{layer.path}: its input is quantized already")
-            if source.shape is None:
-                raise PreconditionError(f"{layer.path}: the shape of its input {source.name} is unknown")
-            if source.shape[0] != values[self.sample].shape[0]:
+            if not _one_row_per_sample(source, values[self.sample]):
                 raise PreconditionError(
                     f"{layer.path}: reads {source.shape[0]} rows, not one per sample; a grid per timestep has no "
                     'meaning there; set fsc = "tib" in [method]'
@@ -55,18 +53,19 @@ class LowerTimestepGrids(Pass):
                 raise PreconditionError(f"{layer.path}: its bias {node.inputs[2].name} is not a constant")
 
     def apply(self, graph: gs.Graph) -> Changes:
-        rows = graph.tensors()[ROWS]
+        rows = graph.tensors().get(ROWS)  # required where there is a layer
         ready: dict[tuple[object, ...], gs.Variable] = {}
         layers = _mine(graph, self.recipe)
         for layer, node, grids in layers:
             source, pads = node.inputs[0], take_pads(node)
+            lowering = _Lowering(layer, grids, self.target, _rank(layer, node, source))
             key = (source.name, pads, layer.input.spec, grids.scale.tobytes(), grids.zero_point.tobytes())
             if key not in ready:
                 prefix = f"{layer.name}.input"
                 value = pad(graph, source, pads, prefix) if pads else source
-                ready[key] = _quantize(graph, value, _Lowering(layer, grids, self.target, len(source.shape)), rows)
+                ready[key] = _quantize(graph, value, lowering, rows)
             node.inputs[0] = ready[key]
-            _restore(graph, node, _Lowering(layer, grids, self.target, len(source.shape)), rows)
+            _restore(graph, node, lowering, rows)
         return Changes(tuple(layer.path for layer, _, _ in layers))
 
     def ensures(self, graph: gs.Graph) -> None:
@@ -81,6 +80,22 @@ def _mine(graph: gs.Graph, recipe: QuantRecipe) -> list[tuple[LayerRecipe, gs.No
         for layer, node in bound_nodes(graph, recipe)
         if layer.input_by_timestep is not None
     ]
+
+
+def _one_row_per_sample(value: gs.Tensor, sample: gs.Tensor) -> bool:
+    """False where the graph says that a value folds tokens or frames into its batch axis."""
+    if value.shape is None or sample.shape is None:
+        return True
+    unnamed = str(value.shape[0]).startswith("unk__")  # as shape inference calls what it could not follow
+    return unnamed or value.shape[0] == sample.shape[0]
+
+
+def _rank(layer: LayerRecipe, node: gs.Node, value: gs.Tensor) -> int:
+    if layer.kind == "conv":
+        return layer.weight_codes.ndim
+    if node.op == "Gemm":
+        return 2
+    return 3 if value.shape is None else len(value.shape)
 
 
 @dataclass(frozen=True)
@@ -167,7 +182,7 @@ def _restore(graph: gs.Graph, node: gs.Node, lowering: _Lowering, rows: gs.Tenso
     raw = variable(f"{prefix}.raw", np.float32)
     node.outputs = [raw]
     scaled = _with_row(graph, "Mul", raw, lowering.gains, rows, f"{prefix}.to_own_scale")
-    _with_row(graph, "Add", scaled, lowering.biases(bias), rows, f"{prefix}.bias", result)
+    _with_row(graph, "Add", scaled, lowering.biases(bias), rows, result)
 
 
 def _with_row(
@@ -176,12 +191,16 @@ def _with_row(
     value: gs.Tensor,
     table: NDArray[np.float32],
     rows: gs.Tensor,
-    name: str,
-    result: gs.Tensor | None = None,
+    result: gs.Tensor | str,
 ) -> gs.Tensor:
-    """``value op table[row(t)]``."""
+    """``value op table[row(t)]``.
+
+    Args:
+        result: The value to compute, or a name for a new one.
+    """
+    name = result if isinstance(result, str) else f"{result.name}.{op.lower()}"
     row = variable(f"{name}.row", np.float32)
-    made = result or variable(f"{name}.value", np.float32)
+    made = variable(f"{name}.value", np.float32) if isinstance(result, str) else result
     gather = f"temporal.{name}"  # as TabulateTib names what reads the timestep
     graph.nodes += [
         gs.Node("Gather", gather, {"axis": 0}, [constant(f"{name}.table", table), rows], [row]),

@@ -18,10 +18,10 @@ from tfmq_export.denoiser import Conditioning, Denoise, Denoiser
 from tfmq_export.models.factory import describe
 from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.progress import Step
+from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.calibration import CalibrationStep, calibrate
 from tfmq_export.ptq.effort import find_effort
 from tfmq_export.ptq.quantize import quantize
-from tfmq_export.ptq.subject import QuantPlan, prepare
 from tfmq_export.recipe import QuantRecipe
 
 CLASSES = 4

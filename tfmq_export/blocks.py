@@ -75,31 +75,31 @@ def temporal_block(graph: fx.Graph, features: Iterable[str], layers: Iterable[st
     """Everything from the timestep to the temporal features, as one block."""
     wanted, layers = frozenset(features), frozenset(layers)
     results = [node for node in graph.nodes if node.name in wanted]
-    nodes = [node for node in _ancestors(graph, results, frozenset()) if not _is_size(node) and not is_constant(node)]
+    nodes = _carrying(graph, _ancestors(graph, results, frozenset()))
     position_of = {node: position for position, node in enumerate(nodes)}
     block = _block(nodes, 0, len(nodes), position_of, layers)
     return replace(block, path="temporal block", writes=tuple(node.name for node in results))
 
 
-def is_constant(node: fx.Node) -> bool:
-    """Whether a node needs no input of the graph, not even a shape."""
-    stack, seen = [node], {node}
-    while stack:
-        current = stack.pop()
-        if current.op == "placeholder":
-            return False
-        for source in current.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return True
+def constant_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Nodes that need no input of the graph, not even a shape."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "placeholder" and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
 
 
 def _flow(graph: fx.Graph, served: frozenset[str]) -> list[fx.Node]:
     """Nodes that the prediction needs and that hold data of a batch, in execution order."""
     (output,) = graph.find_nodes(op="output")
-    nodes = _ancestors(graph, output.all_input_nodes, served)
-    return [node for node in nodes if not _is_size(node) and not is_constant(node)]
+    return _carrying(graph, _ancestors(graph, output.all_input_nodes, served))
+
+
+def _carrying(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The nodes that hold data of a batch: neither sizes nor constants."""
+    constant = constant_nodes(graph)
+    return [node for node in nodes if not _is_size(node) and node not in constant]
 
 
 def _ancestors(graph: fx.Graph, results: Iterable[fx.Node], served: frozenset[str]) -> list[fx.Node]:
@@ -170,11 +170,12 @@ def _block(
     nodes: list[fx.Node], first: int, last: int, position_of: Mapping[fx.Node, int], layers: frozenset[str]
 ) -> Block:
     own = nodes[first:last]
+    constant = constant_nodes(own[0].graph)
     reads: dict[str, None] = {}
     for node in own:
         for source in node.all_input_nodes:
             outside = source in position_of and position_of[source] < first
-            given = source not in position_of and not _is_size(source) and not is_constant(source)
+            given = source not in position_of and not _is_size(source) and source not in constant
             if outside or given:
                 reads.setdefault(source.name)
     # Users that only a served feature needs are in no block.

@@ -27,12 +27,12 @@ from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.pictures import TemporalRow, save_comparison, save_temporal
 from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.progress import Progress, Silent, Step
+from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.calibration import calibrate
 from tfmq_export.ptq.checkpoint import Checkpoint
 from tfmq_export.ptq.effort import find_effort
 from tfmq_export.ptq.quantize import quantize, unquantized
 from tfmq_export.ptq.skip_concat import split_skip_concats
-from tfmq_export.ptq.subject import QuantPlan, prepare
 from tfmq_export.ptq.tib import tabulate
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.recipe_io import load_recipe

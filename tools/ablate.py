@@ -26,11 +26,11 @@ from tfmq_export.config import Method, find_preset
 from tfmq_export.denoiser import Denoiser
 from tfmq_export.models.load import Source, load
 from tfmq_export.program import capture
+from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.calibration import CalibrationStep, calibrate, record
 from tfmq_export.ptq.effort import find_effort
 from tfmq_export.ptq.quantize import quantize
 from tfmq_export.ptq.simulate import Simulation
-from tfmq_export.ptq.subject import QuantPlan, prepare
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.runtime.compare import psnr, sqnr_db, ssim
 from tfmq_export.target import find_target

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from toy_nets import conv_net, recipe_for
 
+from tfmq_export.adapt import adapt
 from tfmq_export.errors import TargetError
+from tfmq_export.passes.half_precision import HalfPrecision
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.recipe import QuantRecipe, TimestepGrids
-from tfmq_export.target import find_target
-
-TARGET = find_target("ort-cpu")
+from tfmq_export.target import TARGETS, Target, find_target
 
 
 def with_grids_per_timestep(recipe: QuantRecipe) -> QuantRecipe:
@@ -19,11 +19,32 @@ def with_grids_per_timestep(recipe: QuantRecipe) -> QuantRecipe:
     return replace(recipe, layers=(replace(first, input_by_timestep=grids), *others))
 
 
-def test_a_grid_per_timestep_has_no_lowering_and_is_refused() -> None:
-    recipe = recipe_for(conv_net())
-    assert passes_for(recipe, TARGET, sample="sample", timestep="timestep")
+def test_a_grid_per_timestep_under_a_quantized_output_is_refused() -> None:
+    recipe = with_grids_per_timestep(recipe_for(conv_net()))
 
-    with pytest.raises(
-        TargetError, match=r"net.conv2d: ort-cpu has no lowering for .*\(1 layers\); set fsc = .tib. in .method."
-    ):
-        passes_for(with_grids_per_timestep(recipe), TARGET, sample="sample", timestep="timestep")
+    with pytest.raises(TargetError, match=r"net.conv2d: ort-cpu has no lowering .* set fsc = .tib. in .method."):
+        adapt(recipe, find_target("ort-cpu"))
+    assert adapt(recipe, find_target("openvino")).layers[0].input_by_timestep is not None
+
+
+def test_a_recipe_without_the_output_grids_that_a_target_needs_is_refused() -> None:
+    recipe = adapt(recipe_for(conv_net()), find_target("openvino"))
+
+    with pytest.raises(TargetError, match="quantize again with --target ort-cpu"):
+        adapt(recipe, find_target("ort-cpu"))
+
+
+def test_output_grids_stay_only_where_kernels_want_them() -> None:
+    recipe = recipe_for(conv_net())
+
+    assert all(layer.output is not None for layer in adapt(recipe, find_target("ort-cpu")).layers)
+    assert all(layer.output is None for layer in adapt(recipe, find_target("tensorrt")).layers)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_only_half_precision_targets_are_typed_in_fp16(target: Target) -> None:
+    recipe = adapt(recipe_for(conv_net()), target)
+
+    kinds = {type(step) for step in passes_for(recipe, target, sample="sample", timestep="timestep")}
+
+    assert (HalfPrecision in kinds) == (target.float_type == "float16")

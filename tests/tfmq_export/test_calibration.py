@@ -9,10 +9,10 @@ from tfmq_export.config import Method
 from tfmq_export.denoiser import Conditioning, Denoise
 from tfmq_export.errors import CalibrationError, ConfigError
 from tfmq_export.program import capture
+from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.calibration import CalibrationStep, calibrate, pick_rows
 from tfmq_export.ptq.effort import find_effort
 from tfmq_export.ptq.quantize import quantize
-from tfmq_export.ptq.subject import QuantPlan, prepare
 from tfmq_export.recipe_io import save_recipe
 
 

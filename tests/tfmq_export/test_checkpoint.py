@@ -12,6 +12,7 @@ from tfmq_export.analysis import Operation
 from tfmq_export.config import Method
 from tfmq_export.errors import ConfigError, OutputError
 from tfmq_export.program import capture
+from tfmq_export.ptq.calibrated_model import CalibratedModel, QuantPlan, prepare
 from tfmq_export.ptq.calibration import calibrate
 from tfmq_export.ptq.checkpoint import Checkpoint
 from tfmq_export.ptq.draft import Draft
@@ -19,7 +20,6 @@ from tfmq_export.ptq.effort import Effort, RoundingSchedule, find_effort
 from tfmq_export.ptq.equivalent_scaling import ScalingSchedule
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.quantize import quantize
-from tfmq_export.ptq.subject import QuantPlan, Subject, prepare
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.spec import QParams, QuantSpec
 
@@ -44,7 +44,7 @@ def silent(done: int, total: int) -> None:
 
 
 @functools.cache
-def subject_of(name: str) -> Subject:
+def subject_of(name: str) -> CalibratedModel:
     """One capture for all runs."""
     denoiser = denoiser_of(name)
     recorded = calibrate(denoiser, images=4, seed=0, progress=silent)

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from tfmq_export.analysis import SAMPLE
-from tfmq_export.blocks import Block, is_constant, rows_per_sample
+from tfmq_export.blocks import Block, constant_nodes, rows_per_sample
 from tfmq_export.program import DiffusionProgram
 
 Compute = Callable[..., Tensor]
@@ -39,8 +39,9 @@ class BlockRunner:
         self._batch = batch
         inside = {*self._nodes, *self._reads}
         outside = {source for node in self._nodes for source in node.all_input_nodes if source not in inside}
-        self._constants = _evaluate_constants(module, [node for node in outside if is_constant(node)])
-        self._sizes = [node for node in outside if not is_constant(node)]
+        constant = constant_nodes(module.graph)
+        self._constants = _evaluate_constants(module, [node for node in outside if node in constant])
+        self._sizes = [node for node in outside if node not in constant]
 
     def node(self, name: str) -> fx.Node:
         """One of the block's nodes."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq_export.analysis import TIMESTEP, Operation
+from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.block_runner import Compute, LayerRule
 from tfmq_export.ptq.equivalent_scaling import on_channels, scale_input_channels
 from tfmq_export.ptq.fake_quant import Grid
@@ -45,6 +46,13 @@ class Draft:
     codes: Tensor | None = None
     input: Grid | None = None
     output: Grid | None = None
+
+    @classmethod
+    def fresh(
+        cls, program: DiffusionProgram, op: Operation, weight_bits: int, x: QuantSpec, y: QuantSpec | None = None
+    ) -> "Draft":
+        """A layer with nothing decided but its widths."""
+        return cls(op, program.value(op.weight), QuantSpec(weight_bits, signed=True, axis=0), x, y)
 
     @property
     def is_temporal(self) -> bool:

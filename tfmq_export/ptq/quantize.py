@@ -6,6 +6,7 @@ learned steps. Full-precision and quantized activations travel side by side, so 
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -18,12 +19,12 @@ from tfmq_export.progress import Step
 from tfmq_export.ptq.activation_cache import ActivationCache
 from tfmq_export.ptq.block_runner import BlockRunner, batch_symbol
 from tfmq_export.ptq.block_stage import BlockStage, by_input
+from tfmq_export.ptq.calibrated_model import CalibratedModel, QuantPlan
 from tfmq_export.ptq.checkpoint import Checkpoint
 from tfmq_export.ptq.draft import Draft, quantized_rules
 from tfmq_export.ptq.flow import Flow
 from tfmq_export.ptq.input_watch import InputWatch
 from tfmq_export.ptq.observers import Estimator
-from tfmq_export.ptq.subject import QuantPlan, Subject
 from tfmq_export.ptq.tib import (
     TemporalBlock,
     TemporalPlan,
@@ -62,20 +63,22 @@ def unquantized(program: DiffusionProgram, preset: str, tib: TibRecipe, provenan
     )
 
 
-def quantize(subject: Subject, plan: QuantPlan, progress: Step, checkpoint: Checkpoint | None = None) -> QuantRecipe:
+def quantize(
+    model: CalibratedModel, plan: QuantPlan, progress: Step, checkpoint: Checkpoint | None = None
+) -> QuantRecipe:
     """Choose grids and round every weight.
 
     Args:
         checkpoint: Where finished blocks are kept, and taken from.
     """
-    program, method = subject.program, plan.method
+    program, method = model.program, plan.method
     temporal = temporal_drafts(program, plan.weight_bits, plan.activation_bits) if method.tib != "table" else ()
     inside = bool(temporal) and not method.tiar  # plain reconstruction treats temporal layers as any others
-    tib = subject.exact
+    tib = model.exact
     if temporal and not inside:
-        tib = _temporal_tables(subject, temporal, plan, checkpoint)
+        tib = _temporal_tables(model, temporal, plan, checkpoint)
     drafts = {draft.op.name: draft for draft in (*_drafts(program, plan), *(temporal if inside else ()))}
-    walk = Walk(subject, tib, plan, inside=inside)
+    walk = Walk(model, tib, plan, inside=inside)
     blocks = walk.blocks(drafts)
     costs = [max(1, sum(drafts[name].op.macs for name in block.layers)) for block in blocks]
     decided: dict[str, Draft] = {}
@@ -96,8 +99,8 @@ def quantize(subject: Subject, plan: QuantPlan, progress: Step, checkpoint: Chec
         logger.info("%s: %d layers quantized", block.path, len(block.layers))
     if inside:
         computed = [decided[draft.op.name] for draft in temporal]
-        temporal_block = TemporalBlock(program, subject.denoiser)
-        tib = _served(quantized_tables(temporal_block, computed, subject.exact), subject, plan)
+        temporal_block = TemporalBlock(program, model.denoiser)
+        tib = _served(quantized_tables(temporal_block, computed, model.exact), model, plan)
     return QuantRecipe(
         program.fingerprint,
         plan.preset,
@@ -105,16 +108,16 @@ def quantize(subject: Subject, plan: QuantPlan, progress: Step, checkpoint: Chec
         float_layers(program),
         tib,
         program.macs,
-        dict(subject.provenance),
-        subject.splits,
+        dict(model.provenance),
+        model.splits,
     )
 
 
 def _temporal_tables(
-    subject: Subject, drafts: tuple[Draft, ...], plan: QuantPlan, checkpoint: Checkpoint | None
+    model: CalibratedModel, drafts: tuple[Draft, ...], plan: QuantPlan, checkpoint: Checkpoint | None
 ) -> TibRecipe:
     """The temporal block, quantized before every other block (TFMQ-DM, section 4.1)."""
-    block = TemporalBlock(subject.program, subject.denoiser)
+    block = TemporalBlock(model.program, model.denoiser)
     decided = checkpoint.load("temporal", drafts) if checkpoint is not None else None
     if decided is None:
         method = plan.method
@@ -123,13 +126,13 @@ def _temporal_tables(
         decided = reconstruct_temporal(block, drafts, temporal, lambda done, total: None)
         if checkpoint is not None:
             checkpoint.save("temporal", decided)
-    return _served(quantized_tables(block, decided, subject.exact), subject, plan)
+    return _served(quantized_tables(block, decided, model.exact), model, plan)
 
 
-def _served(quantized: TibRecipe, subject: Subject, plan: QuantPlan) -> TibRecipe:
+def _served(quantized: TibRecipe, model: CalibratedModel, plan: QuantPlan) -> TibRecipe:
     if plan.method.tib == "quantized":
         return quantized
-    return select_tables(subject.exact, quantized, plan.activation_bits)
+    return select_tables(model.exact, quantized, plan.activation_bits)
 
 
 class Walk:
@@ -140,13 +143,13 @@ class Walk:
         inside: Whether the temporal block is walked with the others; else it is served from tables.
     """
 
-    def __init__(self, subject: Subject, served: TibRecipe, plan: QuantPlan, *, inside: bool) -> None:
-        program, rows = subject.program, subject.rows
+    def __init__(self, model: CalibratedModel, served: TibRecipe, plan: QuantPlan, *, inside: bool) -> None:
+        program, rows = model.program, model.rows
         self._program, self._plan = program, plan
         # Full-precision activations, quantized ones, and the inputs inside one block.
         self._ceiling = None if plan.max_memory is None else plan.max_memory // 3
         device = next(program.module.parameters()).device
-        features = [{} if inside else _features(program, tib) for tib in (subject.exact, served)]
+        features = [{} if inside else _features(program, tib) for tib in (model.exact, served)]
         self._served = frozenset(features[1])
         self._wanted, self._given = (
             Flow(rows, values, ActivationCache(len(rows), self._ceiling), device) for values in features
@@ -168,10 +171,9 @@ class Walk:
         """
         runner = BlockRunner(self._program.module, block, self._batch)
         scaled = [group[0] for group in by_input(drafts).values()] if kept is None and self._scales else []
-        inputs = InputWatch(self._wanted.rows, scaled, SCALING_ROWS, self._ceiling)
-        self._wanted.advance(runner, inputs.rules)
-        decided = kept if kept is not None else self._decide(index, runner, inputs, drafts, progress)
-        inputs.close()
+        with closing(InputWatch(self._wanted.rows, scaled, SCALING_ROWS, self._ceiling)) as inputs:
+            self._wanted.advance(runner, inputs.rules)
+            decided = kept if kept is not None else self._decide(index, runner, inputs, drafts, progress)
         self._given.advance(runner, lambda picks: quantized_rules(decided, self._given.rows.steps[picks]))
         return decided
 
@@ -208,7 +210,7 @@ def _drafts(program: DiffusionProgram, plan: QuantPlan) -> list[Draft]:
 
 
 def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Mapping[str, int] | None) -> Draft:
-    """A layer with nothing decided but its widths.
+    """A layer at its plan's widths.
 
     Args:
         codes: Of a boundary layer, the first or last on the sample's way.
@@ -221,13 +223,8 @@ def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Map
     if op.kind in plan.quantized_outputs:
         # The engine's container, not the preset's choice: always 8 bits.
         output = QuantSpec(OUTPUT_BITS, signed=False, codes=stacks["output"])
-    return Draft(
-        op,
-        program.value(op.weight),
-        QuantSpec(weight_bits, signed=True, axis=0),
-        QuantSpec(activation_bits, signed=False, codes=stacks["input"]),
-        output,
-    )
+    grid = QuantSpec(activation_bits, signed=False, codes=stacks["input"])
+    return Draft.fresh(program, op, weight_bits, grid, output)
 
 
 def _residual_stream(graph: fx.Graph, block: Block) -> frozenset[str]:

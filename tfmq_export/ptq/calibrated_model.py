@@ -39,7 +39,7 @@ class QuantPlan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Subject:
+class CalibratedModel:
     """What is quantized.
 
     Attributes:
@@ -65,7 +65,7 @@ def prepare(
     recorded: Sequence[CalibrationStep],
     plan: QuantPlan,
     provenance: Mapping[str, str],
-) -> Subject:
+) -> CalibratedModel:
     """Bring a captured model and its recorded trajectory together.
 
     Args:
@@ -74,4 +74,4 @@ def prepare(
     exact = tabulate(program, denoiser)
     splits = find_skip_concats(program) if plan.method.split_skips else ()
     rows = pick_rows(denoiser, recorded, plan.effort.rows_per_timestep)
-    return Subject(split_skip_concats(program, splits), denoiser, rows, exact, splits, provenance)
+    return CalibratedModel(split_skip_concats(program, splits), denoiser, rows, exact, splits, provenance)
