@@ -1,8 +1,6 @@
 """Put the recipe's activation grids into the graph.
 
-    x [-> Mul(1 / (tau 2^d))] -> QuantizeLinear -> [Clip] -> DequantizeLinear -> layer [-> Quantize -> Dequantize]
-
-The Mul is the activation half of equivalent scaling and power-of-two scaling; ``QuantizeWeights`` owns the other.
+    x -> QuantizeLinear -> [Clip] -> DequantizeLinear -> layer [-> QuantizeLinear -> DequantizeLinear]
 
 Activations are uint8 with any zero point. QuantizeLinear saturates at 8 bits only, so narrower grids
 need the Clip on their codes. Layers that read one value through one grid share its nodes.
@@ -40,11 +38,10 @@ class InsertQdq(Pass):
         for layer, node in bound:
             source = node.inputs[0]
             ready = inserted.setdefault(source.name, [])
-            shared = next((value for other, value in ready if _same_input(other, layer)), None)
+            shared = next((value for other, value in ready if other.input.same_as(layer.input)), None)
             if shared is None:
                 prefix = source.name if not ready else f"{source.name}.{len(ready)}"
-                scaled = _rescale(graph, source, layer, prefix)
-                shared = _quantize_dequantize(graph, scaled, layer.input, prefix)
+                shared = _quantize_dequantize(graph, source, layer.input, prefix)
                 ready.append((layer, shared))
             node.inputs[0] = shared
         for layer, node in bound:
@@ -62,33 +59,6 @@ def grid_constants(grid: QParams, prefix: str) -> tuple[gs.Constant, gs.Constant
     """Scale and zero point of an unsigned per-tensor grid. Rank 0: a [1]-shaped scale loses int8 on TensorRT."""
     scale = constant(f"{prefix}.scale", np.asarray(grid.scale, np.float32))
     return scale, constant(f"{prefix}.zero_point", np.asarray(grid.zero_point, np.uint8))
-
-
-def _same_input(one: LayerRecipe, other: LayerRecipe) -> bool:
-    first, second = one.input_factor, other.input_factor
-    if first is None or second is None:
-        return first is second and one.input.same_as(other.input)
-    return np.array_equal(first, second) and one.input.same_as(other.input)
-
-
-def _rescale(graph: gs.Graph, source: gs.Tensor, layer: LayerRecipe, prefix: str) -> gs.Tensor:
-    factor = layer.input_factor
-    if factor is None:
-        return source
-    if layer.kind == "conv":  # channels on axis 1
-        factor = factor.reshape(-1, *[1] * (layer.weight_codes.ndim - 2))
-    # max(x, 0) f == max(x f, 0) for f > 0. A Relu that no QuantizeLinear follows would be fused with the Gemm in
-    # front of it to one that ONNX Runtime runs in floating point.
-    behind_relu = bool(source.inputs) and source.inputs[0].op == "Relu"
-    plain = source.inputs[0].inputs[0] if behind_relu else source
-    scaled = variable(f"{prefix}.rescaled", dtype=np.float32, shape=source.shape)
-    inputs = [plain, constant(f"{prefix}.factor", factor)]
-    graph.nodes.append(gs.Node("Mul", f"{prefix}.rescale", inputs=inputs, outputs=[scaled]))
-    if not behind_relu:
-        return scaled
-    positive = variable(f"{prefix}.rescaled_relu", dtype=np.float32, shape=source.shape)
-    graph.nodes.append(gs.Node("Relu", f"{prefix}.relu", inputs=[scaled], outputs=[positive]))
-    return positive
 
 
 def _reads_dequantized(node: gs.Node) -> bool:
