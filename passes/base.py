@@ -30,20 +30,23 @@ class PassReport:
     Attributes:
         changed: Sites rewritten.
         skipped: Sites left alone, each with its reason.
+        notes: Sites where it had a choice, each with what it chose.
     """
 
     name: str
     semantics: Semantics
     changed: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What ``Pass.apply`` returns: sites rewritten, and sites left alone with their reasons."""
+    """What ``Pass.apply`` returns: sites rewritten, sites left alone with their reasons, and choices made."""
 
     changed: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = field(default=())
+    notes: tuple[tuple[str, str], ...] = field(default=())
 
 
 class Pass(ABC):
@@ -85,7 +88,7 @@ def run_passes(
         changes = rewrite.apply(graph)
         graph.cleanup().toposort()
         rewrite.ensures(graph)
-        reports.append(PassReport(name, rewrite.semantics, changes.changed, changes.skipped))
+        reports.append(PassReport(name, rewrite.semantics, changes.changed, changes.skipped, changes.notes))
         logger.info("%s: %d changed, %d skipped", name, len(changes.changed), len(changes.skipped))
         if after is not None:
             after(position, name, graph)

@@ -42,6 +42,11 @@ def bound_nodes(graph: gs.Graph, recipe: QuantRecipe) -> list[tuple[LayerRecipe,
     return [(layer, nodes[node_name(layer)]) for layer in recipe.layers]
 
 
+def is_transposed(node: gs.Node) -> bool:
+    """Whether the node that multiplies reads its weight as [in, out]."""
+    return node.op == "MatMul" or (node.op == "Gemm" and not node.attrs.get("transB", 0))
+
+
 @dataclass(frozen=True)
 class BindRecipe(Pass):
     """Name the multiplying node of every layer after the layer."""

@@ -37,9 +37,13 @@ class CheckModel(Pass):
             node = nodes.get(node_name(layer))
             if node is None:
                 raise PostconditionError(f"{layer.path}: its node {node_name(layer)} is gone")
-            for value in node.inputs:
+            for value in node.inputs if self.target.integer_bias else node.inputs[:2]:
                 if not value.inputs or value.inputs[0].op != "DequantizeLinear":
                     raise PostconditionError(f"{layer.path}: reads {value.name}, which is no integer")
+            if not self.target.packed_weights and not isinstance(node.inputs[1].inputs[0].inputs[0], gs.Constant):
+                raise PostconditionError(f"{layer.path}: {self.target.name} needs its weight as plain int8")
+            if not self.target.integer_bias and any(value.inputs for value in node.inputs[2:]):
+                raise PostconditionError(f"{layer.path}: {self.target.name} needs its bias as a float constant")
             readers = node.outputs[0].outputs
             if layer.kind in self.target.quantized_outputs and [reader.op for reader in readers] != ["QuantizeLinear"]:
                 raise PostconditionError(f"{layer.path}: {self.target.name} needs QuantizeLinear on its output")

@@ -3,7 +3,7 @@
 Engines for GPUs take precision from the graph's own types. Each quantized layer, with its quantizers and what scales,
 pads and offsets its input, stays an fp32 island between two Casts: fp16 scales would move ties (1/s has 11 bits) and
 may overflow the accumulator, while the Casts are merged into the neighbouring kernels. Everything else computes in
-fp16. Graph inputs and outputs keep their types.
+fp16. Graph inputs and outputs keep their types, and timesteps are compared in their own.
 
 onnxruntime's own converter casts every edge of a node that it leaves alone, those between DequantizeLinear and its
 convolution too, which would cost the integers.
@@ -22,6 +22,7 @@ from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, export_model, variable
+from tfmq_export.passes.tabulate_tib import COMPARISON
 from tfmq_export.recipe import QuantRecipe
 
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -135,7 +136,7 @@ def _float_values(graph: gs.Graph) -> set[str]:
 
 def _islands(graph: gs.Graph, recipe: QuantRecipe) -> set[int]:
     """Ids of the nodes that stay in fp32."""
-    inside = {id(node) for node in graph.nodes if node.op in QUANTIZERS}
+    inside = {id(node) for node in graph.nodes if node.op in QUANTIZERS or node.name in COMPARISON}
     results = {layer.name for layer in recipe.layers}
     for layer, node in bound_nodes(graph, recipe):
         inside |= {id(found) for found in _until_named(node, layer.name, results)}

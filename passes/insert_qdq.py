@@ -1,8 +1,6 @@
 """Put the recipe's activation grids into the graph.
 
-    x [-> Mul(1 / (tau 2^d))] -> QuantizeLinear -> [Clip] -> DequantizeLinear -> layer [-> Quantize -> Dequantize]
-
-The Mul is the activation half of equivalent scaling and power-of-two scaling; ``QuantizeWeights`` owns the other.
+    x -> QuantizeLinear -> [Clip] -> DequantizeLinear -> layer [-> QuantizeLinear -> DequantizeLinear]
 
 What a target's 8-bit codes cannot hold is left to ``OffsetInputs`` and ``StackOutputCodes``. Layers that read one
 value through one grid share its nodes.
@@ -18,7 +16,7 @@ from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.activation_codes import fits, quantize_dequantize
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
-from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.graph import variable
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.spec import QParams
 from tfmq_export.target import Target
@@ -43,11 +41,10 @@ class InsertQdq(Pass):
         for layer, node in self._mine(bound):
             source = node.inputs[0]
             ready = inserted.setdefault(source.name, [])
-            shared = next((value for other, value in ready if _same_input(other, layer)), None)
+            shared = next((value for other, value in ready if other.input.same_as(layer.input)), None)
             if shared is None:
                 prefix = source.name if not ready else f"{source.name}.{len(ready)}"
-                scaled = _rescale(graph, source, layer, prefix)
-                shared = quantize_dequantize(graph, scaled, layer.input, self.target, prefix)
+                shared = quantize_dequantize(graph, source, layer.input, self.target, prefix)
                 ready.append((layer, shared))
             node.inputs[0] = shared
         for layer, node in bound:
@@ -62,33 +59,6 @@ class InsertQdq(Pass):
 
     def _mine(self, bound: list[tuple[LayerRecipe, gs.Node]]) -> list[tuple[LayerRecipe, gs.Node]]:
         return [(layer, node) for layer, node in bound if fits(layer, self.target)]
-
-
-def _same_input(one: LayerRecipe, other: LayerRecipe) -> bool:
-    first, second = one.input_factor, other.input_factor
-    if first is None or second is None:
-        return first is second and one.input.same_as(other.input)
-    return np.array_equal(first, second) and one.input.same_as(other.input)
-
-
-def _rescale(graph: gs.Graph, source: gs.Tensor, layer: LayerRecipe, prefix: str) -> gs.Tensor:
-    factor = layer.input_factor
-    if factor is None:
-        return source
-    if layer.kind == "conv":  # channels on axis 1
-        factor = factor.reshape(-1, *[1] * (layer.weight_codes.ndim - 2))
-    # max(x, 0) f == max(x f, 0) for f > 0. A Relu that no QuantizeLinear follows would be fused with the Gemm in
-    # front of it to one that ONNX Runtime runs in floating point.
-    behind_relu = bool(source.inputs) and source.inputs[0].op == "Relu"
-    plain = source.inputs[0].inputs[0] if behind_relu else source
-    scaled = variable(f"{prefix}.rescaled", dtype=np.float32, shape=source.shape)
-    inputs = [plain, constant(f"{prefix}.factor", factor)]
-    graph.nodes.append(gs.Node("Mul", f"{prefix}.rescale", inputs=inputs, outputs=[scaled]))
-    if not behind_relu:
-        return scaled
-    positive = variable(f"{prefix}.rescaled_relu", dtype=np.float32, shape=source.shape)
-    graph.nodes.append(gs.Node("Relu", f"{prefix}.relu", inputs=[scaled], outputs=[positive]))
-    return positive
 
 
 def _reads_dequantized(node: gs.Node) -> bool:

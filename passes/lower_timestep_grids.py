@@ -135,7 +135,7 @@ class _Lowering:
     def biases(self, bias: NDArray[np.float64]) -> NDArray[np.float32]:
         """``r_t``, [T, ...] with the output channels where the layer has them."""
         codes = self.layer.shifted_codes
-        sums = codes.reshape(len(codes), -1).sum(1, dtype=np.int64) * self.layer.shifted_steps.astype(np.float64)
+        sums = codes.reshape(len(codes), -1).sum(1, dtype=np.int64) * self.layer.weight_step.astype(np.float64)
         constants = self.grids.scale.astype(np.float64) * (self.grids.zero_point + np.int64(self.lowest))  # [T]
         rows = bias[None, :] - constants[:, None] * sums[None, :]  # [T, out]
         middle = [1] * (self.rank - 2)

@@ -156,7 +156,7 @@ def _add_to_bias(graph: gs.Graph, node: gs.Node, layer: LayerRecipe, target: Tar
     """Take the constant part of the input, ``s (K m + z) sum W``, off the bias."""
     integers = layer.shifted_codes.reshape(len(layer.weight_codes), -1).sum(1, dtype=np.int64)
     steps = -surplus(layer.input, target) * integers  # [out], on the accumulator's grid
-    step = (layer.input.scale * layer.shifted_steps).astype(np.float32)
+    step = (layer.input.scale * layer.weight_step).astype(np.float32)
     if node.op == "MatMul":
         _add_behind(graph, node, steps * step.astype(np.float64), layer)
         return

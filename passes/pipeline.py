@@ -4,6 +4,7 @@ from tfmq_export.passes.base import Pass
 from tfmq_export.passes.bind_recipe import BindRecipe
 from tfmq_export.passes.check_model import CheckModel
 from tfmq_export.passes.fold_constants import FoldConstants
+from tfmq_export.passes.fold_rescales import FoldRescales
 from tfmq_export.passes.half_precision import HalfPrecision
 from tfmq_export.passes.insert_qdq import InsertQdq
 from tfmq_export.passes.lower_attention import LowerAttention
@@ -12,24 +13,33 @@ from tfmq_export.passes.lower_timestep_grids import LowerTimestepGrids
 from tfmq_export.passes.merge_constants import MergeConstants
 from tfmq_export.passes.name_outputs import NameOutputs
 from tfmq_export.passes.offset_inputs import OffsetInputs
+from tfmq_export.passes.pts_lowering import choose_form
 from tfmq_export.passes.quantize_weights import QuantizeWeights
+from tfmq_export.passes.rescale_inputs import RescaleInputs
+from tfmq_export.passes.split_exponents import SplitExponents, split_recipe
 from tfmq_export.passes.split_skips import SplitSkips
 from tfmq_export.passes.stack_output_codes import StackOutputCodes
 from tfmq_export.passes.tabulate_tib import TabulateTib
 from tfmq_export.recipe import QuantRecipe
-from tfmq_export.target import Target
+from tfmq_export.target import PtsLowering, Target
 
 OUTPUT = "out_sample"
 
 
-def passes_for(recipe: QuantRecipe, target: Target, *, sample: str, timestep: str) -> list[Pass]:
+def passes_for(
+    recipe: QuantRecipe, target: Target, *, sample: str, timestep: str, pts_lowering: PtsLowering = "auto"
+) -> list[Pass]:
     """From the float graph of a model to the graph a target runs.
 
     Args:
         recipe: Adapted to the target.
         sample: Name of the input that holds the noisy sample.
         timestep: Name of the input that holds the timestep.
+        pts_lowering: Form of power-of-two scaling; "auto" chooses per layer.
     """
+    forms = {layer.name: choose_form(layer, target, pts_lowering) for layer in recipe.layers}
+    divided = frozenset(name for name, form in forms.items() if form == "split")
+    lowered = split_recipe(recipe, divided)
     return [
         FoldConstants(),
         SplitSkips(recipe.splits),
@@ -38,13 +48,16 @@ def passes_for(recipe: QuantRecipe, target: Target, *, sample: str, timestep: st
         LowerGroupNorm(),
         *([LowerAttention("mha")] if target.attention == "mha" else []),
         LowerAttention("matmul"),  # whatever has no fused form
-        InsertQdq(recipe, target),
-        LowerTimestepGrids(recipe, target, sample),
-        QuantizeWeights(recipe),
-        OffsetInputs(recipe, target),
-        StackOutputCodes(recipe),
+        RescaleInputs(recipe),
+        *([SplitExponents(recipe, divided)] if divided else []),
+        InsertQdq(lowered, target),
+        LowerTimestepGrids(lowered, target, sample),
+        QuantizeWeights(lowered, target, pts_lowering),
+        OffsetInputs(lowered, target),
+        FoldRescales(lowered),  # behind QuantizeWeights: integers stay, their scales take the factors
+        StackOutputCodes(lowered),
         MergeConstants(),
         NameOutputs(OUTPUT),
-        *([HalfPrecision(recipe)] if target.float_type == "float16" else []),
-        CheckModel(recipe, target, timestep),
+        *([HalfPrecision(lowered)] if target.float_type == "float16" else []),
+        CheckModel(lowered, target, timestep),
     ]

@@ -4,15 +4,16 @@
     Gemm      int8 [out, in]     -> DequantizeLinear(axis 0)         transB = 1
     MatMul    int8 [in, out]     -> DequantizeLinear(axis 1)
 
-Integers of 4 bits and fewer are stored packed, ``INT4 -> Cast(INT8) -> DequantizeLinear``: ONNX Runtime
-folds the Cast when it loads the model, so the kernel is the 8-bit one and the file half the size.
-The learned integers are stored as they are, never re-rounded from floats.
+Where the target folds casts of constants, integers of 4 bits and fewer are stored packed, ``INT4 -> Cast(INT8) ->
+DequantizeLinear``: ONNX Runtime does it when it loads the model, so the kernel is the 8-bit one and the file half
+the size. The learned integers are stored as they are, never re-rounded from floats.
 
-Power-of-two scaling (PTS) shifts the integers of input channel k by ``d_k``. The shifts are folded into the
-8-bit container, ``INT4 -> Cast(INT32) -> Mul(2^(d_k - min d)) -> Cast(INT8)``, and the scale takes ``2^(min d)``: the
-engine folds that too, so PTS on 4-bit weights costs nothing at run time.
+Power-of-two scaling (PTS) shifts the integers of input channel k by ``d_k - min d``, and the scale takes
+``2^(min d)``. The shifts are in the stored int8 (fold), or the engine puts them there when it loads ``INT4 ->
+Cast(INT32) -> Mul(2^(d_k - min d)) -> Cast(INT8)`` (shift): see ``pts_lowering``. Neither costs anything at run time.
 
-A bias feeding an integer kernel is int32 on the accumulator's grid, ``input.scale * weight.scale``.
+A bias feeding an integer kernel is int32 on the accumulator's grid, ``input.scale * weight.scale``, where the target
+wants integers; else it stays in floating point.
 """
 
 from dataclasses import dataclass
@@ -25,18 +26,25 @@ from onnx import TensorProto
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
-from tfmq_export.passes.bind_recipe import bound_nodes
+from tfmq_export.passes.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, int4_constant, variable
+from tfmq_export.passes.pts_lowering import PACKED_BITS, Form, choose_form, shift_of_weights
+from tfmq_export.passes.rescale_inputs import scale_input_channels
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
-
-PACKED_BITS = 4
+from tfmq_export.target import PtsLowering, Target
 
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Give every layer of the recipe its integer weight and bias."""
+    """Give every layer of the recipe its integer weight and bias.
+
+    Attributes:
+        pts_lowering: The form of shifted weights; layers that are split have no shifts left.
+    """
 
     recipe: QuantRecipe
+    target: Target
+    pts_lowering: PtsLowering = "auto"
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
 
     def requires(self, graph: gs.Graph) -> None:
@@ -44,30 +52,62 @@ class QuantizeWeights(Pass):
             weight = node.inputs[1]
             if not isinstance(weight, gs.Constant):
                 raise PreconditionError(f"{layer.path}: its weight {weight.name} is not a constant")
-            _prove_binding(layer, weight.values.T if _is_transposed(node) else weight.values)
+            if self._form(layer) == "split":
+                raise PreconditionError(f"{layer.path}: its integers have to be split first; run SplitExponents")
+            _prove_binding(layer, weight.values.T if is_transposed(node) else weight.values)
 
     def apply(self, graph: gs.Graph) -> Changes:
+        notes = []
         for layer, node in bound_nodes(graph, self.recipe):
-            node.inputs[1] = _dequantized_weight(graph, layer, transposed=_is_transposed(node))
+            form = self._form(layer)
+            if form is not None:
+                notes.append((layer.path, f"power-of-two scaling: {form}"))
+            node.inputs[1] = self._dequantized_weight(graph, layer, form, transposed=is_transposed(node))
             if len(node.inputs) > 2:
-                node.inputs[2] = _dequantized_bias(graph, layer, node.inputs[2])
-        return Changes(tuple(layer.path for layer in self.recipe.layers))
+                node.inputs[2] = self._bias(graph, layer, node.inputs[2])
+        return Changes(tuple(layer.path for layer in self.recipe.layers), notes=tuple(notes))
+
+    def _form(self, layer: LayerRecipe) -> Form | None:
+        return choose_form(layer, self.target, self.pts_lowering)
+
+    def _dequantized_weight(
+        self, graph: gs.Graph, layer: LayerRecipe, form: Form | None, *, transposed: bool
+    ) -> gs.Variable:
+        codes = _as_stored(layer.weight_codes, transposed=transposed)
+        shift = None if form is None else _as_stored(shift_of_weights(layer), transposed=transposed)
+        if form == "fold":
+            codes, shift = (codes * shift).astype(np.int8), None
+        packed = self.target.packed_weights and layer.weight.spec.bits <= PACKED_BITS and form != "fold"
+        stored = _stored_codes(graph, layer.name, codes, shift, packed=packed)
+        scale = constant(f"{layer.name}.weight_scale", layer.weight_step)
+        zero_point = constant(f"{layer.name}.weight_zero_point", np.zeros(len(layer.weight.scale), np.int8))
+        real = variable(f"{layer.name}.weight_dequantized", dtype=np.float32, shape=codes.shape)
+        name, axis = f"{layer.name}.weight_dq", {"axis": 1 if transposed else 0}
+        graph.nodes.append(gs.Node("DequantizeLinear", name, axis, inputs=[stored, scale, zero_point], outputs=[real]))
+        return real
+
+    def _bias(self, graph: gs.Graph, layer: LayerRecipe, bias: gs.Tensor) -> gs.Tensor:
+        if not isinstance(bias, gs.Constant):
+            raise PreconditionError(f"{layer.path}: its bias {bias.name} is not a constant")
+        return _dequantized_bias(graph, layer, bias) if self.target.integer_bias else bias
 
 
-def _is_transposed(node: gs.Node) -> bool:
-    """Whether the graph stores the weight as [in, out]."""
-    return node.op == "MatMul" or (node.op == "Gemm" and not node.attrs.get("transB", 0))
+def _as_stored(values: NDArray[Any], *, transposed: bool) -> NDArray[Any]:
+    """[out, in] as the graph reads it."""
+    return values.T if transposed else values
 
 
 def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
     """The recipe's integers must be this weight, to one step: ``|tau W - scale * W_int| <= scale`` unless clipped.
 
+    Args:
+        weight: ``tau 2^d W``, as ``RescaleInputs`` leaves it.
     Raises:
         PostconditionError: they are not.
     """
     codes = layer.weight_codes
-    if layer.les_scale is not None and weight.shape == codes.shape:
-        weight = scale_input_channels(weight, layer.les_scale, layer.groups)
+    if layer.pts_exponent is not None and weight.shape == codes.shape:
+        weight = scale_input_channels(weight, np.exp2(-layer.pts_exponent.astype(np.float32)), layer.groups)
     if weight.shape != codes.shape:
         raise PreconditionError(
             f"{layer.path}: the graph's weight is {weight.shape}, the recipe's {codes.shape}; made from another model?"
@@ -82,62 +122,20 @@ def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
         )
 
 
-def scale_input_channels(weight: NDArray[Any], factor: NDArray[Any], groups: int) -> NDArray[Any]:
-    """Every input channel of a weight times its factor.
-
-    Args:
-        weight: [out, in / groups, ...].
-        factor: [in].
-    """
-    rows = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
-    return (rows * factor.reshape(groups, 1, -1, 1)).reshape(weight.shape)
-
-
-def _dequantized_weight(graph: gs.Graph, layer: LayerRecipe, *, transposed: bool) -> gs.Variable:
-    codes = layer.weight_codes.T if transposed else layer.weight_codes
-    stored = _stored_codes(graph, layer, codes, transposed=transposed)
-    scale = constant(f"{layer.name}.weight_scale", layer.shifted_steps)
-    zero_point = constant(f"{layer.name}.weight_zero_point", np.zeros(len(layer.weight.scale), np.int8))
-    real = variable(f"{layer.name}.weight_dequantized", dtype=np.float32, shape=codes.shape)
-    axis = {"axis": 1 if transposed else 0}
-    graph.nodes.append(
-        gs.Node("DequantizeLinear", f"{layer.name}.weight_dq", axis, inputs=[stored, scale, zero_point], outputs=[real])
-    )
-    return real
-
-
-def _stored_codes(graph: gs.Graph, layer: LayerRecipe, codes: NDArray[np.int8], *, transposed: bool) -> gs.Tensor:
+def _stored_codes(
+    graph: gs.Graph, layer: str, codes: NDArray[np.int8], shift: NDArray[np.int32] | None, *, packed: bool
+) -> gs.Tensor:
     """The integers as int8: packed where they are narrow, shifted where PTS says so."""
-    name = f"{layer.name}.weight_codes"
-    is_packed = layer.weight.spec.bits <= PACKED_BITS
-    stored: gs.Tensor = int4_constant(name, codes) if is_packed else constant(name, codes)
-    if layer.pts_exponent is not None:
-        shift = _shift(layer, transposed=transposed)
-        shifted, container = codes.astype(np.int32) * shift, np.iinfo(np.int8)
-        if shifted.max() > container.max or shifted.min() < container.min:
-            raise PreconditionError(
-                f"{layer.path}: its {layer.weight.spec.bits}-bit weight shifted by PTS does not fit 8 bits; use 4-bit "
-                "weights or --pts off"
-            )
-        wide = _cast(graph, stored, f"{layer.name}.weight_int32", TensorProto.INT32, np.int32)
-        stored = variable(f"{layer.name}.weight_shifted", dtype=np.int32, shape=codes.shape)
-        factors = constant(f"{layer.name}.weight_shift", shift)
-        graph.nodes.append(gs.Node("Mul", f"{layer.name}.weight_shift_by", inputs=[wide, factors], outputs=[stored]))
-    if is_packed or layer.pts_exponent is not None:
-        return _cast(graph, stored, f"{layer.name}.weight_int8", TensorProto.INT8, np.int8)
+    name = f"{layer}.weight_codes"
+    stored: gs.Tensor = int4_constant(name, codes) if packed else constant(name, codes)
+    if shift is not None:
+        wide = _cast(graph, stored, f"{layer}.weight_int32", TensorProto.INT32, np.int32)
+        stored = variable(f"{layer}.weight_shifted", dtype=np.int32, shape=codes.shape)
+        factors = constant(f"{layer}.weight_shift", shift)
+        graph.nodes.append(gs.Node("Mul", f"{layer}.weight_shift_by", inputs=[wide, factors], outputs=[stored]))
+    if packed or shift is not None:
+        return _cast(graph, stored, f"{layer}.weight_int8", TensorProto.INT8, np.int8)
     return stored
-
-
-def _shift(layer: LayerRecipe, *, transposed: bool) -> NDArray[np.int32]:
-    """``2^(d_k - min d)`` for each weight's input channel, broadcastable against the stored codes."""
-    assert layer.pts_exponent is not None
-    shift = np.exp2(layer.pts_exponent.astype(np.int32) - int(layer.pts_exponent.min())).astype(np.int32)  # [in]
-    if transposed:
-        return shift.reshape(-1, 1)
-    groups, rank = layer.groups, layer.weight_codes.ndim
-    per_output = np.repeat(shift.reshape(groups, -1), len(layer.weight_codes) // groups, axis=0)
-    rows = per_output[:1] if groups == 1 else per_output
-    return rows.reshape(*rows.shape, *[1] * (rank - 2))
 
 
 def _cast(graph: gs.Graph, value: gs.Tensor, name: str, to: int, dtype: object) -> gs.Variable:
@@ -146,10 +144,8 @@ def _cast(graph: gs.Graph, value: gs.Tensor, name: str, to: int, dtype: object) 
     return result
 
 
-def _dequantized_bias(graph: gs.Graph, layer: LayerRecipe, bias: gs.Tensor) -> gs.Variable:
-    if not isinstance(bias, gs.Constant):
-        raise PreconditionError(f"{layer.path}: its bias {bias.name} is not a constant")
-    scale = (layer.input.scale * layer.shifted_steps).astype(np.float32)
+def _dequantized_bias(graph: gs.Graph, layer: LayerRecipe, bias: gs.Constant) -> gs.Variable:
+    scale = (layer.input.scale * layer.weight_step).astype(np.float32)
     codes = np.round(bias.values.astype(np.float64) / scale)
     if np.abs(codes).max(initial=0) > np.iinfo(np.int32).max:
         raise PreconditionError(f"{layer.path}: its bias does not fit 32 bits at the weight's scale")

@@ -107,7 +107,7 @@ def _stack(graph: gs.Graph, layer: LayerRecipe, output: QParams, node: gs.Node) 
 
 
 def _accumulator_step(layer: LayerRecipe) -> NDArray[np.float64]:
-    return (layer.input.scale * layer.weight.scale).astype(np.float32).astype(np.float64)
+    return (layer.input.scale * layer.weight_step).astype(np.float32).astype(np.float64)
 
 
 def _stored_bias(node: gs.Node) -> NDArray[np.float64]:

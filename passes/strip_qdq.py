@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.bind_recipe import is_transposed
 from tfmq_export.passes.graph import constant
-from tfmq_export.passes.quantize_weights import scale_input_channels
+from tfmq_export.passes.rescale_inputs import RESCALE, scale_input_channels
+from tfmq_export.passes.split_exponents import PARTS
 
 THROUGH = ("Cast", "Clip")
+MULTIPLIERS = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class StripQdq(Pass):
             changed.append(node.name)
         for node in [node for node in graph.nodes if node.name.endswith(".output.sum")]:
             _unstack(node)
-        for node in [node for node in graph.nodes if node.name.endswith(".rescale")]:
+        for node in [node for node in graph.nodes if node.name.endswith(PARTS)]:
+            _join_parts(graph, node)
+        for node in [node for node in graph.nodes if node.name.endswith(RESCALE)]:
             _undo_rescale(node)
         return Changes(tuple(changed))
 
@@ -151,6 +156,27 @@ def _raise_bias(layer: gs.Node, amount: NDArray[np.float64]) -> None:
     layer.inputs[2] = constant(name, (values + amount).astype(np.float32))
 
 
+def _join_parts(graph: gs.Graph, total: gs.Node) -> None:
+    """Undo ``SplitExponents``: one layer on all channels."""
+    parts = [value.inputs[0] for value in total.inputs]
+    gathers = [part.inputs[0].inputs[0] if part.inputs[0].inputs else None for part in parts]
+    first, weights = parts[0], [np.asarray(part.inputs[1].values) for part in parts]
+    if all(gather is not None and gather.name.endswith(".gather") for gather in gathers):
+        axis = 0 if is_transposed(first) else 1
+        order = np.argsort(np.concatenate([gather.inputs[1].values for gather in gathers if gather is not None]))
+        weight = np.concatenate(weights, axis).take(order, axis)
+        source = gathers[0].inputs[0]  # type: ignore[union-attr]
+    else:  # of a grouped convolution: zeros stand for the other parts' channels
+        weight, source = sum(weights[1:], weights[0]), first.inputs[0]
+    whole = total.name.removesuffix(PARTS)
+    (result,) = total.outputs
+    total.outputs.clear()
+    inputs = [source, constant(f"{whole}.weight.joined", weight), *first.inputs[2:]]
+    for part in parts:
+        part.inputs.clear()
+    graph.nodes.append(gs.Node(first.op, f"node_{whole}", dict(first.attrs), inputs, [result]))
+
+
 def _undo_rescale(node: gs.Node) -> None:
     """Move the factor of an input back into the weights that read it."""
     source, factor = node.inputs
@@ -160,14 +186,12 @@ def _undo_rescale(node: gs.Node) -> None:
         relu.inputs[0] = source
         (source,) = relu.outputs
         scaled = source
-    for layer in list(scaled.outputs):
-        weight = layer.inputs[1]
+    for layer in [reader for reader in scaled.outputs if reader.op in MULTIPLIERS]:  # the rest leads nowhere by now
+        weight, per_channel = layer.inputs[1], factor.values.reshape(-1)
         values = np.asarray(weight.values)
-        if layer.op == "Conv":
-            scaled = scale_input_channels(values, factor.values.reshape(-1), layer.attrs.get("group", 1))
-        elif layer.op == "Gemm" and layer.attrs.get("transB", 0):
-            scaled = values * factor.values
+        if is_transposed(layer):
+            values = values * per_channel.reshape(-1, 1)
         else:
-            scaled = values * factor.values.reshape(-1, 1)
+            values = scale_input_channels(values, per_channel, layer.attrs.get("group", 1))
         layer.inputs[0] = source
-        layer.inputs[1] = constant(f"{weight.name}.{layer.name}", scaled)
+        layer.inputs[1] = constant(f"{weight.name}.{layer.name}", values)

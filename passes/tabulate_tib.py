@@ -21,6 +21,8 @@ from tfmq_export.recipe import TemporalTable, TibRecipe
 
 STEPS = "steps"
 ROWS = "temporal.rows"
+COMPARISON = frozenset({"temporal.as_column", "temporal.compare"})
+"""Nodes that read the timestep itself, which must keep its type."""
 
 
 @dataclass(frozen=True)

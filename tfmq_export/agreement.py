@@ -4,6 +4,9 @@ A quantized network amplifies rounding: one activation that lands on the other s
 code, and a few layers later a third of all codes differ by one, although both sides are right. So the
 two run in lock-step: after each layer is compared, both go on from the graph's value. Then every
 segment from one quantizer to the next is held to one code step, and nothing hides behind noise.
+
+A layer that took the next one's factor (``passes/fold_rescales.py``) has ``<layer>.scaled`` in the graph. It is
+compared after division by the factor its scales show; a wrong factor then shows in the layer that reads it.
 """
 
 import tempfile
@@ -16,15 +19,19 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from torch import Tensor
 
 from tfmq_export.analysis import TIMESTEP
 from tfmq_export.bundle import Bundle
+from tfmq_export.passes.bind_recipe import node_name
+from tfmq_export.passes.fold_rescales import SCALED
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.simulate import Simulation
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.runtime.compare import sqnr_db
 from tfmq_export.runtime.ort_runner import OrtRunner
+from tfmq_export.target import find_target
 
 ROUNDING = 1e-3  # of a code step: what fp32 arithmetic in another order may leave
 
@@ -56,8 +63,9 @@ class LockStep:
     """
 
     def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, bundle: Bundle) -> None:
-        self._simulation = Simulation(program, recipe)
-        self._recipe = recipe
+        integer_bias = find_target(bundle.manifest.target).integer_bias
+        self._simulation = Simulation(program, recipe, integer_bias=integer_bias)
+        self._factors = _folded_factors(bundle, recipe)
         self._output = bundle.manifest.output
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
         with tempfile.TemporaryDirectory() as folder:
@@ -68,6 +76,8 @@ class LockStep:
         results = self._runner.infer(_feeds(inputs, self._timestep))
         free = self._simulation(inputs)
         graph = results.pop(self._output)
+        for name, factor in self._factors.items():
+            results[name] = np.asarray(results.pop(f"{name}{SCALED}")) / factor
         watcher = _Synchronizer(results)
         synchronized = self._simulation(inputs, watcher)
         worst = max(watcher.steps, key=lambda path: watcher.steps[path], default="")
@@ -113,14 +123,30 @@ def _with_layer_results(bundle: Bundle, recipe: QuantRecipe, folder: Path) -> Pa
     """A copy of the graph that also returns every layer's result; large weights stay where they are."""
     model = onnx.load(bundle.model, load_external_data=False)
     computed = {name for node in model.graph.node for name in node.output}
-    for layer in recipe.layers:
-        if layer.name in computed:
-            model.graph.output.append(onnx.helper.make_tensor_value_info(layer.name, onnx.TensorProto.FLOAT, None))
+    for name in (name for layer in recipe.layers for name in (layer.name, f"{layer.name}{SCALED}")):
+        if name in computed:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     path = folder / bundle.model.name
     onnx.save_model(model, str(path))
     for data in bundle.model.parent.glob(f"{bundle.model.name}_data*"):
         (folder / data.name).symlink_to(data)
     return path
+
+
+def _folded_factors(bundle: Bundle, recipe: QuantRecipe) -> dict[str, NDArray[Any]]:
+    """What each layer's result is multiplied by, where it is; against the result's channel axis."""
+    graph = onnx.load(bundle.model, load_external_data=False).graph
+    nodes = {value: node for node in graph.node for value in node.output}
+    multipliers = {node.name: node for node in graph.node}
+    stored = {item.name: item for item in graph.initializer}
+    factors = {}
+    for layer in recipe.layers:
+        if f"{layer.name}{SCALED}" in nodes:
+            weight = nodes[multipliers[node_name(layer)].input[1]]
+            scale = numpy_helper.to_array(stored[weight.input[1]], str(bundle.model.parent))
+            spatial = layer.weight_codes.ndim - 2 if layer.kind == "conv" else 0
+            factors[layer.name] = (scale / layer.weight_step).reshape(-1, *[1] * spatial)
+    return factors
 
 
 def _feeds(inputs: Mapping[str, Tensor], timestep: str) -> dict[str, NDArray[Any]]:

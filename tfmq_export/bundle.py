@@ -11,7 +11,7 @@ nothing else beside its engine.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,13 @@ class LayerInfo:
 
 @dataclass(frozen=True, slots=True)
 class PassInfo:
-    """What one graph pass did."""
+    """What one graph pass did: how many sites it changed, which it left alone and why, and what it chose where."""
 
     name: str
     semantics: str
     changed: int
     skipped: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +204,14 @@ def _manifest_from(data: dict[str, Any]) -> Manifest:
             "inputs": tuple(InputInfo(**{**item, "shape": tuple(item["shape"])}) for item in data["inputs"]),
             "layers": tuple(LayerInfo(**item) for item in data["layers"]),
             "passes": tuple(
-                PassInfo(**{**item, "skipped": tuple((site, reason) for site, reason in item["skipped"])})
+                PassInfo(**{**item, **{key: _pairs(item.get(key, ())) for key in ("skipped", "notes")}})
                 for item in data["passes"]
             ),
             "timesteps": TimestepSet(tuple(timesteps["values"]), timesteps["real"]),
             "sampler": SamplerInfo(**data["sampler"]),
         }
     )
+
+
+def _pairs(items: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((site, text) for site, text in items)

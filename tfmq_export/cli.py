@@ -69,6 +69,9 @@ def export(
     pts: Annotated[
         str | None, typer.Option(help="Power-of-two scaling: vote, mse or off.", show_default="vote")
     ] = None,
+    pts_lowering: Annotated[
+        str | None, typer.Option(help="Its form in the graph: fold, shift, split or auto.", show_default="auto")
+    ] = None,
     estimator: Annotated[
         str | None, typer.Option(help="Activation ranges: mse, minmax, kl or percentile.", show_default="mse")
     ] = None,
@@ -102,6 +105,7 @@ def export(
         "method.les": les,
         "method.pts": pts,
         "method.estimator": estimator,
+        "pts_lowering": pts_lowering,
         "max_memory": max_memory,
         "calibration_images": calibration_images,
         "validation_images": validation_images,

@@ -101,7 +101,8 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         with stages.stage("Rewriting the graph"):
             graph = import_graph(export_onnx(program))
             after = dump_to(dump_dir) if dump_dir is not None else None
-            passes = passes_for(adapt(made, target), target, sample=denoiser.sample, timestep=denoiser.timestep)
+            inputs = {"sample": denoiser.sample, "timestep": denoiser.timestep}
+            passes = passes_for(adapt(made, target), target, **inputs, pts_lowering=config.pts_lowering)
             reports = run_passes(graph, passes, after)
         with stages.stage("Writing"):
             bundle = emit(partial, denoiser, made, target, export_model(graph), reports)

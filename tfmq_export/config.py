@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from tfmq_export.errors import ConfigError
+from tfmq_export.target import PtsLowering
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class CompileConfig(BaseModel):
     seed: int = Field(0, ge=0)
     thresholds: Thresholds = Thresholds.model_construct()
     allow_precision_loss: bool = False
+    pts_lowering: PtsLowering = Field("auto", description="form of power-of-two scaling in the graph; auto: per layer")
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the names that pydantic cannot know."""

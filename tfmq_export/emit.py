@@ -62,7 +62,7 @@ def emit(
         weight_bytes=sum(value.nbytes for value in denoiser.module.parameters()),
         integer_share=recipe.integer_share,
         layers=_layers(recipe),
-        passes=tuple(PassInfo(r.name, r.semantics.value, len(r.changed), r.skipped) for r in reports),
+        passes=tuple(PassInfo(r.name, r.semantics.value, len(r.changed), r.skipped, r.notes) for r in reports),
         versions={"onnxruntime": ort_version(), "onnx": importlib.metadata.version("onnx")},
         provenance=dict(recipe.provenance),
         files={str(path.relative_to(root)): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()},

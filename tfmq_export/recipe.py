@@ -101,13 +101,25 @@ class LayerRecipe:
                 raise RecipeError(f"{self.path}: PTS exponents must be in {MIN_EXPONENT}..0")
 
     @property
+    def weight_factor(self) -> NDArray[np.float64]:
+        """``tau 2^d``: what every input channel of the weight is multiplied by, [in]; of rank 0 where it is 1."""
+        tau = np.ones((), np.float64) if self.les_scale is None else self.les_scale.astype(np.float64)
+        shift = np.zeros((), np.int8) if self.pts_exponent is None else self.pts_exponent
+        return np.asarray(tau * np.exp2(shift.astype(np.float64)))
+
+    @property
     def input_factor(self) -> NDArray[np.float32] | None:
         """``1 / (tau 2^d)``: what every input channel is multiplied by, [in]; None where it is 1."""
         if self.les_scale is None and self.pts_exponent is None:
             return None
-        tau = np.ones((), np.float64) if self.les_scale is None else self.les_scale.astype(np.float64)
-        shift = np.zeros((), np.int8) if self.pts_exponent is None else self.pts_exponent
-        return (1 / (tau * np.exp2(shift.astype(np.float64)))).astype(np.float32)
+        return (1 / self.weight_factor).astype(np.float32)
+
+    @property
+    def weight_step(self) -> NDArray[np.float32]:
+        """Real value of one step of the integers shifted by PTS, ``scale 2^(min d)``, [out]."""
+        if self.pts_exponent is None:
+            return self.weight.scale
+        return self.weight.scale * np.float32(2.0 ** int(self.pts_exponent.min()))
 
     @property
     def shifted_codes(self) -> NDArray[np.int32]:
@@ -118,13 +130,6 @@ class LayerRecipe:
         shifts = self.pts_exponent.astype(np.int32) - int(self.pts_exponent.min())  # [in]
         by_group = np.repeat(shifts.reshape(self.groups, -1), len(codes) // self.groups, axis=0)
         return codes << by_group.reshape(*by_group.shape, *[1] * (codes.ndim - 2))
-
-    @property
-    def shifted_steps(self) -> NDArray[np.float32]:
-        """Real value of one step of ``shifted_codes``, [out]."""
-        if self.pts_exponent is None:
-            return self.weight.scale
-        return self.weight.scale * np.float32(2.0 ** int(self.pts_exponent.min()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,12 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from tfmq_export.errors import ConfigError
+
+PtsLowering = Literal["auto", "fold", "shift", "split"]
+"""The form power-of-two scaling is asked to take in the graph."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -146,67 +144,6 @@ def test_queries_keys_and_values_share_their_input() -> None:
     graph = quantized(net.model, recipe_for(net))
 
     assert ops(graph).count("QuantizeLinear") == 2  # x, and what goes into the output projection
-
-
-TAU = np.float32([0.5, 2.0, 0.25, 4.0])
-EXPONENT = np.int8([0, -1, -2, -3])
-
-
-def rescaled(x: NDArray, axis: int, *, tau: NDArray | None = None, exponent: NDArray | None = None) -> NDArray:
-    """``x / (tau 2^d)``; powers of two, so that nothing is rounded."""
-    factor = np.ones(4) if tau is None else 1 / tau
-    factor = factor if exponent is None else factor / np.exp2(exponent)
-    return (x * factor.reshape([-1 if at == axis % x.ndim else 1 for at in range(x.ndim)])).astype(np.float32)
-
-
-@pytest.mark.parametrize("scaling", [{"tau": TAU}, {"exponent": EXPONENT}, {"tau": TAU, "exponent": EXPONENT}])
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_scaled_inputs_are_divided_channel_by_channel(kind: str, scaling: dict[str, NDArray]) -> None:
-    params = grid(8, 0.25, 100)
-    layer = unit_layer("linear" if kind == "linear" else "conv2d", params, kind=kind)
-    layer = replace(layer, les_scale=scaling.get("tau"), pts_exponent=scaling.get("exponent"))
-    shape = (2, 4) if kind == "linear" else (2, 4, 4, 4)  # 4 x 4 pixels: another axis would fit as well
-    model = build(
-        [node("MatMul" if kind == "linear" else "Conv", "x w", layer.name)],
-        {"x": shape},
-        {layer.name: shape},
-        {"w": UNIT if kind == "linear" else UNIT.reshape(4, 4, 1, 1)},
-    )
-    x = normal(0, *shape) * 4
-
-    graph = quantized(model, recipe_with([layer]))
-
-    # The weight still is as it was: its half of the scaling is QuantizeWeights' to do.
-    expected = fake_quantize(rescaled(x, -1 if kind == "linear" else 1, **scaling), params)
-    np.testing.assert_array_equal(infer(export_model(graph), {"x": x})[0], expected)
-    assert ops(graph)[0] == "Mul"
-
-
-def test_unscaled_inputs_are_not_multiplied() -> None:
-    assert "Mul" not in ops(quantized(unit_model(), recipe_with([unit_layer("linear", grid(8, 1.0, 10))])))
-
-
-def test_one_scaling_of_one_value_is_one_multiplication() -> None:
-    layers = [replace(unit_layer(name, grid(8, 0.5, 3)), les_scale=TAU.copy()) for name in ("linear", "linear_1")]
-
-    graph = quantized(two_readers(), recipe_with(layers))
-
-    assert ops(graph).count("Mul") == ops(graph).count("QuantizeLinear") == 1
-
-
-@pytest.mark.parametrize("other", [{}, {"les_scale": TAU[::-1].copy()}, {"les_scale": TAU, "pts_exponent": EXPONENT}])
-def test_other_scalings_of_one_value_stay_apart(other: dict[str, NDArray]) -> None:
-    params = grid(8, 0.5, 100)
-    first = replace(unit_layer("linear", params), les_scale=TAU)
-    graph = quantized(two_readers(), recipe_with([first, replace(unit_layer("linear_1", params), **other)]))
-    x = normal(0, 2, 4) * 8
-
-    assert ops(graph).count("QuantizeLinear") == 2
-    scaling = {"tau": other.get("les_scale"), "exponent": other.get("pts_exponent")}
-    np.testing.assert_array_equal(
-        infer(export_model(graph), {"x": x})[0],
-        fake_quantize(rescaled(x, -1, tau=TAU), params) - fake_quantize(rescaled(x, -1, **scaling), params),
-    )
 
 
 def test_an_output_of_several_codes_is_left_to_its_own_pass() -> None:

@@ -73,7 +73,7 @@ def passes(recipe: QuantRecipe, target: Target) -> list[Pass]:
         TabulateTib(recipe.tib, "timestep", "sample"),
         InsertQdq(recipe, target),
         LowerTimestepGrids(recipe, target, "sample"),
-        QuantizeWeights(recipe),
+        QuantizeWeights(recipe, target),
         OffsetInputs(recipe, target),
     ]
 

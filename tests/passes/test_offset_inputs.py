@@ -42,7 +42,7 @@ def lowered(op: str, layer: LayerRecipe, target: Target, bias: NDArray = BIAS) -
     graph = graph_of(float_model(op, float_weight(op), bias))
     run_passes(
         graph,
-        [BindRecipe(recipe), InsertQdq(recipe, target), QuantizeWeights(recipe), OffsetInputs(recipe, target)],
+        [BindRecipe(recipe), InsertQdq(recipe, target), QuantizeWeights(recipe, target), OffsetInputs(recipe, target)],
     )
     return graph
 
@@ -51,7 +51,7 @@ def assert_computes(op: str, layer: LayerRecipe, graph: gs.Graph, x: NDArray) ->
     (actual,) = infer(export_model(graph), {"x": x})
     expected = computed(op, layer, BIAS, x)
     # Half an accumulator step of the bias, and fp32 sums.
-    step = float((layer.input.scale * layer.shifted_steps).max())
+    step = float((layer.input.scale * layer.weight_step).max())
     np.testing.assert_allclose(actual, expected, rtol=0, atol=step + 2e-6 * np.abs(expected).max())
 
 
@@ -209,7 +209,7 @@ def test_layers_that_read_one_value_alike_share_its_codes() -> None:
 
     run_passes(
         graph,
-        [BindRecipe(recipe), InsertQdq(recipe, SIGNED), QuantizeWeights(recipe), OffsetInputs(recipe, SIGNED)],
+        [BindRecipe(recipe), InsertQdq(recipe, SIGNED), QuantizeWeights(recipe, SIGNED), OffsetInputs(recipe, SIGNED)],
     )
 
     assert ops(graph).count("QuantizeLinear") == 1

@@ -17,12 +17,13 @@ from onnx_graphs import build, graph_of, infer, normal
 from scaled_layers import OPS, computed, float_model, float_weight, sample, scaled_layer
 from toy_nets import ORT_CPU, layer_recipe, node, recipe_with
 
-from tfmq_export.errors import PostconditionError, PreconditionError
+from tfmq_export.errors import PostconditionError, PreconditionError, TargetError
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.bind_recipe import BindRecipe
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.insert_qdq import InsertQdq
 from tfmq_export.passes.quantize_weights import QuantizeWeights
+from tfmq_export.passes.rescale_inputs import RescaleInputs
 from tfmq_export.recipe import LayerRecipe
 from tfmq_export.spec import QParams, QuantSpec
 
@@ -34,7 +35,9 @@ def grid(scale: float, zero_point: int, bits: int = 8) -> QParams:
 def quantized(model: onnx.ModelProto, *layers: LayerRecipe) -> gs.Graph:
     recipe = recipe_with(layers)
     graph = graph_of(model)
-    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe, ORT_CPU), QuantizeWeights(recipe)])
+    run_passes(
+        graph, [BindRecipe(recipe), RescaleInputs(recipe), InsertQdq(recipe, ORT_CPU), QuantizeWeights(recipe, ORT_CPU)]
+    )
     return graph
 
 
@@ -202,8 +205,8 @@ def test_the_bias_lies_on_the_accumulators_grid() -> None:
 def bound_graph(layer: LayerRecipe, weight: NDArray, bias: NDArray | None = None) -> tuple[gs.Graph, QuantizeWeights]:
     recipe = recipe_with([layer])
     graph = graph_of(conv_model(weight, np.zeros(len(weight), np.float32) if bias is None else bias, (3, 3)))
-    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe, ORT_CPU)])
-    return graph, QuantizeWeights(recipe)
+    run_passes(graph, [BindRecipe(recipe), RescaleInputs(recipe), InsertQdq(recipe, ORT_CPU)])
+    return graph, QuantizeWeights(recipe, ORT_CPU)
 
 
 WEIGHT = normal(0, 4, 2, 1, 1)
@@ -392,9 +395,15 @@ def test_shifted_weights_stay_packed_in_four_bits(op: str) -> None:
     np.testing.assert_array_equal(step, layer.weight.scale / np.float32(8))  # 2^(min d)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_exponents_on_eight_bit_weights_are_refused(op: str) -> None:
-    with pytest.raises(PreconditionError, match=r"its 8-bit weight shifted by PTS does not fit 8 bits"):
+@pytest.mark.parametrize("op", ["Conv", "grouped Conv"])
+def test_exponents_on_eight_bit_convolutions_are_refused_where_outputs_have_grids(op: str) -> None:
+    with pytest.raises(TargetError, match=r"its 8-bit weight shifted by PTS does not fit 8 bits, and the sum over its"):
+        scaled(op, "pts", bits=8)
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Gemm", "Gemm transposed"])
+def test_exponents_on_eight_bit_linear_layers_have_to_be_split_first(op: str) -> None:
+    with pytest.raises(PreconditionError, match=r"net.linear: its integers have to be split first; run SplitExponents"):
         scaled(op, "pts", bits=8)
 
 
@@ -410,7 +419,7 @@ def test_an_integer_shifted_to_just_above_the_container_is_refused() -> None:
     layer = shifted_pixel(64)
     weight = layer.weight_codes.astype(np.float32)
 
-    with pytest.raises(PreconditionError, match="does not fit 8 bits"):
+    with pytest.raises(TargetError, match="does not fit 8 bits"):
         quantized(conv_model(weight, np.zeros(1, np.float32), (3, 3)), layer)
 
 

@@ -15,10 +15,13 @@ from tfmq_export.passes.bind_recipe import BindRecipe
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.insert_qdq import InsertQdq
 from tfmq_export.passes.quantize_weights import QuantizeWeights
+from tfmq_export.passes.rescale_inputs import RescaleInputs
+from tfmq_export.passes.split_exponents import SplitExponents, split_recipe
 from tfmq_export.passes.stack_output_codes import StackOutputCodes
 from tfmq_export.passes.strip_qdq import StripQdq
 from tfmq_export.recipe import LayerRecipe
 from tfmq_export.spec import QParams, QuantSpec
+from tfmq_export.target import find_target
 
 TAU = np.float32([0.5, 3.1, 0.27, 1.9])
 EXPONENT = np.int8([0, -3, -1, 0])
@@ -39,7 +42,14 @@ def grid(scale: float, zero_point: int, bits: int = 8, codes: int = 1) -> QParam
 def stripped(graph: gs.Graph, *layers: LayerRecipe) -> gs.Graph:
     recipe = recipe_with(layers)
     run_passes(
-        graph, [BindRecipe(recipe), InsertQdq(recipe, ORT_CPU), QuantizeWeights(recipe), StackOutputCodes(recipe)]
+        graph,
+        [
+            BindRecipe(recipe),
+            RescaleInputs(recipe),
+            InsertQdq(recipe, ORT_CPU),
+            QuantizeWeights(recipe, ORT_CPU),
+            StackOutputCodes(recipe),
+        ],
     )
     assert "DequantizeLinear" in ops(graph)
     run_passes(graph, [StripQdq()])
@@ -49,6 +59,26 @@ def stripped(graph: gs.Graph, *layers: LayerRecipe) -> gs.Graph:
 def dequantized(layer: LayerRecipe) -> NDArray[np.float64]:
     """The integers of ``tau W`` as real numbers."""
     return layer.weight_codes * per_channel(layer.weight.scale.astype(np.float64), layer.weight_codes.ndim)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_twin_of_a_split_layer_is_one_layer(op: str) -> None:
+    layer = scaled_layer(op, grid(0.01, 120), None, 8, TAU, EXPONENT)
+    weight, bias = float_weight(op), normal(1, len(layer.weight_codes))
+    recipe, graph = recipe_with([layer]), graph_of(float_model(op, weight, bias))
+    names = frozenset([layer.name])
+    parts = split_recipe(recipe, names)
+    openvino = find_target("openvino")
+
+    before = [BindRecipe(recipe), RescaleInputs(recipe), SplitExponents(recipe, names)]
+    run_passes(graph, [*before, InsertQdq(parts, openvino), QuantizeWeights(parts, openvino), StripQdq()])
+
+    real = dequantized(layer)
+    real = (real / per_weight(op, TAU.astype(np.float64), real)).astype(np.float32)
+    x = sample(op)
+    (expected,) = infer(float_model(op, real, bias), {"x": x})
+    assert_near(infer(export_model(graph), {"x": x})[0], expected, layer)
+    assert sorted(ops(graph)) == sorted(ops(graph_of(float_model(op, weight, bias))))
 
 
 def assert_near(actual: NDArray, expected: NDArray, layer: LayerRecipe) -> None:

@@ -25,10 +25,11 @@ class Simulation:
     Args:
         program: With the recipe's skip concatenations split.
         recipe: Made from this very program.
+        integer_bias: Whether kernels add biases as integers, as the target says.
     """
 
-    def __init__(self, program: DiffusionProgram, recipe: QuantRecipe) -> None:
-        self._program, self._recipe = program, recipe
+    def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, *, integer_bias: bool = True) -> None:
+        self._program, self._recipe, self._integer_bias = program, recipe, integer_bias
         self._layers = {layer.name: QuantizedLayer(layer) for layer in recipe.layers}
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
 
@@ -46,7 +47,7 @@ class Simulation:
             table.name: torch.from_numpy(table.rows)[rows if table.per_sample else rows[0]]
             for table in self._recipe.tib.tables
         }
-        interpreter = _Interpreter(self._program.module, self._layers, features, rows, after_layer)
+        interpreter = _Interpreter(self._program.module, self._layers, features, rows, after_layer, self._integer_bias)
         return first_tensor(interpreter.run(*inputs.values()))
 
 
@@ -64,11 +65,10 @@ class QuantizedLayer:
         self.factor = None if factor is None else torch.from_numpy(factor)
         codes = torch.from_numpy(recipe.weight_codes).float()
         self.weight = codes * per_output(torch.from_numpy(recipe.weight.scale), codes)
-        self.step = torch.from_numpy(recipe.input.scale * recipe.weight.scale)  # of the accumulator
+        self.step = torch.from_numpy(recipe.input.scale * recipe.weight_step)  # of the accumulator
         if recipe.pts_exponent is not None:
             shift = torch.exp2(torch.from_numpy(recipe.pts_exponent).float())
             self.weight = scale_input_channels(self.weight, shift, recipe.groups)
-            self.step = self.step * float(shift.min())
         self.input = Grid.of(recipe.input, recipe.input_by_timestep)
         self.output = None if recipe.output is None else Grid.of(recipe.output, recipe.output_by_timestep)
 
@@ -101,8 +101,10 @@ class _Interpreter(fx.Interpreter):
         features: Mapping[str, Tensor],
         rows: Tensor,
         after_layer: AfterLayer | None,
+        integer_bias: bool,
     ) -> None:
         super().__init__(module)
+        self.integer_bias = integer_bias
         self.layers, self.features, self.rows, self.after_layer = layers, features, rows, after_layer
 
     def run_node(self, n: fx.Node) -> Any:
@@ -114,7 +116,7 @@ class _Interpreter(fx.Interpreter):
         (x, _, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
         assert isinstance(x, Tensor)
         # Linear layers on inputs of rank 3 and more add their bias in floating point; so do per-timestep grids.
-        in_integers = layer.recipe.kind == "conv" or x.ndim == 2
+        in_integers = self.integer_bias and (layer.recipe.kind == "conv" or x.ndim == 2)
         if rest and isinstance(rest[0], Tensor) and in_integers and layer.recipe.input_by_timestep is None:
             rest[0] = layer.on_accumulator_grid(rest[0])
         y = n.target(layer.quantize_input(x, self.rows), layer.weight, *rest, **kwargs)  # type: ignore[operator]
