@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle import Bundle, InputInfo, open_bundle
 from tfmq_export.errors import ConfigError, LoadError
-from tfmq_export.runtime.ort_runner import OrtRunner
+from tfmq_export.runtime.engines import open_runner
 from tfmq_export.runtime.runner import Runner
 
 
@@ -81,21 +81,26 @@ class LoadedBundle:
         self.runner.__exit__(kind, error, traceback)
 
 
-def load(root: Path, *, threads: int | None = None, integer: bool = True, verify: bool = False) -> LoadedBundle:
-    """Open a bundle on ONNX Runtime's CPU provider.
+def load(
+    root: Path, *, backend: str = "auto", threads: int | None = None, integer: bool = True, verify: bool = False
+) -> LoadedBundle:
+    """Open a bundle on the CPU.
 
     Args:
-        threads: Intra-op threads; None leaves the choice to ONNX Runtime.
+        backend: "onnxruntime", "openvino", or "auto": the engine the bundle was compiled for where it is installed,
+            else ONNX Runtime.
+        threads: Of one inference; None leaves the choice to the engine.
         integer: False gives the reference numerics: the same graph computed in floating point.
         verify: Compare every file with the manifest's hashes first.
     Raises:
         LoadError: no bundle, an altered file, or a graph that is not the manifest's.
-        BuildError: ONNX Runtime refuses the graph.
+        BuildError: the engine refuses the graph.
+        DependencyError: the engine is not installed.
     """
     bundle = open_bundle(Path(root))
     if verify:
         bundle.verify()
-    runner = OrtRunner(bundle.model, threads=threads, integer=integer)
+    runner = open_runner(bundle, backend, threads=threads, integer=integer)
     promised = {info.name for info in bundle.manifest.inputs}
     if promised != set(runner.inputs) or bundle.manifest.output not in runner.outputs:
         raise LoadError(

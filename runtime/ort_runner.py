@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
+from tfmq_export.runtime.runner import one_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -111,11 +112,6 @@ class OrtRunner:
 def version() -> str:
     """Version of the installed ONNX Runtime."""
     return str(_onnxruntime().__version__)
-
-
-def one_line(error: BaseException) -> str:
-    """An engine's message without its line breaks and closing full stop."""
-    return " ".join(str(error).split()).rstrip(".")
 
 
 def _onnxruntime() -> ModuleType:

@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 
 
 class Runner(Protocol):
-    """A compiled graph held by one engine: ``with runner: runner.infer(feeds)``."""
+    """A compiled graph held by one engine: ``with runner: runner.infer(feeds)``.
+
+    Attributes:
+        inputs: Names of the graph's inputs, in order.
+        outputs: Names of its outputs.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
     def infer(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """Run the graph once; keys are the names of its inputs and outputs."""
@@ -20,3 +28,8 @@ class Runner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+def one_line(message: object) -> str:
+    """An engine's message without its line breaks and closing full stop."""
+    return " ".join(str(message).split()).rstrip(".")

@@ -33,8 +33,19 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "openvino"}), DATA),
     "export": (TORCH | {"onnx"}, DATA | {"program"}),
 }
-ENGINES = {"onnxruntime": "runtime/ort_runner.py"}
-HEAVY = ("torch", "onnx", "diffusers", "onnxruntime", "onnx_graphsurgeon", "safetensors", "pydantic", "rich", "typer")
+ENGINES = {"onnxruntime": "runtime/ort_runner.py", "openvino": "runtime/openvino_runner.py"}
+HEAVY = (
+    "torch",
+    "onnx",
+    "diffusers",
+    "onnxruntime",
+    "openvino",
+    "onnx_graphsurgeon",
+    "safetensors",
+    "pydantic",
+    "rich",
+    "typer",
+)
 
 
 def sources() -> list[Path]:

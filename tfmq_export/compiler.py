@@ -37,6 +37,7 @@ from tfmq_export.ptq.tib import tabulate
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.recipe_io import load_recipe
 from tfmq_export.runtime.benchmark import peak_rss_bytes
+from tfmq_export.runtime.engines import require_engine
 from tfmq_export.target import find_target
 from tfmq_export.validate import Subject, Validation, validate
 
@@ -87,6 +88,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     stages = _Timed(progress or Silent())
     root = Path(output)
     target = find_target(config.target)
+    require_engine(target)
     with stages.stage("Loading"):
         denoiser = _load(model)
     with replaced_folder(root) as partial:

@@ -28,7 +28,8 @@ from tfmq_export.recipe import QuantRecipe
 from tfmq_export.runtime.compare import Comparison, Report, Threshold, has_ssim, psnr, sqnr_db, ssim
 from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.denoiser import load as load_bundle
-from tfmq_export.runtime.realized import Receipt, realized_on_ort
+from tfmq_export.runtime.realized import realized_by_target
+from tfmq_export.runtime.receipt import Receipt
 from tfmq_export.target import find_target
 from tfmq_export.temporal_features import TemporalErrors, compare_temporal
 
@@ -116,7 +117,7 @@ def validate(
     with progress.stage("Checking the graph against fake-quant") as step:
         agreements = _agreements(subject, trajectory, step)
     with progress.stage("Reading the optimized graph"):
-        receipt = realized_on_ort(subject.bundle, subject.bundle.manifest.layers, macs=subject.bundle.manifest.macs)
+        receipt = realized_by_target(subject.bundle)
     temporal = compare_temporal(subject.program, denoiser, subject.recipe.tib, subject.bundle)
     similarity: tuple[Comparison, ...] = ()
     # Signals, points and tiny images have no SSIM; where one is demanded all the same, ssim says so.

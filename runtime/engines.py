@@ -1,0 +1,48 @@
+"""Which engine runs a bundle."""
+
+import logging
+
+from tfmq_export.bundle import Bundle
+from tfmq_export.errors import ConfigError
+from tfmq_export.runtime import openvino_runner
+from tfmq_export.runtime.openvino_runner import OpenVinoRunner
+from tfmq_export.runtime.ort_runner import OrtRunner
+from tfmq_export.runtime.runner import Runner
+from tfmq_export.target import Target, find_target
+
+BACKENDS = ("auto", "onnxruntime", "openvino")
+
+_log = logging.getLogger(__name__)
+
+
+def require_engine(target: Target) -> None:
+    """Raise DependencyError now if a target's engine is missing, not after an hour of quantizing."""
+    if target.engine == "openvino":
+        openvino_runner.version()
+
+
+def open_runner(bundle: Bundle, backend: str = "auto", *, threads: int | None = None, integer: bool = True) -> Runner:
+    """Open a bundle's graph.
+
+    Args:
+        backend: "onnxruntime", "openvino", or "auto": the engine the bundle was compiled for where it is installed,
+            else ONNX Runtime, which computes the same numbers, if not in integers. Reference numerics are always
+            ONNX Runtime's under "auto".
+        threads: Of one inference; None leaves the choice to the engine.
+        integer: False gives the reference numerics: the same graph computed in floating point.
+    Raises:
+        ConfigError: no such backend.
+        DependencyError: a backend asked for by name is not installed, or ONNX Runtime where nothing else is.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "onnxruntime"
+        if integer and find_target(bundle.manifest.target).engine == "openvino":
+            if openvino_runner.is_installed():
+                backend = "openvino"
+            else:
+                _log.warning("%s was compiled for openvino, which is not installed; on ONNX Runtime", bundle.root)
+    if backend == "openvino":
+        return OpenVinoRunner(bundle.model, threads=threads, integer=integer)
+    return OrtRunner(bundle.model, threads=threads, integer=integer)

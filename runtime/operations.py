@@ -1,0 +1,85 @@
+"""Nodes of a graph as an engine or a file lists them, and which layer each one computes.
+
+A layer ``L`` is found by the name of its node, ``node_L``, with what graph optimizers append to it
+(``_token_3``, ``_nchwc``, ``/MatMulAddFusion``, ``/WithoutBiases``) or what our passes append (``.part_0``);
+failing that by its weight, ``L.weight*``. Engines rename scales they find equal, so those identify nothing.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfmq_export.errors import DependencyError
+
+LAYOUT_OPS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "ReorderInput", "Reorder"})
+
+_SUFFIX = re.compile(r"(_token_\d+|_nchwc|[./][^./]*)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One node of a graph."""
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def read_graph(path: Path) -> Any:
+    """The graph of an ONNX file, without weights that lie outside it."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise DependencyError("onnx is not installed; pip install onnx") from error
+    return onnx.load(path, load_external_data=False).graph
+
+
+def operations_of(graph: Any) -> tuple[Operation, ...]:
+    """The nodes of an ONNX graph."""
+    return tuple(Operation(node.op_type, node.name, tuple(node.input), tuple(node.output)) for node in graph.node)
+
+
+def producers_of(operations: Iterable[Operation]) -> dict[str, Operation]:
+    """Who computes each value."""
+    return {value: operation for operation in operations for value in operation.outputs}
+
+
+def layer_named(name: str, layers: Collection[str]) -> str | None:
+    """The layer a node's name speaks of."""
+    stem: str | None = name.removeprefix("node_")
+    while stem:
+        if stem in layers:
+            return stem
+        shorter = _SUFFIX.sub("", stem)
+        stem = shorter if shorter != stem else None
+    return None
+
+
+def layer_weighted(operation: Operation, layers: Collection[str], producers: Mapping[str, Operation]) -> str | None:
+    """The layer whose weight an operation reads."""
+    for value in operation.inputs:
+        while True:
+            layer, found, _ = value.rpartition(".weight")
+            if found and layer in layers:
+                return layer
+            producer = producers.get(value)
+            if producer is None or producer.op not in LAYOUT_OPS | {"DequantizeLinear"} or not producer.inputs:
+                break
+            value = producer.inputs[0]
+    return None
+
+
+def layer_of(operation: Operation, layers: Collection[str], producers: Mapping[str, Operation]) -> str | None:
+    """The layer an operation computes, by its own name, else by its weight's."""
+    return layer_named(operation.name, layers) or layer_weighted(operation, layers, producers)
+
+
+def dequantizer(value: str, producers: Mapping[str, Operation]) -> Operation | None:
+    """The DequantizeLinear a value comes out of, changed in layout at most."""
+    producer = producers.get(value)
+    while producer is not None and producer.op in LAYOUT_OPS:
+        producer = producers.get(producer.inputs[0])
+    return producer if producer is not None and producer.op == "DequantizeLinear" else None
