@@ -28,6 +28,7 @@ INTEGER_OPS = frozenset(
         "ConvInteger",
         "MatMulInteger",
         "DynamicQuantizeMatMul",
+        "Int8",  # TensorRT names its layers by the type they compute in
     }
 )
 FLOAT_OPS = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits"})
@@ -196,14 +197,22 @@ def receipt_of(operations: Sequence[Operation], requested: Sequence[LayerInfo], 
     return Receipt(tuple(rows), tuple(strays), macs)
 
 
-def _layer_of(operation: Operation, layers: Mapping[str, object], producers: Mapping[str, Operation]) -> str | None:
-    """The layer an operation computes, by its own name, else by its weight's."""
-    stem: str | None = operation.name.removeprefix("node_")
+def layer_by_name(node: str, layers: Mapping[str, object]) -> str | None:
+    """The layer that a node's name says it computes: the node's own, less what was appended to it."""
+    stem: str | None = node.removeprefix("node_")
     while stem:
         if stem in layers:
             return stem
         shorter = _SUFFIX.sub("", stem)
         stem = shorter if shorter != stem else None
+    return None
+
+
+def _layer_of(operation: Operation, layers: Mapping[str, object], producers: Mapping[str, Operation]) -> str | None:
+    """The layer an operation computes, by its own name, else by its weight's."""
+    own = layer_by_name(operation.name, layers)
+    if own is not None:
+        return own
     for value in operation.inputs:
         while True:
             layer, found, _ = value.rpartition(".weight")
