@@ -7,12 +7,25 @@ from tfmq_export.bundle import Bundle, LayerInfo
 from tfmq_export.errors import ConfigError
 from tfmq_export.runtime.realized_openvino import realized_on_openvino
 from tfmq_export.runtime.realized_ort import realized_on_ort
+from tfmq_export.runtime.realized_tensorrt import realized_on_tensorrt
 from tfmq_export.runtime.receipt import LayerReceipt, Receipt
 from tfmq_export.target import find_target
 
-__all__ = ["LayerReceipt", "Receipt", "realized", "realized_by_target", "realized_on_openvino", "realized_on_ort"]
+__all__ = [
+    "LayerReceipt",
+    "Receipt",
+    "realized",
+    "realized_by_target",
+    "realized_on_openvino",
+    "realized_on_ort",
+    "realized_on_tensorrt",
+]
 
-_ENGINES: Mapping[str, Callable[..., Receipt]] = {"onnxruntime": realized_on_ort, "openvino": realized_on_openvino}
+_ENGINES: Mapping[str, Callable[..., Receipt]] = {
+    "onnxruntime": realized_on_ort,
+    "openvino": realized_on_openvino,
+    "tensorrt": realized_on_tensorrt,
+}
 
 
 def realized(
@@ -22,7 +35,7 @@ def realized(
 
     Args:
         requested: The layers and the precision asked for.
-        engine: "onnxruntime" or "openvino".
+        engine: "onnxruntime", "openvino" or "tensorrt".
         macs: Multiply-accumulates of the whole model; the sum over ``requested`` if None.
     Raises:
         ConfigError: no such engine.

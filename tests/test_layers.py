@@ -29,11 +29,16 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "blocks": (TORCH, DATA | {"analysis"}),
     "ptq": (TORCH | {"numpy", "safetensors"}, DATA | MODEL_SIDE | {"analysis", "blocks", "program"}),
     "passes": (ONNX | {"numpy", "onnxruntime"}, DATA),
-    # onnx only to read the optimized graph back; a production host never calls that.
-    "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "openvino"}), DATA),
+    # onnx only to read graphs back and to lint them; a production host never calls that.
+    "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx", "openvino"}), DATA),
     "export": (TORCH | {"onnx"}, DATA | {"program"}),
 }
-ENGINES = {"onnxruntime": "runtime/ort_runner.py", "openvino": "runtime/openvino_runner.py"}
+ENGINES = {
+    "onnxruntime": "runtime/ort_runner.py",
+    "openvino": "runtime/openvino_runner.py",
+    "tensorrt": "runtime/trt_child.py",
+    "tensorrt_rtx": "runtime/trt_child.py",
+}
 HEAVY = (
     "torch",
     "onnx",
@@ -125,7 +130,7 @@ def test_each_part_imports_what_its_layer_may(name: str) -> None:
 def test_each_engine_has_a_file_of_its_own() -> None:
     for path in sources():
         if part(path) == "runtime":
-            for engine in imports_of(path) & {"onnxruntime", "tensorrt", "openvino"}:
+            for engine in imports_of(path) & (ENGINES.keys() | {"openvino"}):
                 assert place(path) == ENGINES[engine]
 
 
@@ -151,6 +156,7 @@ def test_the_command_line_loads_nothing_heavy_before_it_must() -> None:
     [
         ("tfmq_export", HEAVY),
         ("tfmq_export.runtime", HEAVY),
+        ("tfmq_export.runtime.realized_tensorrt", HEAVY),
         ("tfmq_export.bundle", HEAVY),
         ("tfmq_export.recipe", HEAVY),
         ("tfmq_export.passes.pipeline", ("torch", "diffusers")),

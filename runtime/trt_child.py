@@ -1,0 +1,165 @@
+"""The process that builds an engine; the only file that imports TensorRT or TensorRT-RTX.
+
+    python trt_child.py JOB.json
+
+The job is ``BuildJob`` as JSON. The log goes to a file line by line, so that it outlives a builder that crashes; the
+result is written last. Nothing here needs tfmq_export or numpy.
+
+One path for TensorRT 10, TensorRT 11 and TensorRT-RTX: precision is what the graph's own types say, and nothing that
+TensorRT 11 removed is touched.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO
+
+STRONGLY_TYPED_ALWAYS = 11
+"""Major version from which every network is strongly typed and the flag is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildJob:
+    """What the child is asked to do.
+
+    Attributes:
+        flavour: "tensorrt" or "tensorrt-rtx".
+        log: Where one JSON object per message goes: severity, text.
+        compute_capabilities: Such as 89; TensorRT-RTX only.
+        profile: Smallest, usual and largest shape by input name.
+        batch: The same for the first axis of every other input where it may vary.
+    """
+
+    flavour: str
+    onnx: str
+    engine: str
+    log: str
+    result: str
+    compute_capabilities: tuple[int, ...]
+    profile: dict[str, tuple[tuple[int, ...], ...]]
+    batch: tuple[int, int, int]
+    workspace_bytes: int | None
+    timing_cache: str | None
+
+
+class RefusedError(Exception):
+    """The job cannot be done as asked; ``lines`` say why."""
+
+    def __init__(self, kind: str, *lines: str) -> None:
+        super().__init__(*lines)
+        self.kind = kind
+        self.lines = lines
+
+
+def main(job_path: str) -> int:
+    """Do one job; the exit code is 0 wherever a result could be written."""
+    job = BuildJob(**json.loads(Path(job_path).read_text("utf-8")))
+    result: dict[str, Any] = {"error": "", "lines": [], "version": ""}
+    with Path(job.log).open("w", encoding="utf-8") as log:
+        try:
+            trt = load(job.flavour)
+            result["version"] = trt.__version__
+            Path(job.engine).write_bytes(build(trt, job, log))
+        except RefusedError as refusal:
+            result |= {"error": refusal.kind, "lines": refusal.lines}
+    Path(job.result).write_text(json.dumps(result), "utf-8")
+    return 0
+
+
+def load(flavour: str) -> ModuleType:
+    """The TensorRT module of a flavour."""
+    try:
+        if flavour == "tensorrt-rtx":
+            import tensorrt_rtx
+
+            return tensorrt_rtx
+        import tensorrt
+
+        return tensorrt
+    except ImportError as error:
+        raise RefusedError("import", str(error)) from error
+
+
+def build(trt: Any, job: BuildJob, log: TextIO) -> bytes:
+    """Parse the graph, build the engine, give its bytes."""
+    logger = recorder(trt, log)
+    builder = trt.Builder(logger)
+    major = int(trt.__version__.partition(".")[0])
+    # TensorRT-RTX counts its own versions, is at 1, and still has the flag.
+    typed = 0 if major >= STRONGLY_TYPED_ALWAYS else 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(typed)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(job.onnx):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        lines = [f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors]
+        raise RefusedError("parse", *lines)
+
+    config = builder.create_builder_config()
+    # The log then lists every layer with its types and the ONNX nodes it came from.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if job.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
+    if job.flavour == "tensorrt-rtx":
+        set_compute_capabilities(trt, config, job.compute_capabilities)
+    add_profile(builder, network, config, job)
+    cache = None if job.timing_cache is None else Path(job.timing_cache)
+    if cache is not None:
+        known = cache.read_bytes() if cache.exists() else b""
+        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise RefusedError("build")
+    if cache is not None:
+        cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return bytes(engine)
+
+
+def recorder(trt: Any, log: TextIO) -> Any:
+    """A TensorRT logger that writes everything down at once."""
+
+    class Recorder(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            log.write(json.dumps({"severity": severity.name, "text": text}) + "\n")
+            log.flush()
+
+    return Recorder()
+
+
+def set_compute_capabilities(trt: Any, config: Any, capabilities: tuple[int, ...]) -> None:
+    """Choose the GPUs that a TensorRT-RTX engine will run on."""
+    known = {int(name[2:]): name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
+    config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        if capability not in known:
+            offered = ", ".join(map(str, sorted(known)))
+            raise RefusedError("option", f"compute capability {capability} is none of those it builds for ({offered})")
+        config.set_compute_capability(getattr(trt.ComputeCapability, known[capability]), index)
+
+
+def add_profile(builder: Any, network: Any, config: Any, job: BuildJob) -> None:
+    """Give every input that may vary its smallest, usual and largest shape."""
+    inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+    stray = sorted(job.profile.keys() - inputs.keys())
+    if stray:
+        raise RefusedError("option", f"the profile names {stray[0]!r}; the graph's inputs are {', '.join(inputs)}")
+    varying = {name: shape for name, shape in inputs.items() if -1 in shape}
+    if not varying:
+        return
+    profile = builder.create_optimization_profile()
+    for name, shape in varying.items():
+        shapes = job.profile.get(name)
+        if shapes is None:
+            if -1 in shape[1:]:
+                raise RefusedError("option", f"{name} {list(shape)}: more than its batch may vary; give it a profile")
+            shapes = tuple((size, *shape[1:]) for size in job.batch)
+        profile.set_shape(name, *shapes)
+    config.add_optimization_profile(profile)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,207 @@
+"""Real builds, ahead of time, without a GPU."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import onnx
+import pytest
+from tensorrt_patterns import (
+    PatternGraph,
+    bit_shift,
+    computed_scale,
+    four_bit_codes,
+    int32_bias,
+    linear_on_tokens,
+    mixed_operands,
+    plain,
+    save,
+    scale_lost_to_float16,
+    unsigned_with_zero_point,
+    zero_point_of_five,
+)
+
+from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
+from tfmq_export.runtime.trt_build import BuildOptions, EngineBuild, ShapeRange, build_engine, engine_name
+
+has_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13")
+
+
+def tokens(g: PatternGraph) -> str:
+    return g.linear(g.grid(g.input("tokens", 16)))
+
+
+TOKENS = {"tokens.sample": ShapeRange((1, 77, 16), (2, 77, 16), (8, 154, 16))}
+
+
+@has_rtx
+@pytest.mark.parametrize("capabilities", [(80,), (89,), (120,), (80, 89, 120)])
+def test_an_engine_lists_its_layers(tmp_path: Path, capabilities: tuple[int, ...]) -> None:
+    model = save(tmp_path / "m.onnx", plain)
+
+    build = build_engine(model, tmp_path / "m.engine", BuildOptions(compute_capabilities=capabilities))
+
+    assert build.path.stat().st_size > 10_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.engine", "m.onnx"]
+    (conv,) = (layer for layer in build.layers if layer.computes)
+    assert "node_plain" in conv.nodes
+    assert conv.type == "Int8"
+    assert 0 < build.seconds < 60
+    assert re.fullmatch(r"[\d.]+", build.version)
+
+
+@has_rtx
+def test_weights_beside_the_graph_are_found(tmp_path: Path) -> None:
+    model = onnx.load(save(tmp_path / "inside.onnx", plain))
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, size_threshold=0, location="weights")
+
+    build = build_engine(tmp_path / "m.onnx", tmp_path / "m.engine")
+
+    assert [layer.type for layer in build.layers if layer.computes] == ["Int8"]
+
+
+@has_rtx
+def test_warnings_of_the_build_are_kept(tmp_path: Path) -> None:
+    build = build_engine(save(tmp_path / "m.onnx", plain), tmp_path / "m.engine")
+
+    assert any("scales to fp32" in message for message in build.messages)
+
+
+@has_rtx
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (zero_point_of_five, "Non-zero zero point is not supported"),
+        (unsigned_with_zero_point, "zero point is not supported"),
+        (int32_bias, "input has type Int32"),
+        (scale_lost_to_float16, "Scale coefficients must all be positive"),
+        (mixed_operands, "must be of same type"),
+        (bit_shift, "BitShift"),
+    ],
+)
+def test_the_parser_is_quoted(tmp_path: Path, pattern: object, said: str) -> None:
+    model = save(tmp_path / "m.onnx", pattern)  # type: ignore[arg-type]
+
+    with pytest.raises(BuildError, match=f"the parser of TensorRT-RTX .* refuses this graph: .*{said}") as refused:
+        build_engine(model, tmp_path / "m.engine")
+
+    assert "\n" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@has_rtx
+def test_the_builder_is_quoted(tmp_path: Path) -> None:
+    model = save(tmp_path / "m.onnx", four_bit_codes)
+
+    with pytest.raises(BuildError, match=r"the builder of TensorRT-RTX .* refuses this graph: .*Error Code"):
+        build_engine(model, tmp_path / "m.engine")
+
+
+@has_rtx
+def test_a_crash_of_the_builder_is_an_error_of_ours(tmp_path: Path) -> None:
+    model = save(tmp_path / "m.onnx", computed_scale)
+    engine = tmp_path / "m.engine"
+    engine.write_bytes(b"an older engine")
+
+    with pytest.raises(BuildError, match=r"the builder of TensorRT-RTX crashed \(SIGSEGV\); the last it said: \w+"):
+        build_engine(model, engine)
+
+    assert engine.read_bytes() == b"an older engine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.engine", "m.onnx"]
+
+
+@has_rtx
+def test_a_file_that_is_no_graph_is_refused_by_the_parser(tmp_path: Path) -> None:
+    model = tmp_path / "m.onnx"
+    model.write_bytes(b"not a graph")
+
+    with pytest.raises(BuildError, match="the parser of TensorRT-RTX"):
+        build_engine(model, tmp_path / "m.engine")
+
+
+@has_rtx
+def test_sizes_that_vary_need_a_profile(tmp_path: Path) -> None:
+    model = save(tmp_path / "m.onnx", tokens)
+
+    with pytest.raises(ConfigError, match=r"tokens\.sample \[-1, -1, 16\]: more than its batch may vary"):
+        build_engine(model, tmp_path / "m.engine")
+    build = build_engine(model, tmp_path / "m.engine", BuildOptions(profile=TOKENS))
+
+    assert [layer.type for layer in build.layers if layer.computes] == ["Int8"]
+
+
+@has_rtx
+def test_a_profile_must_fit_the_graph(tmp_path: Path) -> None:
+    model = save(tmp_path / "m.onnx", linear_on_tokens)
+
+    with pytest.raises(
+        ConfigError, match=r"the profile names 'tokens\.sample'; the graph's inputs are linear_on_token"
+    ):
+        build_engine(model, tmp_path / "m.engine", BuildOptions(profile=TOKENS))
+
+
+@has_rtx
+def test_unknown_gpus_are_refused_with_the_known_ones(tmp_path: Path) -> None:
+    model = save(tmp_path / "m.onnx", plain)
+
+    with pytest.raises(ConfigError, match=r"compute capability 90 is none of those it builds for \(75, 80, 86, 89,"):
+        build_engine(model, tmp_path / "m.engine", BuildOptions(compute_capabilities=(89, 90)))
+
+
+@has_rtx
+def test_scratch_memory_can_be_limited(tmp_path: Path) -> None:
+    model = save(tmp_path / "m.onnx", plain)
+
+    build = build_engine(model, tmp_path / "m.engine", BuildOptions(workspace_bytes=1 << 26))
+
+    assert isinstance(build, EngineBuild)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_a_missing_library_is_asked_for(tmp_path: Path) -> None:
+    model = save(tmp_path / "m.onnx", plain)
+
+    with pytest.raises(DependencyError, match=r"TensorRT is not installed .*pip install 'tfmq-export\[tensorrt\]'"):
+        build_engine(model, tmp_path / "m.engine", BuildOptions(flavour="tensorrt", compute_capabilities=()))
+
+
+def test_a_missing_graph_is_a_load_error(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="no such file"):
+        build_engine(tmp_path / "m.onnx", tmp_path / "m.engine")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"flavour": "tensorrt_rtx"}, "flavour 'tensorrt_rtx' is unknown"),
+        ({"flavour": "tensorrt"}, "builds for the GPU it runs on"),
+        ({"compute_capabilities": ()}, "at least one compute capability"),
+        ({"timing_cache": Path("cache")}, "keeps no timing cache"),
+        ({"batch": (2, 1, 8)}, r"must grow from smallest to largest, got \(2, 1, 8\)"),
+        ({"batch": (0, 1, 8)}, "must grow"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        BuildOptions(**options)  # type: ignore[arg-type]
+
+
+def test_shapes_of_a_profile_have_one_rank() -> None:
+    with pytest.raises(ConfigError, match="differ in rank"):
+        ShapeRange((1, 2), (1, 2), (1, 2, 3))
+
+
+def test_engines_that_cannot_stand_in_for_each_other_have_different_names() -> None:
+    options = BuildOptions(profile=TOKENS)
+
+    assert engine_name("unet", "1.7.1", options) == (
+        "unet.tensorrt-rtx-1.7.1.sm80-89-120.batch1-2-8.tokens.sample-1x77x16-2x77x16-8x154x16.engine"
+    )
+    others = [
+        BuildOptions(),
+        BuildOptions(compute_capabilities=(89,)),
+        BuildOptions(batch=(1, 1, 1)),
+        BuildOptions(flavour="tensorrt", compute_capabilities=()),
+    ]
+    assert len({engine_name("unet", "1.7.1", each) for each in (options, *others)}) == 5
+    assert engine_name("unet", "1.7.2", options) != engine_name("unet", "1.7.1", options)
