@@ -98,8 +98,15 @@ def _operand(view: QdqView, layer: NodeProto, index: int) -> Operand:
     return Operand(layer, index, dequantized, path, blocker, is_weight, quantizes)
 
 
-def _walk(view: QdqView, value: str) -> tuple[tuple[NodeProto, ...], tuple[NodeProto, ...], NodeProto | None]:
-    """The DequantizeLinear nodes behind a value, the nodes on the way, and the node that ends it too early."""
+def _walk(
+    view: QdqView, value: str, *, past_blocker: bool = True
+) -> tuple[tuple[NodeProto, ...], tuple[NodeProto, ...], NodeProto | None]:
+    """The DequantizeLinear nodes behind a value, the nodes on the way, and the node that ends it too early.
+
+    Args:
+        past_blocker: Whether to look for a grid right behind such a node; once is enough, and more would visit a
+            residual network along each of its exponentially many paths.
+    """
     path: list[NodeProto] = []
     while True:
         producer = view.producer(value)
@@ -108,14 +115,14 @@ def _walk(view: QdqView, value: str) -> tuple[tuple[NodeProto, ...], tuple[NodeP
         if producer.op_type == "DequantizeLinear":
             return (producer,), tuple(path), None
         if producer.op_type == "Concat":
-            branches = [_walk(view, branch) for branch in producer.input]
+            branches = [_walk(view, branch, past_blocker=past_blocker) for branch in producer.input]
             found = tuple(grid for grids, _, _ in branches for grid in grids)
             blocker = next((blocker for _, _, blocker in branches if blocker is not None), None)
             whole = blocker is None and all(grids for grids, _, _ in branches)
             return (found, (*path, producer), None) if whole else ((), tuple(path), producer if found else blocker)
         if not _keeps_integers(view, producer):
-            sources = (_walk(view, name) for name in producer.input if name and not view.is_constant(name))
-            blocked = any(grids for grids, _, _ in sources)
+            inputs = [name for name in producer.input if name and not view.is_constant(name)] if past_blocker else []
+            blocked = any(_walk(view, name, past_blocker=False)[0] for name in inputs)
             return (), tuple(path), producer if blocked else None
         path.append(producer)
         value = producer.input[0]

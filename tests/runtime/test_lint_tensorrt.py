@@ -125,6 +125,16 @@ def test_more_than_the_batch_may_vary_only_with_a_profile() -> None:
     assert lint_model(model, profiled={"tokens.sample"}) == ()
 
 
+def test_a_deep_residual_network_is_linted_at_once() -> None:
+    def residual(g: PatternGraph) -> str:  # 2 ** 100 paths lead from its input to its layer
+        x = g.input(*IMAGE)
+        for _ in range(100):
+            x = g.node("Add", [x, g.node("Sigmoid", [x])])
+        return g.conv(x)
+
+    assert lint_model(model_of(residual)) == ()
+
+
 @pytest.mark.parametrize("pattern", [plain, *LOST])
 def test_scales_kept_outside_the_file_are_read(tmp_path: Path, pattern: Pattern) -> None:
     model = model_of(pattern)
