@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
@@ -126,12 +126,12 @@ def _stored_codes(graph: gs.Graph, layer: LayerRecipe, codes: NDArray[np.int8], 
                 f"{layer.path}: its {layer.weight.spec.bits}-bit weight shifted by PTS does not fit 8 bits; use 4-bit "
                 "weights or --pts off"
             )
-        wide = _cast(graph, stored, f"{layer.name}.weight_int32", TensorProto.INT32, np.int32)
+        wide = _cast(graph, stored, f"{layer.name}.weight_int32", TensorProto.INT32, codes.shape)
         stored = variable(f"{layer.name}.weight_shifted", dtype=np.int32, shape=codes.shape)
         factors = constant(f"{layer.name}.weight_shift", shift)
         graph.nodes.append(gs.Node("Mul", f"{layer.name}.weight_shift_by", inputs=[wide, factors], outputs=[stored]))
     if is_packed or layer.pts_exponent is not None:
-        return _cast(graph, stored, f"{layer.name}.weight_int8", TensorProto.INT8, np.int8)
+        return _cast(graph, stored, f"{layer.name}.weight_int8", TensorProto.INT8, codes.shape)
     return stored
 
 
@@ -147,8 +147,8 @@ def _shift(layer: LayerRecipe, *, transposed: bool) -> NDArray[np.int32]:
     return rows.reshape(*rows.shape, *[1] * (rank - 2))
 
 
-def _cast(graph: gs.Graph, value: gs.Tensor, name: str, to: int, dtype: object) -> gs.Variable:
-    result = variable(name, dtype=dtype)
+def _cast(graph: gs.Graph, value: gs.Tensor, name: str, to: int, shape: tuple[int, ...]) -> gs.Variable:
+    result = variable(name, dtype=helper.tensor_dtype_to_np_dtype(to), shape=shape)
     graph.nodes.append(gs.Node("Cast", f"{name}.cast", {"to": to}, inputs=[value], outputs=[result]))
     return result
 

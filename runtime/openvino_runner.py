@@ -35,15 +35,12 @@ class RuntimeOperation:
     Attributes:
         kind: Such as "Convolution" or "FullyConnected".
         kernel: Implementation and type it computes in, such as "brgconv_avx512_I8".
-        origins: Names of the nodes it was made of.
-        inputs: Names of the operations it reads.
+        origins: Its own name, and those of the nodes it says it was made of.
     """
 
-    name: str
     kind: str
     kernel: str
     origins: tuple[str, ...]
-    inputs: tuple[str, ...]
 
 
 class OpenVinoRunner:
@@ -239,9 +236,8 @@ def _message(error: BaseException) -> str:
 
 def _operation(node: Any) -> RuntimeOperation:
     facts = node.get_rt_info()
-    origins, kind, kernel = (_text(facts, key) for key in ("originalLayersNames", "layerType", "primitiveType"))
-    inputs = tuple(value.get_source_output().get_node().get_friendly_name() for value in node.inputs())
-    return RuntimeOperation(node.get_friendly_name(), kind, kernel, tuple(filter(None, origins.split(","))), inputs)
+    kind, kernel, origins = (_text(facts, key) for key in ("layerType", "primitiveType", "originalLayersNames"))
+    return RuntimeOperation(kind, kernel, (node.get_friendly_name(), *filter(None, origins.split(","))))
 
 
 def _text(facts: Any, key: str) -> str:
