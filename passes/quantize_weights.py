@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
@@ -129,17 +129,17 @@ def _stored_codes(
     name = f"{layer}.weight_codes"
     stored: gs.Tensor = int4_constant(name, codes) if packed else constant(name, codes)
     if shift is not None:
-        wide = _cast(graph, stored, f"{layer}.weight_int32", TensorProto.INT32, np.int32)
+        wide = _cast(graph, stored, f"{layer}.weight_int32", TensorProto.INT32, codes.shape)
         stored = variable(f"{layer}.weight_shifted", dtype=np.int32, shape=codes.shape)
         factors = constant(f"{layer}.weight_shift", shift)
         graph.nodes.append(gs.Node("Mul", f"{layer}.weight_shift_by", inputs=[wide, factors], outputs=[stored]))
     if packed or shift is not None:
-        return _cast(graph, stored, f"{layer}.weight_int8", TensorProto.INT8, np.int8)
+        return _cast(graph, stored, f"{layer}.weight_int8", TensorProto.INT8, codes.shape)
     return stored
 
 
-def _cast(graph: gs.Graph, value: gs.Tensor, name: str, to: int, dtype: object) -> gs.Variable:
-    result = variable(name, dtype=dtype)
+def _cast(graph: gs.Graph, value: gs.Tensor, name: str, to: int, shape: tuple[int, ...]) -> gs.Variable:
+    result = variable(name, dtype=helper.tensor_dtype_to_np_dtype(to), shape=shape)
     graph.nodes.append(gs.Node("Cast", f"{name}.cast", {"to": to}, inputs=[value], outputs=[result]))
     return result
 

@@ -24,7 +24,7 @@ OWN_SHAPES = 2
 Shapes = Mapping[str, tuple[int, ...]]
 
 # "Exception from src/inference/src/cpp/core.cpp:132:" and the like say where, not what.
-_TRACE = re.compile(r"Exception from \S+:\d+:\s*")
+_TRACE = re.compile(r"(Exception from |Check '.*' failed at )?src/\S+\.[ch]pp:\d+:\s*")
 _SINK = "/sink_port_0"
 
 
@@ -35,15 +35,12 @@ class RuntimeOperation:
     Attributes:
         kind: Such as "Convolution" or "FullyConnected".
         kernel: Implementation and type it computes in, such as "brgconv_avx512_I8".
-        origins: Names of the nodes it was made of.
-        inputs: Names of the operations it reads.
+        origins: Its own name, and those of the nodes it says it was made of.
     """
 
-    name: str
     kind: str
     kernel: str
     origins: tuple[str, ...]
-    inputs: tuple[str, ...]
 
 
 class OpenVinoRunner:
@@ -96,7 +93,7 @@ class OpenVinoRunner:
         self.outputs: tuple[str, ...] = tuple(
             result.get_friendly_name().removesuffix(_SINK) for result in model.get_results()
         )
-        self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
+        self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}  # by input shapes
         self._open_graph: _Graph | None = None
         self._compiling = threading.Lock()
 
@@ -134,7 +131,8 @@ class OpenVinoRunner:
             name: [1 if size.is_dynamic else size.get_length() for size in port.partial_shape]
             for name, port in self._ports.items()
         }
-        model = self._compile({name: tuple(shape) for name, shape in sizes.items()}).get_runtime_model()
+        shapes = {name: tuple(shape) for name, shape in sizes.items()}
+        model = self._compile(self._reshaped(shapes)).get_runtime_model()
         return tuple(_operation(node) for node in model.get_ordered_ops())
 
     def __enter__(self) -> Self:
@@ -173,24 +171,34 @@ class OpenVinoRunner:
         if key in self._graphs:  # without waiting for a thread that compiles for other shapes
             return self._graphs[key]
         with self._compiling:
-            if key not in self._graphs and len(self._graphs) < OWN_SHAPES:
-                self._graphs[key] = _Graph(self._compile(shapes))
-            if key in self._graphs:
-                return self._graphs[key]
-            if self._open_graph is None:
-                self._open_graph = _Graph(self._compile(None))
-            return self._open_graph
+            if key not in self._graphs:
+                # Even for open shapes: given inputs that do not fit each other, that graph may answer with the result
+                # of the call before.
+                model = self._reshaped(shapes)
+                if len(self._graphs) < OWN_SHAPES:
+                    self._graphs[key] = _Graph(self._compile(model))
+                else:
+                    self._open_graph = self._open_graph or _Graph(self._compile(self._model))
+                    self._graphs[key] = self._open_graph
+            return self._graphs[key]
 
-    def _compile(self, shapes: Shapes | None) -> Any:
+    def _reshaped(self, shapes: Shapes) -> Any:
+        """The graph for these shapes only, sharing the weights."""
+        model = self._model.clone()
         try:
-            model = self._model
-            if shapes is not None:
-                model = model.clone()  # shares the weights
-                model.reshape({port: list(shapes[name]) for name, port in zip(self.inputs, model.inputs, strict=True)})
+            model.reshape({port: list(shapes[name]) for name, port in zip(self.inputs, model.inputs, strict=True)})
+        except RuntimeError as error:
+            given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise BuildError(
+                f"{self._path}: the graph is not defined for {given}: {_message(error)}; check the inputs"
+            ) from error
+        return model
+
+    def _compile(self, model: Any) -> Any:
+        try:
             return self._core.compile_model(model, "CPU", self._options)
         except RuntimeError as error:
-            where = "" if shapes is None else " for " + ", ".join(f"{name} {list(shapes[name])}" for name in shapes)
-            raise BuildError(f"{self._path}: OpenVINO cannot compile this graph{where}: {_message(error)}") from error
+            raise BuildError(f"{self._path}: OpenVINO cannot compile this graph: {_message(error)}") from error
 
 
 class _Graph:
@@ -239,9 +247,8 @@ def _message(error: BaseException) -> str:
 
 def _operation(node: Any) -> RuntimeOperation:
     facts = node.get_rt_info()
-    origins, kind, kernel = (_text(facts, key) for key in ("originalLayersNames", "layerType", "primitiveType"))
-    inputs = tuple(value.get_source_output().get_node().get_friendly_name() for value in node.inputs())
-    return RuntimeOperation(node.get_friendly_name(), kind, kernel, tuple(filter(None, origins.split(","))), inputs)
+    kind, kernel, origins = (_text(facts, key) for key in ("layerType", "primitiveType", "originalLayersNames"))
+    return RuntimeOperation(kind, kernel, (node.get_friendly_name(), *filter(None, origins.split(","))))
 
 
 def _text(facts: Any, key: str) -> str:

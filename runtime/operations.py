@@ -1,8 +1,8 @@
 """Nodes of a graph as an engine or a file lists them, and which layer each one computes.
 
 A layer ``L`` is found by the name of its node, ``node_L``, with what graph optimizers append to it
-(``_token_3``, ``_nchwc``, ``/MatMulAddFusion``, ``/WithoutBiases``) or what our passes append (``.part_0``);
-failing that by its weight, ``L.weight*``. Engines rename scales they find equal, so those identify nothing.
+(``_token_3``, ``_nchwc``, ``/MatMulAddFusion``) or what our passes append (``.part_0``); failing that by its
+weight, ``L.weight*``. Engines rename scales they find equal, so those identify nothing.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 
 from tfmq_export.errors import DependencyError
 
-LAYOUT_OPS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "ReorderInput", "Reorder"})
+LAYOUT_OPS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "ReorderInput"})
 
 _SUFFIX = re.compile(r"(_token_\d+|_nchwc|[./][^./]*)$")
 
@@ -47,34 +47,24 @@ def producers_of(operations: Iterable[Operation]) -> dict[str, Operation]:
     return {value: operation for operation in operations for value in operation.outputs}
 
 
-def layer_named(name: str, layers: Collection[str]) -> str | None:
-    """The layer a node's name speaks of."""
-    stem: str | None = name.removeprefix("node_")
+def layer_of(operation: Operation, layers: Collection[str], producers: Mapping[str, Operation]) -> str | None:
+    """The layer an operation computes, by its own name, else by its weight's."""
+    stem: str | None = operation.name.removeprefix("node_")
     while stem:
         if stem in layers:
             return stem
         shorter = _SUFFIX.sub("", stem)
         stem = shorter if shorter != stem else None
-    return None
-
-
-def layer_weighted(operation: Operation, layers: Collection[str], producers: Mapping[str, Operation]) -> str | None:
-    """The layer whose weight an operation reads."""
     for value in operation.inputs:
         while True:
             layer, found, _ = value.rpartition(".weight")
             if found and layer in layers:
                 return layer
             producer = producers.get(value)
-            if producer is None or producer.op not in LAYOUT_OPS | {"DequantizeLinear"} or not producer.inputs:
+            if producer is None or producer.op not in LAYOUT_OPS | {"DequantizeLinear"}:
                 break
             value = producer.inputs[0]
     return None
-
-
-def layer_of(operation: Operation, layers: Collection[str], producers: Mapping[str, Operation]) -> str | None:
-    """The layer an operation computes, by its own name, else by its weight's."""
-    return layer_named(operation.name, layers) or layer_weighted(operation, layers, producers)
 
 
 def dequantizer(value: str, producers: Mapping[str, Operation]) -> Operation | None:

@@ -6,7 +6,7 @@ say why a layer was lost, so the reason is looked up in the graph OpenVINO was g
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ from typing import Any
 from tfmq_export.bundle import Bundle, LayerInfo
 from tfmq_export.runtime.openvino_runner import OpenVinoRunner, RuntimeOperation
 from tfmq_export.runtime.operations import (
+    LAYOUT_OPS,
     Operation,
     dequantizer,
-    layer_named,
     layer_of,
-    layer_weighted,
     operations_of,
     producers_of,
     read_graph,
@@ -57,16 +56,44 @@ class Source:
     """The graph OpenVINO was given.
 
     Attributes:
+        products: Its convolutions and matrix products, by name.
+        producers: Who computes each value.
         constants: Stored tensors by name, as the file has them.
+        aliases: Other names under which OpenVINO keeps a product: of the bias added to it, of the output behind it.
     """
 
-    operations: tuple[Operation, ...]
+    products: Mapping[str, Operation]
+    producers: Mapping[str, Operation]
     constants: Mapping[str, Any]
+    aliases: Mapping[str, str]
 
     @classmethod
     def read(cls, path: Path) -> "Source":
         graph = read_graph(path)
-        return cls(operations_of(graph), {value.name: value for value in graph.initializer})
+        operations = operations_of(graph)
+        producers = producers_of(operations)
+        constants = {value.name: value for value in graph.initializer}
+        aliases = {}
+        ends = [(output.name, producers.get(output.name)) for output in graph.output]
+        for alias, operation in [*ends, *((operation.name, operation) for operation in operations)]:
+            while operation is not None and operation.op not in _SOURCE_PRODUCTS:
+                varying = [value for value in operation.inputs if value not in constants]
+                passes_on = operation.op in LAYOUT_OPS | {"Identity", "Add"} and len(varying) == 1
+                operation = producers.get(varying[0]) if passes_on else None
+            if operation is not None:
+                aliases[alias] = operation.name
+        products = {operation.name: operation for operation in operations if operation.op in _SOURCE_PRODUCTS}
+        return cls(products, producers, constants, aliases)
+
+    def operands(self, name: str) -> tuple[Operation | None, Operation | None]:
+        """The DequantizeLinear in front of a product's input and of its weight, where there is one."""
+        x, weight = self.products[name].inputs[:2]
+        return dequantizer(x, self.producers), dequantizer(weight, self.producers)
+
+    def products_in(self, item: RuntimeOperation) -> set[str]:
+        """Products an operation was made of; usually one, but OpenVINO fuses some convolutions with the one before."""
+        stems = {origin.partition("/")[0].removesuffix("_original") for origin in item.origins}
+        return self.products.keys() & {self.aliases.get(stem, stem) for stem in stems}
 
 
 def receipt_of(
@@ -74,73 +101,47 @@ def receipt_of(
 ) -> Receipt:
     """Compare what was asked with a runtime model."""
     names = {layer.name for layer in requested}
-    given = producers_of(source.operations)
-    asked_of: dict[str, Operation] = {}
-    foreign: dict[str, Operation] = {}
-    for operation in source.operations:
-        if operation.op in _SOURCE_PRODUCTS:
-            layer = layer_of(operation, names, given)
-            if layer is not None:
-                asked_of.setdefault(layer, operation)
-            else:
-                foreign[operation.name] = operation
-
-    runtime = producers_of(Operation(item.kind, item.name, item.inputs, (item.name,)) for item in operations)
+    owners = {name: layer_of(product, names, source.producers) for name, product in source.products.items()}
     found: dict[str, list[RuntimeOperation]] = {name: [] for name in names}
     strays = []
     for item in operations:
-        if item.kind not in PRODUCTS:
-            continue
-        layers = _layers_of(item, names, runtime)
-        for layer in layers:
-            found[layer].append(item)
-        if layers or _INTEGER.search(item.kernel):
-            continue
-        for origin in foreign.keys() & {name.partition("/")[0] for name in item.origins}:
-            if all(dequantizer(value, given) for value in foreign[origin].inputs[:2]):
-                strays.append((origin, f"runs as {item.kind} ({item.kernel}) on dequantized operands"))
+        for name in source.products_in(item) if item.kind in PRODUCTS else ():
+            owner = owners[name]
+            if owner is not None:
+                found[owner].append(item)
+            elif not _is_integer(item) and all(source.operands(name)):
+                strays.append((name, f"runs as {item.kind} ({item.kernel}) on dequantized operands"))
     rows = [
         LayerReceipt(
             layer,
             tuple(sorted({f"{item.kind} {item.kernel}" for item in found[layer.name]})),
-            _loss(layer, found[layer.name], asked_of.get(layer.name), source, given),
+            _loss(layer, found[layer.name], source),
         )
         for layer in requested
     ]
     return Receipt(tuple(rows), tuple(strays), macs)
 
 
-def _layers_of(item: RuntimeOperation, layers: Collection[str], runtime: Mapping[str, Operation]) -> set[str]:
-    """Usually one; OpenVINO fuses some convolutions with the one in front of them."""
-    named = {layer_named(name, layers) for name in item.origins if name.startswith("node_")} - {None}
-    if not named:
-        named = {layer_weighted(runtime[item.name], layers, runtime)} - {None}
-    return {layer for layer in named if layer is not None}
-
-
-def _loss(
-    layer: LayerInfo,
-    found: Sequence[RuntimeOperation],
-    given: Operation | None,
-    source: Source,
-    producers: Mapping[str, Operation],
-) -> str:
+def _loss(layer: LayerInfo, found: Sequence[RuntimeOperation], source: Source) -> str:
     """Why a layer is not what was asked; empty where it is."""
     if not layer.activation_bits:
-        integer = [item for item in found if _INTEGER.search(item.kernel)]
+        integer = [item for item in found if _is_integer(item)]
         return f"asked to stay float, runs as {integer[0].kind} ({integer[0].kernel})" if integer else ""
     if not found:
         return f"no operation node_{layer.name} in OpenVINO's runtime model; was it renamed or folded?"
-    in_float = [item for item in found if not _INTEGER.search(item.kernel)]
-    if not in_float:
-        return ""
-    (item, *_) = in_float
-    why = "its node is not in the graph" if given is None else _why_float(given, source, producers)
-    return f"runs as {item.kind} ({item.kernel}) in float: {why}"
+    for item in found:
+        if not _is_integer(item):
+            (name, *_) = sorted(source.products_in(item))
+            return f"runs as {item.kind} ({item.kernel}) in float: {_why_float(name, source)}"
+    return ""
 
 
-def _why_float(given: Operation, source: Source, producers: Mapping[str, Operation]) -> str:
-    x, weight = (dequantizer(value, producers) for value in given.inputs[:2])
+def _is_integer(item: RuntimeOperation) -> bool:
+    return _INTEGER.search(item.kernel) is not None
+
+
+def _why_float(name: str, source: Source) -> str:
+    x, weight = source.operands(name)
     if x is None:
         return "its input does not come straight from DequantizeLinear"
     if weight is None:
@@ -150,12 +151,32 @@ def _why_float(given: Operation, source: Source, producers: Mapping[str, Operati
         return f"its weight is stored as {_type_name(codes)}; store int8 codes, or packed ones behind a Cast to int8"
     if _any_nonzero(source.constants.get(_input(weight, 2))):
         return "its weight has a zero point that is not 0"
+    if len(_readers(_input(weight, 2), source)) > 1:
+        return "weights that broadcast it in two ways share its zero point; give each kind of layer its own"
     scale, zero_point = (source.constants.get(_input(x, place)) for place in (1, 2))
     if scale is not None and any(size > 1 for size in scale.dims):
         return "its input has a scale for each channel; put the factors in a Mul in front of QuantizeLinear"
     if zero_point is not None and zero_point.data_type not in (_INT8, _UINT8):
         return f"its input is quantized to {_type_name(zero_point)}, which has no kernel"
-    return "unknown; compile the graph again, and report the pattern if that does not help"
+    return "unknown; see the graph of each pass with --dump-dir"
+
+
+def _readers(zero_point: str, source: Source) -> set[tuple[str, int]]:
+    """Kinds of layer whose weight has this zero point, each with the rank of the weight."""
+    readers = set()
+    for name, product in source.products.items():
+        _, weight = source.operands(name)
+        if weight is not None and zero_point and _input(weight, 2) == zero_point:
+            codes = source.constants.get(_stored(weight.inputs[0], source.producers))
+            readers.add((product.op, 0 if codes is None else len(codes.dims)))
+    return readers
+
+
+def _stored(value: str, producers: Mapping[str, Operation]) -> str:
+    """The constant that codes are unpacked from."""
+    while value in producers and producers[value].op in ("Cast", "Mul"):
+        value = producers[value].inputs[0]
+    return value
 
 
 def _input(operation: Operation, place: int) -> str:

@@ -17,7 +17,7 @@ from tfmq_export.passes.check_model import CheckModel
 from tfmq_export.passes.graph import export_model, save_model
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.recipe import QuantRecipe
-from tfmq_export.runtime.realized import realized_on_ort
+from tfmq_export.runtime.realized_ort import realized_on_ort
 from tfmq_export.target import find_target
 
 TARGET = find_target("ort-cpu")

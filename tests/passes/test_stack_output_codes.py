@@ -24,7 +24,7 @@ from tfmq_export.passes.quantize_weights import QuantizeWeights
 from tfmq_export.passes.rescale_inputs import RescaleInputs
 from tfmq_export.passes.stack_output_codes import StackOutputCodes, staggered_bias
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
-from tfmq_export.runtime.realized import realized_on_ort
+from tfmq_export.runtime.realized_ort import realized_on_ort
 from tfmq_export.spec import QParams, QuantSpec
 
 INPUT = QParams(QuantSpec(8, signed=False), np.asarray(0.03, np.float32), np.asarray(120, np.int32))

@@ -53,7 +53,7 @@ def tiny_model(labels: bool) -> onnx.ModelProto:
 def tiny_bundle(tmp_path: Path) -> Callable[..., Path]:
     """Write a bundle; ``labels`` adds a conditioning input."""
 
-    def write(labels: bool = False) -> Path:
+    def write(labels: bool = False, target: str = "ort-cpu") -> Path:
         root = tmp_path / "bundle"
         for folder in ("unet", "tfmq"):
             (root / folder).mkdir(parents=True)
@@ -67,7 +67,7 @@ def tiny_bundle(tmp_path: Path) -> Callable[..., Path]:
             source="tiny",
             fingerprint="0",
             preset="w8a8",
-            target="ort-cpu",
+            target=target,
             inputs=tuple(inputs),
             output="prediction",
             timesteps=TimestepSet(TIMESTEPS),

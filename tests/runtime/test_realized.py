@@ -1,284 +1,72 @@
-"""Small QDQ graphs, written the way the compiler writes them, through the real ONNX Runtime."""
+"""The receipt comes from the engine a bundle was compiled for."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from qdq_graphs import QdqGraph, layer
 
-from tfmq_export.bundle import LayerInfo
-from tfmq_export.errors import BuildError, PrecisionError
-from tfmq_export.runtime.realized import Receipt, realized_on_ort
-
-X_SCALE = 0.02
-
-
-class QdqGraph:
-    """Collects nodes and constants; every method returns the name of the value it made."""
-
-    def __init__(self, *shape: int | str) -> None:
-        self.rng = np.random.default_rng(0)
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-        self.shape = shape
-
-    def constant(self, name: str, value: object) -> str:
-        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
-        return name
-
-    def node(self, op: str, inputs: list[str], output: str, name: str = "", **attributes: object) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [output], name=name or output, **attributes))
-        return output
-
-    def activation(self, value: str, scale: float = X_SCALE, stem: str = "quantize", bits: int = 8) -> str:
-        grid = [self.constant(f"{value}.scale", np.float32(scale)), self.constant(f"{value}.zero", np.uint8(20))]
-        codes = self.node("QuantizeLinear", [value, *grid], f"{value}.codes", f"{value}.{stem}")
-        if bits < 8:
-            ends = [self.constant(f"{value}.low", np.uint8(0)), self.constant(f"{value}.high", np.uint8(2**bits - 1))]
-            codes = self.node("Clip", [codes, *ends], f"{value}.clipped")
-        return self.node("DequantizeLinear", [codes, *grid], f"{value}.real", f"{value}.de{stem}")
-
-    def weight(self, layer: str, shape: tuple[int, ...], axis: int = 0, bits: int = 8) -> str:
-        codes = self.rng.integers(-7, 8, shape)
-        if bits == 4:
-            name = f"{layer}.weight_codes"
-            self.constants.append(helper.make_tensor(name, TensorProto.INT4, shape, codes.reshape(-1).tolist()))
-            source = self.node("Cast", [name], f"{layer}.weight_int8", to=TensorProto.INT8)
-        else:
-            source = self.constant(f"{layer}.weight_codes", codes.astype(np.int8))
-        scale = self.rng.uniform(0.05, 0.06, shape[axis]).astype(np.float32)
-        grid = [
-            self.constant(f"{layer}.weight_scale", scale),
-            self.constant(f"{layer}.weight_zero", np.zeros(shape[axis], np.int8)),
-        ]
-        return self.node("DequantizeLinear", [source, *grid], f"{layer}.weight", f"{layer}.weight_dq", axis=axis)
-
-    def bias(self, layer: str, channels: int, x_scale: float = X_SCALE) -> str:
-        (scale,) = (numpy_helper.to_array(c) for c in self.constants if c.name == f"{layer}.weight_scale")
-        values = [
-            self.constant(f"{layer}.bias_codes", self.rng.integers(-50, 50, channels).astype(np.int32)),
-            self.constant(f"{layer}.bias_scale", (scale * np.float32(x_scale)).astype(np.float32)),
-            self.constant(f"{layer}.bias_zero", np.zeros(channels, np.int32)),
-        ]
-        return self.node("DequantizeLinear", values, f"{layer}.bias", f"{layer}.bias_dq", axis=0)
-
-    def conv(self, layer: str, x: str, channels: tuple[int, int], *, bits: int = 8, output: bool = True) -> str:
-        c_in, c_out = channels
-        inputs = [x, self.weight(layer, (c_out, c_in, 3, 3), bits=bits), self.bias(layer, c_out)]
-        self.node("Conv", inputs, layer, f"node_{layer}", pads=[1] * 4)
-        return self.activation(layer, stem="output_quantize") if output else layer
-
-    def matmul(self, layer: str, x: str, size: int, bias_shape: tuple[int, ...], *, bits: int = 8) -> str:
-        self.node("MatMul", [x, self.weight(layer, (size, size), 1, bits)], f"{layer}.product", f"node_{layer}")
-        bias = self.constant(f"{layer}.bias", self.rng.standard_normal(bias_shape).astype(np.float32))
-        return self.node("Add", [f"{layer}.product", bias], layer)
-
-    def save(self, path: Path, output: str, shape: list[int | str]) -> Path:
-        self.node("Identity", [output], "prediction")
-        graph = helper.make_graph(
-            self.nodes,
-            "qdq",
-            [helper.make_tensor_value_info("sample", TensorProto.FLOAT, self.shape)],
-            [helper.make_tensor_value_info("prediction", TensorProto.FLOAT, shape)],
-            self.constants,
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-        onnx.checker.check_model(model)
-        onnx.save(model, path)
-        return path
+from tfmq_export.bundle import Bundle, open_bundle
+from tfmq_export.errors import ConfigError, PrecisionError
+from tfmq_export.runtime.realized import realized, realized_by_target
+from tfmq_export.target import TARGETS, find_target
 
 
-def layer(name: str, kind: str = "conv", *, macs: int = 100, weights: int = 8, activations: int = 8) -> LayerInfo:
-    return LayerInfo(name, f"unet.{name}", kind, macs, weights, activations)
+def write_conv(path: Path, *, output: bool = True) -> Path:
+    graph = QdqGraph("batch", 16, 8, 8)
+    x = graph.conv("conv2d", graph.activation("sample"), (16, 16), output=output)
+    return graph.save(path, x, ["batch", 16, 8, 8])
 
 
-def realized(receipt: Receipt) -> dict[str, tuple[str, ...]]:
-    return {row.layer.name: row.realized for row in receipt.rows}
+@pytest.fixture
+def bundle_for(tiny_bundle: object) -> object:
+    """A bundle of one convolution, with its output on a grid where the target asks for that."""
+
+    def write(target: str) -> Bundle:
+        bundle = open_bundle(tiny_bundle(target=target))  # type: ignore[operator]
+        write_conv(bundle.model, output=bool(find_target(target).quantized_outputs))
+        return replace(bundle, manifest=replace(bundle.manifest, layers=(layer("conv2d"),), macs=200))
+
+    return write
 
 
-def test_quantized_convolutions_run_in_integers(tmp_path: Path) -> None:
-    graph = QdqGraph("batch", 4, 16, 16)
-    x = graph.conv("conv2d", graph.activation("sample"), (4, 16))
-    x = graph.node("Mul", [x, graph.node("Sigmoid", [x], "gate")], "silu")
-    x = graph.conv("conv2d_1", graph.activation(x, bits=6), (16, 16), bits=4)
-    x = graph.conv("conv2d_10", x, (16, 16))
-    path = graph.save(tmp_path / "m.onnx", x, ["batch", 16, 16, 16])
-    asked = [layer("conv2d"), layer("conv2d_1", weights=4, activations=6), layer("conv2d_10")]
+@pytest.mark.parametrize(("target", "kernel"), [("ort-cpu", "QLinearConv"), ("openvino", "Convolution ")])
+def test_each_engine_speaks_for_its_own_target(bundle_for: object, target: str, kernel: str) -> None:
+    pytest.importorskip("openvino")
 
-    receipt = realized_on_ort(path, asked, work_dir=tmp_path, macs=400)
+    receipt = realized_by_target(bundle_for(target))  # type: ignore[operator]
 
     receipt.raise_if_lost()
-    assert realized(receipt) == dict.fromkeys(["conv2d", "conv2d_1", "conv2d_10"], ("QLinearConv",))
-    assert receipt.counts("conv") == (3, 3)
-    assert receipt.integer_share == 0.75
-    assert [row.asked for row in receipt.rows] == ["W8A8", "W4A6", "W8A8"]
-    assert [row.emulated for row in receipt.rows] == [
-        "",
-        "4-bit weights and 6-bit activations on 8-bit kernels",
-        "",
-    ]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
-
-
-def test_float_layers_behind_quantized_ones_are_no_loss(tmp_path: Path) -> None:
-    graph = QdqGraph("batch", 4, 16, 16)
-    x = graph.conv("conv2d", graph.activation("sample"), (4, 16))
-    kernel = graph.constant("out.weight", graph.rng.standard_normal((4, 16, 3, 3)).astype(np.float32))
-    x = graph.node("Conv", [x, kernel], "conv2d_1", "node_conv2d_1", pads=[1] * 4)
-    path = graph.save(tmp_path / "m.onnx", x, ["batch", 4, 16, 16])
-
-    receipt = realized_on_ort(path, [layer("conv2d"), layer("conv2d_1", weights=0, activations=0)])
-
-    receipt.raise_if_lost()
-    assert receipt.rows[1].asked == "float"
-    assert not receipt.rows[1].integer
     assert receipt.integer_share == 0.5
+    assert receipt.rows[0].realized[0].startswith(kernel)
 
 
-def test_linear_layers_run_in_integers_in_either_spelling(tmp_path: Path) -> None:
-    graph = QdqGraph("batch", 8, 32)
-    tokens = graph.activation(graph.matmul("linear", graph.activation("sample"), 32, (1, 1, 32), bits=4))
-    rows = graph.node("Reshape", [tokens, graph.constant("rows", np.asarray([-1, 32]))], "flat")
-    inputs = [rows, graph.weight("linear_1", (32, 32)), graph.bias("linear_1", 32)]
-    graph.node("Gemm", inputs, "linear_1", "node_linear_1", transB=1)
-    path = graph.save(tmp_path / "m.onnx", graph.activation("linear_1"), ["rows", 32])
+def test_what_one_engine_keeps_another_loses(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    path = write_conv(tmp_path / "m.onnx", output=False)
 
-    receipt = realized_on_ort(path, [layer("linear", "linear", weights=4), layer("linear_1", "linear")])
+    on_openvino, on_onnxruntime = (realized(path, [layer("conv2d")], engine) for engine in ("openvino", "onnxruntime"))
 
-    receipt.raise_if_lost()
-    assert realized(receipt) == {"linear": ("MatMulIntegerToFloat",), "linear_1": ("QGemm",)}
-    assert receipt.counts("linear") == (2, 2)
+    assert on_openvino.counts("conv") == (1, 1)
+    assert on_onnxruntime.counts("conv") == (0, 1)
 
 
-def lost_conv_without_output_grid(path: Path) -> tuple[Path, LayerInfo]:
-    graph = QdqGraph("batch", 4, 16, 16)
-    x = graph.conv("conv2d", graph.activation("sample"), (4, 16), output=False)
-    return graph.save(path, x, ["batch", 16, 16, 16]), layer("conv2d")
+def test_a_target_without_integer_kernels_says_so_of_every_layer(bundle_for: object) -> None:
+    bundle = bundle_for("ort-cuda")  # type: ignore[operator]
+    layers = (layer("conv2d"), layer("conv2d_1", weights=0, activations=0))
 
+    receipt = realized_by_target(replace(bundle, manifest=replace(bundle.manifest, layers=layers)))
 
-def lost_conv_with_a_residual(path: Path) -> tuple[Path, LayerInfo]:
-    graph = QdqGraph("batch", 16, 16, 16)
-    x = graph.conv("conv2d", graph.activation("sample"), (16, 16), output=False)
-    x = graph.activation(graph.node("Add", [x, "sample"], "residual"))
-    return graph.save(path, x, ["batch", 16, 16, 16]), layer("conv2d")
-
-
-def lost_conv_with_two_readers(path: Path) -> tuple[Path, LayerInfo]:
-    graph = QdqGraph("batch", 4, 16, 16)
-    x = graph.conv("conv2d", graph.activation("sample"), (4, 16))
-    x = graph.node("Add", [x, "conv2d"], "sum")
-    return graph.save(path, x, ["batch", 16, 16, 16]), layer("conv2d")
-
-
-def lost_conv_with_a_foreign_bias_scale(path: Path) -> tuple[Path, LayerInfo]:
-    graph = QdqGraph("batch", 4, 16, 16)
-    x = graph.conv("conv2d", graph.activation("sample", scale=2 * X_SCALE), (4, 16))
-    return graph.save(path, x, ["batch", 16, 16, 16]), layer("conv2d")
-
-
-def lost_conv_without_input_grid(path: Path) -> tuple[Path, LayerInfo]:
-    graph = QdqGraph("batch", 4, 16, 16)
-    x = graph.conv("conv2d", "sample", (4, 16))
-    return graph.save(path, x, ["batch", 16, 16, 16]), layer("conv2d")
-
-
-def lost_matmul_with_a_vector_bias(path: Path) -> tuple[Path, LayerInfo]:
-    graph = QdqGraph("batch", 32)
-    x = graph.matmul("linear", graph.activation("sample"), 32, (32,))
-    return graph.save(path, x, ["batch", 32]), layer("linear", "linear")
-
-
-def lost_by_a_foreign_name(path: Path) -> tuple[Path, LayerInfo]:
-    graph = QdqGraph("batch", 4, 16, 16)
-    x = graph.conv("conv2d", graph.activation("sample"), (4, 16))
-    return graph.save(path, x, ["batch", 16, 16, 16]), layer("conv2d_1")
-
-
-@pytest.mark.parametrize(
-    ("build", "reason"),
-    [
-        (lost_conv_without_output_grid, "no QuantizeLinear follows it"),
-        (lost_conv_with_a_residual, "runs as FusedConv in float: no QuantizeLinear follows it"),
-        (lost_conv_with_two_readers, "its output is used in float beside the QuantizeLinear"),
-        (lost_conv_with_a_foreign_bias_scale, "check that the bias scale is input scale x weight scale"),
-        (lost_conv_without_input_grid, "its input is not quantized"),
-        (lost_matmul_with_a_vector_bias, r"give the bias the shape \[1, 1, N\]"),
-        (lost_by_a_foreign_name, "no operation node_conv2d_1 in the optimized graph"),
-    ],
-)
-def test_each_silent_loss_is_caught_with_its_reason(tmp_path: Path, build: object, reason: str) -> None:
-    path, asked = build(tmp_path / "m.onnx")  # type: ignore[operator]
-
-    receipt = realized_on_ort(path, [asked])
-
-    assert [row.layer for row in receipt.lost] == [asked]
+    assert [row.layer.name for row in receipt.lost] == ["conv2d"]
     assert receipt.integer_share == 0.0
-    assert receipt.counts(asked.kind) == (0, 1)
-    with pytest.raises(PrecisionError, match=f"1 of 1 layers are not what was asked: unet.{asked.name}: .*{reason}"):
+    with pytest.raises(PrecisionError, match="runs in floating point: ort-cuda has no integer kernels"):
         receipt.raise_if_lost()
 
 
-def test_a_layer_in_parts_is_lost_with_any_of_them(tmp_path: Path) -> None:
-    graph = QdqGraph("batch", 4, 16, 16)
-    x = graph.activation("sample")
-    parts = [graph.conv(f"conv2d.part_{index}", x, (4, 16), output=index == 0) for index in range(2)]
-    path = graph.save(tmp_path / "m.onnx", graph.node("Add", parts, "conv2d"), ["batch", 16, 16, 16])
-
-    (row,) = realized_on_ort(path, [layer("conv2d")]).lost
-
-    assert row.realized == ("FusedConv", "QLinearConv")
-    assert not row.integer
+def test_an_engine_without_a_receipt_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no receipt for engine 'abacus'"):
+        realized(write_conv(tmp_path / "m.onnx"), [layer("conv2d")], "abacus")
 
 
-def test_a_node_renamed_by_the_runtime_is_found_by_its_weight(tmp_path: Path) -> None:
-    graph = QdqGraph("batch", 4, 16, 16)
-    x = graph.conv("conv2d", graph.activation("sample"), (4, 16), bits=4)
-    for node in graph.nodes:
-        node.name = f"anonymous_{node.name.replace('conv2d', 'c')}"
-    path = graph.save(tmp_path / "m.onnx", x, ["batch", 16, 16, 16])
-
-    receipt = realized_on_ort(path, [layer("conv2d")])
-
-    receipt.raise_if_lost()
-    assert realized(receipt) == {"conv2d": ("QLinearConv",)}
-
-
-def test_layers_nobody_asked_for_are_strays_when_they_dequantize(tmp_path: Path) -> None:
-    path, _ = lost_conv_without_output_grid(tmp_path / "m.onnx")
-
-    receipt = realized_on_ort(path, [])
-
-    assert receipt.strays == (("node_conv2d", "runs as Conv on dequantized operands"),)
-    with pytest.raises(PrecisionError, match="node_conv2d"):
-        receipt.raise_if_lost()
-
-
-def test_a_layer_asked_to_stay_float_must_not_run_in_integers(tmp_path: Path) -> None:
-    graph = QdqGraph("batch", 4, 16, 16)
-    x = graph.conv("conv2d", graph.activation("sample"), (4, 16))
-    path = graph.save(tmp_path / "m.onnx", x, ["batch", 16, 16, 16])
-
-    receipt = realized_on_ort(path, [layer("conv2d", weights=0, activations=0)])
-
-    with pytest.raises(PrecisionError, match="asked to stay float, runs as QLinearConv"):
-        receipt.raise_if_lost()
-
-
-def test_a_receipt_is_json(tmp_path: Path) -> None:
-    path, asked = lost_conv_without_output_grid(tmp_path / "m.onnx")
-
-    data = json.loads(json.dumps(realized_on_ort(path, [asked]).to_json()))
-
-    assert data["convs"] == [0, 1]
-    assert data["layers"][0]["realized"] == ["Conv"]
-    assert data["layers"][0]["lost"].startswith("runs as Conv in float")
-
-
-def test_a_graph_the_runtime_refuses_is_a_build_error(tmp_path: Path) -> None:
-    path = tmp_path / "m.onnx"
-    path.write_bytes(b"not a graph")
-
-    with pytest.raises(BuildError, match="refuses this graph"):
-        realized_on_ort(path, [])
+def test_openvino_is_a_target_without_output_grids() -> None:
+    assert TARGETS["openvino"].quantized_outputs == frozenset()
