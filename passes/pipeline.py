@@ -58,7 +58,7 @@ def passes_for(
         InsertQdq(lowered),
         QuantizeWeights(lowered, target, pts_lowering),
         FoldRescales(lowered),  # behind QuantizeWeights: integers stay, their scales take the factors
-        StackOutputCodes(lowered),
+        StackOutputCodes(lowered, target.integer_bias),
         MergeConstants(),
         NameOutputs(OUTPUT),
         CheckModel(lowered, target, timestep),

@@ -207,7 +207,9 @@ def test_a_weight_that_is_stored_shifted_is_stacked() -> None:
     on_grid = np.clip(np.rint(x / channels / INPUT.scale) + INPUT.zero_point, 0, 255) - INPUT.zero_point
     real = on_grid * INPUT.scale * channels
     weight = layer.weight_codes * layer.weight.scale.reshape(-1, 1, 1, 1)
-    y = torch.nn.functional.conv2d(torch.from_numpy(real).double(), torch.from_numpy(weight).double(), padding=1).numpy()
+    y = torch.nn.functional.conv2d(
+        torch.from_numpy(real).double(), torch.from_numpy(weight).double(), padding=1
+    ).numpy()
     difference = output_codes(run(graph, x, integer=True), FOUR_CODES) - output_codes(y, FOUR_CODES)
     assert np.abs(difference).max() <= 1
     assert np.count_nonzero(difference) <= 1 + 0.01 * difference.size
