@@ -57,6 +57,11 @@ def absorb(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
     """
     if len(value.outputs) != 1 or any(value is output for output in graph.outputs):
         raise PreconditionError(f"{value.name} has another reader")
+    return _absorb_computed(graph, value, factor)
+
+
+def _absorb_computed(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
+    """``absorb``, once it is known that no reader minds."""
     if not value.inputs:
         raise PreconditionError(f"{value.name} is an input of the graph")
     (node,) = value.inputs
@@ -222,6 +227,38 @@ def _split(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
     return absorb(graph, node.inputs[0], before_split(factor, axis, static, part))
 
 
+def _slice(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
+    """The rest may be read as well, as long as nobody reads what this slice reads."""
+    (node,) = value.inputs
+    source = node.inputs[0]
+    axis, start, stop = _range_of(node)
+    if any(source is output for output in graph.outputs):
+        raise PreconditionError(f"{source.name} has another reader")
+    for reader in source.outputs:
+        if reader is node:
+            continue
+        own_axis, own_start, own_stop = _range_of(reader)
+        if own_axis != axis or max(start, own_start) < min(stop, own_stop):
+            raise PreconditionError(f"{source.name} has another reader of what {node.name} takes")
+    sizes = [start, stop - start, source.shape[axis] - stop]
+    return _absorb_computed(graph, source, before_split(factor, axis, sizes, 1))
+
+
+def _range_of(node: gs.Node) -> tuple[int, int, int]:
+    """Axis, start and stop of a Slice along one static axis."""
+    source, parameters = node.inputs[0], node.inputs[1:]
+    known = node.op == "Slice" and len(parameters) >= 3 and all(isinstance(x, gs.Constant) for x in parameters)
+    if not known or any(x.values.size != 1 for x in parameters) or any(x.values != 1 for x in parameters[3:]):
+        raise PreconditionError(f"{source.name} has another reader, or one that is no slice along one axis")
+    start, stop, axis = (int(x.values.item()) for x in parameters[:3])
+    axis %= rank_of(source)
+    size = source.shape[axis]
+    if not isinstance(size, int):
+        raise PreconditionError(f"the size of {source.name} is not known")
+    start, stop, _ = slice(start, stop).indices(size)
+    return axis, start, max(start, stop)
+
+
 def _along(value: gs.Tensor, factor: Factor, axes: set[int]) -> None:
     """Refuse a factor that depends on other axes."""
     if any(size != 1 for axis, size in enumerate(factor.shape) if axis not in axes):
@@ -250,4 +287,5 @@ _RULES: Mapping[str, Callable[[gs.Graph, gs.Tensor, Factor], Absorption]] = {
     "Unsqueeze": _reshape,
     "Flatten": _reshape,
     "Split": _split,
+    "Slice": _slice,
 }

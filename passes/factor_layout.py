@@ -5,6 +5,7 @@ takes the factor of a result and returns the one of the operation's input that s
 """
 
 from collections.abc import Sequence
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -34,15 +35,15 @@ def before_reshape(factor: Factor, after: Sequence[Size], before: Sequence[Size]
     axes = [axis for axis, size in enumerate(factor.shape) if size != 1]
     if not axes:
         return np.full([1] * len(before), factor.reshape(-1)[0], np.float32)
-    first, end = axes[0], axes[-1] + 1
-    own = _static(after[first:end])
-    for start in range(len(before)):
-        for stop in range(start + 1, len(before) + 1):
-            taken = _static(before[start:stop])
-            if own is None or taken is None or prod(own) != prod(taken) or not _equal(after[end:], before[stop:]):
-                continue
-            full = np.broadcast_to(factor.reshape(factor.shape[first:end]), own).reshape(taken)
-            return _collapsed(full.reshape(*[1] * start, *taken, *[1] * (len(before) - stop)))
+    # The narrowest run of axes around those that holds as many elements as a run of axes before.
+    runs = [(first, end) for first in range(axes[0], -1, -1) for end in range(axes[-1] + 1, factor.ndim + 1)]
+    spans = [(start, stop) for start in range(len(before)) for stop in range(start + 1, len(before) + 1)]
+    for (first, end), (start, stop) in product(runs, spans):
+        own, taken = _static(after[first:end]), _static(before[start:stop])
+        if own is None or taken is None or prod(own) != prod(taken) or not _equal(after[end:], before[stop:]):
+            continue
+        full = np.broadcast_to(factor.reshape(factor.shape[first:end]), own).reshape(taken)
+        return _collapsed(full.reshape(*[1] * start, *taken, *[1] * (len(before) - stop)))
     return None
 
 

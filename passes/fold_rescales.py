@@ -65,7 +65,7 @@ class FoldRescales(Pass):
 def _refuse_bare_relu(node: gs.Node) -> None:
     """Without the Mul a Gemm may stand in front of the Relu; unless it is quantized next, both would run in float."""
     for relu in node.outputs[0].outputs:
-        if relu.op == "Relu" and any(reader.op != "QuantizeLinear" for reader in relu.outputs[0].outputs):
+        if relu.op == "Relu" and {reader.op for reader in relu.outputs[0].outputs} != {"QuantizeLinear"}:
             raise PreconditionError(f"{relu.name} is not quantized next")
 
 

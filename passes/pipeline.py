@@ -55,7 +55,7 @@ def passes_for(
         QuantizeWeights(lowered, target, pts_lowering),
         OffsetInputs(lowered, target),
         FoldRescales(lowered),  # behind QuantizeWeights: integers stay, their scales take the factors
-        StackOutputCodes(lowered),
+        StackOutputCodes(lowered, target.integer_bias),
         MergeConstants(),
         NameOutputs(OUTPUT),
         *([HalfPrecision(lowered)] if target.float_type == "float16" else []),

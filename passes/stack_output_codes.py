@@ -30,9 +30,14 @@ def stacked(recipe: QuantRecipe) -> list[LayerRecipe]:
 
 @dataclass(frozen=True)
 class StackOutputCodes(Pass):
-    """Stack the copies on the output channels of one convolution, and add them up behind it."""
+    """Stack the copies on the output channels of one convolution, and add them up behind it.
+
+    Attributes:
+        integer_bias: Whether the target takes biases as integers.
+    """
 
     recipe: QuantRecipe
+    integer_bias: bool = True
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
 
     def requires(self, graph: gs.Graph) -> None:
@@ -53,7 +58,7 @@ class StackOutputCodes(Pass):
         layers = stacked(self.recipe)
         for layer in layers:
             assert layer.output is not None
-            _stack(graph, layer, layer.output, nodes[layer.name])
+            _stack(graph, layer, layer.output, nodes[layer.name], integer_bias=self.integer_bias)
         return Changes(tuple(layer.path for layer in layers))
 
     def ensures(self, graph: gs.Graph) -> None:
@@ -73,23 +78,15 @@ def staggered_bias(bias: NDArray[np.float64], output: QParams) -> NDArray[np.flo
     return bias[None, :] - float(output.scale) * starts[:, None]
 
 
-def _stack(graph: gs.Graph, layer: LayerRecipe, output: QParams, node: gs.Node) -> None:
+def _stack(graph: gs.Graph, layer: LayerRecipe, output: QParams, node: gs.Node, *, integer_bias: bool) -> None:
     copies = output.spec.codes
     prefix = f"{layer.name}.output"
     (result,) = node.outputs
-    accumulator = _accumulator_step(layer)
-    bias = np.zeros(len(layer.weight_codes)) if len(node.inputs) < 3 else _stored_bias(node) * accumulator
-    codes = np.round(staggered_bias(bias, output) / accumulator)
-    if np.abs(codes).max() > np.iinfo(np.int32).max:
-        raise PreconditionError(f"{layer.path}: its staggered bias does not fit 32 bits")
+    biases = staggered_bias(_bias(layer, node), output)
+    real_bias: gs.Tensor = constant(f"{prefix}.bias", biases.reshape(-1).astype(np.float32))
+    if integer_bias:
+        real_bias = _bias_codes(graph, layer, biases)
     _tile_weight(node.inputs[1].inputs[0], copies)
-    real_bias = variable(f"{prefix}.bias", dtype=np.float32)
-    parameters = [
-        constant(f"{prefix}.bias_codes", codes.reshape(-1).astype(np.int32)),
-        constant(f"{prefix}.bias_scale", np.tile(accumulator, copies).astype(np.float32)),
-        constant(f"{prefix}.bias_zero_point", np.zeros(codes.size, np.int32)),
-    ]
-    dequantize = gs.Node("DequantizeLinear", f"{prefix}.bias_dq", {"axis": 0}, parameters, [real_bias])
     node.inputs = [*node.inputs[:2], real_bias]
     raw, stack = variable(f"{prefix}.raw", np.float32), variable(f"{prefix}.codes", np.uint8)
     real = variable(f"{prefix}.dequantized", np.float32)
@@ -98,7 +95,6 @@ def _stack(graph: gs.Graph, layer: LayerRecipe, output: QParams, node: gs.Node) 
     parts = [variable(f"{prefix}.part{index}", np.float32) for index in range(copies)]
     start = constant(f"{prefix}.start", np.array(-float(output.scale) * float(output.zero_point), np.float32))
     graph.nodes += [
-        dequantize,
         gs.Node("QuantizeLinear", f"{prefix}.quantize", inputs=[raw, *grid], outputs=[stack]),
         gs.Node("DequantizeLinear", f"{prefix}.dequantize", inputs=[stack, *grid], outputs=[real]),
         gs.Node("Split", f"{prefix}.split", {"axis": 1, "num_outputs": copies}, [real], parts),
@@ -110,8 +106,29 @@ def _accumulator_step(layer: LayerRecipe) -> NDArray[np.float64]:
     return (layer.input.scale * layer.weight_step).astype(np.float32).astype(np.float64)
 
 
-def _stored_bias(node: gs.Node) -> NDArray[np.float64]:
-    return np.asarray(node.inputs[2].inputs[0].inputs[0].values, np.float64)
+def _bias(layer: LayerRecipe, node: gs.Node) -> NDArray[np.float64]:
+    """The layer's bias as it is stored, in floating point or as integers, [out]."""
+    if len(node.inputs) < 3:
+        return np.zeros(len(layer.weight_codes))
+    if isinstance(node.inputs[2], gs.Constant):
+        return np.asarray(node.inputs[2].values, np.float64)
+    return np.asarray(node.inputs[2].inputs[0].inputs[0].values, np.float64) * _accumulator_step(layer)
+
+
+def _bias_codes(graph: gs.Graph, layer: LayerRecipe, biases: NDArray[np.float64]) -> gs.Variable:
+    """The biases of all copies, [codes, out], on the accumulator's grid."""
+    prefix, accumulator = f"{layer.name}.output", _accumulator_step(layer)
+    codes = np.round(biases / accumulator)
+    if np.abs(codes).max() > np.iinfo(np.int32).max:
+        raise PreconditionError(f"{layer.path}: its staggered bias does not fit 32 bits")
+    parameters = [
+        constant(f"{prefix}.bias_codes", codes.reshape(-1).astype(np.int32)),
+        constant(f"{prefix}.bias_scale", np.tile(accumulator, len(biases)).astype(np.float32)),
+        constant(f"{prefix}.bias_zero_point", np.zeros(codes.size, np.int32)),
+    ]
+    real = variable(f"{prefix}.bias", dtype=np.float32)
+    graph.nodes.append(gs.Node("DequantizeLinear", f"{prefix}.bias_dq", {"axis": 0}, parameters, [real]))
+    return real
 
 
 def _tile_weight(dequantize: gs.Node, copies: int) -> None:

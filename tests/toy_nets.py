@@ -114,6 +114,38 @@ def recipe_for(net: Net, weight_bits: int = 8, activation_bits: int = 8) -> Quan
     return replace(recipe_with(layers, [table], net.timesteps), splits=net.splits)
 
 
+def scaled_recipe(net: Net, weight_bits: int, *, outputs: bool) -> QuantRecipe:
+    """The same with equivalent scaling and exponents on every layer but stacked ones.
+
+    Args:
+        outputs: Whether convolutions have an output grid.
+    """
+    plain = recipe_for(net, weight_bits)
+    sources = [layer.source for layer in net.layers.values()]
+    layers = [
+        layer if layer.name in net.stacked else _scaled(net, layer, sources.index(net.layers[layer.name].source))
+        for layer in plain.layers
+    ]
+    if not outputs:
+        layers = [replace(layer, output=None) for layer in layers]
+    return replace(plain, layers=tuple(layers))
+
+
+def _scaled(net: Net, layer: LayerRecipe, seed: int) -> LayerRecipe:
+    """Layers with one seed share their factors."""
+    model = net.split_model or net.model
+    (item,) = [item for item in model.graph.node if layer.name in (*item.output, f"{item.output[0]}.product")][:1]
+    groups = next((attribute.i for attribute in item.attribute if attribute.name == "group"), 1)
+    weight, rng = net.layers[layer.name].weight, np.random.default_rng(seed)
+    tau = np.exp(rng.uniform(-1, 1, weight.shape[1] * groups)).astype(np.float32)
+    exponent = rng.integers(-2, 1, len(tau)).astype(np.int8)
+    rows = np.repeat(tau.reshape(groups, -1), len(weight) // groups, axis=0)  # [out, in / groups]
+    grid, codes = rounded_weight(weight * rows.reshape(*rows.shape, *[1] * (weight.ndim - 2)), layer.weight.spec.bits)
+    wide = replace(layer.input, scale=np.asarray(layer.input.scale * 12))  # factors reach e * 2^2
+    scaling = replace(layer, groups=groups, les_scale=tau, pts_exponent=exponent, weight=grid, weight_codes=codes)
+    return replace(scaling, input=wide)
+
+
 def observe(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Feeds:
     """Values of the graph by name; inputs included."""
     shown = onnx.ModelProto()
