@@ -142,6 +142,8 @@ def realized_on_ort(
 ) -> Receipt:
     """Load a graph as ONNX Runtime's CPU provider would run it and look up every layer in it.
 
+    Of a bundle with a prologue, each layer is looked up in the graph it lies in.
+
     Args:
         requested: The layers and the precision asked for.
         work_dir: Where a temporary copy of the model may lie; the system's own place if None.
@@ -151,7 +153,15 @@ def realized_on_ort(
     """
     total = sum(layer.macs for layer in requested) if macs is None else macs
     path = model.model if isinstance(model, Bundle) else model
-    return receipt_of(optimized_operations(path, work_dir), requested, total)
+    info = model.manifest.prologue if isinstance(model, Bundle) else None
+    if not isinstance(model, Bundle) or info is None or model.prologue is None:
+        return receipt_of(optimized_operations(path, work_dir), requested, total)
+    moved = [layer for layer in requested if layer.name in info.layers]
+    stayed = [layer for layer in requested if layer.name not in info.layers]
+    once = receipt_of(optimized_operations(model.prologue, work_dir), moved, total)
+    each = receipt_of(optimized_operations(path, work_dir), stayed, total)
+    rows = {row.layer.name: row for row in (*once.rows, *each.rows)}
+    return Receipt(tuple(rows[layer.name] for layer in requested), once.strays + each.strays, total)
 
 
 def optimized_operations(model_path: Path, work_dir: Path | None = None) -> tuple[Operation, ...]:

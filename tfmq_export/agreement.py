@@ -61,11 +61,14 @@ class LockStep:
         self._output = bundle.manifest.output
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
         with tempfile.TemporaryDirectory() as folder:
-            self._runner = OrtRunner(_with_layer_results(bundle, recipe, Path(folder)), integer=False)
+            self._runner = _watched(bundle.model, recipe, Path(folder) / "main")
+            self._prologue = (
+                None if bundle.prologue is None else _watched(bundle.prologue, recipe, Path(folder) / "prologue")
+            )
 
     def compare(self, inputs: Mapping[str, Tensor]) -> Agreement:
         """Compare on one set of model inputs, by name in the program's order."""
-        results = self._runner.infer(_feeds(inputs, self._timestep))
+        results = self._results(_feeds(inputs, self._timestep))
         free = self._simulation(inputs)
         graph = results.pop(self._output)
         watcher = _Synchronizer(results)
@@ -78,6 +81,14 @@ class LockStep:
             mismatch_rate=watcher.differing / max(watcher.compared, 1),
             worst_layer=worst,
         )
+
+    def _results(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The prediction and every layer's result by name, of both graphs where there are two."""
+        once: dict[str, NDArray[Any]] = {}
+        if self._prologue is not None:
+            once = self._prologue.infer({name: feeds[name] for name in self._prologue.inputs})
+        given = {**feeds, **once}
+        return {**once, **self._runner.infer({name: given[name] for name in self._runner.inputs})}
 
 
 class _Synchronizer:
@@ -109,18 +120,20 @@ def code_step(layer: LayerRecipe) -> float:
     return float(layer.input.scale * largest)
 
 
-def _with_layer_results(bundle: Bundle, recipe: QuantRecipe, folder: Path) -> Path:
-    """A copy of the graph that also returns every layer's result; large weights stay where they are."""
-    model = onnx.load(bundle.model, load_external_data=False)
+def _watched(graph: Path, recipe: QuantRecipe, folder: Path) -> OrtRunner:
+    """The graph in floating point, returning every layer's result as well; large weights stay where they are."""
+    folder.mkdir()
+    model = onnx.load(graph, load_external_data=False)
     computed = {name for node in model.graph.node for name in node.output}
+    computed -= {value.name for value in model.graph.output}
     for layer in recipe.layers:
         if layer.name in computed:
             model.graph.output.append(onnx.helper.make_tensor_value_info(layer.name, onnx.TensorProto.FLOAT, None))
-    path = folder / bundle.model.name
+    path = folder / graph.name
     onnx.save_model(model, str(path))
-    for data in bundle.model.parent.glob(f"{bundle.model.name}_data*"):
-        (folder / data.name).symlink_to(data)
-    return path
+    for data in graph.parent.glob(f"{graph.name}_data*"):
+        (folder / data.name).symlink_to(data.absolute())
+    return OrtRunner(path, integer=False)
 
 
 def _feeds(inputs: Mapping[str, Tensor], timestep: str) -> dict[str, NDArray[Any]]:
