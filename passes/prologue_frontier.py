@@ -129,10 +129,9 @@ def _range_of(node: gs.Node) -> tuple[int, int | None]:
 
 
 def _batch_symbol(graph: gs.Graph, roles: Mapping[str, str]) -> str:
-    samples = [value for value in graph.inputs if roles[value.name] == SAMPLE]
-    if len(samples) != 1:
-        raise PreconditionError(f"expected one sample input, the graph has {len(samples)}")
-    (sample,) = samples
+    sample = next((value for value in graph.inputs if roles[value.name] == SAMPLE), None)
+    if sample is None:
+        raise PreconditionError("no input has the role sample")
     if not sample.shape or not isinstance(sample.shape[0], str):
         raise PreconditionError(f"{sample.name}: shape {sample.shape} has no symbolic batch axis in front")
     return str(sample.shape[0])

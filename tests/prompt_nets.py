@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import TensorProto
 from onnx_graphs import graph_of, infer, normal
-from toy_nets import node
+from toy_nets import Feeds, Layer, Net, node
 
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model
@@ -139,6 +139,23 @@ class PromptNet:
             "label": rng.integers(0, CLASSES, batch),
         }
         return {name: every[name] for name in self.roles}
+
+
+class LabelNet(Net):
+    """A net with class labels beside sample and timestep."""
+
+    def feeds(self, timestep: float, batch: int = 3, seed: int = 0) -> Feeds:
+        labels = np.random.default_rng(seed).integers(0, CLASSES, batch)
+        return super().feeds(timestep, batch, seed) | {"label": labels}
+
+
+def label_net() -> Net:
+    """Two convolutions around a modulation by label and timestep."""
+    net = PromptNet(text=False)
+    model = net.model()
+    kernels = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}
+    layers = {"stem": Layer("conv", "sample", kernels["conv_in"]), "out": Layer("conv", "shifted", kernels["conv_out"])}
+    return LabelNet(model, layers, "embedding", True, TimestepSet(net.timesteps))
 
 
 def denoiser(

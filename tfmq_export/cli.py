@@ -86,6 +86,10 @@ def export(
         bool | None,
         typer.Option("--allow-precision-loss", help="Keep a bundle whose layers do not all run in integers."),
     ] = None,
+    class_tables: Annotated[
+        bool | None,
+        typer.Option("--class-tables", help="Tabulate what class label and timestep decide, where it is small."),
+    ] = None,
     prologue: Annotated[
         bool | None,
         typer.Option("--prologue", help="Put what the prompt decides into a graph of its own, run once per prompt."),
@@ -114,6 +118,7 @@ def export(
         "thresholds.ssim": min_ssim,
         "thresholds.sqnr": min_sqnr,
         "allow_precision_loss": allow_precision_loss,
+        "class_tables": class_tables,
         "prologue": prologue,
     }
     settings = load_config(config, flags)

@@ -101,7 +101,8 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         with stages.stage("Rewriting the graph"):
             graph = import_graph(export_onnx(program))
             after = dump_to(dump_dir) if dump_dir is not None else None
-            passes = passes_for(made, target, sample=denoiser.sample, timestep=denoiser.timestep)
+            labels = tuple(denoiser.conditioning) if config.class_tables else ()
+            passes = passes_for(made, target, sample=denoiser.sample, timestep=denoiser.timestep, labels=labels)
             reports = run_passes(graph, passes, after)
             graphs = Graphs(export_model(graph), reports)
         if config.prologue:

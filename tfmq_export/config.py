@@ -88,6 +88,7 @@ class CompileConfig(BaseModel):
     seed: int = Field(0, ge=0)
     thresholds: Thresholds = Thresholds.model_construct()
     allow_precision_loss: bool = False
+    class_tables: bool = Field(False, description="tabulate what class label and timestep decide, where it is small")
     prologue: bool = Field(False, description="move what the prompt decides into a graph of its own, run once")
 
     def model_post_init(self, context: Any, /) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
@@ -26,10 +27,11 @@ from tfmq_export.models.load import Source, load
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model, import_graph, save_model
 from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.program import capture
+from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.prologue import cut_prologue
 from tfmq_export.ptq.quantize import unquantized
 from tfmq_export.ptq.tib import tabulate
+from tfmq_export.recipe import QuantRecipe
 from tfmq_export.runtime import load as load_bundle
 from tfmq_export.runtime.ort_runner import OrtRunner
 from tfmq_export.target import find_target
@@ -58,7 +60,7 @@ def class_conditional() -> tuple[nn.Module, Description]:
         "class_labels": torch.tensor([1, 4]),
     }
     return model, Description(
-        inputs, DDIMScheduler(), timesteps=[900, 600, 300, 0], conditioning={"class_labels": torch.arange(5)}
+        inputs, DDIMScheduler(), timesteps=[750, 500, 250, 0], conditioning={"class_labels": torch.arange(5)}
     )
 
 
@@ -86,7 +88,7 @@ def text_conditional() -> tuple[nn.Module, Description]:
         "timestep_cond": torch.randn(2, 6),
     }
     conditioning = {"encoder_hidden_states": torch.randn(4, 7, 12), "timestep_cond": torch.randn(4, 6)}
-    return model, Description(inputs, DDIMScheduler(), timesteps=[900, 600, 300, 0], conditioning=conditioning)
+    return model, Description(inputs, DDIMScheduler(), timesteps=[750, 500, 250, 0], conditioning=conditioning)
 
 
 MODELS = {"class": class_conditional, "text": text_conditional}
@@ -97,14 +99,27 @@ def described(name: str) -> Denoiser:
     return describe(module.eval(), description, steps=4, source=name)
 
 
+@functools.cache
+def finished(name: str, target: str) -> tuple[Denoiser, DiffusionProgram, QuantRecipe, gs.Graph]:
+    """What the passes make of a model in floating point."""
+    denoiser, program = captured(name)
+    recipe = unquantized(program, "fp32", tabulate(program, denoiser), {})
+    graph = import_graph(export_onnx(program))
+    names = {"sample": denoiser.sample, "timestep": denoiser.timestep}
+    run_passes(graph, passes_for(recipe, find_target(target), **names))
+    return denoiser, program, recipe, graph
+
+
+@functools.cache
+def captured(name: str) -> tuple[Denoiser, DiffusionProgram]:
+    denoiser = described(name)
+    return denoiser, capture(denoiser)
+
+
 @pytest.mark.parametrize("target", ["ort-cpu", "openvino"])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_two_graphs_give_the_bits_of_one(name: str, target: str, tmp_path: Path) -> None:
-    denoiser = described(name)
-    program = capture(denoiser)
-    recipe = unquantized(program, "fp32", tabulate(program, denoiser), {})
-    graph = import_graph(export_onnx(program))
-    run_passes(graph, passes_for(recipe, find_target(target), sample=denoiser.sample, timestep=denoiser.timestep))
+    denoiser, _, recipe, graph = finished(name, target)
 
     main, prologue = cut_prologue(graph, denoiser, recipe)
 
@@ -128,12 +143,7 @@ def test_two_graphs_give_the_bits_of_one(name: str, target: str, tmp_path: Path)
 
 
 def test_every_layer_of_the_prompt_moves_and_no_other() -> None:
-    denoiser = described("class")
-    program = capture(denoiser)
-    recipe = unquantized(program, "fp32", tabulate(program, denoiser), {})
-    graph = import_graph(export_onnx(program))
-    names = {"sample": denoiser.sample, "timestep": denoiser.timestep}
-    run_passes(graph, passes_for(recipe, find_target("ort-cpu"), **names))
+    denoiser, program, recipe, graph = finished("class", "ort-cpu")
 
     _, prologue = cut_prologue(graph, denoiser, recipe)
 
@@ -157,7 +167,8 @@ def compiled(preset: str, prologue: bool) -> tuple[tempfile.TemporaryDirectory, 
         prologue=prologue,
         thresholds=ANYTHING,
     )
-    return folder, tfmq_export.compile(MODELS["text"](), Path(folder.name) / "out", config)
+    recipe = None if prologue else compiled(preset, True)[1].bundle.root
+    return folder, tfmq_export.compile(MODELS["text"](), Path(folder.name) / "out", config, recipe=recipe)
 
 
 @pytest.mark.parametrize("preset", ["fp32", "w4a8"])
@@ -191,12 +202,10 @@ def test_a_bundle_in_two_graphs_is_written_proved_and_samples(preset: str) -> No
     assert torch.equal(*images)
 
 
-def test_recompiling_its_recipe_without_a_prologue_gives_the_single_graph() -> None:
+def test_its_recipe_without_a_prologue_gives_the_single_graph() -> None:
     single = compiled("w4a8", False)[1].bundle
 
-    again = onnx.load(single.model)
-
-    assert {value.name for value in again.graph.input} == set(MODELS["text"]()[1].example_inputs)
+    assert {value.name for value in onnx.load(single.model).graph.input} == set(MODELS["text"]()[1].example_inputs)
     assert single.prologue is None
     assert not (single.root / "denoiser_prologue").exists()
 
