@@ -5,11 +5,54 @@ per sample. A shape query reads no data, so a timestep expanded to the batch of 
 depends on the timestep alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from enum import Enum
 
 import onnx_graphsurgeon as gs
 
+from tfmq_export.errors import PreconditionError
+
 SHAPE_QUERIES = frozenset({"Shape", "Size"})
+SAMPLE, TIMESTEP, CONDITIONING = "sample", "timestep", "conditioning"
+
+
+class BindingTime(Enum):
+    """When the numbers of a value are known, by the roles of the inputs it reads."""
+
+    WEIGHTS = "weights"
+    """At compile time; sizes of axes count as known, too."""
+    TIMESTEP = "timestep"
+    PROMPT = "prompt"
+    PROMPT_AND_TIMESTEP = "prompt and timestep"
+    SAMPLE = "sample"
+
+
+_TIMES: Mapping[frozenset[str], BindingTime] = {
+    frozenset(): BindingTime.WEIGHTS,
+    frozenset({TIMESTEP}): BindingTime.TIMESTEP,
+    frozenset({CONDITIONING}): BindingTime.PROMPT,
+    frozenset({CONDITIONING, TIMESTEP}): BindingTime.PROMPT_AND_TIMESTEP,
+}
+
+
+def classify_values(graph: gs.Graph, roles: Mapping[str, str]) -> dict[str, BindingTime]:
+    """When each value binds, by value name. The graph must be sorted.
+
+    Args:
+        roles: "sample", "timestep" or "conditioning" for each graph input.
+    Raises:
+        PreconditionError: an input has none of these roles.
+    """
+    for value in graph.inputs:
+        if roles.get(value.name) not in (SAMPLE, TIMESTEP, CONDITIONING):
+            known = ", ".join(f"{name}: {role}" for name, role in sorted(roles.items())) or "nothing"
+            raise PreconditionError(
+                f"input {value.name!r} needs the role sample, timestep or conditioning; given {known}"
+            )
+    return {
+        name: _TIMES.get(frozenset(roles[source] for source in sources), BindingTime.SAMPLE)
+        for name, sources in binding_times(graph).items()
+    }
 
 
 def binding_times(graph: gs.Graph) -> dict[str, frozenset[str]]:

@@ -1,7 +1,10 @@
 """The whole order of rewrites, in one list."""
 
+from collections.abc import Sequence
+
 from tfmq_export.passes.base import Pass
-from tfmq_export.passes.bind_recipe import BindRecipe
+from tfmq_export.passes.bind_recipe import BindRecipe, node_name
+from tfmq_export.passes.binding_times import CONDITIONING, SAMPLE, TIMESTEP
 from tfmq_export.passes.check_model import CheckModel
 from tfmq_export.passes.fold_constants import FoldConstants
 from tfmq_export.passes.fold_rescales import FoldRescales
@@ -19,6 +22,7 @@ from tfmq_export.passes.rescale_inputs import RescaleInputs
 from tfmq_export.passes.split_exponents import SplitExponents, split_recipe
 from tfmq_export.passes.split_skips import SplitSkips
 from tfmq_export.passes.stack_output_codes import StackOutputCodes
+from tfmq_export.passes.tabulate_classes import TabulateClasses
 from tfmq_export.passes.tabulate_tib import TabulateTib
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.target import PtsLowering, Target
@@ -27,7 +31,13 @@ OUTPUT = "out_sample"
 
 
 def passes_for(
-    recipe: QuantRecipe, target: Target, *, sample: str, timestep: str, pts_lowering: PtsLowering = "auto"
+    recipe: QuantRecipe,
+    target: Target,
+    *,
+    sample: str,
+    timestep: str,
+    labels: Sequence[str] = (),
+    pts_lowering: PtsLowering = "auto",
 ) -> list[Pass]:
     """From the float graph of a model to the graph a target runs.
 
@@ -35,6 +45,7 @@ def passes_for(
         recipe: Adapted to the target.
         sample: Name of the input that holds the noisy sample.
         timestep: Name of the input that holds the timestep.
+        labels: Conditioning inputs; those that turn out to be class labels are tabulated with the timestep.
         pts_lowering: Form of power-of-two scaling; "auto" chooses per layer.
     """
     forms = {layer.name: choose_form(layer, target, pts_lowering) for layer in recipe.layers}
@@ -45,6 +56,7 @@ def passes_for(
         SplitSkips(recipe.splits),
         BindRecipe(recipe),
         TabulateTib(recipe.tib, timestep, sample),
+        *_class_tables(recipe, sample, timestep, labels),
         LowerGroupNorm(),
         *([LowerAttention("mha")] if target.attention == "mha" else []),
         LowerAttention("matmul"),  # whatever has no fused form
@@ -61,3 +73,11 @@ def passes_for(
         *([HalfPrecision(lowered)] if target.float_type == "float16" else []),
         CheckModel(lowered, target, timestep),
     ]
+
+
+def _class_tables(recipe: QuantRecipe, sample: str, timestep: str, labels: Sequence[str]) -> list[Pass]:
+    if not labels:
+        return []
+    roles = {sample: SAMPLE, timestep: TIMESTEP, **dict.fromkeys(labels, CONDITIONING)}
+    quantized = frozenset(node_name(layer) for layer in recipe.layers)
+    return [TabulateClasses(roles, len(recipe.tib.timesteps), quantized)]

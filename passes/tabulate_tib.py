@@ -23,6 +23,7 @@ STEPS = "steps"
 ROWS = "temporal.rows"
 COMPARISON = frozenset({"temporal.as_column", "temporal.compare"})
 """Nodes that read the timestep itself, which must keep its type."""
+SINGLE = ".single"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ def computed_from_time(graph: gs.Graph, timestep: str) -> list[str]:
     ]
 
 
+def serves_single_timestep(node: gs.Node) -> bool:
+    """Whether a node gives a table's row to the whole batch, so that there is one timestep per call."""
+    return node.name.startswith("temporal.") and node.name.endswith(SINGLE)
+
+
 def _moves_a_row(node: gs.Node) -> bool:
     """Whether a node only reshapes or splits table rows."""
     layout = {"Unsqueeze", "Squeeze", "Reshape", "Slice", "Split", "Transpose", "Expand", "Flatten", "Identity", "Cast"}
@@ -171,7 +177,7 @@ def _look_up(graph: gs.Graph, table: TemporalTable, rows: gs.Variable, batch: gs
     served = variable(f"{prefix}.feature", dtype=np.float32)
     if batch is None or not table.per_sample:
         shape = constant(f"{prefix}.shape", np.array(table.rows.shape[1:], np.int64))
-        graph.nodes.append(gs.Node("Reshape", f"{prefix}.single", inputs=[gathered, shape], outputs=[served]))
+        graph.nodes.append(gs.Node("Reshape", f"{prefix}{SINGLE}", inputs=[gathered, shape], outputs=[served]))
         return served
     if table.rows.ndim == 1:
         size: gs.Tensor = batch

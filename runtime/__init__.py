@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tfmq_export.runtime.denoiser import LoadedBundle, load
+    from tfmq_export.runtime.prompt import PreparedPrompt
 
-__all__ = ["LoadedBundle", "load"]
+__all__ = ["LoadedBundle", "PreparedPrompt", "load"]
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        from tfmq_export.runtime import denoiser
+        from tfmq_export.runtime import denoiser, prompt
 
-        return getattr(denoiser, name)
+        return getattr(prompt if name == "PreparedPrompt" else denoiser, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,13 @@
 """A bundle opened as a function: ``load(root)(sample, timestep, **conditioning) -> prediction``.
 
+With ``prompt = loaded.prepare(**conditioning)`` and ``loaded(sample, timestep, prompt=prompt)``, what the
+prompt decides is computed once.
+
 Requests are checked against the manifest before the engine sees them, so that a bad one costs
 nothing, names what is wrong, and leaves the engine as it was.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,29 +15,59 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.bundle import Bundle, InputInfo, open_bundle
+from tfmq_export.bundle import Bundle, open_bundle
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.runtime.engines import open_runner
+from tfmq_export.runtime.prompt import (
+    Arrays,
+    LastPrompt,
+    PreparedPrompt,
+    checked,
+    checked_conditioning,
+    identity_of,
+    names_of,
+    prepare_prompt,
+)
 from tfmq_export.runtime.runner import Runner
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedBundle:
-    """A bundle and the engine that runs it."""
+    """A bundle and the engine that runs it.
+
+    Attributes:
+        prologue: Runs the bundle's second graph, where it has one.
+        last: The prompt of the last call with conditioning; behind a lock.
+    """
 
     bundle: Bundle
     runner: Runner
+    prologue: Runner | None = None
+    last: LastPrompt = field(default_factory=LastPrompt, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for role in ("sample", "timestep"):
             if len(self.bundle.manifest.input(role)) != 1:
                 raise LoadError(f"{self.bundle.root}: the manifest needs one {role} input; compile the model again")
 
+    def prepare(self, **conditioning: NDArray[np.generic]) -> PreparedPrompt:
+        """Do once what the prompt decides; give the result to each call as ``prompt``.
+
+        Args:
+            conditioning: [N, ...] under each input's name.
+        Raises:
+            ConfigError: a name, type or shape is not what the manifest says.
+        """
+        manifest = self.bundle.manifest
+        return prepare_prompt(manifest, self.prologue, checked_conditioning(manifest, conditioning))
+
     def __call__(
         self,
         sample: NDArray[np.generic],
         timestep: int | float | NDArray[np.generic],
         /,
+        *,
+        prompt: PreparedPrompt | NDArray[np.generic] | None = None,
         **conditioning: NDArray[np.generic],
     ) -> NDArray[np.generic]:
         """Predict.
@@ -43,42 +75,68 @@ class LoadedBundle:
         Args:
             sample: [N, ...].
             timestep: One for the batch (a number, [] or [1]), or one per sample, [N].
-            conditioning: [N, ...] under each input's name.
+            prompt: From ``prepare``, in place of the conditioning. (A model may have an input of this name; then it
+                takes that input's array.)
+            conditioning: [N, ...] under each input's name; prepared here, unless it is that of the last call.
         Raises:
             TimestepError: the timestep is not in the bundle's schedule.
-            ConfigError: a name, type or shape is not what the manifest says.
+            ConfigError: a name, type or shape is not what the manifest says, or the prompt was prepared for another
+                bundle or batch.
         """
         manifest = self.bundle.manifest
         (sample_info,) = manifest.input("sample")
         (timestep_info,) = manifest.input("timestep")
-        infos = {info.name: info for info in manifest.input("conditioning")}
-        if missing := infos.keys() - conditioning.keys():
-            raise ConfigError(f"missing conditioning {', '.join(sorted(missing))}; pass it by name")
-        if unknown := conditioning.keys() - infos.keys():
-            raise ConfigError(f"no input {', '.join(sorted(unknown))}; the conditioning here: {_names(infos)}")
-
         feeds = {sample_info.name: checked(sample_info, sample)}
         batch = feeds[sample_info.name].shape[0]
-        for name, info in infos.items():
-            feeds[name] = checked(info, conditioning[name])
-            if feeds[name].shape[0] != batch:
-                raise ConfigError(
-                    f"{name}: batch of {feeds[name].shape[0]}, but {sample_info.name} has {batch}; "
-                    "give one row per sample"
-                )
         steps = timesteps_of(timestep, batch)
         manifest.timesteps.rows(steps)
         feeds[timestep_info.name] = steps.astype(timestep_info.dtype)
+        if isinstance(prompt, PreparedPrompt):
+            feeds |= self._feeds_of(prompt, batch, conditioning)
+        else:
+            named = conditioning if prompt is None else {**conditioning, "prompt": prompt}
+            feeds |= self._feeds_from(named, batch, sample_info.name)
         return self.runner.infer(feeds)[manifest.output]
+
+    def _feeds_of(self, prompt: PreparedPrompt, batch: int, conditioning: Arrays) -> Arrays:
+        if conditioning:
+            raise ConfigError(f"both a prepared prompt and {names_of(conditioning)}; give one of the two")
+        if prompt.made_for != identity_of(self.bundle.manifest):
+            raise ConfigError(
+                f"the prompt was prepared by another bundle than {self.bundle.root}; prepare it with this one"
+            )
+        if prompt.conditioning and prompt.batch != batch:
+            raise ConfigError(
+                f"the prompt was prepared for a batch of {prompt.batch}, the sample has {batch}; "
+                "prepare one row per sample"
+            )
+        return prompt.feeds
+
+    def _feeds_from(self, conditioning: Arrays, batch: int, sample: str) -> Arrays:
+        given = checked_conditioning(self.bundle.manifest, conditioning)
+        for name, value in given.items():
+            if len(value) != batch:
+                raise ConfigError(f"{name}: batch of {len(value)}, but {sample} has {batch}; give one row per sample")
+        if self.prologue is None:
+            return given
+        prompt = self.last.get(given)
+        if prompt is None:
+            prompt = prepare_prompt(self.bundle.manifest, self.prologue, given)
+            self.last.put(prompt)
+        return prompt.feeds
 
     def __enter__(self) -> Self:
         self.runner.__enter__()
+        if self.prologue is not None:
+            self.prologue.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.runner.__exit__(kind, error, traceback)
+        if self.prologue is not None:
+            self.prologue.__exit__(kind, error, traceback)
 
 
 def load(
@@ -100,35 +158,26 @@ def load(
     bundle = open_bundle(Path(root))
     if verify:
         bundle.verify()
-    runner = open_runner(bundle, backend, threads=threads, integer=integer)
-    promised = {info.name for info in bundle.manifest.inputs}
-    if promised != set(runner.inputs) or bundle.manifest.output not in runner.outputs:
+    info, manifest = bundle.manifest.prologue, bundle.manifest
+    runner = open_runner(bundle.model, manifest.target, backend, threads=threads, integer=integer)
+    taken = {x.name for x in manifest.inputs}
+    if info is not None:
+        taken = {x.name for x in manifest.inputs if x.role != "conditioning" or x.name in info.direct}
+        taken |= {tensor.name for tensor in info.tensors}
+    _check_graph(bundle.model, runner, taken, {manifest.output})
+    if info is None or bundle.prologue is None:
+        return LoadedBundle(bundle, runner)
+    prologue = open_runner(bundle.prologue, manifest.target, backend, threads=threads, integer=integer)
+    _check_graph(bundle.prologue, prologue, set(info.reads), {tensor.name for tensor in info.tensors})
+    return LoadedBundle(bundle, runner, prologue)
+
+
+def _check_graph(path: Path, runner: Runner, inputs: set[str], outputs: set[str]) -> None:
+    if inputs != set(runner.inputs) or not outputs <= set(runner.outputs):
         raise LoadError(
-            f"{bundle.model}: takes {_names(runner.inputs)} and gives {_names(runner.outputs)}, the manifest says "
-            f"{_names(promised)} and {bundle.manifest.output}; compile the model again"
+            f"{path}: takes {names_of(runner.inputs)} and gives {names_of(runner.outputs)}, the manifest says "
+            f"{names_of(inputs)} and {names_of(outputs)}; compile the model again"
         )
-    return LoadedBundle(bundle, runner)
-
-
-def checked(info: InputInfo, value: NDArray[np.generic]) -> NDArray[np.generic]:
-    """The value as an array, if it is what the manifest asks for.
-
-    Raises:
-        ConfigError: another type or shape, or an empty batch.
-    """
-    array = np.asarray(value)
-    if array.dtype != np.dtype(info.dtype):
-        raise ConfigError(f"{info.name}: {array.dtype}, needs {info.dtype}; convert it with .astype({info.dtype!r})")
-    given = array.shape[1:]
-    fits = array.ndim == len(info.shape) + 1 and all(
-        want is None or size == want for size, want in zip(given, info.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(["batch", *("any" if size is None else str(size) for size in info.shape)])
-        raise ConfigError(f"{info.name}: shape {list(array.shape)}, needs [{wanted}]")
-    if array.shape[0] == 0:
-        raise ConfigError(f"{info.name}: the batch is empty; give at least one sample")
-    return array
 
 
 def timesteps_of(timestep: int | float | NDArray[np.generic], batch: int) -> NDArray[np.generic]:
@@ -143,7 +192,3 @@ def timesteps_of(timestep: int | float | NDArray[np.generic], batch: int) -> NDA
     if array.ndim > 1 or array.size not in (1, batch):
         raise ConfigError(f"timestep: shape {list(array.shape)}; give one for the batch, or [{batch}]")
     return array.reshape(-1)
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"

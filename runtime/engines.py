@@ -1,8 +1,8 @@
 """Which engine runs a bundle."""
 
 import logging
+from pathlib import Path
 
-from tfmq_export.bundle import Bundle
 from tfmq_export.errors import ConfigError
 from tfmq_export.runtime import openvino_runner
 from tfmq_export.runtime.openvino_runner import OpenVinoRunner
@@ -21,11 +21,14 @@ def require_engine(target: Target) -> None:
         openvino_runner.version()
 
 
-def open_runner(bundle: Bundle, backend: str = "auto", *, threads: int | None = None, integer: bool = True) -> Runner:
-    """Open a bundle's graph.
+def open_runner(
+    graph: Path, target: str, backend: str = "auto", *, threads: int | None = None, integer: bool = True
+) -> Runner:
+    """Open one graph of a bundle.
 
     Args:
-        backend: "onnxruntime", "openvino", or "auto": the engine the bundle was compiled for where it is installed,
+        target: Name of the target the graph was compiled for.
+        backend: "onnxruntime", "openvino", or "auto": the engine the graph was compiled for where it is installed,
             else ONNX Runtime, which computes the same numbers, if not in integers. Reference numerics are always
             ONNX Runtime's under "auto".
         threads: Of one inference; None leaves the choice to the engine.
@@ -38,11 +41,11 @@ def open_runner(bundle: Bundle, backend: str = "auto", *, threads: int | None = 
         raise ConfigError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if backend == "auto":
         backend = "onnxruntime"
-        if integer and find_target(bundle.manifest.target).engine == "openvino":
+        if integer and find_target(target).engine == "openvino":
             if openvino_runner.is_installed():
                 backend = "openvino"
             else:
-                _log.warning("%s was compiled for openvino, which is not installed; on ONNX Runtime", bundle.root)
+                _log.warning("%s was compiled for openvino, which is not installed; on ONNX Runtime", graph)
     if backend == "openvino":
-        return OpenVinoRunner(bundle.model, threads=threads, integer=integer)
-    return OrtRunner(bundle.model, threads=threads, integer=integer)
+        return OpenVinoRunner(graph, threads=threads, integer=integer)
+    return OrtRunner(graph, threads=threads, integer=integer)

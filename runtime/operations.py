@@ -47,14 +47,22 @@ def producers_of(operations: Iterable[Operation]) -> dict[str, Operation]:
     return {value: operation for operation in operations for value in operation.outputs}
 
 
-def layer_of(operation: Operation, layers: Collection[str], producers: Mapping[str, Operation]) -> str | None:
-    """The layer an operation computes, by its own name, else by its weight's."""
-    stem: str | None = operation.name.removeprefix("node_")
+def layer_named(name: str, layers: Collection[str]) -> str | None:
+    """The layer a node's name speaks of."""
+    stem: str | None = name.removeprefix("node_")
     while stem:
         if stem in layers:
             return stem
         shorter = _SUFFIX.sub("", stem)
         stem = shorter if shorter != stem else None
+    return None
+
+
+def layer_of(operation: Operation, layers: Collection[str], producers: Mapping[str, Operation]) -> str | None:
+    """The layer an operation computes, by its own name, else by its weight's."""
+    named = layer_named(operation.name, layers)
+    if named is not None:
+        return named
     for value in operation.inputs:
         while True:
             layer, found, _ = value.rpartition(".weight")

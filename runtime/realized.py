@@ -33,6 +33,8 @@ def realized(
 ) -> Receipt:
     """Load a graph as an engine would run it, and look up every layer in the engine's own account.
 
+    Of a bundle with a prologue, each layer is looked up in the graph it lies in.
+
     Args:
         requested: The layers and the precision asked for.
         engine: "onnxruntime", "openvino" or "tensorrt".
@@ -44,7 +46,15 @@ def realized(
     """
     if engine not in _ENGINES:
         raise ConfigError(f"there is no receipt for engine {engine!r}; there is {', '.join(_ENGINES)}")
-    return _ENGINES[engine](model, requested, macs=macs)
+    receipt_of, total = _ENGINES[engine], sum(layer.macs for layer in requested) if macs is None else macs
+    info = model.manifest.prologue if isinstance(model, Bundle) else None
+    if not isinstance(model, Bundle) or info is None or model.prologue is None:
+        return receipt_of(model, requested, macs=total)
+    moved = [layer for layer in requested if layer.name in info.layers]
+    stayed = [layer for layer in requested if layer.name not in info.layers]
+    once, each = receipt_of(model.prologue, moved, macs=total), receipt_of(model.model, stayed, macs=total)
+    rows = {row.layer.name: row for row in (*once.rows, *each.rows)}
+    return Receipt(tuple(rows[layer.name] for layer in requested), once.strays + each.strays, total)
 
 
 def realized_by_target(bundle: Bundle) -> Receipt:

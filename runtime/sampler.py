@@ -9,7 +9,7 @@ Schedules and formulas are those of ``diffusers.DDIMScheduler``, which reads the
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,6 +146,28 @@ def sample(
     return current
 
 
+@runtime_checkable
+class PreparesPrompts(Protocol):
+    """A denoiser that does once what the prompt decides: ``LoadedBundle``."""
+
+    def prepare(self, **conditioning: NDArray[Any]) -> Any:
+        """What calls take as ``prompt`` in place of the conditioning."""
+        ...
+
+
+def prompted(denoise: Callable[..., NDArray[Any]], conditioning: Mapping[str, NDArray[Any]]) -> Denoise:
+    """The denoiser of one prompt, which is prepared here, once for all steps.
+
+    Args:
+        denoise: ``denoise(sample, timestep, **conditioning)``.
+        conditioning: [N, ...] by input name.
+    """
+    if isinstance(denoise, PreparesPrompts):
+        prompt = denoise.prepare(**conditioning)
+        return lambda sample, timestep: denoise(sample, timestep, prompt=prompt)
+    return lambda sample, timestep: denoise(sample, timestep, **conditioning)
+
+
 def guided(
     denoise: Callable[..., NDArray[Any]],
     conditioning: Mapping[str, NDArray[Any]],
@@ -162,7 +184,7 @@ def guided(
         unconditional: [...] by input name, the same for every sample.
     """
     if guidance_scale == 1:
-        return lambda sample, timestep: denoise(sample, timestep, **conditioning)
+        return prompted(denoise, conditioning)
     if missing := conditioning.keys() - unconditional.keys():
         raise ConfigError(
             f"no unconditional value for {', '.join(sorted(missing))}; guidance needs one, or a guidance_scale of 1"
@@ -176,9 +198,11 @@ def guided(
         null = np.broadcast_to(unconditional[name].astype(value.dtype), value.shape)
         both[name] = np.concatenate([null, value])  # [2N, ...]
 
+    denoise_both = prompted(denoise, both)
+
     def denoise_guided(sample: NDArray[np.float32], timestep: int) -> NDArray[Any]:
-        null, prompted = np.split(denoise(np.concatenate([sample, sample]), timestep, **both), 2)
-        return np.asarray(null + np.float32(guidance_scale) * (prompted - null))
+        null, given = np.split(denoise_both(np.concatenate([sample, sample]), timestep), 2)
+        return np.asarray(null + np.float32(guidance_scale) * (given - null))
 
     return denoise_guided
 

@@ -65,15 +65,19 @@ class LockStep:
     def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, bundle: Bundle) -> None:
         integer_bias = find_target(bundle.manifest.target).integer_bias
         self._simulation = Simulation(program, recipe, integer_bias=integer_bias)
-        self._factors = _folded_factors(bundle, recipe)
+        graphs = [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]
+        self._factors = {name: factor for graph in graphs for name, factor in _folded_factors(graph, recipe).items()}
         self._output = bundle.manifest.output
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
         with tempfile.TemporaryDirectory() as folder:
-            self._runner = OrtRunner(_with_layer_results(bundle, recipe, Path(folder)), integer=False)
+            self._runner = _watched(bundle.model, recipe, Path(folder) / "main")
+            self._prologue = (
+                None if bundle.prologue is None else _watched(bundle.prologue, recipe, Path(folder) / "prologue")
+            )
 
     def compare(self, inputs: Mapping[str, Tensor]) -> Agreement:
         """Compare on one set of model inputs, by name in the program's order."""
-        results = self._runner.infer(_feeds(inputs, self._timestep))
+        results = self._results(_feeds(inputs, self._timestep))
         free = self._simulation(inputs)
         graph = results.pop(self._output)
         for name, factor in self._factors.items():
@@ -88,6 +92,14 @@ class LockStep:
             mismatch_rate=watcher.differing / max(watcher.compared, 1),
             worst_layer=worst,
         )
+
+    def _results(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The prediction and every layer's result by name, of both graphs where there are two."""
+        once: dict[str, NDArray[Any]] = {}
+        if self._prologue is not None:
+            once = self._prologue.infer({name: feeds[name] for name in self._prologue.inputs})
+        given = {**feeds, **once}
+        return {**once, **self._runner.infer({name: given[name] for name in self._runner.inputs})}
 
 
 class _Synchronizer:
@@ -119,23 +131,25 @@ def code_step(layer: LayerRecipe) -> float:
     return float(layer.input.scale * largest)
 
 
-def _with_layer_results(bundle: Bundle, recipe: QuantRecipe, folder: Path) -> Path:
-    """A copy of the graph that also returns every layer's result; large weights stay where they are."""
-    model = onnx.load(bundle.model, load_external_data=False)
+def _watched(graph: Path, recipe: QuantRecipe, folder: Path) -> OrtRunner:
+    """The graph in floating point, returning every layer's result as well; large weights stay where they are."""
+    folder.mkdir()
+    model = onnx.load(graph, load_external_data=False)
     computed = {name for node in model.graph.node for name in node.output}
+    computed -= {value.name for value in model.graph.output}
     for name in (name for layer in recipe.layers for name in (layer.name, f"{layer.name}{SCALED}")):
         if name in computed:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    path = folder / bundle.model.name
+    path = folder / graph.name
     onnx.save_model(model, str(path))
-    for data in bundle.model.parent.glob(f"{bundle.model.name}_data*"):
-        (folder / data.name).symlink_to(data)
-    return path
+    for data in graph.parent.glob(f"{graph.name}_data*"):
+        (folder / data.name).symlink_to(data.absolute())
+    return OrtRunner(path, integer=False)
 
 
-def _folded_factors(bundle: Bundle, recipe: QuantRecipe) -> dict[str, NDArray[Any]]:
+def _folded_factors(path: Path, recipe: QuantRecipe) -> dict[str, NDArray[Any]]:
     """What each layer's result is multiplied by, where it is; against the result's channel axis."""
-    graph = onnx.load(bundle.model, load_external_data=False).graph
+    graph = onnx.load(path, load_external_data=False).graph
     nodes = {value: node for node in graph.node for value in node.output}
     multipliers = {node.name: node for node in graph.node}
     stored = {item.name: item for item in graph.initializer}
@@ -143,7 +157,7 @@ def _folded_factors(bundle: Bundle, recipe: QuantRecipe) -> dict[str, NDArray[An
     for layer in recipe.layers:
         if f"{layer.name}{SCALED}" in nodes:
             weight = nodes[multipliers[node_name(layer)].input[1]]
-            scale = numpy_helper.to_array(stored[weight.input[1]], str(bundle.model.parent))
+            scale = numpy_helper.to_array(stored[weight.input[1]], str(path.parent))
             spatial = layer.weight_codes.ndim - 2 if layer.kind == "conv" else 0
             factors[layer.name] = (scale / layer.weight_step).reshape(-1, *[1] * spatial)
     return factors

@@ -21,6 +21,7 @@ from tfmq_export.passes.strip_qdq import StripQdq
 from tfmq_export.program import capture
 from tfmq_export.progress import Progress
 from tfmq_export.runtime.benchmark import Timing, speedups, time_interleaved
+from tfmq_export.runtime.denoiser import load as load_bundle
 from tfmq_export.runtime.ort_runner import OrtRunner, version
 
 TWIN, EXPORT = "fp32 twin (same graph, no Q/DQ)", "fp32 export of the model"
@@ -54,9 +55,11 @@ def bench_bundle(
         with progress.stage("Preparing the fp32 baseline"):
             model = _float_twin(bundle) if source is None else _float_export(bundle, source)
             save_model(model, path)
+            own = _step_feeds(bundle, batch)
+            given = own if source is None else _feeds(bundle, batch, model)
             candidates = {
-                baseline: (OrtRunner(path, threads=threads), _feeds(bundle, batch, model)),
-                f"{bundle.manifest.preset} bundle": (OrtRunner(bundle.model, threads=threads), _feeds(bundle, batch)),
+                baseline: (OrtRunner(path, threads=threads), given),
+                f"{bundle.manifest.preset} bundle": (OrtRunner(bundle.model, threads=threads), own),
             }
         calls = {name: partial(runner.infer, feeds) for name, (runner, feeds) in candidates.items()}
         with progress.stage("Timing, interleaved"):
@@ -75,6 +78,14 @@ def _float_export(bundle: Bundle, source: Source) -> onnx.ModelProto:
     if program.fingerprint != bundle.manifest.fingerprint:
         raise RecipeError(f"{bundle.root} was not compiled from {source.path}; give the model it came from")
     return export_onnx(program)
+
+
+def _step_feeds(bundle: Bundle, batch: int) -> dict[str, NDArray[np.generic]]:
+    """Inputs of one step of the bundle: where it has a prologue, what that returns in place of the conditioning."""
+    feeds = _feeds(bundle, batch)
+    with load_bundle(bundle.root) as loaded:
+        prompt = loaded.prepare(**{info.name: feeds.pop(info.name) for info in bundle.manifest.input("conditioning")})
+    return {**feeds, **prompt.feeds}
 
 
 def _feeds(bundle: Bundle, batch: int, model: onnx.ModelProto | None = None) -> dict[str, NDArray[np.generic]]:

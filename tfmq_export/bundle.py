@@ -2,6 +2,7 @@
 
     OUT/<component>/model.onnx     the denoiser (unet, transformer, or denoiser for a factory)
     OUT/<component>/config.json    the model's own configuration
+    OUT/<component>_prologue/      model.onnx: what the prompt decides, run once (``--prologue``)
     OUT/scheduler/                 the scheduler the schedule came from, where there is one
     OUT/tfmq/                      recipe, manifest, report and conditioning examples
 
@@ -11,6 +12,7 @@ nothing else beside its engine.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,6 +83,57 @@ class PassInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PassedTensor:
+    """What the prologue returns and the denoiser takes.
+
+    Attributes:
+        dtype: numpy name of the element type.
+        shape: Without the batch axis, and without the timestep axis of a table.
+        per_timestep: Whether it is a table over the schedule, [T, N, ...]; else it is [N, ...].
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    per_timestep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PrologueInfo:
+    """The graph that runs once per prompt.
+
+    Attributes:
+        reads: Conditioning inputs the prologue takes.
+        direct: Conditioning inputs the denoiser still takes itself.
+        tensors: What the denoiser takes in place of the rest.
+        layers: Names of the layers that moved.
+        macs: Multiply-accumulates of those layers for one sample: saved at every step but the prologue's.
+        share: Of the whole model's.
+        bit_equal: Whether both forms gave the same bits on the example prompts when the bundle was made.
+        kept: Products of the prompt that stay in the denoiser, with the reasons.
+    """
+
+    reads: tuple[str, ...]
+    direct: tuple[str, ...]
+    tensors: tuple[PassedTensor, ...]
+    layers: tuple[str, ...]
+    macs: int
+    share: float
+    bit_equal: bool
+    kept: tuple[tuple[str, str], ...] = ()
+
+    def bytes_per_sample(self, steps: int) -> int:
+        """Memory that a prepared prompt takes.
+
+        Args:
+            steps: Timesteps of the schedule.
+        """
+        return sum(
+            math.prod(x.shape) * np.dtype(x.dtype).itemsize * (steps if x.per_timestep else 1) for x in self.tensors
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything a runtime or an auditor needs to know about a bundle.
 
@@ -92,6 +145,7 @@ class Manifest:
         integer_share: Share of ``macs`` asked to run in integers.
         conditioning: Names of the arrays in ``tfmq/conditioning.npz``.
         files: SHA-256 of each file of the bundle, by relative path.
+        prologue: Of a bundle in two graphs; None where one graph does it all.
     """
 
     version: str
@@ -112,6 +166,7 @@ class Manifest:
     versions: Mapping[str, str]
     provenance: Mapping[str, str]
     files: Mapping[str, str]
+    prologue: PrologueInfo | None = None
     schema: int = SCHEMA
 
     def input(self, role: str) -> tuple[InputInfo, ...]:
@@ -129,6 +184,13 @@ class Bundle:
     @property
     def model(self) -> Path:
         return self.root / self.manifest.component / "model.onnx"
+
+    @property
+    def prologue(self) -> Path | None:
+        """The graph that runs once per prompt, where the bundle has one."""
+        if self.manifest.prologue is None:
+            return None
+        return self.root / prologue_folder(self.manifest.component) / "model.onnx"
 
     @property
     def scheduler(self) -> Path:
@@ -158,6 +220,11 @@ class Bundle:
                 raise LoadError(f"{path}: missing from the bundle; compile it again")
             if sha256(path) != digest:
                 raise LoadError(f"{path}: differs from the manifest's hash (truncated or altered); compile it again")
+
+
+def prologue_folder(component: str) -> str:
+    """Folder of a component's prologue."""
+    return f"{component}_prologue"
 
 
 def sha256(path: Path) -> str:
@@ -209,6 +276,18 @@ def _manifest_from(data: dict[str, Any]) -> Manifest:
             ),
             "timesteps": TimestepSet(tuple(timesteps["values"]), timesteps["real"]),
             "sampler": SamplerInfo(**data["sampler"]),
+            "prologue": _prologue_from(data["prologue"]) if data.get("prologue") else None,
+        }
+    )
+
+
+def _prologue_from(data: dict[str, Any]) -> PrologueInfo:
+    return PrologueInfo(
+        **{
+            **data,
+            **{name: tuple(data[name]) for name in ("reads", "direct", "layers")},
+            "tensors": tuple(PassedTensor(**{**item, "shape": tuple(item["shape"])}) for item in data["tensors"]),
+            "kept": tuple((name, reason) for name, reason in data["kept"]),
         }
     )
 

@@ -89,6 +89,14 @@ def export(
         bool | None,
         typer.Option("--allow-precision-loss", help="Keep a bundle whose layers do not all run in integers."),
     ] = None,
+    class_tables: Annotated[
+        bool | None,
+        typer.Option("--class-tables", help="Tabulate what class label and timestep decide, where it is small."),
+    ] = None,
+    prologue: Annotated[
+        bool | None,
+        typer.Option("--prologue", help="Put what the prompt decides into a graph of its own, run once per prompt."),
+    ] = None,
     dump_dir: Annotated[Path | None, typer.Option(help="Save the graph after every pass here.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -114,6 +122,8 @@ def export(
         "thresholds.ssim": min_ssim,
         "thresholds.sqnr": min_sqnr,
         "allow_precision_loss": allow_precision_loss,
+        "class_tables": class_tables,
+        "prologue": prologue,
     }
     settings = load_config(config, flags)
     set_up_logging(verbose)
@@ -314,6 +324,7 @@ def _show(bundle: "Bundle", validation: "Validation") -> None:
         ),
         *(("note", text) for text in emulated),
         ("model.onnx", _sizes(bundle)),
+        *_prologue_row(bundle),
     ]
     table(f"{manifest.source}: {manifest.preset} for {manifest.target}", rows)
     kept = [layer for layer in manifest.layers if layer.activation_bits == 0]
@@ -323,8 +334,25 @@ def _show(bundle: "Bundle", validation: "Validation") -> None:
         out.print(f"in floating point: {len(paths)} layers ({shown}): {reason}")
 
 
+def _prologue_row(bundle: "Bundle") -> list[tuple[str, str]]:
+    """What runs once per prompt, where there is a graph for it."""
+    info = bundle.manifest.prologue
+    if info is None:
+        return []
+    memory = size(info.bytes_per_sample(len(bundle.manifest.timesteps)))
+    proof = "bit for bit" if info.bit_equal else "up to rounding"
+    return [
+        (
+            "prologue",
+            f"{len(info.layers)} layers once per prompt, {info.share:.2%} of the MACs saved at each step; "
+            f"passes {memory} per sample; equal to the single graph {proof}",
+        )
+    ]
+
+
 def _sizes(bundle: "Bundle") -> str:
-    stored = sum(path.stat().st_size for path in bundle.model.parent.glob("model.onnx*"))
+    graphs = [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]
+    stored = sum(path.stat().st_size for graph in graphs for path in graph.parent.glob("model.onnx*"))
     full = bundle.manifest.weight_bytes
     return f"{size(stored)}, {stored / full:.3f} of the {size(full)} of fp32 weights"
 

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -15,7 +15,7 @@ from tfmq_export.adapt import adapt
 from tfmq_export.bundle import Bundle
 from tfmq_export.config import CompileConfig, find_preset
 from tfmq_export.denoiser import Denoiser, Description
-from tfmq_export.emit import emit
+from tfmq_export.emit import Graphs, emit
 from tfmq_export.errors import ConfigError, RecipeError
 from tfmq_export.export import export_onnx
 from tfmq_export.models.factory import describe
@@ -27,6 +27,7 @@ from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.pictures import TemporalRow, save_comparison, save_temporal
 from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.progress import Progress, Silent, Step
+from tfmq_export.prologue import cut_prologue
 from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.calibration import calibrate
 from tfmq_export.ptq.checkpoint import Checkpoint
@@ -104,10 +105,16 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
             graph = import_graph(export_onnx(program))
             after = dump_to(dump_dir) if dump_dir is not None else None
             inputs = {"sample": denoiser.sample, "timestep": denoiser.timestep}
-            passes = passes_for(adapt(made, target), target, **inputs, pts_lowering=config.pts_lowering)
+            labels = tuple(denoiser.conditioning) if config.class_tables else ()
+            passes = passes_for(adapt(made, target), target, **inputs, labels=labels, pts_lowering=config.pts_lowering)
             reports = run_passes(graph, passes, after)
+            graphs = Graphs(export_model(graph), reports)
+        if config.prologue:
+            with stages.stage("Cutting the prologue off"):
+                main, prologue = cut_prologue(graph, denoiser, made)
+                graphs = replace(graphs, model=main, prologue=prologue)
         with stages.stage("Writing"):
-            bundle = emit(partial, denoiser, made, target, export_model(graph), reports)
+            bundle = emit(partial, denoiser, made, target, graphs)
         subject = Subject(denoiser, program, made, bundle)
         validation = validate(
             subject, config.thresholds, images=config.validation_images, seed=config.seed + 1, progress=stages
@@ -115,7 +122,10 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         if not config.allow_precision_loss:
             validation.receipt.raise_if_lost()
         validation.report.raise_if_failed()
-        validation.write(bundle.report, {"seconds": stages.seconds, "peak_memory_bytes": peak_rss_bytes()})
+        extra: dict[str, object] = {"seconds": stages.seconds, "peak_memory_bytes": peak_rss_bytes()}
+        if bundle.manifest.prologue is not None:
+            extra["prologue"] = asdict(bundle.manifest.prologue)
+        validation.write(bundle.report, extra)
         if made.tib.source != "table":
             errors = validation.temporal
             row = TemporalRow(made.tib.source, errors.cosine, errors.mismatch)

@@ -90,6 +90,8 @@ class CompileConfig(BaseModel):
     thresholds: Thresholds = Thresholds.model_construct()
     allow_precision_loss: bool = False
     pts_lowering: PtsLowering = Field("auto", description="form of power-of-two scaling in the graph; auto: per layer")
+    class_tables: bool = Field(False, description="tabulate what class label and timestep decide, where it is small")
+    prologue: bool = Field(False, description="move what the prompt decides into a graph of its own, run once")
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the names that pydantic cannot know."""

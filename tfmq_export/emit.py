@@ -3,21 +3,47 @@
 import importlib.metadata
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 
 from tfmq_export import __version__
-from tfmq_export.bundle import Bundle, InputInfo, LayerInfo, Manifest, PassInfo, sha256, write_manifest
+from tfmq_export.bundle import (
+    Bundle,
+    InputInfo,
+    LayerInfo,
+    Manifest,
+    PassInfo,
+    prologue_folder,
+    sha256,
+    write_manifest,
+)
 from tfmq_export.denoiser import Denoiser
 from tfmq_export.passes.base import PassReport
 from tfmq_export.passes.graph import save_model
 from tfmq_export.passes.pipeline import OUTPUT
+from tfmq_export.prologue import Prologue
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.recipe_io import save_recipe
 from tfmq_export.runtime.ort_runner import version as ort_version
 from tfmq_export.target import Target
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graphs:
+    """What the passes made.
+
+    Attributes:
+        model: The denoiser.
+        reports: What each pass did.
+        prologue: The graph that runs once per prompt, where it was asked for.
+    """
+
+    model: onnx.ModelProto
+    reports: tuple[PassReport, ...]
+    prologue: Prologue | None = None
 
 
 def emit(
@@ -25,19 +51,17 @@ def emit(
     denoiser: Denoiser,
     recipe: QuantRecipe,
     target: Target,
-    model: onnx.ModelProto,
-    reports: tuple[PassReport, ...],
+    graphs: Graphs,
 ) -> Bundle:
-    """Write everything but the report into an existing folder.
-
-    Args:
-        reports: What each pass did.
-    """
+    """Write everything but the report into an existing folder."""
     component = root / denoiser.component
     component.mkdir()
     (root / "tfmq").mkdir()
-    del model.graph.value_info[:]  # engines infer shapes; they would be 3 % of a small 4-bit file
-    save_model(model, component / "model.onnx")
+    _write_graph(graphs.model, component)
+    if graphs.prologue is not None:
+        folder = root / prologue_folder(denoiser.component)
+        folder.mkdir()
+        _write_graph(graphs.prologue.model, folder)
     _write_json(component / "config.json", denoiser.config)
     if denoiser.scheduler_config is not None:
         (root / "scheduler").mkdir()
@@ -62,13 +86,24 @@ def emit(
         weight_bytes=sum(value.nbytes for value in denoiser.module.parameters()),
         integer_share=recipe.integer_share,
         layers=_layers(recipe),
-        passes=tuple(PassInfo(r.name, r.semantics.value, len(r.changed), r.skipped, r.notes) for r in reports),
+        passes=_passes(graphs),
         versions={"onnxruntime": ort_version(), "onnx": importlib.metadata.version("onnx")},
         provenance=dict(recipe.provenance),
         files={str(path.relative_to(root)): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()},
+        prologue=None if graphs.prologue is None else graphs.prologue.info,
     )
     write_manifest(root, manifest)
     return Bundle(root, manifest)
+
+
+def _write_graph(model: onnx.ModelProto, folder: Path) -> None:
+    del model.graph.value_info[:]  # engines infer shapes; they would be 3 % of a small 4-bit file
+    save_model(model, folder / "model.onnx")
+
+
+def _passes(graphs: Graphs) -> tuple[PassInfo, ...]:
+    done = tuple(PassInfo(r.name, r.semantics.value, len(r.changed), r.skipped, r.notes) for r in graphs.reports)
+    return done if graphs.prologue is None else (*done, graphs.prologue.report)
 
 
 def _inputs(denoiser: Denoiser) -> tuple[InputInfo, ...]:

@@ -11,7 +11,7 @@ from tfmq_export.models.load import Source, load
 from tfmq_export.progress import Progress
 from tfmq_export.ptq.calibration import record
 from tfmq_export.runtime.denoiser import load as load_bundle
-from tfmq_export.runtime.sampler import DdimSchedule, guided
+from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted
 from tfmq_export.runtime.sampler import sample as run_ddim
 from tfmq_export.validate import as_images, bundle_denoise
 
@@ -45,10 +45,7 @@ def draw(bundle: Bundle, images: int, seed: int, threads: int, progress: Progres
         if unconditional and manifest.sampler.guidance_scale != 1.0:
             denoise = guided(denoiser, conditioning, unconditional, manifest.sampler.guidance_scale)
         else:
-
-            def denoise(sample: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
-                return np.asarray(denoiser(sample, timestep, **conditioning), np.float32)
-
+            denoise = prompted(denoiser, conditioning)
         result = run_ddim(denoise, noise, schedule, progress=step)
     return np.asarray((np.clip(result, -1, 1) + 1) / 2, np.float32)
 

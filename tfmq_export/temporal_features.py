@@ -82,9 +82,10 @@ def _full_precision(program: DiffusionProgram, denoiser: Denoiser, tib: TibRecip
 
 
 def _stored(bundle: Bundle) -> dict[str, NDArray[np.generic]]:
-    graph = onnx.load(bundle.model, load_external_data=False).graph
+    graphs = [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]
     return {
-        initializer.name: onnx.numpy_helper.to_array(initializer, str(bundle.model.parent))
-        for initializer in graph.initializer
+        initializer.name: onnx.numpy_helper.to_array(initializer, str(path.parent))
+        for path in graphs
+        for initializer in onnx.load(path, load_external_data=False).graph.initializer
         if initializer.name.endswith(".table")
     }

@@ -1,10 +1,12 @@
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper
 from onnx_graphs import build, graph_of, normal
 from toy_nets import conv_net, node
 
-from tfmq_export.passes.binding_times import binding_times, read_by
+from tfmq_export.errors import PreconditionError
+from tfmq_export.passes.binding_times import BindingTime, binding_times, classify_values, read_by
 
 BOTH = frozenset({"sample", "timestep"})
 TIME = frozenset({"timestep"})
@@ -72,3 +74,47 @@ def test_constants_depend_on_nothing() -> None:
     )
 
     assert binding_times(graph)["twice"] == frozenset()
+
+
+ROLES = {"x": "sample", "t": "timestep", "text": "conditioning", "label": "conditioning"}
+
+
+def conditioned() -> onnx.ModelProto:
+    """A value of every class, and two prompts in one of them."""
+    nodes = [
+        node("Add", "w w", "weights"),
+        node("Mul", "t weights", "time"),
+        node("Mul", "text weights", "keys"),
+        node("Add", "keys label", "prompts"),
+        node("Add", "time label", "both"),
+        node("Mul", "x both", "y"),
+        node("Shape", "x", "size"),
+        node("Expand", "text size", "expanded"),
+        node("Add", "y expanded", "z"),
+    ]
+    return build(nodes, dict.fromkeys(ROLES, (2,)), {"z": (2,)}, {"w": normal(0, 2)})
+
+
+def test_each_value_binds_at_the_latest_time_of_its_inputs() -> None:
+    times = classify_values(graph_of(conditioned()), ROLES)
+
+    assert times["weights"] is BindingTime.WEIGHTS
+    assert times["t"] is times["time"] is BindingTime.TIMESTEP
+    assert times["text"] is times["keys"] is times["prompts"] is BindingTime.PROMPT
+    assert times["both"] is BindingTime.PROMPT_AND_TIMESTEP
+    assert times["x"] is times["y"] is times["z"] is BindingTime.SAMPLE
+
+
+def test_the_size_of_the_sample_is_known_without_the_sample() -> None:
+    times = classify_values(graph_of(conditioned()), ROLES)
+
+    assert times["size"] is BindingTime.WEIGHTS
+    assert times["expanded"] is BindingTime.PROMPT
+
+
+@pytest.mark.parametrize("role", [None, "prompt"])
+def test_an_input_without_a_role_is_refused(role: str | None) -> None:
+    roles = {name: role if name == "label" else value for name, value in ROLES.items()}
+
+    with pytest.raises(PreconditionError, match="input 'label' needs the role sample, timestep or conditioning"):
+        classify_values(graph_of(conditioned()), {name: value for name, value in roles.items() if value})

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx_graphs import graph_of, infer
+from prompt_nets import label_net
 from toy_nets import Feeds, Net, conv_net, observe, recipe_for, scaled_recipe, skip_net, token_net, vector_net
 
 from tfmq_export import passes as package
@@ -28,7 +29,7 @@ from tfmq_export.passes.strip_qdq import StripQdq
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.target import Target, find_target
 
-NETS: Sequence[Callable[[], Net]] = (conv_net, token_net, vector_net, skip_net)
+NETS: Sequence[Callable[[], Net]] = (conv_net, token_net, vector_net, skip_net, label_net)
 WIDTHS = ((8, 8), (4, 6))
 FP32_ROUNDING = 1e-5
 """Of the largest output: some 80 units in the last place, for sums of at most 72 terms behind one norm."""
@@ -48,7 +49,7 @@ class Rewrite:
 def chains(recipe: QuantRecipe) -> list[list[Pass]]:
     """Lists of passes that together show every pass at work on some net."""
     ort, portable = (Target(form, frozenset({"conv"}), form) for form in ("mha", "matmul"))
-    names = {"sample": "sample", "timestep": "timestep"}
+    names = {"sample": "sample", "timestep": "timestep", "labels": ("label",)}
     quantizing = [x for x in passes_for(recipe, ort, **names) if not isinstance(x, NameOutputs | CheckModel)]
     return [passes_for(recipe, ort, **names), passes_for(recipe, portable, **names), [*quantizing, StripQdq()]]
 
