@@ -1,4 +1,4 @@
-"""Networks in the shapes people deploy, with random weights: nothing is downloaded, and speed does not depend on values.
+"""Networks in the shapes people deploy, with random weights: nothing is downloaded, and speed is the same.
 
 A DDPM U-Net, a latent U-Net with cross-attention as in Stable Diffusion, and a class-conditional DiT; each ``tiny``
 for tests and ``full`` for benchmarks. The weights are seeded and scaled as in a trained network: every layer keeps
