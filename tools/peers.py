@@ -1,0 +1,93 @@
+"""The other ways to get a quantized graph from the same model, each as its own documentation says."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
+
+from tfmq_export.denoiser import Denoiser
+
+Rows = Sequence[dict[str, NDArray[np.generic]]]
+"""Calibration inputs by name, one call each."""
+
+OPSET = 18  # all peers read it, and ONNX Runtime runs it faster than 21 and later, whose GroupNormalization it inlines
+LAYERS = ("Conv", "MatMul", "Gemm")
+
+
+def export_float(denoiser: Denoiser, path: Path, batch: int) -> None:
+    """The model as ``torch.onnx.export`` writes it: what every peer starts from, and the baseline.
+
+    Args:
+        batch: Fixed in the graph: ONNX Runtime's shape inference does not get through a dynamic one.
+    """
+    inputs = dict(denoiser.example_inputs)
+    axes = {name: {0: torch.export.Dim.AUTO} if value.ndim else None for name, value in inputs.items()}
+    exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=axes, strict=False)
+    program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+    assert program is not None
+    model = program.model_proto
+    del model.graph.value_info[:]
+    for symbol in {dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim} - {""}:
+        make_dim_param_fixed(model.graph, symbol, batch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save_model(model, str(path))
+
+
+def quantize_static(source: Path, path: Path, rows: Rows) -> None:
+    """ONNX Runtime's static quantization: QDQ, u8 activations, s8 weights per channel, after its pre-processing.
+
+    Layers and attention products only: with every kind of node it can quantize, which is its default, it is less
+    accurate by 10 dB on these models, or fails ("parameter shared mode is not supported for weight yet").
+    """
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rows: Iterator[dict[str, NDArray[np.generic]]] = iter(rows)
+
+        def get_next(self) -> dict[str, NDArray[np.generic]] | None:
+            return next(self.rows, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
+        quant_pre_process(str(source), str(prepared))
+        quantization.quantize_static(
+            str(prepared),
+            str(quantized),
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=list(LAYERS),
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(quantized, path)
+
+
+def nncf_quantize(source: Path, path: Path, rows: Rows, *, transformer: bool) -> None:
+    """NNCF's post-training quantization, written as OpenVINO IR.
+
+    Args:
+        path: The .xml file.
+        transformer: ``ModelType.TRANSFORMER`` (SmoothQuant, asymmetric activations), which OpenVINO's own
+            notebooks take for diffusion models; else the default.
+    """
+    import nncf
+    import openvino
+
+    quantized = nncf.quantize(
+        openvino.Core().read_model(str(source)),
+        nncf.Dataset(rows),
+        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        subset_size=len(rows),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(quantized, str(path), compress_to_fp16=False)
