@@ -105,7 +105,7 @@ def test_types_are_known_behind_operators_that_shape_inference_stops_at() -> Non
     def normalized(g: PatternGraph) -> str:
         inputs = [g.input(*IMAGE), g.constant(np.ones(16)), g.constant(np.zeros(16))]
         x = g.node("GroupNormalization", inputs, num_groups=4)
-        return g.conv(x, g.constant(np.ones((16, 16, 3, 3), np.float32)))
+        return g.node("Conv", [x, g.constant(np.ones((16, 16, 3, 3), np.float32))])
 
     assert rules(model_of(normalized)) == {"mixed types"}
 
