@@ -165,6 +165,62 @@ def group_norm_and_silu(g: PatternGraph) -> str:
     return g.conv(g.grid(g.node("Mul", [x, g.node("Sigmoid", [x])])))
 
 
+def zero_pad_and_pool_behind_the_grid(g: PatternGraph) -> str:
+    x = g.node("MaxPool", [g.grid(g.input(*IMAGE))], kernel_shape=[2, 2], strides=[2, 2])
+    return g.conv(g.node("Pad", [x, g.constant(BORDER), g.constant(0.0)]))
+
+
+def slices_behind_the_grid(g: PatternGraph) -> str:
+    ends = [g.constant(np.array([end])) for end in (0, 16, 1)]
+    x = g.node("Slice", [g.grid(g.input(48, 8, 8)), *ends])
+    return g.conv(g.node("Gather", [x, g.constant(np.arange(16)[::-1].copy())], axis=1))
+
+
+def halves_behind_the_grid(g: PatternGraph) -> str:
+    halves = [f"{g.layer}.half_{index}" for index in range(2)]
+    x = g.grid(g.input(32, 8, 8))
+    g.nodes.append(helper.make_node("Split", [x], halves, name=f"{g.layer}.split", axis=1, num_outputs=2))
+    return g.node("Add", [g.conv(halves[0]), halves[1]])
+
+
+def shapes_behind_the_grid(g: PatternGraph) -> str:
+    axis = g.constant(np.array([2]))
+    x = g.node("Unsqueeze", [g.node("Identity", [g.grid(g.input(*IMAGE))]), axis])
+    return g.conv(g.node("Squeeze", [x, axis]))
+
+
+def flattened_behind_the_grid(g: PatternGraph) -> str:
+    x = g.node("Flatten", [g.grid(g.input(4, 4))], axis=1)
+    return g.node("Gemm", [x, g.weight((16, 32), 1), g.constant(np.zeros(32))], f"node_{g.layer}")
+
+
+def expanded_behind_the_grid(g: PatternGraph) -> str:
+    return g.conv(g.node("Expand", [g.grid(g.input(16, 1, 8)), g.constant(np.array([1, 16, 8, 8]))]))
+
+
+def equal_grids_in_a_concat(g: PatternGraph) -> str:
+    parts = [g.grid(g.input(*IMAGE, name=name)) for name in ("sample", "skip")]
+    return g.conv(g.node("Concat", parts, axis=1), g.weight((16, 32, 3, 3)))
+
+
+def three_channels(g: PatternGraph) -> str:
+    x = g.grid(g.input(3, 8, 8))
+    return g.node("Conv", [x, g.weight((3, 3, 3, 3))], f"node_{g.layer}", pads=[1] * 4, strides=[2, 2])
+
+
+def odd_channels(g: PatternGraph) -> str:
+    return g.node("Conv", [g.grid(g.input(17, 8, 8)), g.weight((19, 17, 1, 1))], f"node_{g.layer}")
+
+
+def signals(g: PatternGraph) -> str:
+    return g.node("Conv", [g.grid(g.input(16, 32)), g.weight((16, 16, 3))], f"node_{g.layer}", pads=[1] * 2)
+
+
+def volumes(g: PatternGraph) -> str:
+    x = g.grid(g.input(16, 4, 8, 8))
+    return g.node("Conv", [x, g.weight((16, 16, 3, 3, 3))], f"node_{g.layer}", pads=[1] * 6)
+
+
 KEPT: tuple[Pattern, ...] = (
     plain,
     offset_with_exact_border,
@@ -182,6 +238,17 @@ KEPT: tuple[Pattern, ...] = (
     gemm,
     transposed_weight,
     group_norm_and_silu,
+    zero_pad_and_pool_behind_the_grid,
+    slices_behind_the_grid,
+    halves_behind_the_grid,
+    shapes_behind_the_grid,
+    flattened_behind_the_grid,
+    expanded_behind_the_grid,
+    equal_grids_in_a_concat,
+    three_channels,
+    odd_channels,
+    signals,
+    volumes,
 )
 
 
@@ -196,6 +263,14 @@ def factors_behind_the_grid(g: PatternGraph) -> str:
 
 def pad_with_an_offset_behind_the_grid(g: PatternGraph) -> str:
     return g.conv(g.node("Pad", [g.grid(g.input(*IMAGE)), g.constant(BORDER), g.constant(0.5)]), pads=0)
+
+
+def relu_behind_the_grid(g: PatternGraph) -> str:
+    return g.conv(g.node("Relu", [g.grid(g.input(*IMAGE))]))
+
+
+def offset_behind_the_grid(g: PatternGraph) -> str:
+    return g.conv(g.node("Add", [g.grid(g.input(*IMAGE)), g.constant(0.5)]))
 
 
 def resize_behind_the_grid(g: PatternGraph) -> str:
@@ -229,6 +304,8 @@ LOST: Mapping[Pattern, str] = {
     scale_of_rank_one: "scale shape",
     factors_behind_the_grid: "op behind grid",
     pad_with_an_offset_behind_the_grid: "op behind grid",
+    relu_behind_the_grid: "op behind grid",
+    offset_behind_the_grid: "op behind grid",
     resize_behind_the_grid: "op behind grid",
     unequal_grids_in_a_concat: "unequal grids",
     scale_per_input_channel: "per-channel input",

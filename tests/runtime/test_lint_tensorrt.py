@@ -101,6 +101,15 @@ def test_codes_without_a_zero_point_are_unsigned() -> None:
     assert rules(model) == {"unsigned"}
 
 
+def test_types_are_known_behind_operators_that_shape_inference_stops_at() -> None:
+    def normalized(g: PatternGraph) -> str:
+        inputs = [g.input(*IMAGE), g.constant(np.ones(16)), g.constant(np.zeros(16))]
+        x = g.node("GroupNormalization", inputs, num_groups=4)
+        return g.node("Conv", [x, g.constant(np.ones((16, 16, 3, 3), np.float32))])
+
+    assert rules(model_of(normalized)) == {"mixed types"}
+
+
 def test_attention_in_one_node_needs_float16() -> None:
     def attention(g: PatternGraph) -> str:
         return g.node("Attention", [g.input(2, 8, 16, name=name) for name in "qkv"])

@@ -54,6 +54,7 @@ def test_layers_without_tensors_are_read() -> None:
         ("runtime_fusion", "Half", "Half Int8", "Half", True, "Half"),
         ("runtime_fusion", "Int8", "Int8 Half", "Half", True, "Half"),
         ("correlation", "Half", "Half Int8", "Half", True, "Half"),
+        ("correlation", "Int8", "Half Float Float", "Half", True, "Half"),
         ("kgen", "Half", "Half", "Int8", False, "Half"),
     ],
 )
