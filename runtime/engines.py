@@ -1,9 +1,10 @@
 """Which engine runs a bundle."""
 
+import importlib.util
 import logging
 from pathlib import Path
 
-from tfmq_export.errors import ConfigError
+from tfmq_export.errors import ConfigError, DependencyError
 from tfmq_export.runtime import openvino_runner
 from tfmq_export.runtime.openvino_runner import OpenVinoRunner
 from tfmq_export.runtime.ort_runner import OrtRunner
@@ -19,6 +20,11 @@ def require_engine(target: Target) -> None:
     """Raise DependencyError now if a target's engine is missing, not after an hour of quantizing."""
     if target.engine == "openvino":
         openvino_runner.version()
+    if target.engine == "tensorrt" and importlib.util.find_spec("tensorrt_rtx") is None:
+        raise DependencyError(
+            f"TensorRT-RTX is not installed; it builds the engine whose layers prove what {target.name} runs, without a "
+            "GPU: pip install 'tfmq-export[tensorrt-rtx]'"
+        )
 
 
 def open_runner(

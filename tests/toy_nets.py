@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx_graphs import build, infer, normal
 
-from tfmq_export.recipe import LayerRecipe, QuantRecipe, SkipSplit, TemporalTable, TibRecipe
+from tfmq_export.recipe import LayerRecipe, QuantRecipe, SkipSplit, TemporalTable, TibRecipe, TimestepGrids
 from tfmq_export.spec import QParams, QuantSpec
 from tfmq_export.target import find_target
 from tfmq_export.timesteps import TimestepSet
@@ -144,6 +144,20 @@ def _scaled(net: Net, layer: LayerRecipe, seed: int) -> LayerRecipe:
     wide = replace(layer.input, scale=np.asarray(layer.input.scale * 12))  # factors reach e * 2^2
     scaling = replace(layer, groups=groups, les_scale=tau, pts_exponent=exponent, weight=grid, weight_codes=codes)
     return replace(scaling, input=wide)
+
+
+def recipe_by_timestep(net: Net) -> QuantRecipe:
+    """Grids that widen with the timestep, by its own amount for each layer's source; no output grids."""
+    recipe = recipe_for(net)
+    widening = np.linspace(1, 1.6, len(net.timesteps), dtype=np.float32)
+
+    def by_timestep(layer: LayerRecipe) -> LayerRecipe:
+        scale = layer.input.scale * widening
+        grids = TimestepGrids(scale, np.full(len(scale), layer.input.zero_point))
+        widest = replace(layer.input, scale=np.asarray(scale.max()))
+        return replace(layer, input=widest, output=None, input_by_timestep=grids)
+
+    return replace(recipe, layers=tuple(by_timestep(layer) for layer in recipe.layers))
 
 
 def observe(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Feeds:

@@ -39,6 +39,7 @@ from tfmq_export.recipe import QuantRecipe
 from tfmq_export.recipe_io import load_recipe
 from tfmq_export.runtime.benchmark import peak_rss_bytes
 from tfmq_export.runtime.engines import require_engine
+from tfmq_export.runtime.lint_tensorrt import lint_model, raise_if_any
 from tfmq_export.target import find_target
 from tfmq_export.validate import Subject, Validation, validate
 
@@ -109,6 +110,8 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
             passes = passes_for(adapt(made, target), target, **inputs, labels=labels, pts_lowering=config.pts_lowering)
             reports = run_passes(graph, passes, after)
             graphs = Graphs(export_model(graph), reports)
+        if target.engine == "tensorrt":
+            raise_if_any(lint_model(graphs.model), target.name)
         if config.prologue:
             with stages.stage("Cutting the prologue off"):
                 main, prologue = cut_prologue(graph, denoiser, made)

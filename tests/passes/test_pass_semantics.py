@@ -7,7 +7,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -17,9 +17,21 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx_graphs import graph_of, infer
 from prompt_nets import label_net
-from toy_nets import Feeds, Net, conv_net, observe, recipe_for, scaled_recipe, skip_net, token_net, vector_net
+from toy_nets import (
+    Feeds,
+    Net,
+    conv_net,
+    observe,
+    recipe_by_timestep,
+    recipe_for,
+    scaled_recipe,
+    skip_net,
+    token_net,
+    vector_net,
+)
 
 from tfmq_export import passes as package
+from tfmq_export.adapt import adapt
 from tfmq_export.passes.base import Pass, PassReport, Semantics, run_passes
 from tfmq_export.passes.check_model import CheckModel
 from tfmq_export.passes.graph import export_model
@@ -27,7 +39,7 @@ from tfmq_export.passes.name_outputs import NameOutputs
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.passes.strip_qdq import StripQdq
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
-from tfmq_export.target import Target, find_target
+from tfmq_export.target import find_target
 
 NETS: Sequence[Callable[[], Net]] = (conv_net, token_net, vector_net, skip_net, label_net)
 WIDTHS = ((8, 8), (4, 6))
@@ -46,12 +58,20 @@ class Rewrite:
     after: onnx.ModelProto
 
 
-def chains(recipe: QuantRecipe) -> list[list[Pass]]:
+def chains(net: Net, widths: tuple[int, int]) -> list[tuple[QuantRecipe, list[Pass]]]:
     """Lists of passes that together show every pass at work on some net."""
-    ort, portable = (Target(form, frozenset({"conv"}), form) for form in ("mha", "matmul"))
+    recipe, by_timestep = recipe_for(net, *widths), recipe_by_timestep(net)
+    ort, openvino, engine = (find_target(name) for name in ("ort-cpu", "openvino", "tensorrt-rtx"))
+    portable, signed = replace(ort, attention="matmul"), adapt(recipe, engine)
     names = {"sample": "sample", "timestep": "timestep", "labels": ("label",)}
     quantizing = [x for x in passes_for(recipe, ort, **names) if not isinstance(x, NameOutputs | CheckModel)]
-    return [passes_for(recipe, ort, **names), passes_for(recipe, portable, **names), [*quantizing, StripQdq()]]
+    return [
+        (recipe, passes_for(recipe, ort, **names)),
+        (recipe, passes_for(recipe, portable, **names)),
+        (recipe, [*quantizing, StripQdq()]),
+        (signed, passes_for(signed, engine, **names)),
+        (by_timestep, passes_for(by_timestep, openvino, **names)),
+    ]
 
 
 def scaled_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
@@ -68,8 +88,7 @@ def rewrites() -> tuple[Rewrite, ...]:
     for make in NETS:
         net = make()
         for widths in WIDTHS:
-            recipe = recipe_for(net, *widths)
-            for chain in chains(recipe):
+            for recipe, chain in chains(net, widths):
                 done += run_chain(net, recipe, chain)
         for recipe, chain in scaled_chains(net):
             # What quantizing scaled layers may change is for test_quantize_weights.py, in the recipe's own terms.
@@ -173,7 +192,19 @@ def sever(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     return cut
 
 
-HOLDS = {Semantics.EXACT: assert_exact, Semantics.QUANTIZING: assert_quantizing}
+def assert_rounding(rewrite: Rewrite, row: int) -> None:
+    (expected,) = infer(rewrite.before, feeds_of(rewrite, rewrite.before, row))
+    (actual,) = infer(rewrite.after, feeds_of(rewrite, rewrite.after, row))
+
+    # 11 bits in values that codes of 8 bits are made of: at most some codes move by one.
+    assert np.linalg.norm(actual - expected) < 10 ** (-35 / 20) * np.linalg.norm(expected)
+
+
+HOLDS = {
+    Semantics.EXACT: assert_exact,
+    Semantics.QUANTIZING: assert_quantizing,
+    Semantics.ROUNDING: assert_rounding,
+}
 
 
 @pytest.mark.parametrize("kind", pass_classes())
@@ -193,7 +224,7 @@ def test_every_pass_is_held_to_its_semantics(kind: type[Pass]) -> None:
 def test_the_error_of_a_whole_net_is_small_at_eight_bits(make: Callable[[], Net]) -> None:
     net = make()
     graph = graph_of(net.model)
-    chain, *_ = chains(recipe_for(net))
+    (_, chain), *_ = chains(net, (8, 8))
     run_passes(graph, chain)
 
     for row, timestep in enumerate(net.timesteps.values):

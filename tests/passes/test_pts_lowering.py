@@ -47,7 +47,7 @@ def lowered(
     names = frozenset([layer.name] if split else [])
     parts = split_recipe(recipe, names)
     graph = graph_of(model)
-    passes = [BindRecipe(recipe), RescaleInputs(recipe), SplitExponents(recipe, names), InsertQdq(parts)]
+    passes = [BindRecipe(recipe), RescaleInputs(recipe), SplitExponents(recipe, names), InsertQdq(parts, target)]
     reports = run_passes(graph, [*passes, QuantizeWeights(parts, target, asked)])  # type: ignore[arg-type]
     onnx.checker.check_model(export_model(graph))
     return graph, list(reports)
@@ -325,5 +325,5 @@ def test_unscaled_weights_of_parts_are_refused() -> None:
     with pytest.raises(PostconditionError, match="the recipe's integers are not a rounding of this weight"):
         run_passes(
             graph,
-            [BindRecipe(recipe), SplitExponents(recipe, names), InsertQdq(parts), QuantizeWeights(parts, PLAIN)],
+            [BindRecipe(recipe), SplitExponents(recipe, names), InsertQdq(parts, PLAIN), QuantizeWeights(parts, PLAIN)],
         )
