@@ -130,3 +130,40 @@ def test_one_wrong_table_row_shows_at_its_timestep_only(name: str, tmp_path: Pat
 
     spoiled = [agreement.sqnr < AGREED - 10 for agreement in found]
     assert spoiled == [row == 1 for row in range(len(spoiled))]
+
+
+FOLDED = {"dit": "blocks.0.qkv", "edm": "squeeze"}
+
+
+def scaled_layers(bundle: Bundle, made: Quantized) -> list[str]:
+    """Paths of the layers whose results carry the factor of the next one."""
+    computed = {name for node in onnx.load(bundle.model).graph.node for name in node.output}
+    return [layer.path for layer in made.recipe.layers if f"{layer.name}.scaled" in computed]
+
+
+@pytest.mark.parametrize("name", ["dit", "edm"])
+def test_layers_that_took_a_factor_are_compared_all_the_same(name: str, tmp_path: Path) -> None:
+    _, bundle, made = exported(name, "w8a8")
+    assert FOLDED[name] in scaled_layers(bundle, made)
+    (layer,) = (layer for layer in made.recipe.layers if layer.path == FOLDED[name])
+
+    found = compare(tampered(bundle, tmp_path / "out", f"{layer.name}.weight_codes", negate_largest), made)
+
+    assert max(agreement.sqnr for agreement in found) < AGREED
+    assert {agreement.worst_layer for agreement in found} == {layer.path}
+
+
+def wrong_in_one_channel(scale: NDArray) -> NDArray:
+    scale[-1] *= 1.5
+    return scale
+
+
+@pytest.mark.parametrize(("name", "reader"), [("dit", "blocks.0.proj"), ("edm", "excite")])
+def test_a_wrong_factor_shows_in_the_layer_that_reads_it(name: str, reader: str, tmp_path: Path) -> None:
+    _, bundle, made = exported(name, "w8a8")
+    (layer,) = (layer for layer in made.recipe.layers if layer.path == FOLDED[name])
+
+    found = compare(tampered(bundle, tmp_path / "out", f"{layer.name}.weight_scale", wrong_in_one_channel), made)
+
+    assert max(agreement.sqnr for agreement in found) < AGREED - 10
+    assert {agreement.worst_layer for agreement in found} <= {reader, layer.path}
