@@ -68,7 +68,7 @@ def folded(graph: gs.Graph) -> tuple[gs.Graph, PassReport]:
 def assert_folds(model: onnx.ModelProto, feeds: dict[str, NDArray], before: Callable[[gs.Graph], object] = id) -> None:
     graph = graph_of(model)
     before(graph)
-    (expected,) = infer(export_model(graph), feeds)
+    expected = infer(export_model(graph), feeds)
     muls = ops(graph).count("Mul")
 
     graph, report = folded(graph)
@@ -76,14 +76,15 @@ def assert_folds(model: onnx.ModelProto, feeds: dict[str, NDArray], before: Call
     assert len(report.changed) == 1, report.skipped
     assert ops(graph).count("Mul") == muls - 1
     # The factor is rounded into constants instead of results, and sums of at most 54 terms differ in order.
-    (actual,) = infer(export_model(graph), feeds)
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-    assert np.abs(actual).max() > 0
+    for actual, wanted in zip(infer(export_model(graph), feeds), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+        assert np.abs(actual).max() > 0
     (again,) = run_passes(graph, [FoldRescales(recipe_with([]))])
     assert again.changed == again.skipped == ()
 
 
 factors = st.lists(st.floats(0.02, 50), min_size=C, max_size=C).map(lambda values: np.float32(values))
+FACTOR = np.float32([0.5, 2, 4, 0.25, 3, 0.1])
 IMAGE = ("n", C, 4, 3)
 TOKENS = ("n", L, C)
 
@@ -294,6 +295,62 @@ def test_slices_that_overlap_keep_the_factor() -> None:
     assert_stays(model, "heads has another reader of what node_v.part takes")
 
 
+def sliced_norm(other: Nodes, output: str, constants: Constants | None = None) -> onnx.ModelProto:
+    """The first half of a norm's tokens takes a factor; something else reads the norm as well."""
+    shape = ("n", 2, C)
+    norm = [node("LayerNormalization", "x gamma", "normed"), node("Slice", "normed zero two one", "half")]
+    own = {"gamma": normal(1, L, C), "zero": np.array([0]), "one": np.array([1]), "two": np.array([2])}
+    norm[0].attribute.append(helper.make_attribute("axis", 1))
+    everything = own | (constants or {})
+    model = model_of([*norm, *other], {"x": TOKENS}, "half", shape, everything, FACTOR, TOKENS)
+    model.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+    return model
+
+
+def test_slices_that_do_not_overlap_let_a_norm_take_the_factor() -> None:
+    model = sliced_norm([node("Slice", "normed two five one", "rest")], "rest", {"five": np.array([5])})
+
+    assert_folds(model, {"x": normal(5, 2, L, C)})
+
+
+@pytest.mark.parametrize(
+    ("other", "output", "reason"),
+    [
+        (
+            [node("Slice", "normed two five channels", "rest")],
+            "rest",
+            "normed has another reader of what node_half takes",
+        ),
+        ([node("Relu", "normed", "rest")], "rest", "normed has another reader, or one that is no slice along one axis"),
+        ([], "normed", "normed has another reader"),
+    ],
+)
+def test_readers_of_more_than_another_part_keep_the_factor(other: Nodes, output: str, reason: str) -> None:
+    constants = {"five": np.array([5]), "channels": np.array([2])} if other else {}
+
+    assert_stays(sliced_norm(other, output, constants), reason)
+
+
+def test_an_attention_with_a_bias_of_its_own_keeps_the_factor() -> None:
+    nodes, constants = linear("v", "x")
+    mha = helper.make_node(
+        "MultiHeadAttention", ["q", "k", "v", "bias"], ["joined"], "mha", domain="com.microsoft", num_heads=HEADS
+    )
+    constants |= {"bias": normal(9, 3 * C)}
+    model = model_of([*nodes, mha], dict.fromkeys("xqk", TOKENS), "joined", TOKENS, constants, FACTOR)
+
+    assert_stays(model, "mha has packed or past values, or a bias of its own")
+
+
+def test_a_weight_with_a_scale_per_input_channel_keeps_the_factor() -> None:
+    constants = {"codes": np.int8(normal(1, C, C) * 40), "scale": np.exp(normal(2, C)), "zero": np.zeros(C, np.int8)}
+    nodes = [node("DequantizeLinear", "codes scale zero", "w", axis=0), node("MatMul", "x w", "product")]
+
+    model = model_of(nodes, {"x": TOKENS}, "product", TOKENS, constants, FACTOR)
+
+    assert_stays(model, "the weight of node_product has no scale per output channel")
+
+
 def gated(activation: Nodes) -> tuple[Nodes, Constants]:
     """A gated unit: the first half of a projection times an activation of the second."""
     nodes, constants = linear("projection", "x", out=2 * C)
@@ -420,8 +477,6 @@ def test_a_layer_whose_output_has_a_grid_cannot_take_a_factor() -> None:
 
 
 # -- refusals ------------------------------------------------------------------------------------------
-
-FACTOR = np.float32([0.5, 2, 4, 0.25, 3, 0.1])
 
 
 def assert_stays(model: onnx.ModelProto, reason: str) -> None:
