@@ -22,8 +22,8 @@ def require_engine(target: Target) -> None:
         openvino_runner.version()
     if target.engine == "tensorrt" and importlib.util.find_spec("tensorrt_rtx") is None:
         raise DependencyError(
-            f"TensorRT-RTX is not installed; it builds the engine whose layers prove what {target.name} runs, without a "
-            "GPU: pip install 'tfmq-export[tensorrt-rtx]'"
+            f"{target.name}: TensorRT-RTX is not installed, whose engine proves without a GPU what runs in int8; "
+            "pip install 'tfmq-export[tensorrt-rtx]'"
         )
 
 

@@ -18,7 +18,7 @@ from tfmq_export.passes.graph import export_model, save_model
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.runtime.realized_ort import realized_on_ort
-from tfmq_export.target import find_target
+from tfmq_export.target import Target, find_target
 
 TARGET = find_target("ort-cpu")
 
@@ -164,3 +164,37 @@ def test_checking_changes_nothing(make: Callable[[], Net]) -> None:
     assert report.changed == ()
     assert export_model(graph).SerializeToString(deterministic=True) == before
     onnx.checker.check_model(export_model(graph))
+
+
+PLAIN = Target("plain", engine="test", packed_weights=False)
+
+
+def pack_a_weight(graph: gs.Graph) -> None:
+    (node,) = [item for item in graph.nodes if item.name == "node_conv2d"]
+    dequantize = node.inputs[1].inputs[0]
+    cast = gs.Variable("packed", np.int8)
+    graph.nodes.append(gs.Node("Cast", "cast", {"to": 3}, inputs=[dequantize.inputs[0]], outputs=[cast]))
+    dequantize.inputs[0] = cast
+
+
+def quantize_a_bias(graph: gs.Graph) -> None:
+    (node,) = [item for item in graph.nodes if item.name == "node_conv2d"]
+    node.inputs[2] = node.inputs[1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (pack_a_weight, "net.conv2d: plain needs its weight as plain int8"),
+        (quantize_a_bias, "net.conv2d: plain needs its bias as a float constant"),
+    ],
+)
+def test_what_a_target_does_not_fold_is_refused(spoil: Callable[[gs.Graph], None], message: str) -> None:
+    net = conv_net()
+    recipe = recipe_for(net, 4, 8)
+    graph = graph_of(net.model)
+    run_passes(graph, passes_for(recipe, PLAIN, sample="sample", timestep="timestep"))
+    spoil(graph)
+
+    with pytest.raises(PostconditionError, match=message):
+        CheckModel(recipe, PLAIN, "timestep").ensures(graph)

@@ -1,6 +1,8 @@
 """Factors that move into what computes a value: the law for every producer, and what stops them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,17 +11,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import helper, numpy_helper
 from onnx_graphs import Shape, build, graph_of, infer, normal, ops
-from toy_nets import node, recipe_for, recipe_with, vector_net
+from toy_nets import activation_grid, layer_recipe, node, recipe_for, recipe_with, vector_net
 
+from tfmq_export.bundle import LayerInfo
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import PassReport, run_passes
 from tfmq_export.passes.bind_recipe import BindRecipe
 from tfmq_export.passes.fold_rescales import FoldRescales
-from tfmq_export.passes.graph import export_model
+from tfmq_export.passes.graph import export_model, save_model
+from tfmq_export.passes.insert_qdq import InsertQdq
 from tfmq_export.passes.lower_attention import Form, LowerAttention
 from tfmq_export.passes.lower_group_norm import LowerGroupNorm
+from tfmq_export.passes.quantize_weights import QuantizeWeights
+from tfmq_export.passes.rescale_inputs import RescaleInputs
+from tfmq_export.recipe import LayerRecipe
+from tfmq_export.runtime.realized import realized_on_ort
+from tfmq_export.target import find_target
 
 C, L, HEADS = 6, 5, 2
 Nodes = Sequence[onnx.NodeProto]
@@ -59,7 +68,7 @@ def folded(graph: gs.Graph) -> tuple[gs.Graph, PassReport]:
 def assert_folds(model: onnx.ModelProto, feeds: dict[str, NDArray], before: Callable[[gs.Graph], object] = id) -> None:
     graph = graph_of(model)
     before(graph)
-    (expected,) = infer(export_model(graph), feeds)
+    expected = infer(export_model(graph), feeds)
     muls = ops(graph).count("Mul")
 
     graph, report = folded(graph)
@@ -67,14 +76,15 @@ def assert_folds(model: onnx.ModelProto, feeds: dict[str, NDArray], before: Call
     assert len(report.changed) == 1, report.skipped
     assert ops(graph).count("Mul") == muls - 1
     # The factor is rounded into constants instead of results, and sums of at most 54 terms differ in order.
-    (actual,) = infer(export_model(graph), feeds)
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-    assert np.abs(actual).max() > 0
+    for actual, wanted in zip(infer(export_model(graph), feeds), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+        assert np.abs(actual).max() > 0
     (again,) = run_passes(graph, [FoldRescales(recipe_with([]))])
     assert again.changed == again.skipped == ()
 
 
 factors = st.lists(st.floats(0.02, 50), min_size=C, max_size=C).map(lambda values: np.float32(values))
+FACTOR = np.float32([0.5, 2, 4, 0.25, 3, 0.1])
 IMAGE = ("n", C, 4, 3)
 TOKENS = ("n", L, C)
 
@@ -285,6 +295,62 @@ def test_slices_that_overlap_keep_the_factor() -> None:
     assert_stays(model, "heads has another reader of what node_v.part takes")
 
 
+def sliced_norm(other: Nodes, output: str, constants: Constants | None = None) -> onnx.ModelProto:
+    """The first half of a norm's tokens takes a factor; something else reads the norm as well."""
+    shape = ("n", 2, C)
+    norm = [node("LayerNormalization", "x gamma", "normed"), node("Slice", "normed zero two one", "half")]
+    own = {"gamma": normal(1, L, C), "zero": np.array([0]), "one": np.array([1]), "two": np.array([2])}
+    norm[0].attribute.append(helper.make_attribute("axis", 1))
+    everything = own | (constants or {})
+    model = model_of([*norm, *other], {"x": TOKENS}, "half", shape, everything, FACTOR, TOKENS)
+    model.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+    return model
+
+
+def test_slices_that_do_not_overlap_let_a_norm_take_the_factor() -> None:
+    model = sliced_norm([node("Slice", "normed two five one", "rest")], "rest", {"five": np.array([5])})
+
+    assert_folds(model, {"x": normal(5, 2, L, C)})
+
+
+@pytest.mark.parametrize(
+    ("other", "output", "reason"),
+    [
+        (
+            [node("Slice", "normed two five channels", "rest")],
+            "rest",
+            "normed has another reader of what node_half takes",
+        ),
+        ([node("Relu", "normed", "rest")], "rest", "normed has another reader, or one that is no slice along one axis"),
+        ([], "normed", "normed has another reader"),
+    ],
+)
+def test_readers_of_more_than_another_part_keep_the_factor(other: Nodes, output: str, reason: str) -> None:
+    constants = {"five": np.array([5]), "channels": np.array([2])} if other else {}
+
+    assert_stays(sliced_norm(other, output, constants), reason)
+
+
+def test_an_attention_with_a_bias_of_its_own_keeps_the_factor() -> None:
+    nodes, constants = linear("v", "x")
+    mha = helper.make_node(
+        "MultiHeadAttention", ["q", "k", "v", "bias"], ["joined"], "mha", domain="com.microsoft", num_heads=HEADS
+    )
+    constants |= {"bias": normal(9, 3 * C)}
+    model = model_of([*nodes, mha], dict.fromkeys("xqk", TOKENS), "joined", TOKENS, constants, FACTOR)
+
+    assert_stays(model, "mha has packed or past values, or a bias of its own")
+
+
+def test_a_weight_with_a_scale_per_input_channel_keeps_the_factor() -> None:
+    constants = {"codes": np.int8(normal(1, C, C) * 40), "scale": np.exp(normal(2, C)), "zero": np.zeros(C, np.int8)}
+    nodes = [node("DequantizeLinear", "codes scale zero", "w", axis=0), node("MatMul", "x w", "product")]
+
+    model = model_of(nodes, {"x": TOKENS}, "product", TOKENS, constants, FACTOR)
+
+    assert_stays(model, "the weight of node_product has no scale per output channel")
+
+
 def gated(activation: Nodes) -> tuple[Nodes, Constants]:
     """A gated unit: the first half of a projection times an activation of the second."""
     nodes, constants = linear("projection", "x", out=2 * C)
@@ -332,9 +398,85 @@ def test_an_adaptive_norm_takes_factors_in_the_norm_and_in_what_computes_the_shi
     assert_folds(model, {"x": normal(5, 2, L, C), "c": normal(6, 2, C)})
 
 
-# -- refusals ------------------------------------------------------------------------------------------
+# -- layers of the recipe --------------------------------------------------------------------------------
 
-FACTOR = np.float32([0.5, 2, 4, 0.25, 3, 0.1])
+
+def two_layers(op: str) -> tuple[onnx.ModelProto, tuple[LayerRecipe, LayerRecipe]]:
+    """A layer and, behind a Relu, a scaled one."""
+    weights = normal(1, C, 4), normal(2, 3, C)
+    tau = np.float32([0.5, 3.1, 0.27, 1.9, 0.7, 1.1])
+    shape: Shape = ("n", 4) if op == "Gemm" else ("n", L, 4)
+    grid = activation_grid(np.float32([-4, 4]))
+    first = layer_recipe("linear", "linear", weights[0], grid, bits=4)
+    wide = activation_grid(np.float32([0, 60]))
+    second = replace(layer_recipe("linear_1", "linear", weights[1] * tau, wide), les_scale=tau)
+    if op == "Gemm":
+        nodes = [node("Gemm", "x w b", "linear", transB=1), node("Relu", "linear", "relu")]
+        nodes.append(node("Gemm", "relu w1 b1", "linear_1", transB=1))
+    else:
+        nodes = [node("MatMul", "x w", "product"), node("Add", "product b", "linear"), node("Relu", "linear", "relu")]
+        nodes += [node("MatMul", "relu w1", "product_1"), node("Add", "product_1 b1", "linear_1")]
+        weights = weights[0].T.copy(), weights[1].T.copy()
+    constants = {"w": weights[0], "b": normal(3, C), "w1": weights[1], "b1": normal(4, 3)}
+    model = build(nodes, {"x": shape}, {"linear_1": (*shape[:-1], 3)}, constants)  # type: ignore[index]
+    return model, (first, second)
+
+
+def quantized(model: onnx.ModelProto, layers: Sequence[LayerRecipe]) -> gs.Graph:
+    recipe, graph = recipe_with(layers), graph_of(model)
+    before = [BindRecipe(recipe), RescaleInputs(recipe), InsertQdq(recipe)]
+    run_passes(graph, [*before, QuantizeWeights(recipe, find_target("ort-cpu"))])
+    return graph
+
+
+def stored(graph: gs.Graph) -> dict[str, NDArray]:
+    return {item.name: numpy_helper.to_array(item) for item in export_model(graph).graph.initializer}
+
+
+@pytest.mark.parametrize("op", ["Gemm", "MatMul"])
+def test_a_quantized_layer_keeps_its_integers_and_its_kernel(op: str, tmp_path: Path) -> None:
+    model, layers = two_layers(op)
+    before, graph = quantized(model, layers), quantized(model, layers)
+
+    (report,) = run_passes(graph, [FoldRescales(recipe_with(layers))])
+
+    assert report.changed == ("relu.rescale",)
+    old, new = stored(before), stored(graph)
+    np.testing.assert_array_equal(new["linear.weight_codes"], old["linear.weight_codes"])
+    factor = layers[1].input_factor
+    np.testing.assert_array_equal(new["linear.weight_scale"], old["linear.weight_scale"] * factor)
+    if op == "Gemm":
+        np.testing.assert_array_equal(new["linear.bias_codes"], old["linear.bias_codes"])
+        step = layers[0].input.scale * new["linear.weight_scale"]  # exactly, or the kernel is a float one
+        np.testing.assert_array_equal(new["linear.bias_scale"], step)
+    x = normal(5, *((7, 4) if op == "Gemm" else (7, L, 4)))
+    results = [infer(export_model(item), {"x": x})[0] for item in (before, graph)]
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-4)
+    save_model(export_model(graph), tmp_path / "model.onnx")
+    asked = [LayerInfo(x.name, x.path, x.kind, x.macs, x.weight.spec.bits, 8) for x in layers]
+    realized_on_ort(tmp_path / "model.onnx", asked).raise_if_lost()
+
+
+def test_a_value_that_carries_a_factor_has_another_name() -> None:
+    model, layers = two_layers("MatMul")
+    graph = quantized(model, layers)
+
+    run_passes(graph, [FoldRescales(recipe_with(layers))])
+
+    assert {"linear.scaled", "linear_1"} <= set(graph.tensors())
+    assert "linear" not in graph.tensors()
+
+
+def test_a_layer_whose_output_has_a_grid_cannot_take_a_factor() -> None:
+    model, (first, second) = two_layers("Gemm")
+    graph = quantized(model, [replace(first, output=activation_grid(np.float32([-9, 9]))), second])
+
+    (report,) = run_passes(graph, [FoldRescales(recipe_with([first, second]))])
+
+    assert report.skipped == (("relu.rescale", "linear is quantized"),)
+
+
+# -- refusals ------------------------------------------------------------------------------------------
 
 
 def assert_stays(model: onnx.ModelProto, reason: str) -> None:

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toy_nets import conv_net, recipe_for
+from toy_nets import conv_net, recipe_for, scaled_recipe, token_net
 
 from tfmq_export.adapt import adapt
 from tfmq_export.errors import TargetError
@@ -48,3 +48,23 @@ def test_only_half_precision_targets_are_typed_in_fp16(target: Target) -> None:
     kinds = {type(step) for step in passes_for(recipe, target, sample="sample", timestep="timestep")}
 
     assert (HalfPrecision in kinds) == (target.float_type == "float16")
+
+
+def names(recipe: QuantRecipe, target: str, **options: str) -> list[str]:
+    passes = passes_for(recipe, find_target(target), sample="sample", timestep="timestep", **options)  # type: ignore[arg-type]
+    return [type(item).__name__ for item in passes]
+
+
+def test_layers_are_split_by_exponent_only_where_nothing_else_will_do() -> None:
+    narrow, wide = (scaled_recipe(token_net(), bits, outputs=False) for bits in (4, 8))
+
+    assert "SplitExponents" not in names(narrow, "tensorrt")
+    assert "SplitExponents" in names(wide, "tensorrt")
+    assert "SplitExponents" in names(narrow, "ort-cpu", pts_lowering="split")
+
+
+def test_a_form_no_layer_can_take_is_refused_before_anything_runs() -> None:
+    narrow = scaled_recipe(token_net(), 4, outputs=False)
+
+    with pytest.raises(TargetError, match=r"net.linear: --pts-lowering shift: tensorrt does not fold arithmetic"):
+        names(narrow, "tensorrt", pts_lowering="shift")

@@ -218,6 +218,17 @@ def test_the_form_follows_from_bits_and_target(bits: int, target: Target, form: 
     assert choose_form(layer, target) == form
 
 
+@pytest.mark.parametrize(("code", "form"), [(63, "fold"), (64, "split"), (-64, "fold"), (-65, "split")])
+def test_the_container_decides_by_the_integers_themselves(code: int, form: Form) -> None:
+    # Times 2: 126, 128, -128 and -130.
+    layer = scaled_layer("MatMul", X, None, 8, None, np.int8([0, -1, 0, 0]))
+
+    codes = np.sign(layer.weight_codes) * np.int8(1)
+    codes[0, 0] = code
+
+    assert choose_form(replace(layer, weight_codes=codes.astype(np.int8)), PLAIN) == form
+
+
 @pytest.mark.parametrize("exponent", [None, np.int8([0, 0, 0, 0]), np.int8([-2, -2, -2, -2])])
 def test_layers_whose_channels_agree_have_no_form(exponent: NDArray | None) -> None:
     layer = scaled_layer("Conv", X, None, 8, None, exponent)

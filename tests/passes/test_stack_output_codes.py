@@ -214,6 +214,19 @@ def test_a_weight_that_is_stored_shifted_is_stacked() -> None:
     assert np.count_nonzero(difference) <= 1 + 0.01 * difference.size
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_biases_stay_in_floating_point_where_the_target_wants_them_so(with_bias: bool) -> None:
+    layer, bias = stacked_layer(FOUR_CODES), normal(1, 3) if with_bias else None
+    recipe, openvino = recipe_with([layer]), find_target("openvino")
+    graph = float_graph(layer, bias)
+    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe), QuantizeWeights(recipe, openvino)])
+
+    run_passes(graph, [StackOutputCodes(recipe, integer_bias=False)])
+
+    assert not [item for item in graph.tensors().values() if item.dtype == np.int32]
+    assert_identity(graph, layer, bias, normal(2, 2, 4, *SIZE))
+
+
 def test_layers_of_one_code_are_left_alone() -> None:
     recipe = recipe_with([stacked_layer(output_grid(0.1, 100, 1))])
     graph = before_stacking(recipe, normal(1, 3))

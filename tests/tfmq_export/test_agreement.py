@@ -4,6 +4,7 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from tfmq_export.agreement import Agreement, LockStep
-from tfmq_export.bundle import Bundle
+from tfmq_export.bundle import Bundle, open_bundle
 from tfmq_export.config import Method, Thresholds, find_preset
 from tfmq_export.emit import emit
 from tfmq_export.export import export_onnx
@@ -29,14 +30,18 @@ AGREED = Thresholds().agreement
 @functools.cache
 def exported(name: str, preset: str) -> tuple[tempfile.TemporaryDirectory, Bundle, Quantized]:
     """With every idea in force: scaling, exponents, split skips and stacked output codes must agree as well."""
-    bits, target = find_preset(preset), find_target("ort-cpu")
+    bits = find_preset(preset)
     made = quantized(name, bits.weight_bits, bits.activation_bits, Method())
-    denoiser, recipe = made.denoiser, made.recipe
+    folder = tempfile.TemporaryDirectory()
+    return folder, written(made, "ort-cpu", Path(folder.name)), made
+
+
+def written(made: Quantized, target_name: str, root: Path) -> Bundle:
+    """Rewritten for a target, as a bundle."""
+    denoiser, recipe, target = made.denoiser, made.recipe, find_target(target_name)
     graph = import_graph(export_onnx(made.program))
     reports = run_passes(graph, passes_for(recipe, target, sample=denoiser.sample, timestep=denoiser.timestep))
-    folder = tempfile.TemporaryDirectory()
-    bundle = emit(Path(folder.name), denoiser, recipe, target, export_model(graph), reports)
-    return folder, bundle, made
+    return emit(root, denoiser, recipe, target, export_model(graph), reports)
 
 
 def compare(bundle: Bundle, made: Quantized) -> list[Agreement]:
@@ -130,3 +135,61 @@ def test_one_wrong_table_row_shows_at_its_timestep_only(name: str, tmp_path: Pat
 
     spoiled = [agreement.sqnr < AGREED - 10 for agreement in found]
     assert spoiled == [row == 1 for row in range(len(spoiled))]
+
+
+FOLDED = {"dit": "blocks.0.qkv", "edm": "squeeze"}
+
+
+def scaled_layers(bundle: Bundle, made: Quantized) -> list[str]:
+    """Paths of the layers whose results carry the factor of the next one."""
+    computed = {name for node in onnx.load(bundle.model).graph.node for name in node.output}
+    return [layer.path for layer in made.recipe.layers if f"{layer.name}.scaled" in computed]
+
+
+@pytest.mark.parametrize("name", ["dit", "edm"])
+def test_layers_that_took_a_factor_are_compared_all_the_same(name: str, tmp_path: Path) -> None:
+    _, bundle, made = exported(name, "w8a8")
+    assert FOLDED[name] in scaled_layers(bundle, made)
+    (layer,) = (layer for layer in made.recipe.layers if layer.path == FOLDED[name])
+
+    found = compare(tampered(bundle, tmp_path / "out", f"{layer.name}.weight_codes", negate_largest), made)
+
+    assert max(agreement.sqnr for agreement in found) < AGREED
+    assert {agreement.worst_layer for agreement in found} == {layer.path}
+
+
+def wrong_in_one_channel(scale: NDArray) -> NDArray:
+    scale[-1] *= 1.5
+    return scale
+
+
+@pytest.mark.parametrize(("name", "reader"), [("dit", "blocks.0.proj"), ("edm", "excite")])
+def test_a_wrong_factor_shows_in_the_layer_that_reads_it(name: str, reader: str, tmp_path: Path) -> None:
+    _, bundle, made = exported(name, "w8a8")
+    (layer,) = (layer for layer in made.recipe.layers if layer.path == FOLDED[name])
+
+    found = compare(tampered(bundle, tmp_path / "out", f"{layer.name}.weight_scale", wrong_in_one_channel), made)
+
+    assert max(agreement.sqnr for agreement in found) < AGREED - 10
+    assert {agreement.worst_layer for agreement in found} <= {reader, layer.path}
+
+
+def test_layers_split_by_exponent_agree(tmp_path: Path) -> None:
+    # Exponents on 8-bit weights, which the algorithm does not choose; and biases in floating point.
+    made = quantized("dit", 8, 8, Method())
+    layers = [
+        replace(layer, pts_exponent=-(np.arange(layer.weight_codes.shape[1]) % 3).astype(np.int8))
+        if layer.kind == "linear"
+        else layer
+        for layer in made.recipe.layers
+    ]
+    made = replace(made, recipe=replace(made.recipe, layers=tuple(layers)))
+
+    bundle = written(made, "openvino", tmp_path)
+
+    (report,) = [item for item in bundle.manifest.passes if item.name == "SplitExponents"]
+    assert report.notes[0] == (layers[1].path, "power-of-two scaling: split into 3")
+    assert open_bundle(tmp_path).manifest.passes == bundle.manifest.passes
+    found = compare(bundle, made)
+    assert min(agreement.sqnr for agreement in found) >= AGREED
+    assert max(agreement.mismatch_rate for agreement in found) < 0.01
