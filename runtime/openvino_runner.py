@@ -47,7 +47,7 @@ class OpenVinoRunner:
     """One graph; threads may call ``infer`` at the same time.
 
     The first sets of input shapes each get a compiled graph of their own, made when they first come: with open
-    shapes the same graph takes 1.3 times as long. Later sets share one graph with open shapes, so that a host with
+    shapes the same graph takes 1.4 times as long. Later sets share one graph with open shapes, so that a host with
     many batch sizes does not compile for ever.
 
     Args:

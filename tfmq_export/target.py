@@ -48,6 +48,7 @@ _TARGETS = (
     ),
     # The CUDA provider has no integer kernels for QDQ: right numbers, no int8 speed.
     Target("ort-cuda", engine="onnxruntime", attention="mha", integers=False),
+    # Convolutions stay integers without an output grid, which spares each a rounding (docs/lowering.md).
     Target("openvino", engine="openvino"),
     # TensorRT takes precision from the graph's own types, int8 with zero point 0, and does not fold integer constants.
     Target("tensorrt", engine="tensorrt", symmetric=True, packed_weights=False, float_type="float16"),

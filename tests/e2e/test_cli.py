@@ -1,11 +1,13 @@
 """The commands as a user types them: results, one-line errors, exit codes, nothing left behind."""
 
+import json
 import pickle
 import resource
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -15,6 +17,8 @@ from typer.testing import CliRunner, Result
 from tfmq_export import cli
 from tfmq_export.bundle import open_bundle
 from tfmq_export.console import INTERRUPTED
+from tfmq_export.runtime import load
+from tfmq_export.runtime.compare import sqnr_db
 
 SIZES = ["--calibration-images", "2", "--validation-images", "2", "--steps", "3", "--effort", "fast"]
 NO_GATE = ["--min-psnr", "-100", "--min-sqnr", "-100"]  # random weights draw nothing worth comparing
@@ -49,6 +53,28 @@ def test_export_says_what_was_realized(packed: Path, tmp_path: Path) -> None:
     assert "4-bit weights" in result.output
     convolutions = [layer for layer in open_bundle(tmp_path / "out").manifest.layers if layer.kind == "conv"]
     assert f"{len(convolutions)}/{len(convolutions)} convolutions" in result.output
+
+
+def test_a_bundle_for_openvino_runs_in_its_integers_and_on_onnxruntime(packed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    out = tmp_path / "out"
+    flags = ["--target", "openvino", "--preset", "w4a6", "-q", *SIZES, *NO_GATE]
+
+    result = run("export", packed, "-o", out, *flags)
+
+    assert result.exit_code == 0, result.output
+    precision = json.loads((out / "tfmq/report.json").read_text())["precision"]
+    # Convolutions and linear layers of 16 channels alike: they must not share zero points.
+    assert precision["convs"][0] == precision["convs"][1] > 0
+    assert precision["linears"][0] == precision["linears"][1] > 0
+    kernels = {kernel for row in precision["layers"] if row["asked"] != "float" for kernel in row["realized"]}
+    assert {kernel.lower().rpartition("_")[2] for kernel in kernels} == {"i8"}
+    noise = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    predictions = []
+    for backend in ("openvino", "onnxruntime"):
+        with load(out, backend=backend, threads=1) as denoise:
+            predictions.append(denoise(noise, denoise.bundle.manifest.timesteps.values[0]))
+    assert sqnr_db(*predictions) > 30  # Codes may fall on the other side of a tie.
 
 
 def test_a_folder_and_its_packed_file_give_the_same_graph(packed: Path, bundle: Path, tmp_path: Path) -> None:

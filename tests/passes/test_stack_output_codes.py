@@ -26,6 +26,7 @@ from tfmq_export.passes.stack_output_codes import StackOutputCodes, staggered_bi
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.runtime.realized_ort import realized_on_ort
 from tfmq_export.spec import QParams, QuantSpec
+from tfmq_export.target import find_target
 
 INPUT = QParams(QuantSpec(8, signed=False), np.asarray(0.03, np.float32), np.asarray(120, np.int32))
 SIZE = (8, 8)
@@ -219,7 +220,7 @@ def test_biases_stay_in_floating_point_where_the_target_wants_them_so(with_bias:
     layer, bias = stacked_layer(FOUR_CODES), normal(1, 3) if with_bias else None
     recipe, openvino = recipe_with([layer]), find_target("openvino")
     graph = float_graph(layer, bias)
-    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe), QuantizeWeights(recipe, openvino)])
+    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe, openvino), QuantizeWeights(recipe, openvino)])
 
     run_passes(graph, [StackOutputCodes(recipe, integer_bias=False)])
 
