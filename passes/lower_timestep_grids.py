@@ -44,6 +44,8 @@ class LowerTimestepGrids(Pass):
             source = node.inputs[0]
             if source.inputs and source.inputs[0].op == "DequantizeLinear":
                 raise PreconditionError(f"{layer.path}: its input is quantized already")
+            if layer.input.spec.codes > 1:
+                raise PreconditionError(f"{layer.path}: a grid per timestep is one code, not {layer.input.spec.codes}")
             if not _one_row_per_sample(source, values[self.sample]):
                 raise PreconditionError(
                     f"{layer.path}: reads {source.shape[0]} rows, not one per sample; a grid per timestep has no "

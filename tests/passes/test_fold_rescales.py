@@ -424,8 +424,9 @@ def two_layers(op: str) -> tuple[onnx.ModelProto, tuple[LayerRecipe, LayerRecipe
 
 def quantized(model: onnx.ModelProto, layers: Sequence[LayerRecipe]) -> gs.Graph:
     recipe, graph = recipe_with(layers), graph_of(model)
-    before = [BindRecipe(recipe), RescaleInputs(recipe), InsertQdq(recipe)]
-    run_passes(graph, [*before, QuantizeWeights(recipe, find_target("ort-cpu"))])
+    ort_cpu = find_target("ort-cpu")
+    before = [BindRecipe(recipe), RescaleInputs(recipe), InsertQdq(recipe, ort_cpu)]
+    run_passes(graph, [*before, QuantizeWeights(recipe, ort_cpu)])
     return graph
 
 

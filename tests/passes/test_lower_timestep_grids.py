@@ -158,6 +158,17 @@ def test_a_value_with_other_rows_than_samples_is_refused() -> None:
         run_passes(graph, [LowerTimestepGrids(recipe, TARGETS[0], "sample")])
 
 
+def test_several_codes_per_timestep_are_refused() -> None:
+    net = conv_net()
+    recipe = varied_recipe(net)
+    first, *others = recipe.layers
+    wide = replace(first.input, spec=replace(first.input.spec, codes=4))
+    recipe = replace(recipe, layers=(replace(first, input=wide), *others))
+
+    with pytest.raises(PreconditionError, match="is one code, not 4"):
+        lowered(net, recipe, TARGETS[0])
+
+
 def test_a_second_run_is_refused() -> None:
     net = conv_net()
     recipe = varied_recipe(net)

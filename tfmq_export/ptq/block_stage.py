@@ -185,7 +185,8 @@ class BlockStage:
 
     def _grid(self, observations: Sequence[Sequence[Observation]], spec: QuantSpec, is_temporal: bool) -> Grid:
         merged = [merge(seen) if seen else None for seen in observations]
-        per_timestep = self.method.fsc == "all" or (is_temporal and self.method.fsc == "tib")
+        # Several codes resolve the ranges of all timesteps already.
+        per_timestep = spec.codes == 1 and (self.method.fsc == "all" or (is_temporal and self.method.fsc == "tib"))
         grid = calibrate_finite_set(merged, spec, Estimator(self.method.estimator), per_timestep=per_timestep)
         device = self.runner.device
         return replace(grid, scale=grid.scale.to(device), zero_point=grid.zero_point.to(device))

@@ -1,0 +1,95 @@
+"""One recipe on every target: each layer in integers by the engine's own account, and the arithmetic of fake-quant.
+
+TensorRT-RTX builds for compute capabilities 80, 89 and 120 without a GPU; its receipt is the list of layers in its
+build log. Numbers of a TensorRT graph are those of ONNX Runtime without integer fusion.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import shapes
+
+from tfmq_export.compiler import Compiled, compile_model
+from tfmq_export.config import CompileConfig, Method, Thresholds
+from tfmq_export.models.load import Source
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NO_GATE = Thresholds(psnr=-100, sqnr=-100)  # few images of a hasty recipe; agreement stays at 40 dB
+TARGETS = ("openvino", "tensorrt-rtx")
+
+Compile = Callable[[str, str, str], Compiled]
+
+
+def source_of(name: str) -> object:
+    if name in shapes.SHAPES:
+        return shapes.build(name, "tiny", steps=2)
+    return Source(EXAMPLES / name / "model.pt", steps=2)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """Compiles a model for a target; the recipe is made once, for ort-cpu."""
+    folder = tmp_path_factory.mktemp("targets")
+
+    @cache
+    def run(name: str, preset: str, target: str) -> Compiled:
+        method = Method() if name in shapes.SHAPES else Method(les="off")  # scaling is the slow part of "fast"
+        config = CompileConfig(
+            preset=preset,
+            target=target,
+            effort="fast",
+            method=method,
+            calibration_images=1,
+            validation_images=1,
+            thresholds=NO_GATE,
+        )
+        recipe = None if target == "ort-cpu" else run(name, preset, "ort-cpu").bundle.root / "tfmq"
+        return compile_model(source_of(name), folder / f"{name}-{preset}-{target}", config, recipe=recipe)
+
+    return run
+
+
+def assert_realized(done: Compiled) -> None:
+    receipt = done.validation.receipt
+    assert not receipt.lost
+    assert not receipt.strays
+    for kind in ("conv", "linear"):
+        realized, asked = receipt.counts(kind)
+        assert realized == asked > 0
+    lowest = {comparison.metric: comparison.lowest for comparison in done.validation.report.comparisons}
+    assert lowest["agreement with fake-quant, lock-step (dB)"] >= 40
+    assert lowest["temporal table exactness"] == 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("preset", ["w8a8", "w4a6"])
+@pytest.mark.parametrize("name", list(shapes.SHAPES))
+def test_the_shapes_people_deploy_run_in_integers(name: str, preset: str, target: str, compiled: Compile) -> None:
+    assert_realized(compiled(name, preset, target))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["emoji32", "emoji32-cond"])
+def test_the_examples_run_in_integers(name: str, target: str, compiled: Compile) -> None:
+    assert_realized(compiled(name, "w4a8", target))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_grid_per_timestep_for_every_activation_runs_in_integers(target: str, tmp_path: Path) -> None:
+    config = CompileConfig(
+        preset="w8a8",
+        target=target,
+        effort="fast",
+        method=Method(fsc="all", les="off"),
+        calibration_images=1,
+        validation_images=1,
+        thresholds=NO_GATE,
+    )
+
+    done = compile_model(shapes.build("dit", "tiny", steps=2), tmp_path / target, config)
+
+    assert_realized(done)
+    lowered = next(item for item in done.bundle.manifest.passes if item.name == "LowerTimestepGrids")
+    assert lowered.changed > 10
