@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from tfmq_export.agreement import Agreement, LockStep
 from tfmq_export.bundle import Bundle
 from tfmq_export.config import Method, Thresholds, find_preset
-from tfmq_export.emit import emit
+from tfmq_export.emit import Graphs, emit
 from tfmq_export.export import export_onnx
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model, import_graph
@@ -35,7 +35,7 @@ def exported(name: str, preset: str) -> tuple[tempfile.TemporaryDirectory, Bundl
     graph = import_graph(export_onnx(made.program))
     reports = run_passes(graph, passes_for(recipe, target, sample=denoiser.sample, timestep=denoiser.timestep))
     folder = tempfile.TemporaryDirectory()
-    bundle = emit(Path(folder.name), denoiser, recipe, target, export_model(graph), reports)
+    bundle = emit(Path(folder.name), denoiser, recipe, target, Graphs(export_model(graph), reports))
     return folder, bundle, made
 
 
