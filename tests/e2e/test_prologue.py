@@ -33,6 +33,7 @@ from tfmq_export.ptq.quantize import unquantized
 from tfmq_export.ptq.tib import tabulate
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.runtime import load as load_bundle
+from tfmq_export.runtime.compare import sqnr_db
 from tfmq_export.runtime.ort_runner import OrtRunner
 from tfmq_export.target import find_target
 from tfmq_export.validate import bundle_denoise
@@ -237,7 +238,7 @@ def test_labels_and_real_timesteps_of_a_transformer(tmp_path: Path) -> None:
             assert loaded(x, t, prompt=prompt).tobytes() == given.tobytes()
 
 
-@pytest.mark.parametrize("preset", ["fp32", "w8a8"])
+@pytest.mark.parametrize("preset", ["fp32", pytest.param("w8a8", marks=pytest.mark.slow)])
 def test_the_conditional_example(preset: str, tmp_path: Path) -> None:
     config = CompileConfig(
         preset=preset, effort="fast", calibration_images=2, validation_images=2, prologue=True, thresholds=ANYTHING
@@ -254,3 +255,22 @@ def test_the_conditional_example(preset: str, tmp_path: Path) -> None:
     denoiser = load(Source(EXAMPLES / "emoji32-cond" / "model.pt", steps=2))
     assert len(paths) == sum(path.endswith(("attn2.to_k", "attn2.to_v")) for path, _ in denoiser.module.named_modules())
     assert [tensor.per_timestep for tensor in info.tensors] == [False] * len(paths)
+
+
+def test_class_tables_leave_one_graph_without_modulation_layers(tmp_path: Path) -> None:
+    config = CompileConfig(preset="fp32", validation_images=2, class_tables=True)
+
+    done = tfmq_export.compile(build_dit(), tmp_path / "out", config)
+
+    (served,) = [info for info in done.bundle.manifest.passes if info.name == "TabulateClasses"]
+    assert served.changed == 3
+    graph = onnx.load(done.bundle.model).graph
+    tables = {x.name: tuple(x.dims) for x in graph.initializer if x.name.endswith(".classes")}
+    assert sorted(tables.values()) == [(3, 5, 32), (3, 5, 96), (3, 5, 96)]
+    denoiser = denoiser_of("dit")
+    sample, labels = denoiser.noise(5, 0), {"y": torch.arange(5)}
+    with load_bundle(tmp_path / "out", threads=1) as loaded:
+        for t in denoiser.timesteps.values:
+            wanted = denoiser.module_denoise()(sample, t, **labels)
+            got = bundle_denoise(loaded, denoiser)(sample, t, **labels)
+            assert sqnr_db(wanted.numpy(), got.numpy()) > 80  # fp32 rounding and nothing else

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from tfmq_export.agreement import Agreement, LockStep
 from tfmq_export.bundle import Bundle, open_bundle
 from tfmq_export.config import Method, Thresholds, find_preset
-from tfmq_export.emit import emit
+from tfmq_export.emit import Graphs, emit
 from tfmq_export.export import export_onnx
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model, import_graph
@@ -41,7 +41,7 @@ def written(made: Quantized, target_name: str, root: Path) -> Bundle:
     denoiser, recipe, target = made.denoiser, made.recipe, find_target(target_name)
     graph = import_graph(export_onnx(made.program))
     reports = run_passes(graph, passes_for(recipe, target, sample=denoiser.sample, timestep=denoiser.timestep))
-    return emit(root, denoiser, recipe, target, export_model(graph), reports)
+    return emit(root, denoiser, recipe, target, Graphs(export_model(graph), reports))
 
 
 def compare(bundle: Bundle, made: Quantized) -> list[Agreement]:
