@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from tfmq_export.errors import ConfigError, DependencyError
-from tfmq_export.runtime import openvino_runner
+from tfmq_export.runtime import openvino_runner, ort_runner
 from tfmq_export.runtime.openvino_runner import OpenVinoRunner
 from tfmq_export.runtime.ort_runner import OrtRunner
 from tfmq_export.runtime.runner import Runner
@@ -40,7 +40,7 @@ def open_runner(
         threads: Of one inference; None leaves the choice to the engine.
         integer: False gives the reference numerics: the same graph computed in floating point.
     Raises:
-        ConfigError: no such backend.
+        ConfigError: no such backend, or one that does not compute this target's graphs rightly.
         DependencyError: a backend asked for by name is not installed, or ONNX Runtime where nothing else is.
     """
     if backend not in BACKENDS:
@@ -52,6 +52,18 @@ def open_runner(
                 backend = "openvino"
             else:
                 _log.warning("%s was compiled for openvino, which is not installed; on ONNX Runtime", graph)
+    if backend == "openvino" and find_target(target).engine != "openvino":
+        # Seen with 2026.4: some of its quantized outputs come out as zeros there, without a word.
+        raise ConfigError(
+            f"{graph}: compiled for {target}; OpenVINO computes such a graph wrongly; compile it with --target openvino"
+        )
     if backend == "openvino":
         return OpenVinoRunner(graph, threads=threads, integer=integer)
     return OrtRunner(graph, threads=threads, integer=integer)
+
+
+def engine_version(target: str) -> str:
+    """Name and version of the engine that ``open_runner`` takes for a target."""
+    if find_target(target).engine == "openvino" and openvino_runner.is_installed():
+        return f"openvino {openvino_runner.version()}"
+    return f"onnxruntime {ort_runner.version()}"

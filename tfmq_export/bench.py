@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from tfmq_export.bundle import Bundle
-from tfmq_export.errors import RecipeError
+from tfmq_export.errors import ConfigError, RecipeError
 from tfmq_export.export import export_onnx
 from tfmq_export.models.load import Source, load
 from tfmq_export.passes.base import run_passes
@@ -22,7 +22,8 @@ from tfmq_export.program import capture
 from tfmq_export.progress import Progress
 from tfmq_export.runtime.benchmark import Timing, speedups, time_interleaved
 from tfmq_export.runtime.denoiser import load as load_bundle
-from tfmq_export.runtime.ort_runner import OrtRunner, version
+from tfmq_export.runtime.engines import engine_version, open_runner
+from tfmq_export.target import find_target
 
 TWIN, EXPORT = "fp32 twin (same graph, no Q/DQ)", "fp32 export of the model"
 
@@ -48,7 +49,14 @@ def bench_bundle(
 
     Args:
         source: The model whose plain export is the baseline; None takes the bundle's own graph without Q/DQ.
+    Raises:
+        ConfigError: the bundle's engine does not run on a CPU.
     """
+    if find_target(bundle.manifest.target).engine == "tensorrt":
+        raise ConfigError(
+            f"{bundle.root}: compiled for {bundle.manifest.target}, whose integers run on a GPU only; compile it for "
+            "ort-cpu or openvino to time it here"
+        )
     baseline = TWIN if source is None else EXPORT
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fp32.onnx"
@@ -58,13 +66,16 @@ def bench_bundle(
             own = _step_feeds(bundle, batch)
             given = own if source is None else _feeds(bundle, batch, model)
             candidates = {
-                baseline: (OrtRunner(path, threads=threads), given),
-                f"{bundle.manifest.preset} bundle": (OrtRunner(bundle.model, threads=threads), own),
+                baseline: (open_runner(path, bundle.manifest.target, threads=threads), given),
+                f"{bundle.manifest.preset} bundle": (
+                    open_runner(bundle.model, bundle.manifest.target, threads=threads),
+                    own,
+                ),
             }
         calls = {name: partial(runner.infer, feeds) for name, (runner, feeds) in candidates.items()}
         with progress.stage("Timing, interleaved"):
             timings = time_interleaved(calls, rounds=rounds)
-    return BenchResult(f"onnxruntime {version()}", timings, speedups(timings, baseline))
+    return BenchResult(engine_version(bundle.manifest.target), timings, speedups(timings, baseline))
 
 
 def _float_twin(bundle: Bundle) -> onnx.ModelProto:

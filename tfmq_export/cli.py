@@ -248,7 +248,7 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time a bundle against fp32 on ONNX Runtime, interleaved in one run."""
+    """Time a bundle against fp32 on its own engine, interleaved in one run."""
     from tfmq_export.bench import bench_bundle
     from tfmq_export.bundle import open_bundle
 

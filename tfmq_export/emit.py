@@ -1,5 +1,6 @@
 """Writing a bundle's files."""
 
+import contextlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ def emit(
         integer_share=recipe.integer_share,
         layers=_layers(recipe),
         passes=_passes(graphs),
-        versions={"onnxruntime": ort_version(), "onnx": importlib.metadata.version("onnx")},
+        versions=_versions(),
         provenance=dict(recipe.provenance),
         files={str(path.relative_to(root)): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()},
         prologue=None if graphs.prologue is None else graphs.prologue.info,
@@ -99,6 +100,15 @@ def emit(
 def _write_graph(model: onnx.ModelProto, folder: Path) -> None:
     del model.graph.value_info[:]  # engines infer shapes; they would be 3 % of a small 4-bit file
     save_model(model, folder / "model.onnx")
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that wrote and will have judged the bundle, where they are installed."""
+    found = {}
+    for package in ("onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return {"onnxruntime": ort_version(), **found}
 
 
 def _passes(graphs: Graphs) -> tuple[PassInfo, ...]:
