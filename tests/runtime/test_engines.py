@@ -25,7 +25,6 @@ NOISE = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32
         ("ort-cpu", {}, OrtRunner),
         ("tensorrt", {}, OrtRunner),
         ("openvino", {"backend": "onnxruntime"}, OrtRunner),
-        ("ort-cpu", {"backend": "openvino"}, OpenVinoRunner),
         # The reference is ONNX's own arithmetic, whatever the target.
         ("openvino", {"integer": False}, OrtRunner),
         ("openvino", {"integer": False, "backend": "openvino"}, OpenVinoRunner),
@@ -40,6 +39,12 @@ def test_a_bundle_opens_on_its_targets_engine_unless_told_otherwise(
     assert isinstance(denoise.runner, runner)
     # Where the two terms cancel, one rounding of either is all that is left.
     np.testing.assert_allclose(prediction, NOISE / 2 + np.reshape([0.75, 0.25], (2, 1, 1, 1)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt-rtx"])
+def test_openvino_runs_only_what_was_compiled_for_it(target: str, tiny_bundle: Write) -> None:
+    with pytest.raises(ConfigError, match=f"compiled for {target}; OpenVINO computes such a graph wrongly"):
+        load(tiny_bundle(target=target), backend="openvino")
 
 
 def test_an_unknown_backend_is_refused(tiny_bundle: Write) -> None:
