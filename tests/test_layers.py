@@ -115,7 +115,7 @@ def late():
     assert parts_of(names) == {"passes", "ptq"}
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", sorted(RULES))
 def test_each_part_imports_what_its_layer_may(name: str) -> None:
     packages, parts = RULES[name]
     files = [path for path in sources() if part(path) == name]

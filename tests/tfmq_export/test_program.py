@@ -222,7 +222,9 @@ def test_a_module_that_ignores_time_has_no_features() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda y: (y, y.mean()), lambda y: {"prediction": y, "extra": y.exp()}, lambda y: [y]], ids=str
+    "wrap",
+    [lambda y: (y, y.mean()), lambda y: {"prediction": y, "extra": y.exp()}, lambda y: [y]],
+    ids=["tuple", "dict", "list"],
 )
 def test_the_prediction_is_the_first_tensor_and_nothing_else_is_compiled(wrap: Callable) -> None:
     class Wrapped(Probe):
