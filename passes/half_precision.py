@@ -3,7 +3,7 @@
 Engines for GPUs take precision from the graph's own types. Each quantized layer, with its quantizers and what scales,
 pads and offsets its input, stays an fp32 island between two Casts: fp16 scales would move ties (1/s has 11 bits) and
 may overflow the accumulator, while the Casts are merged into the neighbouring kernels. Everything else computes in
-fp16. Graph inputs and outputs keep their types, and timesteps are compared in their own.
+fp16. Graph inputs and outputs keep their types, and so do timesteps and the tables they look up.
 
 onnxruntime's own converter casts every edge of a node that it leaves alone, those between DequantizeLinear and its
 convolution too, which would cost the integers.
@@ -21,8 +21,9 @@ from onnx import TensorProto
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
+from tfmq_export.passes.fold_rescales import SCALED
 from tfmq_export.passes.graph import constant, export_model, variable
-from tfmq_export.passes.tabulate_tib import COMPARISON
+from tfmq_export.passes.tabulate_tib import LOOKUP
 from tfmq_export.recipe import QuantRecipe
 
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -30,6 +31,7 @@ QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 AROUND = frozenset({"Mul", "Add", "Pad", "Clip", "Concat", "Sum"})
 # Inputs that an operator wants in fp32 whatever it computes in, by position.
 ALWAYS_FLOAT = {"Resize": (2,)}
+TYPED_BY_ATTRIBUTE = frozenset({"EyeLike", "RandomNormalLike", "RandomUniformLike", "RandomNormal", "RandomUniform"})
 LARGEST = np.finfo(np.float16).max
 
 
@@ -44,6 +46,8 @@ class HalfPrecision(Pass):
         for node in graph.nodes:
             if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
                 raise PreconditionError(f"{node.name}: {node.op} holds a graph of its own, which has no fp16 form yet")
+            if node.op in TYPED_BY_ATTRIBUTE:
+                raise PreconditionError(f"{node.name}: {node.op} is typed by an attribute, which has no fp16 form yet")
         if any(value.dtype == np.float16 for value in graph.tensors().values()):
             raise PreconditionError("the graph holds fp16 values already")
 
@@ -136,8 +140,8 @@ def _float_values(graph: gs.Graph) -> set[str]:
 
 def _islands(graph: gs.Graph, recipe: QuantRecipe) -> set[int]:
     """Ids of the nodes that stay in fp32."""
-    inside = {id(node) for node in graph.nodes if node.op in QUANTIZERS or node.name in COMPARISON}
-    results = {layer.name for layer in recipe.layers}
+    inside = {id(node) for node in graph.nodes if node.op in QUANTIZERS or node.name.startswith(LOOKUP)}
+    results = {name for layer in recipe.layers for name in (layer.name, f"{layer.name}{SCALED}")}
     for layer, node in bound_nodes(graph, recipe):
         inside |= {id(found) for found in _until_named(node, layer.name, results)}
     for node in reversed(list(graph.nodes)):  # sorted: readers come first

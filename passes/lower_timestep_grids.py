@@ -20,7 +20,7 @@ from tfmq_export.passes.activation_codes import clip, code_type, grid_constants
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
-from tfmq_export.passes.offset_inputs import pad, take_pads
+from tfmq_export.passes.offset_inputs import check_pads, pad, take_pads
 from tfmq_export.passes.tabulate_tib import ROWS
 from tfmq_export.recipe import LayerRecipe, QuantRecipe, TimestepGrids
 from tfmq_export.target import Target
@@ -44,6 +44,7 @@ class LowerTimestepGrids(Pass):
             source = node.inputs[0]
             if source.inputs and source.inputs[0].op == "DequantizeLinear":
                 raise PreconditionError(f"{layer.path}: its input is quantized already")
+            check_pads(layer, node)
             if layer.input.spec.codes > 1:
                 raise PreconditionError(f"{layer.path}: a grid per timestep is one code, not {layer.input.spec.codes}")
             if not _one_row_per_sample(source, values[self.sample]):
@@ -115,7 +116,7 @@ class _Lowering:
 
     @property
     def step(self) -> np.float64:
-        """``s_0``: that of the widest range, so that no factor enlarges."""
+        """``s_0``: that of the widest range, so that no gain enlarges."""
         return np.float64(self.grids.scale.max())
 
     @property

@@ -41,8 +41,7 @@ class OffsetInputs(Pass):
         for layer, node in self._mine(graph):
             if layer.input.spec.bits != 8:
                 raise PreconditionError(f"{layer.path}: only 8-bit codes can be offset, not {layer.input.spec.bits}")
-            if node.op == "Conv" and node.attrs.get("auto_pad", "NOTSET") != "NOTSET":
-                raise PreconditionError(f"{layer.path}: its padding is {node.attrs['auto_pad']}; give it in numbers")
+            check_pads(layer, node)
             if node.inputs[0].inputs and node.inputs[0].inputs[0].op == "DequantizeLinear":
                 raise PreconditionError(f"{layer.path}: its input is quantized already")
             stored = node.inputs[1].inputs
@@ -95,6 +94,16 @@ def _check_stackable(layer: LayerRecipe, node: gs.Node) -> None:
         raise PreconditionError(f"{layer.path}: only a plain convolution can take several input codes")
     if not isinstance(node.inputs[1].inputs[0].inputs[0], gs.Constant):
         raise PreconditionError(f"{layer.path}: a packed or shifted weight cannot be repeated")
+
+
+def check_pads(layer: LayerRecipe, node: gs.Node) -> None:
+    """Refuse padding that is not given in numbers.
+
+    Raises:
+        PreconditionError: it is automatic.
+    """
+    if node.op == "Conv" and node.attrs.get("auto_pad", "NOTSET") != "NOTSET":
+        raise PreconditionError(f"{layer.path}: its padding is {node.attrs['auto_pad']}; give it in numbers")
 
 
 def take_pads(node: gs.Node) -> Pads:
@@ -195,5 +204,6 @@ def _add_behind(graph: gs.Graph, product: gs.Node, amount: NDArray[np.float64], 
                 return
     bare = variable(f"{layer.name}.product", np.float32, result.shape)
     product.outputs = [bare]
-    bias = constant(f"{layer.name}.offset_bias", amount.astype(np.float32).reshape(1, 1, -1))
+    rank = 3 if result.shape is None else len(result.shape)
+    bias = constant(f"{layer.name}.offset_bias", amount.astype(np.float32).reshape(*[1] * (rank - 1), -1))
     graph.nodes.append(gs.Node("Add", f"{layer.name}.offset_add", inputs=[bare, bias], outputs=[result]))

@@ -31,7 +31,7 @@ class StripQdq(Pass):
         changed = []
         for node in [node for node in graph.nodes if node.name.endswith(".input.offset")]:
             _undo_offset(node)
-        for node in [node for node in graph.nodes if node.op == "DequantizeLinear"]:
+        for node in [node for node in graph.nodes if node.op == "DequantizeLinear" and not _is_passed(node)]:
             codes = _origin(node.inputs[0])
             if _is_stored(codes):
                 axis = node.attrs.get("axis", 1)
@@ -54,7 +54,8 @@ class StripQdq(Pass):
         return Changes(tuple(changed))
 
     def ensures(self, graph: gs.Graph) -> None:
-        left = [node.name for node in graph.nodes if node.op in ("QuantizeLinear", "DequantizeLinear")]
+        quantizers = [node for node in graph.nodes if node.op in ("QuantizeLinear", "DequantizeLinear")]
+        left = [node.name for node in quantizers if not _is_passed(node)]
         if left:
             raise PostconditionError(f"{left[0]} is still there")
 
@@ -64,6 +65,12 @@ def _origin(value: gs.Tensor) -> gs.Tensor:
     while value.inputs and value.inputs[0].op in THROUGH:
         value = value.inputs[0].inputs[0]
     return value
+
+
+def _is_passed(node: gs.Node) -> bool:
+    """Whether a node dequantizes codes that a prologue passes: how a tensor is stored, not how a layer computes."""
+    codes = _origin(node.inputs[0])
+    return node.op == "DequantizeLinear" and not isinstance(codes, gs.Constant) and not codes.inputs
 
 
 def _is_stored(value: gs.Tensor) -> bool:

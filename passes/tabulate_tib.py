@@ -21,8 +21,9 @@ from tfmq_export.recipe import TemporalTable, TibRecipe
 
 STEPS = "steps"
 ROWS = "temporal.rows"
-COMPARISON = frozenset({"temporal.as_column", "temporal.compare"})
-"""Nodes that read the timestep itself, which must keep its type."""
+LOOKUP = "temporal."
+"""What the names of all nodes begin with that read the timestep or rows of it."""
+GATHER = ".gather"
 SINGLE = ".single"
 
 
@@ -172,7 +173,7 @@ def _look_up(graph: gs.Graph, table: TemporalTable, rows: gs.Variable, batch: gs
     gathered = variable(f"{prefix}.row", dtype=np.float32, shape=(STEPS, *table.rows.shape[1:]))
     values = constant(f"{prefix}.table", table.rows)
     graph.nodes.append(
-        gs.Node("Gather", f"{prefix}.gather", attrs={"axis": 0}, inputs=[values, rows], outputs=[gathered])
+        gs.Node("Gather", f"{prefix}{GATHER}", attrs={"axis": 0}, inputs=[values, rows], outputs=[gathered])
     )
     served = variable(f"{prefix}.feature", dtype=np.float32)
     if batch is None or not table.per_sample:

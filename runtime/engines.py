@@ -59,7 +59,8 @@ def open_runner(
         )
     if backend == "openvino":
         return OpenVinoRunner(graph, threads=threads, integer=integer)
-    return OrtRunner(graph, threads=threads, integer=integer)
+    # A TensorRT graph's integers are the GPU's; here it gives its reference numerics.
+    return OrtRunner(graph, threads=threads, integer=integer and find_target(target).engine != "tensorrt")
 
 
 def engine_version(target: str) -> str:

@@ -88,6 +88,7 @@ class OpenVinoRunner:
                 f"{model_path}: OpenVINO refuses this graph: {_message(error)}; compile it again for target openvino"
             ) from error
         self._model: Any = model
+        self._layers = frozenset(node.get_friendly_name() for node in model.get_ops() if _has_stored_weight(node))
         self._ports = {port.node.friendly_name: port for port in model.inputs}
         self.inputs: tuple[str, ...] = tuple(self._ports)
         self.outputs: tuple[str, ...] = tuple(
@@ -196,7 +197,11 @@ class OpenVinoRunner:
 
     def _compile(self, model: Any) -> Any:
         try:
-            return self._core.compile_model(model, "CPU", self._options)
+            compiled = self._core.compile_model(model, "CPU", self._options)
+            if self._layers & _fused_away(compiled):
+                # Short chains of narrow linear layers become one generated kernel, in fp32.
+                compiled = self._core.compile_model(model, "CPU", {**self._options, "SNIPPETS_MODE": "DISABLE"})
+            return compiled
         except RuntimeError as error:
             raise BuildError(f"{self._path}: OpenVINO cannot compile this graph: {_message(error)}") from error
 
@@ -216,6 +221,22 @@ class _Graph:
         values = list(request.infer(dict(arrays)).values())  # copies; one that fails is not used again
         self._idle.append(request)
         return values
+
+
+def _has_stored_weight(node: Any) -> bool:
+    """Whether a node multiplies by a constant, dequantized or not."""
+    if node.get_type_name() not in ("MatMul", "Convolution", "GroupConvolution"):
+        return False
+    source = node.input_value(1).get_node()
+    while source.get_type_name() in ("Multiply", "Subtract", "Convert", "Reshape", "Transpose"):
+        source = source.input_value(0).get_node()
+    return str(source.get_type_name()) == "Constant"
+
+
+def _fused_away(compiled: Any) -> set[str]:
+    """Names of the nodes that generated kernels compute."""
+    operations = [_operation(node) for node in compiled.get_runtime_model().get_ops()]
+    return {name.removesuffix("_original") for item in operations if item.kind == "Subgraph" for name in item.origins}
 
 
 def is_installed() -> bool:

@@ -7,7 +7,7 @@ from tfmq_export.bundle import Bundle, LayerInfo
 from tfmq_export.errors import ConfigError
 from tfmq_export.runtime.realized_openvino import realized_on_openvino
 from tfmq_export.runtime.realized_ort import realized_on_ort
-from tfmq_export.runtime.realized_tensorrt import realized_on_tensorrt
+from tfmq_export.runtime.realized_tensorrt import build_options, realized_on_tensorrt
 from tfmq_export.runtime.receipt import LayerReceipt, Receipt
 from tfmq_export.target import find_target
 
@@ -52,7 +52,11 @@ def realized(
         return receipt_of(model, requested, macs=total)
     moved = [layer for layer in requested if layer.name in info.layers]
     stayed = [layer for layer in requested if layer.name not in info.layers]
-    once, each = receipt_of(model.prologue, moved, macs=total), receipt_of(model.model, stayed, macs=total)
+    once = receipt_of(model.prologue, moved, macs=total)
+    if engine == "tensorrt":
+        each = realized_on_tensorrt(model.model, stayed, options=build_options(model.manifest), macs=total)
+    else:
+        each = receipt_of(model.model, stayed, macs=total)
     rows = {row.layer.name: row for row in (*once.rows, *each.rows)}
     return Receipt(tuple(rows[layer.name] for layer in requested), once.strays + each.strays, total)
 

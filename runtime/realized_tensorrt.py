@@ -6,14 +6,14 @@ and the types it reads. Where a layer was lost, the lint of the graph gives the 
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tfmq_export.bundle import Bundle, LayerInfo
+from tfmq_export.bundle import Bundle, LayerInfo, Manifest
 from tfmq_export.errors import BuildError, DependencyError
 from tfmq_export.runtime.operations import layer_named
 from tfmq_export.runtime.receipt import LayerReceipt, Receipt
-from tfmq_export.runtime.trt_build import BuildOptions, build_engine
+from tfmq_export.runtime.trt_build import BuildOptions, ShapeRange, build_engine
 from tfmq_export.runtime.trt_layers import EngineLayer
 
 TURING = 75
@@ -76,6 +76,17 @@ def realized_on_tensorrt(
         raise BuildError(f"{path}: the build log of {options.flavour} {build.version} lists no layers")
     total = sum(layer.macs for layer in requested) if macs is None else macs
     return receipt_of_engine(build.layers, requested, total, read_facts(path, options))
+
+
+def build_options(manifest: Manifest) -> BuildOptions:
+    """Options for the graph of one step; the tables that a prologue passes vary on their second axis, the batch."""
+    options = BuildOptions()
+    if manifest.prologue is None:
+        return options
+    steps = len(manifest.timesteps)
+    tables = [tensor for tensor in manifest.prologue.tensors if tensor.per_timestep]
+    profile = {x.name: ShapeRange(*((steps, size, *x.shape) for size in options.batch)) for x in tables}
+    return replace(options, profile=profile)
 
 
 def receipt_of_engine(

@@ -5,9 +5,29 @@ A recipe is made once; each target runs what it can of it. What it cannot is ref
 
 from dataclasses import replace
 
+from tfmq_export.config import CompileConfig, find_preset
 from tfmq_export.errors import TargetError
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.target import Target
+
+
+def check_settings(config: CompileConfig, target: Target) -> None:
+    """Refuse before an hour of quantizing what would be refused after it.
+
+    Raises:
+        TargetError: the target cannot run what is asked for.
+    """
+    quantizes = find_preset(config.preset).weight_bits > 0
+    if quantizes and not target.integers and not config.allow_precision_loss:
+        raise TargetError(
+            f"{target.name} has no integer kernels for QDQ graphs and runs every layer in floating point; "
+            "add --allow-precision-loss, or use --target tensorrt-rtx or --preset fp32"
+        )
+    if quantizes and config.method.fsc == "all" and "conv" in target.quantized_outputs:
+        raise TargetError(
+            f"{target.name} has no lowering for a grid per timestep under a quantized output; "
+            'set fsc = "tib" in [method], or use --target openvino'
+        )
 
 
 def adapt(recipe: QuantRecipe, target: Target) -> QuantRecipe:

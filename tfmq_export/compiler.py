@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tfmq_export.adapt import adapt
+from tfmq_export.adapt import adapt, check_settings
 from tfmq_export.bundle import Bundle
 from tfmq_export.config import CompileConfig, find_preset
 from tfmq_export.denoiser import Denoiser, Description
@@ -91,6 +91,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     root = Path(output)
     target = find_target(config.target)
     require_engine(target)
+    check_settings(config, target)
     with stages.stage("Loading"):
         denoiser = _load(model)
     with replaced_folder(root) as partial:
@@ -110,12 +111,12 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
             passes = passes_for(adapt(made, target), target, **inputs, labels=labels, pts_lowering=config.pts_lowering)
             reports = run_passes(graph, passes, after)
             graphs = Graphs(export_model(graph), reports)
-        if target.engine == "tensorrt":
-            raise_if_any(lint_model(graphs.model), target.name)
         if config.prologue:
             with stages.stage("Cutting the prologue off"):
                 main, prologue = cut_prologue(graph, denoiser, made)
                 graphs = replace(graphs, model=main, prologue=prologue)
+        if target.engine == "tensorrt":
+            _lint(graphs, target.name)
         with stages.stage("Writing"):
             bundle = emit(partial, denoiser, made, target, graphs)
         subject = Subject(denoiser, program, made, bundle)
@@ -136,6 +137,12 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         save_comparison(bundle.root / "tfmq" / "samples.png", validation.reference_images, validation.images)
     shutil.rmtree(checkpoint_of(root), ignore_errors=True)  # only now is its work safe
     return Compiled(Bundle(root, bundle.manifest), validation, stages.seconds)
+
+
+def _lint(graphs: Graphs, target: str) -> None:
+    raise_if_any(lint_model(graphs.model, profiled=[] if graphs.prologue is None else graphs.prologue.tables), target)
+    if graphs.prologue is not None:
+        raise_if_any(lint_model(graphs.prologue.model), target)
 
 
 def checkpoint_of(root: Path) -> Path:
@@ -184,6 +191,7 @@ def _quantize(
     )
     settings = {"fingerprint": program.fingerprint, "preset": config.preset, **provenance}
     settings |= {"timesteps": f"{len(denoiser.timesteps)}: {denoiser.timesteps.describe()}"}
+    settings |= {"quantized outputs": ", ".join(sorted(plan.quantized_outputs)) or "none"}
     with Checkpoint(keep[0], settings, resume=keep[1]) as checkpoint:
         with stages.stage("Recording the model's own trajectory") as step:
             recorded = calibrate(denoiser, images=images, seed=config.seed, progress=step)

@@ -23,6 +23,7 @@ from tfmq_export.passes.graph import export_model, save_model
 from tfmq_export.passes.split_prologue import Split, split_prologue
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.runtime.compare import sqnr_db
+from tfmq_export.runtime.operations import layer_named
 from tfmq_export.runtime.ort_runner import OrtRunner
 
 CLOSE = 60.0
@@ -43,6 +44,11 @@ class Prologue:
     model: onnx.ModelProto
     info: PrologueInfo
     report: PassInfo
+
+    @property
+    def tables(self) -> list[str]:
+        """The passed tensors that are tables over the schedule."""
+        return [tensor.name for tensor in self.info.tensors if tensor.per_timestep]
 
 
 def cut_prologue(graph: gs.Graph, denoiser: Denoiser, recipe: QuantRecipe) -> tuple[onnx.ModelProto, Prologue]:
@@ -71,7 +77,8 @@ def roles_of(denoiser: Denoiser) -> dict[str, str]:
 
 def _info(split: Split, roles: Mapping[str, str], recipe: QuantRecipe, bit_equal: bool) -> PrologueInfo:
     macs_of = {x.name: x.macs for x in recipe.layers} | {x.name: x.macs for x in recipe.kept_float}
-    moved = [name for name in macs_of if f"node_{name}" in split.moved]
+    owners = {layer_named(node, macs_of) for node in split.moved if node.startswith("node_")}
+    moved = [name for name in macs_of if name in owners]
     macs = sum(macs_of[name] for name in moved)
     return PrologueInfo(
         reads=tuple(value.name for value in split.prologue.inputs),

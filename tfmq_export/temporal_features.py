@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle import Bundle
 from tfmq_export.denoiser import Denoiser
+from tfmq_export.passes.tabulate_tib import GATHER, LOOKUP
 from tfmq_export.program import DiffusionProgram, evaluate
 from tfmq_export.recipe import TibRecipe
 from tfmq_export.runtime.compare import cosine, temporal_mismatch
@@ -51,8 +52,8 @@ def compare_temporal(
     held = {} if bundle is None else _stored(bundle)
     paths, cosines, mismatches, exact = [], [], [], []
     for table in tib.tables:
-        # A table the exporter merged with an equal one is not stored under its own name.
-        rows = held.get(f"temporal.{table.name}.table", table.rows)
+        # A feature that the exporter merged with an equal one has no lookup of its own.
+        rows = held.get(table.name, table.rows)
         exact.append([np.array_equal(row, ours) for row, ours in zip(rows, table.rows, strict=True)])
         flat = rows.reshape(len(rows), -1).astype(np.float64)
         paths.append(table.path)
@@ -82,10 +83,13 @@ def _full_precision(program: DiffusionProgram, denoiser: Denoiser, tib: TibRecip
 
 
 def _stored(bundle: Bundle) -> dict[str, NDArray[np.generic]]:
-    graphs = [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]
-    return {
-        initializer.name: onnx.numpy_helper.to_array(initializer, str(path.parent))
-        for path in graphs
-        for initializer in onnx.load(path, load_external_data=False).graph.initializer
-        if initializer.name.endswith(".table")
-    }
+    """The rows that each feature is looked up in, by the feature's name; equal tables are stored once."""
+    found = {}
+    for path in [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]:
+        graph = onnx.load(path, load_external_data=False).graph
+        stored = {initializer.name: initializer for initializer in graph.initializer}
+        for node in graph.node:
+            if node.name.startswith(LOOKUP) and node.name.endswith(GATHER) and node.input[0] in stored:
+                feature = node.name.removeprefix(LOOKUP).removesuffix(GATHER)
+                found[feature] = onnx.numpy_helper.to_array(stored[node.input[0]], str(path.parent))
+    return found

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import shapes
+from handwritten import build_dit
 
 from tfmq_export.compiler import Compiled, compile_model
 from tfmq_export.config import CompileConfig, Method, Thresholds
@@ -93,3 +94,21 @@ def test_a_grid_per_timestep_for_every_activation_runs_in_integers(target: str, 
     assert_realized(done)
     lowered = next(item for item in done.bundle.manifest.passes if item.name == "LowerTimestepGrids")
     assert lowered.changed > 10
+
+
+def test_a_prologue_passes_its_tables_to_an_engine(tmp_path: Path) -> None:
+    config = CompileConfig(
+        target="tensorrt-rtx",
+        effort="fast",
+        method=Method(les="off"),
+        calibration_images=1,
+        validation_images=1,
+        thresholds=NO_GATE,
+        prologue=True,
+    )
+
+    done = compile_model(build_dit(), tmp_path / "out", config)
+
+    assert done.bundle.manifest.prologue is not None
+    assert any(tensor.per_timestep for tensor in done.bundle.manifest.prologue.tensors)
+    assert_realized(done)

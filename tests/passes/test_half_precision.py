@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto
 from onnx_graphs import build, graph_of, infer, normal
-from toy_nets import Net, conv_net, node, recipe_for, recipe_with, skip_net, token_net, vector_net
+from toy_nets import Net, conv_net, node, recipe_by_timestep, recipe_for, recipe_with, skip_net, token_net, vector_net
 
 from tfmq_export.adapt import adapt
 from tfmq_export.errors import PostconditionError, PreconditionError
@@ -91,6 +91,29 @@ def test_numbers_move_by_the_rounding_of_fp16_only(make: Callable[[], Net]) -> N
         (wanted,), (actual,) = infer(before, feeds), infer(after, feeds)
         # 11 bits in values that codes of 8 bits are made of: at most some codes move by one.
         assert np.linalg.norm(actual - wanted) < 10 ** (-35 / 20) * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("make", [conv_net, token_net, vector_net])
+def test_grids_per_timestep_keep_their_scales(make: Callable[[], Net]) -> None:
+    net = make()
+    recipe = recipe_by_timestep(net)
+    before, graph = compiled(net, recipe, half=False), compiled(net, recipe, half=True)
+
+    for row, timestep in enumerate(net.timesteps.values):
+        feeds = net.feeds(timestep, seed=row)
+        feeds["timestep"] = feeds["timestep"].reshape(-1)
+        (wanted,), (actual,) = infer(export_model(before), feeds), infer(export_model(graph), feeds)
+        assert np.linalg.norm(actual - wanted) < 10 ** (-40 / 20) * np.linalg.norm(wanted)
+    tables = [value for value in graph.tensors().values() if ".table" in value.name]
+    assert tables
+    assert {np.dtype(value.dtype) for value in tables} == {np.dtype(np.float32)}
+
+
+def test_nodes_typed_by_an_attribute_are_refused() -> None:
+    graph = graph_of(build([node("RandomNormalLike", "x", "y", dtype=1)], {"x": ("n", 2)}, {"y": ("n", 2)}))
+
+    with pytest.raises(PreconditionError, match="RandomNormalLike is typed by an attribute"):
+        run_passes(graph, [HalfPrecision(recipe_with())])
 
 
 def test_every_value_is_cast_once() -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from onnx_graphs import graph_of, infer, normal, ops
+from onnx_graphs import build, graph_of, infer, normal, ops
 from scaled_layers import OPS, OUT, computed, float_model, float_weight, sample, scaled_layer
-from toy_nets import ORT_CPU, recipe_with
+from toy_nets import ORT_CPU, layer_recipe, node, recipe_with
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import run_passes
@@ -213,3 +213,33 @@ def test_layers_that_read_one_value_alike_share_its_codes() -> None:
     )
 
     assert ops(graph).count("QuantizeLinear") == 1
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_product_without_bias_keeps_its_rank(rank: int) -> None:
+    weight = normal(0, OUT, 4)
+    layer = layer_recipe("linear", "linear", weight, input_grid(0.05, 90))
+    shape, result = (("n", 4), ("n", OUT)) if rank == 2 else (("n", 3, 4), ("n", 3, OUT))
+    model = build([node("MatMul", "x w", "linear")], {"x": shape}, {"linear": result}, {"w": weight.T.copy()})
+    recipe, graph = recipe_with([layer]), graph_of(model)
+    x = off_ties(normal(1, 2, *[3] * (rank - 2), 4), layer.input)
+
+    run_passes(
+        graph,
+        [BindRecipe(recipe), InsertQdq(recipe, SIGNED), QuantizeWeights(recipe, SIGNED), OffsetInputs(recipe, SIGNED)],
+    )
+
+    (actual,) = infer(export_model(graph), {"x": x})
+    expected = x @ (layer.weight_codes * layer.weight.scale[:, None]).T
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_automatic_padding_is_refused() -> None:
+    layer = plain_layer("Conv", input_grid(0.05, 90))
+    recipe, graph = recipe_with([layer]), graph_of(float_model("Conv", float_weight("Conv"), BIAS))
+    graph.nodes[0].attrs["auto_pad"] = "SAME_UPPER"
+    before = [BindRecipe(recipe), InsertQdq(recipe, SIGNED), QuantizeWeights(recipe, SIGNED)]
+    run_passes(graph, before)
+
+    with pytest.raises(PreconditionError, match="its padding is SAME_UPPER; give it in numbers"):
+        run_passes(graph, [OffsetInputs(recipe, SIGNED)])

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto
 from onnx_graphs import build, graph_of, infer, normal, ops
 from scaled_layers import OPS, float_model, float_weight, per_weight, sample, scaled_layer
 from toy_nets import ORT_CPU, layer_recipe, node, per_channel, recipe_with
@@ -155,3 +156,16 @@ def test_layers_that_share_a_scaled_input_each_get_their_factor_back() -> None:
     expected = x @ ((dequantized(layers[0]) - dequantized(layers[1])) / TAU).T
     np.testing.assert_allclose(infer(export_model(twin), {"x": x})[0], expected, rtol=0, atol=1e-5)  # 8 fp32 terms
     assert sorted(ops(twin)) == ["MatMul", "MatMul", "Sub"]
+
+
+def test_codes_that_a_prologue_passes_stay_codes() -> None:
+    grid = [np.float32(0.1), np.uint8(3)]
+    nodes = [node("DequantizeLinear", "x s z", "real"), node("Relu", "real", "y")]
+    model = build(nodes, {"x": ("n", 2)}, {"y": ("n", 2)}, {"s": np.asarray(grid[0]), "z": np.asarray(grid[1])})
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    graph = graph_of(model)
+
+    run_passes(graph, [StripQdq()])
+
+    codes = np.array([[0, 9]], np.uint8)
+    np.testing.assert_allclose(infer(export_model(graph), {"x": codes})[0], [[0, 0.6]], rtol=1e-6)

@@ -343,3 +343,19 @@ def test_a_graph_openvino_refuses_is_a_build_error(tmp_path: Path) -> None:
 
     with pytest.raises(BuildError, match="OpenVINO refuses this graph"):
         realized_on_openvino(path, [])
+
+
+@pytest.mark.parametrize("width", [16, 256])
+def test_narrow_linear_layers_in_a_row_are_not_fused_away(width: int, tmp_path: Path) -> None:
+    graph = QdqGraph("batch", width)
+    x = "sample"
+    for name in ("linear", "linear_1"):
+        weight = graph.weight(name, (width, width))
+        x = graph.node("Gemm", [graph.activation(x, stem=name), weight], name, f"node_{name}", transB=1)
+        x = graph.node("Relu", [x], f"{name}.relu")
+    path = graph.save(tmp_path / "model.onnx", x, ["batch", width])
+
+    receipt = realized_on_openvino(path, [layer("linear", "linear"), layer("linear_1", "linear")])
+
+    assert not receipt.lost
+    assert all("FullyConnected" in row.realized[0] for row in receipt.rows)

@@ -118,7 +118,7 @@ def test_layers_asked_to_stay_float_must_and_do(tmp_path: Path) -> None:
     assert lost.layer.name == "plain"
     assert lost.reason == "asked to stay float, runs as correlation on Int8"
     assert receipt.rows[1].realized == ("Half",)
-    assert receipt.integer_share == 0.25
+    assert receipt.integer_share == 0  # of what was asked for
 
 
 def test_quantized_layers_nobody_asked_for_are_strays_when_lost(tmp_path: Path) -> None:
