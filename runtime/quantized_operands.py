@@ -122,7 +122,9 @@ def _walk(
             return (found, (*path, producer), None) if whole else ((), tuple(path), producer if found else blocker)
         if not _keeps_integers(view, producer):
             inputs = [name for name in producer.input if name and not view.is_constant(name)] if past_blocker else []
-            blocked = any(_walk(view, name, past_blocker=False)[0] for name in inputs)
+            # A layer ends its own integers; what reads its result in floating point was not promised any.
+            own = producer.op_type in LAYERS
+            blocked = not own and any(_walk(view, name, past_blocker=False)[0] for name in inputs)
             return (), tuple(path), producer if blocked else None
         path.append(producer)
         value = producer.input[0]

@@ -172,7 +172,8 @@ def test_unreadable_input_is_one_line_and_code_3(packed: Path, tmp_path: Path, w
     ("arguments", "says"),
     [
         (["--preset", "w8a9"], "did you mean 'w8a8'?"),
-        (["--target", "tpu"], "there is ort-cpu"),
+        (["--target", "tpu"], "unknown target 'tpu'"),
+        (["--target", "openvin"], "did you mean 'openvino'?"),
         (["--steps", "0"], "at least 1"),
         (["--steps", "100000"], "cannot run 100000 steps"),
         (["--estimator", "median"], "estimator: "),

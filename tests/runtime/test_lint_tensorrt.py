@@ -35,6 +35,16 @@ def test_a_pattern_that_is_refused_breaks_a_rule(pattern: Pattern, rule: str) ->
     assert rule in rules(model_of(pattern))
 
 
+def test_products_of_results_were_promised_no_integers() -> None:
+    def attention(g: PatternGraph) -> str:
+        x = g.grid(g.input(8, 16))
+        q, k, v = (g.node("MatMul", [x, g.weight((16, 16), axis=1)], f"node_{name}") for name in "qkv")
+        scores = g.node("MatMul", [q, g.node("Transpose", [k], perm=[0, 2, 1])], "node_scores")
+        return g.node("MatMul", [g.node("Softmax", [scores], axis=-1), v], "node_attention")
+
+    assert lint_model(model_of(attention)) == ()
+
+
 def test_each_layer_that_reads_a_bad_grid_is_named() -> None:
     def two_readers(g: PatternGraph) -> str:
         x = g.grid(g.input(*IMAGE), [0.02])
