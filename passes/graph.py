@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from tfmq_export.errors import PostconditionError
+
 # protobuf cannot hold more than 2 GiB; weights above this size go to a file of their own.
 EXTERNAL_DATA_BYTES = 1 << 30
 
@@ -48,6 +50,21 @@ def export_model(graph: gs.Graph) -> onnx.ModelProto:
     # onnxruntime lags behind the newest IR version; 10 is the first with 4-bit integers.
     model.ir_version = 10
     return model
+
+
+def check_valid(graph: gs.Graph) -> None:
+    """Run onnx's checker over a graph.
+
+    Raises:
+        PostconditionError: it is not valid ONNX.
+    """
+    model = export_model(graph)
+    if model.ByteSize() > EXTERNAL_DATA_BYTES:
+        return  # the checker serializes, which protobuf refuses above 2 GiB; the engine checks it at load
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise PostconditionError(f"{graph.name}: not valid ONNX: {error}") from error
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:

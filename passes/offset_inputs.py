@@ -22,6 +22,7 @@ from tfmq_export.passes.activation_codes import CODE_LEVELS, code_type, fits, gr
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.integer_bias import accumulator_step, store_bias
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.spec import QParams
 from tfmq_export.target import Target
@@ -165,32 +166,18 @@ def _add_to_bias(graph: gs.Graph, node: gs.Node, layer: LayerRecipe, target: Tar
     """Take the constant part of the input, ``s (K m + z) sum W``, off the bias."""
     integers = layer.shifted_codes.reshape(len(layer.weight_codes), -1).sum(1, dtype=np.int64)
     steps = -surplus(layer.input, target) * integers  # [out], on the accumulator's grid
-    step = (layer.input.scale * layer.weight_step).astype(np.float32)
+    step = accumulator_step(layer)
     if node.op == "MatMul":
         _add_behind(graph, node, steps * step.astype(np.float64), layer)
         return
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if target.integer_bias:
         before = 0 if bias is None else bias.inputs[0].inputs[0].values.astype(np.int64)
-        codes = before + steps
-        if np.abs(codes).max(initial=0) > np.iinfo(np.int32).max:
-            raise PreconditionError(f"{layer.path}: its offset bias does not fit 32 bits")
-        made: gs.Tensor = _integer_bias(graph, codes.astype(np.int32), step, f"{layer.name}.offset_bias")
+        made: gs.Tensor = store_bias(graph, layer, before + steps, f"{layer.name}.offset_bias")
     else:
         before = 0 if bias is None else np.asarray(bias.values, np.float64)
         made = constant(f"{layer.name}.offset_bias", (before + steps * step.astype(np.float64)).astype(np.float32))
     node.inputs = [*node.inputs[:2], made]
-
-
-def _integer_bias(graph: gs.Graph, codes: NDArray[np.int32], scale: NDArray[np.float32], prefix: str) -> gs.Variable:
-    real = variable(f"{prefix}.dequantized", np.float32)
-    inputs = [
-        constant(f"{prefix}.codes", codes),
-        constant(f"{prefix}.scale", scale),
-        constant(f"{prefix}.zero_point", np.zeros(len(codes), np.int32)),
-    ]
-    graph.nodes.append(gs.Node("DequantizeLinear", f"{prefix}.dq", {"axis": 0}, inputs, [real]))
-    return real
 
 
 def _add_behind(graph: gs.Graph, product: gs.Node, amount: NDArray[np.float64], layer: LayerRecipe) -> None:

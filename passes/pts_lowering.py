@@ -11,7 +11,6 @@ must fit them; ``split`` takes weights of any width, for one more layer per expo
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tfmq_export.errors import TargetError
 from tfmq_export.recipe import LayerRecipe
@@ -48,23 +47,13 @@ def choose_form(layer: LayerRecipe, target: Target, asked: PtsLowering = "auto")
     )
 
 
-def shift_of_weights(layer: LayerRecipe) -> NDArray[np.int32]:
-    """``2^(d_k - min d)`` of each weight's input channel, broadcastable against ``weight_codes``."""
-    assert layer.pts_exponent is not None
-    groups, codes, exponent = layer.groups, layer.weight_codes, layer.pts_exponent.astype(np.int32)
-    shifts = np.exp2(exponent - exponent.min()).astype(np.int32)  # [in]
-    per_output = np.repeat(shifts.reshape(groups, -1), len(codes) // groups, axis=0)
-    rows = per_output[:1] if groups == 1 else per_output
-    return rows.reshape(*rows.shape, *[1] * (codes.ndim - 2))
-
-
 def _obstacle(layer: LayerRecipe, target: Target, form: Form) -> str | None:
     """Why a layer cannot take a form."""
     if form == "split":
         if layer.kind in target.quantized_outputs or layer.output is not None:
             return f"the sum over its exponents leaves no {layer.kind} with an output grid of its own"
         return None
-    shifted, container = layer.weight_codes.astype(np.int32) * shift_of_weights(layer), np.iinfo(np.int8)
+    shifted, container = layer.shifted_codes, np.iinfo(np.int8)
     if shifted.max() > container.max or shifted.min() < container.min:
         return f"its {layer.weight.spec.bits}-bit weight shifted by PTS does not fit 8 bits"
     if form == "shift" and not target.packed_weights:

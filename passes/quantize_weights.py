@@ -28,7 +28,8 @@ from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, int4_constant, variable
-from tfmq_export.passes.pts_lowering import PACKED_BITS, Form, choose_form, shift_of_weights
+from tfmq_export.passes.integer_bias import accumulator_step, store_bias
+from tfmq_export.passes.pts_lowering import PACKED_BITS, Form, choose_form
 from tfmq_export.passes.rescale_inputs import scale_input_channels
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.target import PtsLowering, Target
@@ -74,7 +75,7 @@ class QuantizeWeights(Pass):
         self, graph: gs.Graph, layer: LayerRecipe, form: Form | None, *, transposed: bool
     ) -> gs.Variable:
         codes = _as_stored(layer.weight_codes, transposed=transposed)
-        shift = None if form is None else _as_stored(shift_of_weights(layer), transposed=transposed)
+        shift = None if form is None else _as_stored(layer.weight_shifts, transposed=transposed)
         if form == "fold":
             codes, shift = (codes * shift).astype(np.int8), None
         packed = self.target.packed_weights and layer.weight.spec.bits <= PACKED_BITS and form != "fold"
@@ -145,16 +146,5 @@ def _cast(graph: gs.Graph, value: gs.Tensor, name: str, to: int, shape: tuple[in
 
 
 def _dequantized_bias(graph: gs.Graph, layer: LayerRecipe, bias: gs.Constant) -> gs.Variable:
-    scale = (layer.input.scale * layer.weight_step).astype(np.float32)
-    codes = np.round(bias.values.astype(np.float64) / scale)
-    if np.abs(codes).max(initial=0) > np.iinfo(np.int32).max:
-        raise PreconditionError(f"{layer.path}: its bias does not fit 32 bits at the weight's scale")
-    stored = constant(f"{layer.name}.bias_codes", codes.astype(np.int32))
-    real = variable(f"{layer.name}.bias_dequantized", dtype=np.float32, shape=codes.shape)
-    inputs = [
-        stored,
-        constant(f"{layer.name}.bias_scale", scale),
-        constant(f"{layer.name}.bias_zero_point", np.zeros(len(scale), np.int32)),
-    ]
-    graph.nodes.append(gs.Node("DequantizeLinear", f"{layer.name}.bias_dq", {"axis": 0}, inputs=inputs, outputs=[real]))
-    return real
+    codes = np.round(bias.values.astype(np.float64) / accumulator_step(layer))
+    return store_bias(graph, layer, codes, f"{layer.name}.bias")

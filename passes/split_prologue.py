@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from tfmq_export.errors import PostconditionError, PreconditionError
+from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.binding_times import SAMPLE, TIMESTEP
-from tfmq_export.passes.graph import EXTERNAL_DATA_BYTES, constant, export_model, variable
+from tfmq_export.passes.graph import check_valid, constant, variable
 from tfmq_export.passes.prologue_frontier import Frontier, find_frontier
 from tfmq_export.passes.prologue_graph import TABLE, is_table, prologue_of
 from tfmq_export.passes.tabulate_tib import ROWS, computed_from_time
@@ -77,7 +76,7 @@ def split_prologue(graph: gs.Graph, roles: Mapping[str, str], steps: int) -> Spl
     prologue = prologue_of(graph, frontier, roles, steps)
     main = _main_of(graph, frontier, roles, steps)
     for half in (main, prologue):
-        _check(half)
+        check_valid(half)
     return Split(
         main,
         prologue,
@@ -150,13 +149,3 @@ def row_and_column(
     row = emit("Unsqueeze", "row_column", [emit("Expand", "row", [rows, batch]), last])
     column = emit("Unsqueeze", "sample_column", [labels, last])
     return emit("Concat", "index", [row, column], axis=1)
-
-
-def _check(half: gs.Graph) -> None:
-    model = export_model(half)
-    if model.ByteSize() > EXTERNAL_DATA_BYTES:
-        return  # the checker serializes, which protobuf refuses above 2 GiB; the engine checks it at load
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        raise PostconditionError(f"{half.name}: not valid ONNX: {error}") from error

@@ -19,6 +19,7 @@ from tfmq_export.passes.activation_codes import CODE_LEVELS
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.integer_bias import accumulator_step, store_bias
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.spec import QParams
 
@@ -85,7 +86,8 @@ def _stack(graph: gs.Graph, layer: LayerRecipe, output: QParams, node: gs.Node, 
     biases = staggered_bias(_bias(layer, node), output)
     real_bias: gs.Tensor = constant(f"{prefix}.bias", biases.reshape(-1).astype(np.float32))
     if integer_bias:
-        real_bias = _bias_codes(graph, layer, biases)
+        codes = np.round(biases / accumulator_step(layer).astype(np.float64))
+        real_bias = store_bias(graph, layer, codes, f"{prefix}.bias")
     _tile_weight(node.inputs[1].inputs[0], copies)
     node.inputs = [*node.inputs[:2], real_bias]
     raw, stack = variable(f"{prefix}.raw", np.float32), variable(f"{prefix}.codes", np.uint8)
@@ -102,33 +104,15 @@ def _stack(graph: gs.Graph, layer: LayerRecipe, output: QParams, node: gs.Node, 
     ]
 
 
-def _accumulator_step(layer: LayerRecipe) -> NDArray[np.float64]:
-    return (layer.input.scale * layer.weight_step).astype(np.float32).astype(np.float64)
-
-
 def _bias(layer: LayerRecipe, node: gs.Node) -> NDArray[np.float64]:
     """The layer's bias as it is stored, in floating point or as integers, [out]."""
     if len(node.inputs) < 3:
         return np.zeros(len(layer.weight_codes))
     if isinstance(node.inputs[2], gs.Constant):
         return np.asarray(node.inputs[2].values, np.float64)
-    return np.asarray(node.inputs[2].inputs[0].inputs[0].values, np.float64) * _accumulator_step(layer)
-
-
-def _bias_codes(graph: gs.Graph, layer: LayerRecipe, biases: NDArray[np.float64]) -> gs.Variable:
-    """The biases of all copies, [codes, out], on the accumulator's grid."""
-    prefix, accumulator = f"{layer.name}.output", _accumulator_step(layer)
-    codes = np.round(biases / accumulator)
-    if np.abs(codes).max() > np.iinfo(np.int32).max:
-        raise PreconditionError(f"{layer.path}: its staggered bias does not fit 32 bits")
-    parameters = [
-        constant(f"{prefix}.bias_codes", codes.reshape(-1).astype(np.int32)),
-        constant(f"{prefix}.bias_scale", np.tile(accumulator, len(biases)).astype(np.float32)),
-        constant(f"{prefix}.bias_zero_point", np.zeros(codes.size, np.int32)),
-    ]
-    real = variable(f"{prefix}.bias", dtype=np.float32)
-    graph.nodes.append(gs.Node("DequantizeLinear", f"{prefix}.bias_dq", {"axis": 0}, parameters, [real]))
-    return real
+    return np.asarray(node.inputs[2].inputs[0].inputs[0].values, np.float64) * accumulator_step(layer).astype(
+        np.float64
+    )
 
 
 def _tile_weight(dequantize: gs.Node, copies: int) -> None:

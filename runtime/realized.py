@@ -8,7 +8,7 @@ from tfmq_export.errors import ConfigError
 from tfmq_export.runtime.realized_openvino import realized_on_openvino
 from tfmq_export.runtime.realized_ort import realized_on_ort
 from tfmq_export.runtime.realized_tensorrt import build_options, realized_on_tensorrt
-from tfmq_export.runtime.receipt import LayerReceipt, Receipt
+from tfmq_export.runtime.receipt import LayerReceipt, Receipt, total_macs
 from tfmq_export.target import find_target
 
 __all__ = [
@@ -46,7 +46,7 @@ def realized(
     """
     if engine not in _ENGINES:
         raise ConfigError(f"there is no receipt for engine {engine!r}; there is {', '.join(_ENGINES)}")
-    receipt_of, total = _ENGINES[engine], sum(layer.macs for layer in requested) if macs is None else macs
+    receipt_of, total = _ENGINES[engine], total_macs(requested, macs)
     info = model.manifest.prologue if isinstance(model, Bundle) else None
     if not isinstance(model, Bundle) or info is None or model.prologue is None:
         return receipt_of(model, requested, macs=total)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tfmq_export.bundle import Bundle, LayerInfo, Manifest
 from tfmq_export.errors import BuildError, DependencyError
 from tfmq_export.runtime.operations import layer_named
-from tfmq_export.runtime.receipt import LayerReceipt, Receipt
+from tfmq_export.runtime.receipt import LayerReceipt, Receipt, total_macs
 from tfmq_export.runtime.trt_build import BuildOptions, ShapeRange, build_engine
 from tfmq_export.runtime.trt_layers import EngineLayer
 
@@ -74,7 +74,7 @@ def realized_on_tensorrt(
         build = build_engine(path, Path(folder) / "engine", options)
     if not build.layers:
         raise BuildError(f"{path}: the build log of {options.flavour} {build.version} lists no layers")
-    total = sum(layer.macs for layer in requested) if macs is None else macs
+    total = total_macs(requested, macs)
     return receipt_of_engine(build.layers, requested, total, read_facts(path, options))
 
 

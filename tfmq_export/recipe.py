@@ -122,14 +122,19 @@ class LayerRecipe:
         return self.weight.scale * np.float32(2.0 ** int(self.pts_exponent.min()))
 
     @property
+    def weight_shifts(self) -> NDArray[np.int32]:
+        """What power-of-two scaling multiplies the integers by, ``2^(d_k - min d)``; broadcasts against the codes."""
+        codes = self.weight_codes
+        exponent = np.zeros(codes.shape[1] * self.groups, np.int32) if self.pts_exponent is None else self.pts_exponent
+        shifts = np.exp2(exponent.astype(np.int32) - int(exponent.min())).astype(np.int32)  # [in]
+        by_output = np.repeat(shifts.reshape(self.groups, -1), len(codes) // self.groups, axis=0)
+        rows = by_output[:1] if self.groups == 1 else by_output
+        return rows.reshape(*rows.shape, *[1] * (codes.ndim - 2))
+
+    @property
     def shifted_codes(self) -> NDArray[np.int32]:
-        """The weight's integers with power-of-two scaling in them, ``codes << (d - min d)``."""
-        codes = self.weight_codes.astype(np.int32)
-        if self.pts_exponent is None:
-            return codes
-        shifts = self.pts_exponent.astype(np.int32) - int(self.pts_exponent.min())  # [in]
-        by_group = np.repeat(shifts.reshape(self.groups, -1), len(codes) // self.groups, axis=0)
-        return codes << by_group.reshape(*by_group.shape, *[1] * (codes.ndim - 2))
+        """The weight's integers with power-of-two scaling in them; ``weight_step`` is what one of them is worth."""
+        return self.weight_codes.astype(np.int32) * self.weight_shifts
 
 
 @dataclass(frozen=True, slots=True)

@@ -287,7 +287,7 @@ def test_a_staggered_bias_that_overflows_is_refused() -> None:
     layer = stacked_layer(output_grid(1e4, 0, 16))
     assert 2**31 * float((INPUT.scale * layer.weight.scale).max()) < 255 * 15 * 1e4
 
-    with pytest.raises(PreconditionError, match=r"net.conv2d: its staggered bias does not fit 32 bits"):
+    with pytest.raises(PreconditionError, match=r"net.conv2d: its bias does not fit 32 bits"):
         stacked(layer, normal(1, 3))
 
 
