@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import shapes
 from handwritten import build_dit
+from torch import nn
 
 from tfmq_export.compiler import Compiled, compile_model
 from tfmq_export.config import CompileConfig, Method, Thresholds
@@ -19,6 +20,8 @@ from tfmq_export.models.load import Source
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NO_GATE = Thresholds(psnr=-100, sqnr=-100)  # few images of a hasty recipe; agreement stays at 40 dB
 TARGETS = ("openvino", "tensorrt-rtx")
+SHARE = {"ddpm": 0.9, "sd": 0.7, "dit": 0.85}
+"""Of the multiply-accumulates that layers hold; attention products have the rest, most where channels are few."""
 
 Compile = Callable[[str, str, str], Compiled]
 
@@ -64,11 +67,24 @@ def assert_realized(done: Compiled) -> None:
     assert lowest["temporal table exactness"] == 1
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["ort-cpu", *TARGETS])
 @pytest.mark.parametrize("preset", ["w8a8", "w4a6"])
 @pytest.mark.parametrize("name", list(shapes.SHAPES))
 def test_the_shapes_people_deploy_run_in_integers(name: str, preset: str, target: str, compiled: Compile) -> None:
-    assert_realized(compiled(name, preset, target))
+    done = compiled(name, preset, target)
+
+    assert_realized(done)
+    assert done.validation.receipt.integer_share == done.bundle.manifest.integer_share > SHARE[name]
+
+
+@pytest.mark.parametrize("name", list(shapes.SHAPES))
+def test_every_layer_of_a_shape_is_asked_for(name: str, compiled: Compile) -> None:
+    module, _ = shapes.build(name, "tiny")
+    receipt = compiled(name, "w8a8", "ort-cpu").validation.receipt
+
+    assert receipt.counts("conv")[1] >= sum(isinstance(part, nn.Conv2d) for part in module.modules())
+    ends = ("to_q", "to_out.0")
+    assert receipt.counts("linear")[1] >= sum(path.endswith(ends) for path, _ in module.named_modules())
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -112,3 +128,15 @@ def test_a_prologue_passes_its_tables_to_an_engine(tmp_path: Path) -> None:
     assert done.bundle.manifest.prologue is not None
     assert any(tensor.per_timestep for tensor in done.bundle.manifest.prologue.tensors)
     assert_realized(done)
+
+
+@pytest.mark.parametrize("name", list(shapes.SHAPES))
+def test_a_shape_is_the_same_on_every_call_and_predicts_unit_noise(name: str) -> None:
+    module, description = shapes.build(name, "tiny")
+    again, _ = shapes.build(name, "tiny")
+
+    assert all(a.equal(b) for a, b in zip(module.state_dict().values(), again.state_dict().values(), strict=True))
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    prediction = module(**description.example_inputs).sample
+    assert prediction.shape == description.example_inputs[description.sample].shape
+    assert 0.5 < float(prediction.std()) < 2
