@@ -48,7 +48,9 @@ def export(
         Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default="out/MODEL-PRESET")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="w8a8, w4a8, w4a6 or fp32.", show_default="w8a8")] = None,
-    target: Annotated[str | None, typer.Option(help="Backend to compile for.", show_default="ort-cpu")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="ort-cpu, openvino, tensorrt-rtx, tensorrt or ort-cuda.", show_default="ort-cpu")
+    ] = None,
     steps: Steps = None,
     conditioning: Conditioning = None,
     guidance_scale: Guidance = None,
