@@ -13,27 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from tfmq_export.bundle import PassedTensor
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.binding_times import SAMPLE, TIMESTEP
 from tfmq_export.passes.graph import check_valid, constant, variable
 from tfmq_export.passes.prologue_frontier import Frontier, find_frontier
 from tfmq_export.passes.prologue_graph import TABLE, is_table, prologue_of
 from tfmq_export.passes.tabulate_tib import ROWS, computed_from_time
-
-
-@dataclass(frozen=True, slots=True)
-class Passed:
-    """A tensor the prologue returns and the main graph takes.
-
-    Attributes:
-        shape: Without the batch axis, and without the timestep axis of a table.
-        per_timestep: Whether it is a table over the schedule, [T, N, ...]; else it is [N, ...].
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    per_timestep: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +35,7 @@ class Split:
 
     main: gs.Graph
     prologue: gs.Graph
-    passed: tuple[Passed, ...]
+    passed: tuple[PassedTensor, ...]
     moved: frozenset[str]
     kept: tuple[tuple[str, str], ...]
 
@@ -86,10 +72,10 @@ def split_prologue(graph: gs.Graph, roles: Mapping[str, str], steps: int) -> Spl
     )
 
 
-def _passed(value: gs.Tensor, frontier: Frontier) -> Passed:
+def _passed(value: gs.Tensor, frontier: Frontier) -> PassedTensor:
     table = is_table(value, frontier)
     name = f"{value.name}{TABLE}" if table else value.name
-    return Passed(name, np.dtype(value.dtype).name, tuple(value.shape[1:]), table)
+    return PassedTensor(name, np.dtype(value.dtype).name, tuple(value.shape[1:]), table)
 
 
 def take_over(value: gs.Tensor) -> gs.Tensor:

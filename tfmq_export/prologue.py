@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from tfmq_export.bundle import PassedTensor, PassInfo, PrologueInfo
+from tfmq_export.bundle import PassInfo, PrologueInfo
 from tfmq_export.denoiser import Denoiser
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Semantics
@@ -83,7 +83,7 @@ def _info(split: Split, roles: Mapping[str, str], recipe: QuantRecipe, bit_equal
     return PrologueInfo(
         reads=tuple(value.name for value in split.prologue.inputs),
         direct=tuple(value.name for value in split.main.inputs if roles.get(value.name) == CONDITIONING),
-        tensors=tuple(PassedTensor(x.name, x.dtype, x.shape, x.per_timestep) for x in split.passed),
+        tensors=split.passed,
         layers=tuple(moved),
         macs=macs,
         share=macs / recipe.macs if recipe.macs else 0.0,
