@@ -33,6 +33,11 @@ def fits(layer: LayerRecipe, target: Target) -> bool:
     return bool(container.min <= lowest and highest <= container.max)
 
 
+def reads_dequantized(node: gs.Node) -> bool:
+    """Whether a layer's input is quantized already."""
+    return bool(node.inputs[0].inputs) and node.inputs[0].inputs[0].op == "DequantizeLinear"
+
+
 def grid_constants(scale: np.ndarray, zero_point: int, target: Target, prefix: str) -> list[gs.Constant]:
     """Scale and zero point of a per-tensor grid. Rank 0: a [1]-shaped scale loses int8 on TensorRT."""
     return [

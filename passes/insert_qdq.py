@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.activation_codes import fits, quantize_dequantize
+from tfmq_export.passes.activation_codes import fits, quantize_dequantize, reads_dequantized
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import variable
@@ -32,7 +32,7 @@ class InsertQdq(Pass):
 
     def requires(self, graph: gs.Graph) -> None:
         for layer, node in bound_nodes(graph, self.recipe):
-            if _reads_dequantized(node):
+            if reads_dequantized(node):
                 raise PreconditionError(f"{layer.path}: its input is quantized already")
 
     def apply(self, graph: gs.Graph) -> Changes:
@@ -54,15 +54,11 @@ class InsertQdq(Pass):
 
     def ensures(self, graph: gs.Graph) -> None:
         for layer, node in self._mine(bound_nodes(graph, self.recipe)):
-            if not _reads_dequantized(node):
+            if not reads_dequantized(node):
                 raise PostconditionError(f"{layer.path}: its input is not quantized")
 
     def _mine(self, bound: list[tuple[LayerRecipe, gs.Node]]) -> list[tuple[LayerRecipe, gs.Node]]:
         return [(layer, node) for layer, node in bound if fits(layer, self.target)]
-
-
-def _reads_dequantized(node: gs.Node) -> bool:
-    return bool(node.inputs[0].inputs) and node.inputs[0].inputs[0].op == "DequantizeLinear"
 
 
 def _quantize_output(graph: gs.Graph, node: gs.Node, grid: QParams, target: Target, prefix: str) -> None:

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.activation_codes import clip, code_type, grid_constants
+from tfmq_export.passes.activation_codes import clip, code_type, grid_constants, reads_dequantized
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
@@ -42,7 +42,7 @@ class LowerTimestepGrids(Pass):
             raise PreconditionError(f"{mine[0][0].path}: no row of the timestep in the graph; run TabulateTib first")
         for layer, node, _ in mine:
             source = node.inputs[0]
-            if source.inputs and source.inputs[0].op == "DequantizeLinear":
+            if reads_dequantized(node):
                 raise PreconditionError(f"{layer.path}: its input is quantized already")
             check_pads(layer, node)
             if layer.input.spec.codes > 1:
@@ -73,7 +73,7 @@ class LowerTimestepGrids(Pass):
 
     def ensures(self, graph: gs.Graph) -> None:
         for layer, node, _ in _mine(graph, self.recipe):
-            if not node.inputs[0].inputs or node.inputs[0].inputs[0].op != "DequantizeLinear":
+            if not reads_dequantized(node):
                 raise PostconditionError(f"{layer.path}: its input is not quantized")
 
 

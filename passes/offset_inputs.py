@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.activation_codes import CODE_LEVELS, code_type, fits, grid_constants
+from tfmq_export.passes.activation_codes import CODE_LEVELS, code_type, fits, grid_constants, reads_dequantized
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
@@ -43,7 +43,7 @@ class OffsetInputs(Pass):
             if layer.input.spec.bits != 8:
                 raise PreconditionError(f"{layer.path}: only 8-bit codes can be offset, not {layer.input.spec.bits}")
             check_pads(layer, node)
-            if node.inputs[0].inputs and node.inputs[0].inputs[0].op == "DequantizeLinear":
+            if reads_dequantized(node):
                 raise PreconditionError(f"{layer.path}: its input is quantized already")
             stored = node.inputs[1].inputs
             if not stored or stored[0].op != "DequantizeLinear":
@@ -68,7 +68,7 @@ class OffsetInputs(Pass):
 
     def ensures(self, graph: gs.Graph) -> None:
         for layer, node in self._mine(graph):
-            if not node.inputs[0].inputs or node.inputs[0].inputs[0].op != "DequantizeLinear":
+            if not reads_dequantized(node):
                 raise PostconditionError(f"{layer.path}: its input is not quantized")
 
     def _mine(self, graph: gs.Graph) -> list[tuple[LayerRecipe, gs.Node]]:

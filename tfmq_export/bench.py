@@ -23,8 +23,8 @@ from tfmq_export.progress import Progress
 from tfmq_export.runtime.benchmark import Timing, speedups, time_interleaved
 from tfmq_export.runtime.denoiser import load as load_bundle
 from tfmq_export.runtime.engines import engine_version, open_runner
+from tfmq_export.target import find_target
 
-ON_GPU = ("ort-cuda", "tensorrt", "tensorrt-rtx")
 TWIN, EXPORT = "fp32 twin (same graph, no Q/DQ)", "fp32 export of the model"
 
 
@@ -52,7 +52,8 @@ def bench_bundle(
     Raises:
         ConfigError: the bundle's engine does not run on a CPU.
     """
-    if bundle.manifest.target in ON_GPU:
+    target = find_target(bundle.manifest.target)
+    if target.engine == "tensorrt" or not target.integers:
         raise ConfigError(
             f"{bundle.root}: compiled for {bundle.manifest.target}, whose integers run on a GPU only; compile it for "
             "ort-cpu or openvino to time it here"
