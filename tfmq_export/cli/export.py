@@ -1,0 +1,137 @@
+"""tfmq-export: from a model to a bundle, with its proof."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tfmq_export.cli.options import (
+    Conditioning,
+    Factory,
+    Guidance,
+    MinPsnr,
+    MinSqnr,
+    MinSsim,
+    Model,
+    Quiet,
+    Steps,
+    Verbose,
+    Version,
+)
+from tfmq_export.cli.result import show
+from tfmq_export.console import bars, err, out, reports_errors, set_up_logging
+
+
+@reports_errors
+def export(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default="out/MODEL-PRESET")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="w8a8, w4a8, w4a6 or fp32.", show_default="w8a8")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="ort-cpu, openvino, tensorrt-rtx, tensorrt or ort-cuda.", show_default="ort-cpu")
+    ] = None,
+    steps: Steps = None,
+    conditioning: Conditioning = None,
+    guidance_scale: Guidance = None,
+    factory: Factory = None,
+    recipe: Annotated[Path | None, typer.Option(help="Reuse the recipe of an earlier bundle.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in TOML; flags win.")] = None,
+    effort: Annotated[str | None, typer.Option(help="fast, standard or paper.", show_default="standard")] = None,
+    tib: Annotated[
+        str | None, typer.Option(help="Temporal features: table, quantized or select.", show_default="table")
+    ] = None,
+    les: Annotated[
+        str | None,
+        typer.Option(
+            help="Equivalent scaling: adaptive, uniform, linear, quadratic, smoothquant or off.",
+            show_default="adaptive",
+        ),
+    ] = None,
+    pts: Annotated[
+        str | None, typer.Option(help="Power-of-two scaling: vote, mse or off.", show_default="vote")
+    ] = None,
+    pts_lowering: Annotated[
+        str | None, typer.Option(help="Its form in the graph: fold, shift, split or auto.", show_default="auto")
+    ] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="Activation ranges: mse, minmax, kl or percentile.", show_default="mse")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Ceiling on cached activations, e.g. 2GiB; the rest goes to disk.")
+    ] = None,
+    calibration_images: Annotated[int | None, typer.Option(help="Trajectories to calibrate on.")] = None,
+    validation_images: Annotated[int | None, typer.Option(help="Images to compare at the end.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of noise and sampling.", show_default="0")] = None,
+    min_psnr: MinPsnr = None,
+    min_ssim: MinSsim = None,
+    min_sqnr: MinSqnr = None,
+    allow_precision_loss: Annotated[
+        bool | None,
+        typer.Option("--allow-precision-loss", help="Keep a bundle whose layers do not all run in integers."),
+    ] = None,
+    class_tables: Annotated[
+        bool | None,
+        typer.Option("--class-tables", help="Tabulate what class label and timestep decide, where it is small."),
+    ] = None,
+    prologue: Annotated[
+        bool | None,
+        typer.Option("--prologue", help="Put what the prompt decides into a graph of its own, run once per prompt."),
+    ] = None,
+    dump_dir: Annotated[Path | None, typer.Option(help="Save the graph after every pass here.")] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    version: Version = False,
+) -> None:
+    """Compile a diffusion model into a quantized ONNX bundle, and prove it."""
+    from tfmq_export.config import load_config
+
+    flags = {
+        "preset": preset,
+        "target": target,
+        "effort": effort,
+        "method.tib": tib,
+        "method.les": les,
+        "method.pts": pts,
+        "method.estimator": estimator,
+        "pts_lowering": pts_lowering,
+        "max_memory": max_memory,
+        "calibration_images": calibration_images,
+        "validation_images": validation_images,
+        "seed": seed,
+        "thresholds.psnr": min_psnr,
+        "thresholds.ssim": min_ssim,
+        "thresholds.sqnr": min_sqnr,
+        "allow_precision_loss": allow_precision_loss,
+        "class_tables": class_tables,
+        "prologue": prologue,
+    }
+    settings = load_config(config, flags)
+    set_up_logging(verbose)
+    root = output or Path("out") / f"{_name(model)}-{settings.preset}"
+
+    with bars(quiet) as progress:
+        with progress.stage("Starting"):
+            from tfmq_export.compiler import checkpoint_of, compile_model
+            from tfmq_export.models.load import Source
+        source = Source(model, factory, steps, conditioning, guidance_scale)
+        try:
+            made = compile_model(
+                source, root, settings, recipe=recipe, resume=resume, dump_dir=dump_dir, progress=progress
+            )
+        except (KeyboardInterrupt, SystemExit):
+            if checkpoint_of(root).exists():
+                err.print(f"finished blocks are kept in {checkpoint_of(root)}: the same command with --resume goes on")
+            raise
+    show(made.bundle, made.validation)
+    out.print(f"\nwritten to [bold]{root}[/] in {sum(made.seconds.values()):.0f} s")
+    if (root / "tfmq" / "samples.png").exists():
+        out.print(f"look at it: {root / 'tfmq' / 'samples.png'}")
+
+
+def _name(model: Path) -> str:
+    """A bundle's default name: of the folder, where the file is just called model.pt."""
+    path = model.absolute()
+    return path.parent.name if path.stem in ("model", "weights") else path.stem

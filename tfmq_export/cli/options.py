@@ -1,0 +1,48 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tfmq_export import __version__
+from tfmq_export.console import out
+
+if TYPE_CHECKING:
+    from tfmq_export.bundle import Bundle
+    from tfmq_export.models.load import Source
+
+Model = Annotated[Path, typer.Argument(help="model.pt, a diffusers folder, or the weights of --factory.")]
+BundleFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A bundle made by tfmq-export.")]
+Factory = Annotated[str | None, typer.Option(help="package.module:build that returns (module, Description).")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps the bundle serves.", show_default="50")]
+Conditioning = Annotated[Path | None, typer.Option(help="Prompt embeddings to calibrate with (safetensors).")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.", show_default="the model's")]
+Against = Annotated[Path, typer.Option(help="The full-precision model the bundle came from.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log each step (-vv: each layer).")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of the engine.")]
+MinPsnr = Annotated[float | None, typer.Option(help="Fail below this mean PSNR of the images, dB.")]
+MinSsim = Annotated[float | None, typer.Option(help="Fail below this mean SSIM of the images.")]
+MinSqnr = Annotated[float | None, typer.Option(help="Fail below this mean noise-prediction SQNR, dB.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(f"tfmq-export {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+
+
+def source_of(bundle: "Bundle", against: Path, factory: str | None) -> "Source":
+    """The float model, sampled the way the bundle is."""
+    from tfmq_export.models.load import Source
+
+    sampler = bundle.manifest.sampler
+    if factory is not None:
+        return Source(against, factory, sampler.steps)
+    stored = bundle.root / "tfmq" / "conditioning.npz"
+    conditioning = stored if stored.exists() and bundle.manifest.component == "unet" else None
+    return Source(against, None, sampler.steps, conditioning, sampler.guidance_scale)

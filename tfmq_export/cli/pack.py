@@ -1,0 +1,27 @@
+"""tfmq-pack: a diffusers folder in one file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tfmq_export.cli.options import Conditioning, Guidance
+from tfmq_export.console import out, reports_errors, size
+
+
+@reports_errors
+def pack(
+    folder: Annotated[Path, typer.Argument(help="A diffusers model or pipeline folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    conditioning: Conditioning = None,
+    guidance_scale: Guidance = None,
+) -> None:
+    """Pack a diffusers folder into one model.pt of plain data."""
+    from tfmq_export.models.checkpoint import write_checkpoint
+    from tfmq_export.models.diffusers_model import PromptSet
+    from tfmq_export.models.folder import read_folder, read_prompts
+
+    model, scheduler = read_folder(folder)
+    prompts = PromptSet() if conditioning is None else read_prompts(conditioning, guidance_scale)
+    write_checkpoint(output, model, scheduler, prompts)
+    out.print(f"packed {type(model).__name__} into [bold]{output}[/] ({size(output.stat().st_size)})")

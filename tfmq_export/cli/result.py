@@ -1,0 +1,64 @@
+"""A proven bundle in a table, for people."""
+
+from typing import TYPE_CHECKING
+
+from tfmq_export.console import out, size, table
+
+if TYPE_CHECKING:
+    from tfmq_export.bundle import Bundle
+    from tfmq_export.validate import Validation
+
+
+def show(bundle: "Bundle", validation: "Validation") -> None:
+    """The result for people."""
+    manifest, receipt = bundle.manifest, validation.receipt
+    by_name = {comparison.metric: comparison for comparison in validation.report.comparisons}
+    psnr, ssim = by_name["image PSNR (dB)"], by_name.get("image SSIM")
+    similarity = "" if ssim is None else f", SSIM {ssim.mean:.3f}"
+    sqnr = by_name["noise-prediction SQNR per timestep (dB)"]
+    cosine, agreement = by_name["temporal feature cosine"], by_name["agreement with fake-quant, lock-step (dB)"]
+    convolutions, linears = receipt.counts("conv"), receipt.counts("linear")
+    emulated = sorted({row.emulated for row in receipt.rows if row.emulated})
+    rows = [
+        ("images", f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}, {len(psnr.values)} images"),
+        ("noise prediction", f"SQNR {sqnr.mean:.1f} dB, worst timestep {sqnr.lowest:.1f}"),
+        ("temporal features", f"cosine {cosine.lowest:.7f} at worst, {len(manifest.timesteps)} timesteps"),
+        ("graph = fake-quant", f"{agreement.lowest:.0f} dB at worst, layer by layer in lock-step"),
+        (
+            "in integers",
+            f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear layers, "
+            f"{receipt.integer_share:.1%} of the MACs",
+        ),
+        *(("note", text) for text in emulated),
+        ("model.onnx", _sizes(bundle)),
+        *_prologue_row(bundle),
+    ]
+    table(f"{manifest.source}: {manifest.preset} for {manifest.target}", rows)
+    kept = [layer for layer in manifest.layers if layer.activation_bits == 0]
+    for reason in sorted({layer.reason for layer in kept}):
+        paths = [layer.path for layer in kept if layer.reason == reason]
+        shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+        out.print(f"in floating point: {len(paths)} layers ({shown}): {reason}")
+
+
+def _prologue_row(bundle: "Bundle") -> list[tuple[str, str]]:
+    """What runs once per prompt, where there is a graph for it."""
+    info = bundle.manifest.prologue
+    if info is None:
+        return []
+    memory = size(info.bytes_per_sample(len(bundle.manifest.timesteps)))
+    proof = "bit for bit" if info.bit_equal else "up to rounding"
+    return [
+        (
+            "prologue",
+            f"{len(info.layers)} layers once per prompt, {info.share:.2%} of the MACs saved at each step; "
+            f"passes {memory} per sample; equal to the single graph {proof}",
+        )
+    ]
+
+
+def _sizes(bundle: "Bundle") -> str:
+    graphs = [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]
+    stored = sum(path.stat().st_size for graph in graphs for path in graph.parent.glob("model.onnx*"))
+    full = bundle.manifest.weight_bytes
+    return f"{size(stored)}, {stored / full:.3f} of the {size(full)} of fp32 weights"

@@ -1,0 +1,48 @@
+"""tfmq-sample: a picture from a bundle."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tfmq_export.cli.options import BundleFolder, Factory, Quiet, Threads, source_of
+from tfmq_export.console import bars, out, reports_errors
+
+
+@reports_errors
+def sample(
+    bundle: BundleFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write (PNG).")],
+    images: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
+    threads: Threads = 2,
+    against: Annotated[
+        Path | None, typer.Option(help="Draw the full-precision model above, from the same noise.")
+    ] = None,
+    factory: Factory = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw images with a bundle; with --against, full precision above and compiled below."""
+    from tfmq_export.bundle import open_bundle
+    from tfmq_export.pictures import is_picture, save_rows
+    from tfmq_export.sampling import draw, draw_against
+
+    opened = open_bundle(bundle)
+    with bars(quiet) as progress:
+        if against is None:
+            rows = [("compiled", draw(opened, images, seed, threads, progress))]
+        else:
+            rows = draw_against(opened, source_of(opened, against, factory), images, seed, threads, progress)
+    if not is_picture(rows[0][1]):
+        from tfmq_export.errors import ConfigError
+
+        raise ConfigError(
+            f"{bundle}: draws latents {list(rows[0][1].shape[1:])}, not pictures; decode them with the VAE"
+        )
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        save_rows(partial, rows)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    out.print(f"written to [bold]{output}[/]")
