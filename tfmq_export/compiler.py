@@ -32,6 +32,7 @@ from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.calibration import calibrate
 from tfmq_export.ptq.checkpoint import Checkpoint
 from tfmq_export.ptq.effort import find_effort
+from tfmq_export.ptq.image_gain import image_gain, weights_from
 from tfmq_export.ptq.quantize import quantize, unquantized
 from tfmq_export.ptq.skip_concat import split_skip_concats
 from tfmq_export.ptq.tib import tabulate
@@ -195,8 +196,14 @@ def _quantize(
     with Checkpoint(keep[0], settings, resume=keep[1]) as checkpoint:
         with stages.stage("Recording the model's own trajectory") as step:
             recorded = calibrate(denoiser, images=images, seed=config.seed, progress=step)
+        weights = None
+        if method.timestep_weights == "image":
+            with stages.stage("Weighing the timesteps") as step:
+                gain = image_gain(denoiser, seed=config.seed, progress=step)
+            provenance["image_gain"] = " ".join(f"{value:.3g}" for value in gain.tolist())
+            weights = weights_from(gain)
         with stages.stage("Tabulating the timesteps"):
-            subject = prepare(program, denoiser, recorded, plan, provenance)
+            subject = prepare(program, denoiser, recorded, plan, provenance, weights)
         with stages.stage("Quantizing") as step:
             return subject.program, quantize(subject, plan, step, checkpoint)
 

@@ -60,10 +60,14 @@ class Method(BaseModel):
     tib: Literal["table", "quantized", "select"] = Field("table", description="how temporal features are served")
     tiar: bool = Field(True, description="reconstruct the temporal block jointly; off: inside the blocks, as others do")
     fsc: Literal["off", "tib", "all"] = Field("tib", description="which activations get a grid per timestep")
+    timestep_weights: Literal["image", "uniform"] = Field(
+        "image",
+        description="how many calibration samples a timestep gets: by what its errors do to the image, or alike",
+    )
     estimator: Literal["mse", "minmax", "kl", "percentile"] = Field("mse", description="how ranges become scales")
     weight_range: Literal["search", "minmax"] = Field("search", description="scale of a weight")
     les: Literal["adaptive", "uniform", "linear", "quadratic", "smoothquant", "off"] = Field(
-        "adaptive", description="equivalent scaling, by its timestep weighting"
+        "uniform", description="equivalent scaling, by its timestep weighting"
     )
     pts: Literal["vote", "mse", "off"] = Field("vote", description="how power-of-two exponents are chosen")
     pts_layers: Literal["skip", "all"] = Field("skip", description="which layers may have them")

@@ -29,6 +29,7 @@ from tfmq_export.program import capture
 from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.calibration import CalibrationStep, calibrate, record
 from tfmq_export.ptq.effort import find_effort
+from tfmq_export.ptq.image_gain import image_gain, weights_from
 from tfmq_export.ptq.quantize import quantize
 from tfmq_export.ptq.simulate import Simulation
 from tfmq_export.recipe import QuantRecipe
@@ -39,7 +40,8 @@ from tfmq_export.validate import as_images
 
 Settings = Mapping[str, Any]
 
-OFF: Settings = {"les": "off", "pts": "off", "learned_steps": False, "split_skips": False}
+ALIKE: Settings = {"timestep_weights": "uniform"}  # as the papers have it
+OFF: Settings = {**ALIKE, "les": "off", "pts": "off", "learned_steps": False, "split_skips": False}
 PLAIN: Settings = {**OFF, "tib": "quantized", "tiar": False, "fsc": "off"}
 NEAREST: Settings = {**OFF, "reconstruct": False}
 GROUPS: Mapping[str, Mapping[str, Settings]] = {
@@ -47,11 +49,14 @@ GROUPS: Mapping[str, Mapping[str, Settings]] = {
         "round to nearest, min-max": {**NEAREST, "estimator": "minmax", "weight_range": "minmax"},
         "TFMQ-DM: TIAR + FSC + reconstruction": {**OFF, "tib": "quantized"},
         "DMQ: LES + PTS + reconstruction": {
+            **ALIKE,
+            "les": "adaptive",
             "tib": "quantized",
             "tiar": False,
             "fsc": "off",
             "learned_steps": False,
         },
+        "all, timesteps alike": {**ALIKE},
         "all": {},
     },
     "temporal": {
@@ -66,18 +71,25 @@ GROUPS: Mapping[str, Mapping[str, Settings]] = {
     "scaling": {
         "reconstruction": {**OFF},
         "+ split skips": {**OFF, "split_skips": True},
-        "+ LES, uniform": {"les": "uniform", "pts": "off", "learned_steps": False},
-        "+ LES, adaptive weighting": {"pts": "off", "learned_steps": False},
-        "+ PTS, vote / skip layers": {"learned_steps": False},
-        "+ learned steps": {},
-        "SmoothQuant for LES": {"les": "smoothquant", "pts": "off", "learned_steps": False},
+        "+ LES, adaptive weighting": {**ALIKE, "les": "adaptive", "pts": "off", "learned_steps": False},
+        "+ LES, uniform": {**ALIKE, "pts": "off", "learned_steps": False},
+        "+ PTS, vote / skip layers": {**ALIKE, "learned_steps": False},
+        "+ learned steps": {**ALIKE},
+        "+ timesteps by what they do to the image": {},
+        "SmoothQuant for LES": {**ALIKE, "les": "smoothquant", "pts": "off", "learned_steps": False},
     },
     "weighting": {
-        name: {"les": name, "pts": "off", "reconstruct": False, "learned_steps": False}
+        name: {**ALIKE, "les": name, "pts": "off", "reconstruct": False, "learned_steps": False}
         for name in ("off", "smoothquant", "linear", "quadratic", "uniform", "adaptive")
     },
     "shifts": {
-        f"PTS {choice} / {layers}": {"pts": choice, "pts_layers": layers, "learned_steps": False, "reconstruct": False}
+        f"PTS {choice} / {layers}": {
+            **ALIKE,
+            "pts": choice,
+            "pts_layers": layers,
+            "learned_steps": False,
+            "reconstruct": False,
+        }
         for choice in ("mse", "vote")
         for layers in ("all", "skip")
     },
@@ -136,14 +148,15 @@ def _path(args: argparse.Namespace, row: tuple[str, ...]) -> Path:
 def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, name: str, seed: str) -> None:
     """Quantize, sample, compare; write the row's JSON."""
     denoiser = load(Source(args.model, steps=args.steps))
-    recorded, reference = _full_precision(args, denoiser)
+    recorded, reference, gain = _full_precision(args, denoiser)
     widths, method = find_preset(preset), Method(**GROUPS[group][name])
     outputs = find_target("ort-cpu").quantized_outputs
     plan = QuantPlan(
         preset, widths.weight_bits, widths.activation_bits, method, find_effort(effort), outputs, int(seed)
     )
     start = time.perf_counter()
-    subject = prepare(capture(denoiser), denoiser, recorded, plan, {})
+    weights = weights_from(gain) if method.timestep_weights == "image" else None
+    subject = prepare(capture(denoiser), denoiser, recorded, plan, {}, weights)
     recipe = quantize(subject, plan, lambda done, total: None)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -176,16 +189,18 @@ def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, nam
     partial.replace(partial.with_suffix(".json"))
 
 
-def _full_precision(args: argparse.Namespace, denoiser: Denoiser) -> tuple[tuple[CalibrationStep, ...], Tensor]:
-    """The calibration trajectory and the reference images, computed once per model."""
+def _full_precision(args: argparse.Namespace, denoiser: Denoiser) -> tuple[tuple[CalibrationStep, ...], Tensor, Tensor]:
+    """The calibration trajectory, the reference images and each timestep's gain, computed once per model."""
     path = args.output / f"full-precision-{args.images}.pt"
     if not path.exists():
         steps = calibrate(denoiser, images=16, seed=0, progress=lambda done, total: None)
         noise, prompts = denoiser.noise(args.images, 1), denoiser.prompts(args.images)
         images = denoiser.sampler(denoiser.module_denoise(), noise, prompts)
-        torch.save({"steps": [(dict(step.inputs), step.prediction) for step in steps], "images": images}, path)
+        gain = image_gain(denoiser, seed=0, progress=lambda done, total: None)
+        calls = [(dict(step.inputs), step.prediction) for step in steps]
+        torch.save({"steps": calls, "images": images, "gain": gain}, path)
     kept = torch.load(path, weights_only=True)
-    return tuple(CalibrationStep(*step) for step in kept["steps"]), kept["images"]
+    return tuple(CalibrationStep(*step) for step in kept["steps"]), kept["images"], kept["gain"]
 
 
 def _first(step: CalibrationStep, denoiser: Denoiser) -> dict[str, Tensor]:

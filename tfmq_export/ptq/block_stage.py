@@ -229,7 +229,8 @@ class BlockStage:
         tuned = tuple(
             replace(draft, input=learned[input_key(draft)], output=learned.get(output_key(draft))) for draft in drafts
         )
-        gain = (before / self._errors_by_timestep(tuned)).log().mean()
+        counts = torch.bincount(self.given.rows.steps, minlength=len(before)).to(before)
+        gain = (counts * (before / self._errors_by_timestep(tuned)).log()).mean()
         return tuned if gain > 0 else tuple(drafts)
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tfmq_export.config import Method
 from tfmq_export.denoiser import Denoiser
 from tfmq_export.program import DiffusionProgram
@@ -65,13 +67,15 @@ def prepare(
     recorded: Sequence[CalibrationStep],
     plan: QuantPlan,
     provenance: Mapping[str, str],
+    weights: Tensor | None = None,
 ) -> CalibratedModel:
     """Bring a captured model and its recorded trajectory together.
 
     Args:
         recorded: From ``calibrate``.
+        weights: How much each timestep counts, [T]; None: all the same.
     """
     exact = tabulate(program, denoiser)
     splits = find_skip_concats(program) if plan.method.split_skips else ()
-    rows = pick_rows(denoiser, recorded, plan.effort.rows_per_timestep)
+    rows = pick_rows(denoiser, recorded, plan.effort.rows_per_timestep, weights)
     return CalibratedModel(split_skip_concats(program, splits), denoiser, rows, exact, splits, provenance)

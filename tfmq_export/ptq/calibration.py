@@ -87,18 +87,50 @@ def calibrate(denoiser: Denoiser, *, images: int, seed: int, progress: Step) -> 
     return steps
 
 
-def pick_rows(denoiser: Denoiser, steps: Sequence[CalibrationStep], per_timestep: int) -> CalibrationRows:
-    """Take ``per_timestep`` samples of every recorded call, spread evenly over its batch."""
+def shares(weights: Tensor, per_timestep: int, most: int) -> list[int]:
+    """How many samples to take of each timestep: ``per_timestep`` on average, as many more as it counts more.
+
+    Args:
+        weights: How much each timestep counts, [T].
+        most: Samples there are of a timestep; what one cannot take goes to the others.
+    Returns:
+        At least 1 and at most ``most`` each.
+    """
+    budget = per_timestep * len(weights)
+    low, high = 0.0, float(budget * most / weights.clamp_min(1e-12).min())
+    for _ in range(100):  # the count grows with the factor: halve the interval
+        middle = (low + high) / 2
+        if float((weights * middle).clamp(1, most).sum()) > budget:
+            high = middle
+        else:
+            low = middle
+    return [int(count) for count in (weights * low).clamp(1, most).round()]
+
+
+def pick_rows(
+    denoiser: Denoiser, steps: Sequence[CalibrationStep], per_timestep: int, weights: Tensor | None = None
+) -> CalibrationRows:
+    """Take samples of every recorded call, spread evenly over its batch.
+
+    Args:
+        per_timestep: How many on average.
+        weights: How much each timestep counts, [T]; None: all the same.
+    """
+    timesteps = len(denoiser.timesteps)
+    batches = [len(step.inputs[denoiser.sample]) for step in steps]
+    counts = shares(torch.ones(timesteps) if weights is None else weights, per_timestep, min(batches))
     picked: dict[str, list[Tensor]] = {name: [] for name in denoiser.example_inputs}
     positions: list[Tensor] = []
     for step in steps:
         batch = len(step.inputs[denoiser.sample])
-        rows = torch.linspace(0, batch - 1, min(per_timestep, batch)).round().long()
+        first = step.inputs[denoiser.timestep].reshape(-1)[:1].numpy()
+        (place,) = denoiser.timesteps.rows(first)
+        rows = torch.linspace(0, batch - 1, counts[place]).round().long()
         for name, value in step.inputs.items():
             picked[name].append(value.reshape(-1).expand(len(rows)) if value.ndim == 0 else value[rows])
-        timesteps = picked[denoiser.timestep][-1]
-        positions.append(torch.from_numpy(denoiser.timesteps.rows(timesteps.numpy())))
+        visited = picked[denoiser.timestep][-1].numpy()
+        positions.append(torch.from_numpy(denoiser.timesteps.rows(visited)))
     one_timestep = denoiser.example_inputs[denoiser.timestep].ndim == 0
     order = torch.cat(positions).argsort(stable=True)
     inputs = {name: torch.cat(values)[order] for name, values in picked.items()}
-    return CalibrationRows(inputs, torch.cat(positions)[order], len(denoiser.timesteps), one_timestep)
+    return CalibrationRows(inputs, torch.cat(positions)[order], timesteps, one_timestep)
