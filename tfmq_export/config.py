@@ -62,7 +62,7 @@ class Method(BaseModel):
     fsc: Literal["off", "tib", "all"] = Field("tib", description="which activations get a grid per timestep")
     timestep_weights: Literal["image", "uniform"] = Field(
         "image",
-        description="how many calibration samples a timestep gets: by what its errors do to the image, or alike",
+        description="calibration samples of a timestep: by what its errors do to the image, or alike",
     )
     estimator: Literal["mse", "minmax", "kl", "percentile"] = Field("mse", description="how ranges become scales")
     weight_range: Literal["search", "minmax"] = Field("search", description="scale of a weight")
