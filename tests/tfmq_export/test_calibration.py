@@ -156,6 +156,19 @@ def test_rows_are_whole_calls_in_the_order_of_the_schedule(name: str) -> None:
     assert name != "dit" or rows.inputs["y"][:2].tolist() == [0, CLASSES]
 
 
+def test_rows_of_the_timesteps_together_come_from_every_image() -> None:
+    denoiser = denoiser_of("edm")
+    steps = calibrate(denoiser, images=6, seed=0, progress=silent)
+
+    rows = pick_rows(denoiser, steps, 2)
+
+    seen = set()
+    for row, step in zip(rows.inputs[denoiser.sample], rows.steps.tolist(), strict=True):
+        seen |= {image for image, sample in enumerate(steps[step].inputs[denoiser.sample]) if torch.equal(row, sample)}
+    assert len(seen) > 2
+    assert len(seen) == min(6, len(rows))
+
+
 @pytest.mark.parametrize("given", [{}, {"label": torch.zeros(2, dtype=torch.long)}], ids=["forgotten", "misnamed"])
 def test_a_sampler_that_passes_other_conditioning_is_told_so(given: dict[str, Tensor]) -> None:
     denoiser = denoiser_of("dit")

@@ -11,15 +11,15 @@ FACTORS = (0.5, 2.0, 0.1, 1.0)
 
 
 class Same(nn.Module):
-    """Predicts the same whatever it is given, so that an error reaches the image by the sampler's factor alone."""
+    """Predicts the same whatever it is given, so that an error reaches the image by the sampler's factors alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 1)
-        self.calls = 0
+        self.calls: list[None] = []  # a coarse copy of the module gets a list of its own
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        self.calls += 1
+        self.calls.append(None)
         return self.conv(torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).expand_as(sample))
 
 
@@ -41,11 +41,29 @@ def test_the_gain_is_the_square_of_what_the_sampler_does_to_an_error() -> None:
 def test_steps_before_the_disturbance_are_replayed() -> None:
     module = Same()
     denoiser = probe(module, timesteps=[7, 5, 3, 1], sampler=factors)
-    module.calls = 0
+    module.calls.clear()
 
     image_gain(denoiser, seed=0, progress=silent)
 
-    assert module.calls == 4 + (4 + 3 + 2 + 1)
+    assert len(module.calls) == 4 + (4 + 3 + 2 + 1)
+
+
+def test_errors_that_repeat_add_up_before_they_are_measured() -> None:
+    denoiser = probe(Same(), timesteps=[7, 5, 3, 1], sampler=factors)
+
+    gain = image_gain(denoiser, seed=0, progress=silent, windows=1)
+
+    # The same error e at every step: the image moves by 3.6 e, at the price of four errors.
+    assert gain.tolist() == pytest.approx([sum(FACTORS) ** 2 / 4] * 4, rel=1e-3)
+
+
+def test_the_model_itself_is_left_as_it_was() -> None:
+    module = Same()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+
+    image_gain(probe(module, timesteps=[7, 5, 3, 1], sampler=factors), seed=0, progress=silent)
+
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
 
 
 def test_noise_that_the_sampler_draws_itself_is_no_gain() -> None:

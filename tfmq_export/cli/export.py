@@ -46,7 +46,7 @@ def export(
         str | None,
         typer.Option(
             help="Equivalent scaling: adaptive, uniform, linear, quadratic, smoothquant or off.",
-            show_default="adaptive",
+            show_default="uniform",
         ),
     ] = None,
     pts: Annotated[

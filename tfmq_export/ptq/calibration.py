@@ -15,6 +15,8 @@ from tfmq_export.denoiser import Conditioning, Denoise, Denoiser
 from tfmq_export.errors import CalibrationError
 from tfmq_export.progress import Step
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples fall evenly between 0 and 1
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationStep:
@@ -125,7 +127,9 @@ def pick_rows(
         batch = len(step.inputs[denoiser.sample])
         first = step.inputs[denoiser.timestep].reshape(-1)[:1].numpy()
         (place,) = denoiser.timesteps.rows(first)
-        rows = torch.linspace(0, batch - 1, counts[place]).round().long()
+        # Evenly over the batch, at every timestep from another start, so that all images are seen.
+        starts = torch.arange(counts[place], dtype=torch.float64) / counts[place] + float(place) * GOLDEN_RATIO
+        rows = (starts % 1 * batch).long()
         for name, value in step.inputs.items():
             picked[name].append(value.reshape(-1).expand(len(rows)) if value.ndim == 0 else value[rows])
         visited = picked[denoiser.timestep][-1].numpy()

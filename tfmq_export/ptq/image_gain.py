@@ -2,50 +2,62 @@
 
 A sampler amplifies errors of its early steps, which decide what is drawn, and shrinks those of its late ones. The gain
 
-    g_t = || image(e_t + d) - image(e_t) ||^2 / || d ||^2        d: small noise on the prediction at timestep t
+    g_t = || image with errors in some steps around t - image ||^2 / sum || error ||^2
 
-is measured on the full-precision model's own trajectory, whatever the sampler and the guidance. The calibration
-set then holds as many samples of a timestep as it counts (``calibration.pick_rows``), so grids, scaling and rounding
-spend their degrees of freedom where they show.
+is measured on the full-precision model's own trajectory, whatever the sampler and the guidance. The errors are those
+of the same module with coarsely rounded weights: they repeat from step to step and have the shapes that
+quantization errors have. White noise would not do, because later steps remove it again.
+
+The calibration set then holds as many samples of a timestep as it counts (``calibration.pick_rows``), so grids,
+scaling and rounding spend their degrees of freedom where they show.
 """
 
+import copy
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfmq_export.denoiser import Denoise, Denoiser
 from tfmq_export.progress import Step
 from tfmq_export.ptq.calibration import CalibrationStep, record
+from tfmq_export.ptq.weights import nearest_codes, per_output, search_weight_scale
+from tfmq_export.spec import QuantSpec
 
-PROBES = 10
+WINDOWS = 10
 IMAGES = 4
-RELATIVE_NOISE = 0.02  # of the prediction's deviation: about what quantization does
+COARSE = QuantSpec(5)  # bits of the disturbed weights: errors about as large as a good 4-bit model's
 FLOOR = 0.01  # of the mean gain: no timestep is forgotten
 
 
 @torch.no_grad()
-def image_gain(denoiser: Denoiser, *, seed: int, progress: Step, images: int = IMAGES, probes: int = PROBES) -> Tensor:
-    """Gain of every timestep, float64 [T]: the geometric mean over the images, between probes log-linear.
+def image_gain(
+    denoiser: Denoiser, *, seed: int, progress: Step, images: int = IMAGES, windows: int = WINDOWS
+) -> Tensor:
+    """Gain of every timestep, float64 [T]: the geometric mean over the images, between windows log-linear.
 
     Args:
         images: Trajectories to disturb.
-        probes: Steps at which they are; each costs the rest of a run.
+        windows: Runs of neighbouring steps that are disturbed together; each costs the rest of a run.
     """
     noise, prompts, plain = denoiser.noise(images, seed), denoiser.prompts(images), denoiser.module_denoise()
+    coarse = replace(denoiser, module=coarsened(denoiser.module)).module_denoise()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a sampler may draw noise of its own: the same in every run
         calls, reference = record(denoiser, plain, noise, prompts, lambda done, total: None)
-        places = np.unique(np.linspace(0, len(calls) - 1, probes).round().astype(int))
+        edges = np.unique(np.linspace(0, len(calls), windows + 1).round().astype(int))
         logs = []
-        for number, place in enumerate(places.tolist()):
+        for number, (first, stop) in enumerate(pairwise(edges.tolist())):
             torch.manual_seed(seed)
-            disturbed = _Disturbed(plain, calls, place, torch.Generator().manual_seed(seed + number))
+            disturbed = _Disturbed(plain, coarse, calls, range(first, stop))
             moved = (denoiser.sampler(disturbed, noise, prompts) - reference).double().square().flatten(1).mean(1)
-            logs.append(float((moved / disturbed.power).clamp_min(1e-30).log().mean()))
-            progress(number + 1, len(places))
-    gains = torch.from_numpy(np.exp(np.interp(np.arange(len(calls)), places, logs)))
+            logs.append(float((moved / max(disturbed.power, 1e-30)).clamp_min(1e-30).log().mean()))
+            progress(number + 1, len(edges) - 1)
+    middles = (edges[:-1] + edges[1:] - 1) / 2
+    gains = torch.from_numpy(np.exp(np.interp(np.arange(len(calls)), middles, logs)))
     visited = np.concatenate([call.inputs[denoiser.timestep].reshape(-1)[:1].numpy() for call in calls])
     rows = torch.from_numpy(denoiser.timesteps.rows(visited))
     total = torch.zeros(len(denoiser.timesteps), dtype=torch.float64).index_add_(0, rows, gains)
@@ -59,25 +71,31 @@ def weights_from(gain: Tensor) -> Tensor:
     return weights / weights.mean()
 
 
-class _Disturbed:
-    """A denoiser with noise on one of its predictions; those before it are replayed, as nothing differs yet."""
+def coarsened(module: nn.Module) -> nn.Module:
+    """A copy of a module with every matrix rounded to nearest, a scale per output channel."""
+    rough = copy.deepcopy(module)
+    for parameter in rough.parameters():
+        if parameter.ndim > 1:
+            scale = search_weight_scale(parameter, COARSE, candidates=1)
+            parameter.copy_(nearest_codes(parameter, scale, COARSE) * per_output(scale, parameter))
+    return rough
 
-    def __init__(
-        self, plain: Denoise, calls: tuple[CalibrationStep, ...], place: int, generator: torch.Generator
-    ) -> None:
-        self._plain, self._calls, self._place, self._generator = plain, calls, place, generator
+
+class _Disturbed:
+    """A denoiser with coarse predictions at some calls; those before are replayed, as nothing differs yet."""
+
+    def __init__(self, plain: Denoise, coarse: Denoise, calls: tuple[CalibrationStep, ...], window: range) -> None:
+        self._plain, self._coarse, self._calls, self._window = plain, coarse, calls, window
         self._next = 0
         self.power = 0.0
 
     def __call__(self, sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
         place, self._next = self._next, self._next + 1
-        if place < self._place:
+        if place < self._window.start:
             return self._calls[place].prediction.clone()
         prediction = self._plain(sample, timestep, **conditioning)
-        if place > self._place:
+        if place not in self._window:
             return prediction
-        noise = torch.randn(prediction.shape, generator=self._generator).to(prediction)
-        axes = tuple(range(1, noise.ndim))
-        deviation = RELATIVE_NOISE * prediction.std()
-        self.power = float(deviation.double().square())
-        return prediction + noise / noise.square().mean(axes, keepdim=True).sqrt() * deviation
+        disturbed = self._coarse(sample, timestep, **conditioning)
+        self.power += float((disturbed - prediction).double().square().mean())
+        return disturbed
