@@ -32,6 +32,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # onnx only to read graphs back and to lint them; a production host never calls that.
     "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx", "openvino"}), DATA),
     "export": (TORCH | {"onnx"}, DATA | {"program"}),
+    "serving": (frozenset({"onnx"}), DATA | {"passes", "runtime"}),
 }
 ENGINES = {
     "onnxruntime": "runtime/ort_runner.py",

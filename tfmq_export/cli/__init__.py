@@ -1,4 +1,4 @@
-"""The commands, one file each: tfmq-export, tfmq-validate, tfmq-sample, tfmq-bench, tfmq-pack.
+"""The commands, one file each: tfmq-export, tfmq-validate, tfmq-sample, tfmq-bench, tfmq-pack, tfmq-triton.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once.
 """
@@ -47,3 +47,10 @@ def pack_main() -> None:
     from tfmq_export.cli.pack import pack
 
     _run(pack)
+
+
+def triton_main() -> None:
+    """Entry point of tfmq-triton."""
+    from tfmq_export.cli.triton import triton
+
+    _run(triton)
