@@ -1,4 +1,5 @@
-"""The commands, one file each: tfmq-export, tfmq-validate, tfmq-sample, tfmq-bench, tfmq-pack, tfmq-triton.
+"""The commands, one file each: tfmq-export, tfmq-validate, tfmq-sample, tfmq-bench, tfmq-pack,
+tfmq-triton, tfmq-golden.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once.
 """
@@ -54,3 +55,10 @@ def triton_main() -> None:
     from tfmq_export.cli.triton import triton
 
     _run(triton)
+
+
+def golden_main() -> None:
+    """Entry point of tfmq-golden."""
+    from tfmq_export.cli.golden import golden
+
+    _run(golden)
