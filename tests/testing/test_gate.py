@@ -54,7 +54,7 @@ def test_another_bundle_takes_the_place_of_its_own(tmp_path: Path) -> None:
         ('bundle = "b"\n[golden]\nfile = "g"\nsqnr = nan', "golden.sqnr: got nan, needs a number"),
         ('bundle = "b"\ngolden = 3', r"golden: expected a table \[golden\], got 3"),
         ('bundle = "b"\n[receipt]\nallow_precision_loss = 1', "got 1, needs true or false"),
-        ('bundle = "b"\n[model]\npath = "m"\nimages = true', "model.images: got True, needs a number from 0"),
+        ('bundle = "b"\n[model]\npath = "m"\nimages = true', "model.images: got True, needs a whole number from 0"),
         ('bundle = "b"\n[model]\npath = "m"\nimages = -1', "model.images: got -1"),
         ('bundle = "b"\n[model]\npath = "m"\nfactory = 1', "model.factory: got 1, needs text"),
         ('bundle = "b"\n[model]\npath = "m"\nthresholds = 1', "expected a table"),

@@ -135,15 +135,9 @@ def _table(path: Path, name: str, table: Any, kind: type[Any]) -> Any:
         elif key == "thresholds":
             if not isinstance(value, dict):
                 raise ConfigError(f"{path}: {name}.{key}: expected a table [{name}.{key}], got {value!r}")
-            values[key] = {inner: _number(path, f"{name}.{key}.{inner}", each) for inner, each in value.items()}
-        elif known[key] is float:
-            values[key] = _number(path, f"{name}.{key}", value)
-        elif not isinstance(value, known[key] if isinstance(known[key], type) else str) or (
-            known[key] is int and (isinstance(value, bool) or value < 0)
-        ):
-            raise ConfigError(f"{path}: {name}.{key}: got {value!r}, needs {_kind(known[key])}")
+            values[key] = {inner: _value(path, f"{name}.{key}.{inner}", each, float) for inner, each in value.items()}
         else:
-            values[key] = value
+            values[key] = _value(path, f"{name}.{key}", value, known[key])
     try:
         return kind(**values)
     except TypeError:
@@ -151,14 +145,17 @@ def _table(path: Path, name: str, table: Any, kind: type[Any]) -> Any:
         raise ConfigError(f'{path}: [{name}] needs {missing} = "..."') from None
 
 
-def _number(path: Path, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise ConfigError(f"{path}: {key}: got {value!r}, needs a number")
-    return float(value)
-
-
-def _kind(annotation: Any) -> str:
-    return {bool: "true or false", int: "a number from 0"}.get(annotation, "text in quotes")
+def _value(path: Path, key: str, value: Any, kind: Any) -> Any:
+    """One value, if it is of its kind: a number, a count, a truth value or text."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    fits, asked = {
+        float: (number, "a number"),
+        int: (number and isinstance(value, int) and value >= 0, "a whole number from 0"),
+        bool: (isinstance(value, bool), "true or false"),
+    }.get(kind, (isinstance(value, str), "text in quotes"))
+    if not fits:
+        raise ConfigError(f"{path}: {key}: got {value!r}, needs {asked}")
+    return float(value) if kind is float else value
 
 
 def _known(path: Path, prefix: str, table: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -118,5 +118,5 @@ def _ddim(bundle: Bundle) -> DdimSchedule | None:
 
 def _levels(bundle: Bundle, schedule: DdimSchedule | None) -> NDArray[np.float32]:
     if schedule is None:
-        return np.tile(np.float32([0, 1]), (len(bundle.manifest.timesteps), 1))
+        return np.tile(np.asarray([0, 1], np.float32), (len(bundle.manifest.timesteps), 1))
     return np.stack([np.sqrt(schedule.alphas), np.sqrt(1 - schedule.alphas)], 1).astype(np.float32)
