@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tfmq_export.bundle import Bundle
 from tfmq_export.errors import ConfigError
-from tfmq_export.target import find_target
+from tfmq_export.target import Target, find_target
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 CAPABILITY = re.compile(r"\d+\.\d")
@@ -78,9 +77,8 @@ def _check_engines(engines: Mapping[str, Path]) -> None:
         raise ConfigError("engines: either one for every GPU, or each with its compute capability, such as 8.9=PATH")
 
 
-def on_gpu(bundle: Bundle) -> bool:
-    """Whether the bundle's target runs on GPUs."""
-    target = find_target(bundle.manifest.target)
+def needs_gpu(target: Target) -> bool:
+    """Whether a target's graphs run on GPUs."""
     return target.engine == "tensorrt" or not target.integers
 
 
@@ -92,7 +90,8 @@ def require_servable(target: str, serving: Serving) -> None:
     """
     if target == "tensorrt-rtx":
         raise ConfigError("target tensorrt-rtx: Triton has no backend for its engines; compile with --target tensorrt")
-    planned = find_target(target).engine == "tensorrt"
+    found = find_target(target)
+    planned, gpu = found.engine == "tensorrt", needs_gpu(found)
     if planned and not serving.engines:
         raise ConfigError(
             f"target {target}: Triton's TensorRT backend loads engines; build one on the GPU that serves it "
@@ -100,7 +99,6 @@ def require_servable(target: str, serving: Serving) -> None:
         )
     if not planned and (serving.engines or serving.prologue_engines):
         raise ConfigError(f"target {target}: its graph runs in ONNX Runtime; engines belong to --target tensorrt")
-    gpu = planned or not find_target(target).integers
     if serving.gpus and not gpu:
         raise ConfigError(f"target {target} runs on CPUs; leave the GPUs out, or compile for ort-cuda or tensorrt")
     if gpu and serving.threads:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tfmq_export.bundle import Manifest
 from tfmq_export.errors import TargetError
 from tfmq_export.serving.interface import GraphTensor, Interface
-from tfmq_export.serving.options import EVERY_GPU, Serving
+from tfmq_export.serving.options import EVERY_GPU, Serving, needs_gpu
 from tfmq_export.serving.pbtxt import Message, Symbol, Value, map_entries
 from tfmq_export.target import find_target
 
@@ -53,7 +53,7 @@ def config_of(role: Role, manifest: Manifest, serving: Serving) -> Message:
     """
     batch = role.max_batch(serving)
     target = find_target(manifest.target)
-    gpu = target.engine == "tensorrt" or not target.integers
+    gpu = needs_gpu(target)
     message: dict[str, Value] = {"name": role.name, **_backend(target.engine), "max_batch_size": batch}
     message |= _files(serving.prologue_engines if not role.timestep else serving.engines)
     message["input"] = [_tensor(tensor, batch) for tensor in role.interface.inputs]
