@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tfmq_export.bundle import Bundle, LayerInfo
-from tfmq_export.runtime.operations import Operation, dequantizer, layer_of, operations_of, producers_of, read_graph
+from tfmq_export.runtime.onnx_nodes import read_nodes
+from tfmq_export.runtime.operations import Operation, dequantizer, layer_of, producers_of
 from tfmq_export.runtime.ort_runner import OrtRunner
 from tfmq_export.runtime.receipt import LayerReceipt, Receipt, total_macs
 
@@ -44,7 +45,7 @@ def optimized_operations(model_path: Path, work_dir: Path | None = None) -> tupl
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         path = Path(folder) / "optimized.onnx"
         with OrtRunner(model_path, threads=1, optimized_to=path):
-            return operations_of(read_graph(path))
+            return read_nodes(path)
 
 
 def receipt_of(operations: Sequence[Operation], requested: Sequence[LayerInfo], macs: int) -> Receipt:

@@ -32,6 +32,9 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # onnx only to read graphs back and to lint them; a production host never calls that.
     "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx", "openvino"}), DATA),
     "export": (TORCH | {"onnx"}, DATA | {"program"}),
+    # What needs torch waits in against_model.py until a gate asks for it.
+    "testing": (frozenset({"numpy", "pytest"}), DATA | {"runtime", "validate"}),
+    "serving": (frozenset({"onnx"}), DATA | {"passes", "runtime"}),
 }
 ENGINES = {
     "onnxruntime": "runtime/ort_runner.py",
@@ -157,6 +160,8 @@ def test_the_command_line_loads_nothing_heavy_before_it_must() -> None:
         ("tfmq_export", HEAVY),
         ("tfmq_export.runtime", HEAVY),
         ("tfmq_export.runtime.realized_tensorrt", HEAVY),
+        ("tfmq_export.testing.plugin", (*HEAVY, "numpy")),
+        ("tfmq_export.testing.checks", HEAVY),
         ("tfmq_export.bundle", HEAVY),
         ("tfmq_export.recipe", HEAVY),
         ("tfmq_export.passes.pipeline", ("torch", "diffusers")),

@@ -21,10 +21,13 @@ from tfmq_export.bundle import Bundle
 from tfmq_export.config import Thresholds
 from tfmq_export.denoiser import Denoise, Denoiser
 from tfmq_export.errors import RecipeError
-from tfmq_export.program import DiffusionProgram
+from tfmq_export.models.load import load, source_of
+from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.progress import Progress, Silent
 from tfmq_export.ptq.calibration import CalibrationStep, record
+from tfmq_export.ptq.skip_concat import split_skip_concats
 from tfmq_export.recipe import QuantRecipe
+from tfmq_export.recipe_io import load_recipe
 from tfmq_export.runtime.compare import Comparison, Report, Threshold, has_ssim, psnr, sqnr_db, ssim
 from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.denoiser import load as load_bundle
@@ -89,6 +92,20 @@ class Subject:
                 f"({self.recipe.tib.timesteps.describe()}), not for {len(self.denoiser.timesteps)} "
                 f"({self.denoiser.timesteps.describe()}); give the same --steps"
             )
+
+
+def subject_of(bundle: Bundle, model: Path, factory: str | None = None) -> Subject:
+    """A bundle beside the model it came from, sampled the same way.
+
+    Args:
+        model: A folder, a ``model.pt``, or the weights of ``factory``.
+    Raises:
+        LoadError: the model cannot be read.
+        RecipeError: the bundle was not compiled from it.
+    """
+    denoiser = load(source_of(bundle, model, factory))
+    recipe = load_recipe(bundle.root)
+    return Subject(denoiser, split_skip_concats(capture(denoiser), recipe.splits), recipe, bundle)
 
 
 def validate(

@@ -1,4 +1,5 @@
-"""The commands, one file each: tfmq-export, tfmq-validate, tfmq-sample, tfmq-bench, tfmq-pack.
+"""The commands, one file each: tfmq-export, tfmq-validate, tfmq-sample, tfmq-bench, tfmq-pack,
+tfmq-triton, tfmq-golden.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once.
 """
@@ -47,3 +48,17 @@ def pack_main() -> None:
     from tfmq_export.cli.pack import pack
 
     _run(pack)
+
+
+def triton_main() -> None:
+    """Entry point of tfmq-triton."""
+    from tfmq_export.cli.triton import triton
+
+    _run(triton)
+
+
+def golden_main() -> None:
+    """Entry point of tfmq-golden."""
+    from tfmq_export.cli.golden import golden
+
+    _run(golden)

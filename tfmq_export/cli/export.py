@@ -1,7 +1,7 @@
 """tfmq-export: from a model to a bundle, with its proof."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from tfmq_export.cli.options import (
 )
 from tfmq_export.cli.result import show
 from tfmq_export.console import bars, err, out, reports_errors, set_up_logging
+
+if TYPE_CHECKING:
+    from tfmq_export.serving.options import Serving
 
 
 @reports_errors
@@ -80,6 +83,9 @@ def export(
         bool | None,
         typer.Option("--prologue", help="Put what the prompt decides into a graph of its own, run once per prompt."),
     ] = None,
+    triton: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Add it as this model to the Triton repository beside OUT.")
+    ] = None,
     dump_dir: Annotated[Path | None, typer.Option(help="Save the graph after every pass here.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -111,6 +117,7 @@ def export(
     settings = load_config(config, flags)
     set_up_logging(verbose)
     root = output or Path("out") / f"{_name(model)}-{settings.preset}"
+    serving = None if triton is None else _servable(settings.target, triton)
 
     with bars(quiet) as progress:
         with progress.stage("Starting"):
@@ -129,6 +136,19 @@ def export(
     out.print(f"\nwritten to [bold]{root}[/] in {sum(made.seconds.values()):.0f} s")
     if (root / "tfmq" / "samples.png").exists():
         out.print(f"look at it: {root / 'tfmq' / 'samples.png'}")
+    if serving is not None:
+        from tfmq_export.cli.triton import add_to_repository
+
+        add_to_repository(made.bundle, root.absolute().parent / "triton", serving)
+
+
+def _servable(target: str, name: str) -> "Serving":
+    """How to serve it, refused now where no server runs it, not after hours of compiling."""
+    from tfmq_export.serving.options import Serving, require_servable
+
+    serving = Serving(name)
+    require_servable(target, serving)
+    return serving
 
 
 def _name(model: Path) -> str:

@@ -38,11 +38,6 @@ Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=
 
 def source_of(bundle: "Bundle", against: Path, factory: str | None) -> "Source":
     """The float model, sampled the way the bundle is."""
-    from tfmq_export.models.load import Source
+    from tfmq_export.models.load import source_of as of_bundle
 
-    sampler = bundle.manifest.sampler
-    if factory is not None:
-        return Source(against, factory, sampler.steps)
-    stored = bundle.root / "tfmq" / "conditioning.npz"
-    conditioning = stored if stored.exists() and bundle.manifest.component == "unet" else None
-    return Source(against, None, sampler.steps, conditioning, sampler.guidance_scale)
+    return of_bundle(bundle, against, factory)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tfmq_export.cli.options import Against, BundleFolder, Factory, MinPsnr, MinSqnr, MinSsim, Quiet, source_of
+from tfmq_export.cli.options import Against, BundleFolder, Factory, MinPsnr, MinSqnr, MinSsim, Quiet
 from tfmq_export.cli.result import show
 from tfmq_export.console import bars, reports_errors
 
@@ -36,19 +36,11 @@ def validate(
     opened = open_bundle(bundle)
     opened.verify()
     with bars(quiet) as progress:
-        with progress.stage("Loading"):
-            from tfmq_export.models.load import load
-            from tfmq_export.program import capture
-            from tfmq_export.ptq.skip_concat import split_skip_concats
-            from tfmq_export.recipe_io import load_recipe
-            from tfmq_export.validate import Subject
+        with progress.stage("Loading and capturing the model"):
+            from tfmq_export.validate import subject_of
             from tfmq_export.validate import validate as run_validation
 
-            denoiser = load(source_of(opened, against, factory))
-        with progress.stage("Capturing the graph"):
-            program = capture(denoiser)
-        recipe = load_recipe(bundle)
-        subject = Subject(denoiser, split_skip_concats(program, recipe.splits), recipe, opened)
+            subject = subject_of(opened, against, factory)
         validation = run_validation(subject, thresholds, images=images, seed=seed, progress=progress)
     show(opened, validation)
     if json is not None:

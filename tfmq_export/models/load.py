@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tfmq_export.bundle import Bundle
 from tfmq_export.denoiser import Denoiser
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.checkpoint import read_checkpoint
@@ -30,6 +31,16 @@ class Source:
     steps: int | None = None
     conditioning: Path | None = None
     guidance_scale: float | None = None
+
+
+def source_of(bundle: Bundle, model: Path, factory: str | None = None) -> Source:
+    """The float model of a bundle, sampled the way the bundle is."""
+    sampler = bundle.manifest.sampler
+    if factory is not None:
+        return Source(model, factory, sampler.steps)
+    stored = bundle.root / "tfmq" / "conditioning.npz"
+    conditioning = stored if stored.exists() and bundle.manifest.component == "unet" else None
+    return Source(model, None, sampler.steps, conditioning, sampler.guidance_scale)
 
 
 def load(source: Source) -> Denoiser:

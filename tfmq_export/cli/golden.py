@@ -1,0 +1,28 @@
+"""tfmq-golden: what a bundle answers, to hold later ones to."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tfmq_export.cli.options import BundleFolder
+from tfmq_export.console import out, reports_errors, size
+
+
+@reports_errors
+def golden(
+    bundle: BundleFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (JSON).")],
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each question, and images.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of noise and pictures.")] = 0,
+) -> None:
+    """Write what an accepted bundle answers into a small file, for gates to compare with."""
+    from tfmq_export.bundle import open_bundle
+    from tfmq_export.testing.golden import make_golden, write_golden
+
+    made = make_golden(open_bundle(bundle), samples=samples, seed=seed)
+    write_golden(made, output)
+    out.print(
+        f"written to [bold]{output}[/] ({size(output.stat().st_size)}): {len(made.predictions)} timesteps, "
+        f"{len(made.images)} images"
+    )

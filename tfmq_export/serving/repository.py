@@ -1,0 +1,151 @@
+"""A model repository of Triton Inference Server, from a bundle.
+
+    REPO/NAME/config.pbtxt
+    REPO/NAME/1/model.onnx            or model.plan
+    REPO/NAME/1/tfmq/manifest.json    of the bundle: what this version is
+    REPO/NAME/warmup/timestep
+    REPO/NAME_prologue/               the same, where the bundle has a prologue
+
+A version appears under its number only when it is whole, so that a server which polls the repository never sees a
+part of one. All versions of a model take the same requests: another interface or another schedule is refused.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tfmq_export.bundle import Bundle, Manifest, open_bundle
+from tfmq_export.errors import ConfigError, OutputError
+from tfmq_export.serving.interface import denoiser_interface, prologue_interface
+from tfmq_export.serving.options import Serving, require_servable
+from tfmq_export.serving.pbtxt import render
+from tfmq_export.serving.triton_config import WARM_TIMESTEP, Role, config_of, plan_name
+
+HEADER = (
+    "# Written by tfmq-export for Triton Inference Server; see docs/serving.md.\n"
+    "# No optimization.graph.level on purpose: integer kernels need all of ONNX Runtime's optimizations, the default.\n"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What was added to a repository.
+
+    Attributes:
+        folder: ``REPO/NAME``.
+        max_batch: Most samples of one inference; 0 where Triton joins no requests and the client batches.
+    """
+
+    folder: Path
+    version: int
+    max_batch: int
+
+
+def write_repository(bundle: Bundle, repository: Path, serving: Serving) -> tuple[ServedModel, ...]:
+    """Add a bundle to a model repository as a new version; the denoiser first, then its prologue if it has one.
+
+    Raises:
+        LoadError: the bundle is altered, or its graphs are not what its manifest says.
+        ConfigError: no backend runs it so, the version is there, or earlier versions take other requests.
+        OutputError: the repository cannot be written.
+    """
+    manifest = bundle.manifest
+    require_servable(manifest.target, serving)
+    if serving.engines and manifest.prologue is not None and serving.engines.keys() != serving.prologue_engines.keys():
+        raise ConfigError(
+            f"{bundle.root}: has a prologue; name an engine of it with --prologue-engine for each --engine"
+        )
+    bundle.verify()
+    (timestep,) = manifest.input("timestep")
+    roles = [(Role(serving.name, denoiser_interface(bundle), timestep.name), bundle.model, serving.engines)]
+    once = prologue_interface(bundle)
+    if once is not None and bundle.prologue is not None:
+        name = f"{serving.name}_prologue"
+        roles.append((Role(name, once, ""), bundle.prologue, serving.prologue_engines))
+    version = _version(bundle, repository, serving)
+    served = []
+    # The prologue first: a client that finds the denoiser's new version finds the prologue's too.
+    for role, graph, engines in reversed(roles):
+        files = {plan_name(each): path for each, path in engines.items()} or _onnx_files(graph)
+        config = HEADER + render(config_of(role, manifest, serving))
+        warm = {WARM_TIMESTEP: manifest.timesteps.array[:1].astype(timestep.dtype).tobytes()} if role.timestep else {}
+        files["tfmq/manifest.json"] = bundle.root / "tfmq" / "manifest.json"
+        try:
+            _add(repository / role.name, version, config, files, warm)
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or repository}: {error.strerror or error}; choose another -o"
+            ) from error
+        served.append(ServedModel(repository / role.name, version, role.max_batch(serving)))
+    return tuple(reversed(served))
+
+
+def _onnx_files(graph: Path) -> dict[str, Path]:
+    """The graph, and the file of its weights where they lie outside it."""
+    return {path.name: path for path in sorted(graph.parent.glob("model.onnx*"))}
+
+
+def versions_in(folder: Path) -> dict[int, Path]:
+    """The versions of a model, by number."""
+    found = {int(path.name): path for path in folder.glob("[1-9]*") if path.name.isdigit() and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def _version(bundle: Bundle, repository: Path, serving: Serving) -> int:
+    """The number of the new version, if clients of those that are there can use it as well."""
+    folder = repository / serving.name
+    if folder.exists() and not (folder / "config.pbtxt").is_file():
+        raise ConfigError(f"{folder}: exists and is no model of Triton's; choose another --name or -o")
+    present = versions_in(folder)
+    wanted = serving.version or max(present, default=0) + 1
+    if wanted in present:
+        raise ConfigError(f"{present[wanted]}: version {wanted} is there already; choose another --model-version")
+    for path in present.values():
+        if not (path / "tfmq" / "manifest.json").is_file():
+            raise ConfigError(f"{path}: not a version written from a bundle; choose another --name")
+        different = _difference(open_bundle(path).manifest, bundle.manifest)
+        if different:
+            raise ConfigError(
+                f"{path} serves {different} than {bundle.root}: clients could not switch; choose another --name"
+            )
+    return wanted
+
+
+def _difference(old: Manifest, new: Manifest) -> str:
+    """What a client would notice; empty where it is nothing."""
+    passed = [None if each.prologue is None else (each.prologue.tensors, each.prologue.direct) for each in (old, new)]
+    if (old.inputs, old.output) != (new.inputs, new.output) or passed[0] != passed[1]:
+        return "other tensors"
+    if old.timesteps != new.timesteps:
+        return f"another schedule ({old.timesteps.describe()} against {new.timesteps.describe()})"
+    return "a graph for another target" if old.target != new.target else ""
+
+
+def _add(folder: Path, version: int, config: str, files: Mapping[str, Path], warm: Mapping[str, bytes]) -> None:
+    """Write a version beside its place, then move it there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        for name, source in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            _link(source, partial / name)
+        for name, data in warm.items():
+            (folder / "warmup").mkdir(exist_ok=True)
+            (folder / "warmup" / name).write_bytes(data)
+        (partial / "config.pbtxt").write_text(config, "utf-8")
+        os.replace(partial / "config.pbtxt", folder / "config.pbtxt")
+        partial.chmod(0o755)
+        partial.rename(folder / str(version))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _link(source: Path, place: Path) -> None:
+    """A hard link where the file system has them, else a copy: the bundle may go, the version stays."""
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copy2(source, place)
