@@ -25,7 +25,7 @@ NO_GATE = ["--min-psnr", "-100", "--min-sqnr", "-100"]  # random weights draw no
 
 
 def run(command: str, *arguments: object) -> Result:
-    app = cli._app(getattr(cli, command), "")
+    app = cli.app_of(command)
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 

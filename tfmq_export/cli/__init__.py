@@ -1,64 +1,51 @@
-"""The commands, one file each: tfmq-export, tfmq-validate, tfmq-sample, tfmq-bench, tfmq-pack,
-tfmq-triton, tfmq-golden.
+"""The commands, one file each: ``tfmq-NAME`` is the function NAME of ``cli/NAME.py``.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once.
 """
 
-from collections.abc import Callable
+import importlib
 
 import typer
 
 
-def _run(command: Callable[..., None]) -> None:
+def app_of(name: str) -> typer.Typer:
+    """A command, ready to run."""
+    command = getattr(importlib.import_module(f"tfmq_export.cli.{name}"), name)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(help=command.__doc__)(command)
-    app()
+    return app
 
 
 def export_main() -> None:
     """Entry point of tfmq-export."""
-    from tfmq_export.cli.export import export
-
-    _run(export)
+    app_of("export")()
 
 
 def validate_main() -> None:
     """Entry point of tfmq-validate."""
-    from tfmq_export.cli.validate import validate
-
-    _run(validate)
+    app_of("validate")()
 
 
 def sample_main() -> None:
     """Entry point of tfmq-sample."""
-    from tfmq_export.cli.sample import sample
-
-    _run(sample)
+    app_of("sample")()
 
 
 def bench_main() -> None:
     """Entry point of tfmq-bench."""
-    from tfmq_export.cli.bench import bench
-
-    _run(bench)
+    app_of("bench")()
 
 
 def pack_main() -> None:
     """Entry point of tfmq-pack."""
-    from tfmq_export.cli.pack import pack
-
-    _run(pack)
+    app_of("pack")()
 
 
 def triton_main() -> None:
     """Entry point of tfmq-triton."""
-    from tfmq_export.cli.triton import triton
-
-    _run(triton)
+    app_of("triton")()
 
 
 def golden_main() -> None:
     """Entry point of tfmq-golden."""
-    from tfmq_export.cli.golden import golden
-
-    _run(golden)
+    app_of("golden")()
