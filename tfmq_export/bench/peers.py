@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,30 @@ from numpy.typing import NDArray
 from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
 from tfmq_export.denoiser import Denoiser
+from tfmq_export.ptq.calibration import CalibrationStep
 
 Rows = Sequence[dict[str, NDArray[np.generic]]]
 """Calibration inputs by name, one call each."""
 
 OPSET = 18  # all peers read it, and ONNX Runtime runs it faster than 21 and later, whose GroupNormalization it inlines
 LAYERS = ("Conv", "MatMul", "Gemm")
+
+
+def batches_of(step: CalibrationStep, batch: int) -> tuple[dict[str, NDArray[np.generic]], ...]:
+    """Recorded inputs of one timestep, cut into calls; samples that fill no batch are left out."""
+    arrays = {name: value.numpy() for name, value in step.inputs.items()}
+    count = len(step.prediction) // batch * batch
+    return tuple(
+        {name: value if value.ndim == 0 else value[first : first + batch] for name, value in arrays.items()}
+        for first in range(0, count, batch)
+    )
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary working directory: the quantizers leave files wherever they are called."""
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        yield Path(folder)
 
 
 def export_float(denoiser: Denoiser, path: Path, batch: int) -> None:
@@ -55,8 +74,9 @@ def quantize_static(source: Path, path: Path, rows: Rows) -> None:
         def get_next(self) -> dict[str, NDArray[np.generic]] | None:
             return next(self.rows, None)
 
-    with tempfile.TemporaryDirectory() as folder:
-        prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
+    source, path = source.absolute(), path.absolute()
+    with scratch() as folder:
+        prepared, quantized = folder / "prepared.onnx", folder / "quantized.onnx"
         quant_pre_process(str(source), str(prepared))
         quantization.quantize_static(
             str(prepared),
@@ -83,11 +103,13 @@ def nncf_quantize(source: Path, path: Path, rows: Rows, *, transformer: bool) ->
     import nncf
     import openvino
 
-    quantized = nncf.quantize(
-        openvino.Core().read_model(str(source)),
-        nncf.Dataset(rows),
-        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
-        subset_size=len(rows),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(quantized, str(path), compress_to_fp16=False)
+    source, path = source.absolute(), path.absolute()
+    with scratch():
+        quantized = nncf.quantize(
+            openvino.Core().read_model(str(source)),
+            nncf.Dataset(rows),
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+            subset_size=len(rows),
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        openvino.save_model(quantized, str(path), compress_to_fp16=False)
