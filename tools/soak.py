@@ -8,6 +8,7 @@ on a violation.
 """
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ BATCHES = (1, 2, 3)
 
 BAD_EVERY = 3
 """Good requests to a bad one, for each thread."""
+
+AT_LEAST = 2 * BAD_EVERY
+"""Requests of each thread, however short the run: eight threads then try every bad one."""
 
 GROWTH_BYTES, GROWTH_SHARE = 8 << 20, 0.02
 """Memory may rise by the larger of the two over the second half of the run: allocators breathe."""
@@ -80,12 +84,14 @@ class Soak:
 
     Attributes:
         memory: Seconds since the start, bytes.
+        bad_turn: Counts bad requests over all threads, so that each kind gets its turn.
     """
 
     images: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
+    bad_turn: Iterator[int] = field(default_factory=itertools.count)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def good(self, images: int) -> None:
@@ -153,12 +159,20 @@ def soak(service: Service, requests: Sequence[Request], threads: int, seconds: f
         ]
         for worker in workers:
             worker.start()
-        while any(worker.is_alive() for worker in workers):
-            found.memory.append((time.monotonic() - start, rss_bytes()))
+        while not found.memory or any(worker.is_alive() for worker in workers):
+            found.memory.append((time.monotonic() - start, held_bytes()))
             time.sleep(1 / SAMPLES_PER_SECOND)
     if (growth := grown(found.memory)) > max(GROWTH_BYTES, GROWTH_SHARE * found.memory[-1][1]):
         found.violations.append(f"memory grew by {growth / 1e6:.1f} MB in the second half")
     return found
+
+
+def held_bytes() -> int:
+    """Memory of this process."""
+    held = rss_bytes()
+    if held is None:
+        raise SystemExit("this system does not tell how much memory a process holds; soak on Linux")
+    return held
 
 
 BadRequest = tuple[str, Callable[[], object]]
@@ -169,7 +183,7 @@ def serve(
 ) -> None:
     """One thread: good requests in turn, compared bit by bit, and bad ones between them."""
     turn = number
-    while time.monotonic() < until or turn == number:
+    while time.monotonic() < until or turn < number + AT_LEAST:
         request = requests[turn % len(requests)]
         try:
             images = service.draw(request.noise, request.conditioning, prepared=turn % 2 == 0)
@@ -183,7 +197,7 @@ def serve(
                 found.wrong(f"request {turn} of thread {number}: other images than alone, by {difference:.3g}")
         turn += 1
         if turn % BAD_EVERY == 0:
-            refuse(*bad[(turn // BAD_EVERY + number) % len(bad)], found)
+            refuse(*bad[next(found.bad_turn) % len(bad)], found)
 
 
 def refuse(kind: str, attempt: Callable[[], object], found: Soak) -> None:
@@ -242,9 +256,10 @@ def bad_files(bundle: Bundle, folder: Path) -> list[BadRequest]:
 
 def grown(memory: Sequence[tuple[float, int]]) -> float:
     """Bytes by which a line through the second half of the run rises."""
-    seconds, held = np.asarray(memory[len(memory) // 2 :], np.float64).T
-    if len(seconds) < 2:
+    half = memory[len(memory) // 2 :]
+    if len(half) < 2:
         return 0.0
+    seconds, held = np.asarray(half, np.float64).T
     return float(np.polyfit(seconds - seconds[0], held, 1)[0] * (seconds[-1] - seconds[0]))
 
 
@@ -255,7 +270,7 @@ def summary(found: Soak, minutes: float) -> str:
     shown = found.violations[:10]
     return "\n".join(
         [
-            f"{found.images} images, {found.images / minutes:.0f} per minute, each as drawn alone",
+            f"{found.images} images as drawn alone, {found.images / minutes:.0f} per minute",
             f"memory {first / 1e6:.1f} MB at the start, {last / 1e6:.1f} MB at the end, "
             f"{slope / 1e6:+.3f} MB per minute over the second half",
             f"{found.refused.total()} bad requests refused: "
