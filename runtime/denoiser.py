@@ -48,7 +48,7 @@ class LoadedBundle:
     sample_and_timestep: tuple[InputInfo, InputInfo] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        found = []
+        found: list[InputInfo] = []
         for role in ("sample", "timestep"):
             infos = self.bundle.manifest.input(role)
             if len(infos) != 1:

@@ -1,9 +1,11 @@
 """The other ways to get a quantized graph from the same model, each as its own documentation says."""
 
+import io
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
 from tfmq_export.denoiser import Denoiser
+from tfmq_export.program import quiet_logger
 from tfmq_export.ptq.calibration import CalibrationStep
 
 Rows = Sequence[dict[str, NDArray[np.generic]]]
@@ -47,8 +50,10 @@ def export_float(denoiser: Denoiser, path: Path, batch: int) -> None:
     """
     inputs = dict(denoiser.example_inputs)
     axes = {name: {0: torch.export.Dim.AUTO} if value.ndim else None for name, value in inputs.items()}
-    exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=axes, strict=False)
-    program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+    with warnings.catch_warnings(), quiet_logger("torch.onnx"):
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=axes, strict=False)
+        program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
     assert program is not None
     model = program.model_proto
     del model.graph.value_info[:]
@@ -104,7 +109,7 @@ def nncf_quantize(source: Path, path: Path, rows: Rows, *, transformer: bool) ->
     import openvino
 
     source, path = source.absolute(), path.absolute()
-    with scratch():
+    with scratch(), redirect_stdout(io.StringIO()):  # which takes its progress bars
         quantized = nncf.quantize(
             openvino.Core().read_model(str(source)),
             nncf.Dataset(rows),
