@@ -4,6 +4,7 @@ The first line in is the job, the answer ``Ready``; then each ``turn`` is answer
 peak of memory. A candidate that cannot run answers with the reason.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -18,8 +19,10 @@ from typing import Any, Self, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from tfmq_export import bundle
 from tfmq_export.bench.job import Job, Ready, Turn
 from tfmq_export.runtime.benchmark import peak_rss_bytes, rss_bytes
+from tfmq_export.runtime.engines import engine_version
 from tfmq_export.runtime.openvino_runner import OpenVinoRunner
 from tfmq_export.runtime.openvino_runner import version as openvino_version
 from tfmq_export.runtime.ort_runner import OrtRunner
@@ -149,15 +152,16 @@ def conditioning_of(job: Job, inputs: Mapping[str, NDArray[Any]]) -> dict[str, N
 def import_libraries(job: Job) -> None:
     """Before the clock starts, and nothing a candidate does not need: torch alone is some hundred MB."""
     if job.kind.startswith("torch"):
-        import diffusers
         import torch
 
-        assert diffusers is not None
+        importlib.import_module("diffusers")
         torch.set_num_threads(job.threads)
         torch.set_num_interop_threads(1)
+    elif job.kind == "bundle" and job.backend == "auto":
+        engine_version(bundle.open_bundle(Path(job.path)).manifest.target)
     elif job.backend == "openvino":
         openvino_version()
-    elif job.backend == "onnxruntime":
+    else:
         ort_version()
 
 
