@@ -139,7 +139,7 @@ class OpenVinoRunner:
     def settings(self) -> dict[str, str]:
         """What the graphs compiled so far run on."""
         graphs = list(self._graphs.values())
-        return {"engine": f"openvino {version()}", **(graphs[0].settings() if graphs else {})}
+        return {"engine": f"openvino {version().partition('-')[0]}", **(graphs[0].settings() if graphs else {})}
 
     def __enter__(self) -> Self:
         return self

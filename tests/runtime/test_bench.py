@@ -14,7 +14,7 @@ from tfmq_export.bench.job import Job, Ready, SamplingJob, Turn
 from tfmq_export.bench.lockstep import Worker
 from tfmq_export.bench.peers import scratch
 from tfmq_export.bench.plot import save_bars
-from tfmq_export.bench.report import HEADER, BenchReport, Missing, Row, Setting
+from tfmq_export.bench.report import COSTS, LATENCY, BenchReport, Missing, Row, Setting
 from tfmq_export.bench.run import Plan, bench
 from tfmq_export.bench.worker import Meter, open_candidate, sampling_run, timed_turn
 from tfmq_export.bench.workshop import Workshop
@@ -49,8 +49,8 @@ def test_bundle_and_twin_take_turns_and_what_cannot_run_says_why(bundle: Bundle)
     assert [(setting.batch, setting.rounds) for setting in report.settings] == [(1, 2), (3, 2)]
     assert [len(part.settings) for part in kept] == [1, 2]  # an interrupted run leaves the first
     for setting in report.settings:
-        assert [row.name for row in setting.rows] == ["fp32 twin of w8a8 ort-cpu", "w8a8 ort-cpu"]
-        assert setting.base == "fp32 twin of w8a8 ort-cpu"
+        assert [row.name for row in setting.rows] == ["twin of w8a8 ort-cpu", "w8a8 ort-cpu"]
+        assert setting.base == "twin of w8a8 ort-cpu"
         assert [item.reason for item in setting.missing] == ["needs the model the bundle came from: --against MODEL"]
         for row in setting.rows:
             assert row.ready.ran["threads"] == "1"
@@ -125,10 +125,10 @@ def test_baselines_are_named() -> None:
 
 
 def test_a_baseline_without_its_package_says_what_to_install() -> None:
-    baseline = Baseline("peer", "", ("no_such_package",), lambda workshop, threads: pytest.fail("made"))
+    baseline = Baseline(("no_such_package",), lambda workshop, threads: pytest.fail("made"))
 
     with pytest.raises(Exception, match="no_such_package is not installed; pip install no_such_package"):
-        baseline.candidate().make(None, 1)  # type: ignore[arg-type]
+        baseline.make(None, 1)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_compared_is_refused(bundle: Bundle) -> None:
@@ -165,13 +165,14 @@ def test_a_row_and_the_chart_show_what_was_found(tmp_path: Path) -> None:
     setting = Setting(2, 4, "fp32", (row("fp32", 0.1), row("w8a8", 0.05, True)), (Missing("nncf", "no [nncf]"),))
     report = BenchReport({"processor": "2 x some"}, "call", (setting, replace(setting, threads=1)))
 
-    cells = dict(zip(HEADER, setting.rows[1].cells(4), strict=True))
+    latency = dict(zip(LATENCY, setting.rows[1].latency(4), strict=True))
+    costs = dict(zip(COSTS, setting.rows[1].costs(), strict=True))
     save_bars(tmp_path / "bars.png", report)
     report.write(tmp_path / "bench.json")
 
-    assert cells["median"] == "50.00"
-    assert (cells["speed"], cells["per s"], cells["cores"], cells["ours"]) == ("2.00x", "80.0", "2.00", "25.0%")
-    assert (cells["load s"], cells["peak MB"]) == ("0.50", "120")
-    assert setting.rows[1].ran() == "onnxruntime 1.31, threads 2"
+    assert (latency["median ms"], latency["speed"], latency["per s"]) == ("50.00", "2.00x", "80.00")
+    assert costs["cpu ms"] == "100.0"
+    assert (costs["cores"], costs["ours"], costs["load s"], costs["peak MB"]) == ("2.00", "25.0%", "0.50", "120")
+    assert setting.ran() == {"onnxruntime 1.31, threads 2": ["fp32", "w8a8"]}
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "bench.json").read_text())["settings"][0]["not_run"] == {"nncf": "no [nncf]"}

@@ -14,7 +14,7 @@ from tfmq_export.errors import ConfigError, DependencyError
 from tfmq_export.target import find_target
 
 TWIN = "twin"
-TWIN_TEXT = "each bundle's own graph without Q/DQ, on the same engine"
+"""Each bundle's own graph without Q/DQ, on the same engine."""
 
 Make = Callable[[Workshop, int], Job]
 """``make(workshop, threads)``: builds what the candidate needs, once per workshop."""
@@ -34,24 +34,18 @@ class Baseline:
     """Another way to run the same float model.
 
     Attributes:
-        title: In tables.
-        how: How it is made and run, for people.
         packages: Beside what this package needs itself.
+        job: What to run, where they are installed.
     """
 
-    title: str
-    how: str
     packages: tuple[str, ...]
-    make: Make
+    job: Make
 
-    def candidate(self) -> Candidate:
-        return Candidate(self.title, self._make)
-
-    def _make(self, workshop: Workshop, threads: int) -> Job:
+    def make(self, workshop: Workshop, threads: int) -> Job:
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 raise DependencyError(f"{package} is not installed; pip install {package}")
-        return self.make(workshop, threads)
+        return self.job(workshop, threads)
 
 
 def _float(workshop: Workshop, threads: int, *, backend: str, precision: str = "f32") -> Job:
@@ -78,35 +72,16 @@ def _torch(workshop: Workshop, threads: int, *, kind: str) -> Job:
 
 _OPENVINO, _NNCF = ("openvino",), ("openvino", "nncf")
 BASELINES: Mapping[str, Baseline] = {
-    "ort-fp32": Baseline(
-        "fp32 export of the model, onnxruntime", "torch.onnx.export", (), partial(_float, backend="onnxruntime")
-    ),
-    "quantize-static": Baseline(
-        "quantize_static, onnxruntime", "ONNX Runtime's static quantization of that export", (), _quantize_static
-    ),
-    "openvino-fp32": Baseline(
-        "fp32 export, openvino f32", "that export on OpenVINO", _OPENVINO, partial(_float, backend="openvino")
-    ),
-    "openvino-bf16": Baseline(
-        "fp32 export, openvino bf16",
-        "the same with bf16 allowed",
-        _OPENVINO,
-        partial(_float, backend="openvino", precision="bf16"),
-    ),
-    "nncf": Baseline(
-        "nncf, openvino", "NNCF's post-training quantization of that export", _NNCF, partial(_nncf, transformer=False)
-    ),
-    "nncf-transformer": Baseline(
-        "nncf transformer, openvino", "the same with ModelType.TRANSFORMER", _NNCF, partial(_nncf, transformer=True)
-    ),
-    "torch": Baseline("torch eager", "the module itself", (), partial(_torch, kind="torch")),
-    "torch-compile": Baseline(
-        "torch.compile",
-        "the module through inductor, which needs a C++ compiler",
-        (),
-        partial(_torch, kind="torch-compile"),
-    ),
+    "ort-fp32": Baseline((), partial(_float, backend="onnxruntime")),
+    "quantize-static": Baseline((), _quantize_static),
+    "openvino-fp32": Baseline(_OPENVINO, partial(_float, backend="openvino")),
+    "openvino-bf16": Baseline(_OPENVINO, partial(_float, backend="openvino", precision="bf16")),
+    "nncf": Baseline(_NNCF, partial(_nncf, transformer=False)),
+    "nncf-transformer": Baseline(_NNCF, partial(_nncf, transformer=True)),
+    "torch": Baseline((), partial(_torch, kind="torch")),
+    "torch-compile": Baseline((), partial(_torch, kind="torch-compile")),
 }
+"""By name; docs/benchmarks.md says what each is."""
 
 NAMES = (TWIN, *BASELINES)
 DEFAULT = (TWIN, "ort-fp32", "openvino-fp32", "torch")
@@ -135,11 +110,11 @@ def baselines_named(words: str | None, *, model: bool) -> tuple[str, ...]:
 
 def candidates_of(bundles: Sequence[Bundle], backends: Sequence[str], baselines: Sequence[str]) -> list[Candidate]:
     """Baselines first, in the order given, then every bundle on every backend."""
-    found = [BASELINES[name].candidate() for name in baselines if name != TWIN]
+    found = [Candidate(name, BASELINES[name].make) for name in baselines if name != TWIN]
     names = _names(bundles)
     for bundle, name in zip(bundles, names, strict=True):
         if TWIN in baselines:
-            found.append(Candidate(f"fp32 twin of {name}", partial(_twin, bundle=bundle)))
+            found.append(Candidate(f"{TWIN} of {name}", partial(_twin, bundle=bundle)))
         for backend in backends:
             title = name if backend == "auto" else f"{name} on {backend}"
             found.append(Candidate(title, partial(_bundle, bundle=bundle, backend=backend), bundle=True))

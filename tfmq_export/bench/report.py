@@ -1,6 +1,7 @@
 """What was measured, as data, as a table and as JSON."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from tfmq_export.bench.machine import features, processor, versions
 from tfmq_export.bundle import Bundle
 from tfmq_export.runtime.benchmark import Timing
 
-HEADER = ("", "median", "p10", "p90", "p99", "speed", "per s", "cores", "ours", "load s", "peak MB")
-"""Times in milliseconds; ``Row`` says what the others are."""
+LATENCY = ("", "median ms", "p10", "p90", "p99", "speed", "per s")
+COSTS = ("", "cpu ms", "cores", "ours", "load s", "peak MB")
+"""Columns of the two tables; ``Row`` says what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,11 @@ class Row:
     peak_bytes: int | None
 
     @property
+    def cpu_seconds(self) -> float:
+        """Of all threads, per turn: on a busy machine steadier than the time that passes."""
+        return float(np.median([turn.cpu_seconds for turn in self.turns]))
+
+    @property
     def cores(self) -> float:
         """How many cores were busy: CPU seconds per second."""
         return float(np.median([turn.cpu_seconds / turn.seconds for turn in self.turns]))
@@ -65,6 +72,7 @@ class Row:
             "seconds": self.timing.to_json(),
             "speedup": self.speedup,
             "samples_per_second": batch / self.timing.median,
+            "cpu_seconds": self.cpu_seconds,
             "cores": self.cores,
             "overhead": self.overhead,
             "overhead_seconds": self.overhead_seconds,
@@ -74,21 +82,17 @@ class Row:
             "ran": dict(self.ready.ran),
         }
 
-    def cells(self, batch: int) -> tuple[str, ...]:
-        """One per column of ``HEADER``."""
+    def latency(self, batch: int) -> tuple[str, ...]:
+        """One cell per column of ``LATENCY``."""
         timing = self.timing
-        times = [f"{value * 1e3:.2f}" for value in (timing.median, timing.p10, timing.p90, timing.p99)]
+        times = [_short(value * 1e3) for value in (timing.median, timing.p10, timing.p90, timing.p99)]
+        return (self.name, *times, f"{self.speedup:.2f}x", _short(batch / timing.median))
+
+    def costs(self) -> tuple[str, ...]:
+        """One cell per column of ``COSTS``."""
         peak = "-" if self.peak_bytes is None else f"{self.peak_bytes / 1e6:.0f}"
-        return (
-            self.name,
-            *times,
-            f"{self.speedup:.2f}x",
-            f"{batch / timing.median:.1f}",
-            f"{self.cores:.2f}",
-            f"{self.overhead:.1%}",
-            f"{self.ready.load_seconds:.2f}",
-            peak,
-        )
+        cpu, load = _short(self.cpu_seconds * 1e3), f"{self.ready.load_seconds:.2f}"
+        return (self.name, cpu, f"{self.cores:.2f}", f"{self.overhead:.1%}", load, peak)
 
     def ran(self) -> str:
         """What really ran, in one line."""
@@ -112,6 +116,13 @@ class Setting:
     @property
     def rounds(self) -> int:
         return self.rows[0].timing.count
+
+    def ran(self) -> dict[str, list[str]]:
+        """Names of the candidates that ran on the same, by what that is."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            found.setdefault(row.ran(), []).append(row.name)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,3 +176,9 @@ class BenchReport:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")
         partial.replace(path)
+
+
+def _short(value: float) -> str:
+    """Four digits: more are noise."""
+    digits = 3 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(0, min(digits, 3))}f}"

@@ -38,7 +38,7 @@ def bench(
     """Time bundles against what else one would run, each in a process of its own, taking turns."""
     from tfmq_export.bench.candidates import baselines_named, candidates_of
     from tfmq_export.bench.plot import save_bars
-    from tfmq_export.bench.report import HEADER, BenchReport
+    from tfmq_export.bench.report import COSTS, LATENCY, BenchReport
     from tfmq_export.bench.run import Plan
     from tfmq_export.bench.run import bench as run_bench
     from tfmq_export.bench.workshop import Model
@@ -58,10 +58,10 @@ def bench(
         report = run_bench(opened, model, candidates, plan, progress, keep=keep)
     for setting in report.settings:
         title = f"batch {setting.batch}, {setting.threads} thread(s), {setting.rounds} rounds, per {report.unit}"
-        rows = [row.cells(setting.batch) for row in setting.rows]
-        table(f"{title}; milliseconds, speed 1 is {setting.base}", rows, HEADER)
-        for row in setting.rows:
-            out.print(f"ran: {row.name}: {row.ran()}", markup=False, highlight=False)
+        table(f"{title}; speed 1 is {setting.base}", [row.latency(setting.batch) for row in setting.rows], LATENCY)
+        table("", [row.costs() for row in setting.rows], COSTS)
+        for ran, runners in setting.ran().items():
+            out.print(f"ran on {ran}: {', '.join(runners)}", markup=False, highlight=False)
         for item in setting.missing:
             out.print(f"not run: {item.name}: {item.reason}", markup=False, highlight=False)
         out.print()
