@@ -1,5 +1,6 @@
 """The commands as a user types them: results, one-line errors, exit codes, nothing left behind."""
 
+import importlib
 import json
 import pickle
 import resource
@@ -10,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import UNet2DModel
 from tiny_model import spawn, tiny_folder
 from typer.testing import CliRunner, Result
 
-from tfmq_export import cli
 from tfmq_export.bundle import open_bundle
 from tfmq_export.console import INTERRUPTED
 from tfmq_export.runtime import load
@@ -25,7 +26,8 @@ NO_GATE = ["--min-psnr", "-100", "--min-sqnr", "-100"]  # random weights draw no
 
 
 def run(command: str, *arguments: object) -> Result:
-    app = cli._app(getattr(cli, command), "")
+    app = typer.Typer()
+    app.command()(getattr(importlib.import_module(f"tfmq_export.cli.{command}"), command))
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
