@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -33,17 +34,25 @@ class Timing:
     def median(self) -> float:
         return float(np.median(self.seconds))
 
+    def percentile(self, percent: float) -> float:
+        """Seconds that this share of the calls stays below."""
+        return float(np.percentile(self.seconds, percent))
+
     @property
     def p10(self) -> float:
-        return float(np.percentile(self.seconds, 10))
+        return self.percentile(10)
 
     @property
     def p90(self) -> float:
-        return float(np.percentile(self.seconds, 90))
+        return self.percentile(90)
+
+    @property
+    def p99(self) -> float:
+        return self.percentile(99)
 
     def to_json(self) -> dict[str, float | int]:
         """Plain data, seconds."""
-        return {"median": self.median, "p10": self.p10, "p90": self.p90, "count": self.count}
+        return {"median": self.median, "p10": self.p10, "p90": self.p90, "p99": self.p99, "count": self.count}
 
 
 def time_interleaved(
@@ -53,9 +62,22 @@ def time_interleaved(
     warmup: int = 3,
     seconds_budget: float = math.inf,
 ) -> dict[str, Timing]:
+    """Time every candidate once per round; see ``take_turns``."""
+    turns = {name: stopwatch(call) for name, call in candidates.items()}
+    return take_turns(turns, rounds=rounds, warmup=warmup, seconds_budget=seconds_budget)
+
+
+def take_turns(
+    candidates: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int = 30,
+    warmup: int = 3,
+    seconds_budget: float = math.inf,
+) -> dict[str, Timing]:
     """Call every candidate once per round, each round starting with the next one.
 
     Args:
+        candidates: Each returns the seconds it took.
         warmup: Rounds that are not counted.
         seconds_budget: No new round starts after this time, warm-up included; one round always runs.
     """
@@ -74,12 +96,21 @@ def time_interleaved(
             continue
         first = position % len(names)
         for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            candidates[name]()
-            elapsed = time.perf_counter() - start
+            elapsed = candidates[name]()
             if position >= 0:
                 seconds[name].append(elapsed)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def stopwatch(call: Callable[[], object]) -> Callable[[], float]:
+    """The call, answering with its seconds."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return timed
 
 
 def speedups(timings: Mapping[str, Timing], baseline: str) -> dict[str, float]:
@@ -94,13 +125,29 @@ def speedups(timings: Mapping[str, Timing], baseline: str) -> dict[str, float]:
 
 
 def peak_rss_bytes() -> int | None:
-    """Largest memory this process ever held; None where the system does not tell (Windows).
+    """Largest memory this program ever held; None where the system does not tell (Windows).
 
     It never falls: measure each candidate in a process of its own.
     """
+    # On Linux getrusage counts from the fork on, so a small child of a large process looks large.
+    return _status_bytes("VmHWM") if sys.platform == "linux" else _max_rss_bytes()
+
+
+def rss_bytes() -> int | None:
+    """Memory this process holds now; None where the system does not tell (all but Linux)."""
+    return _status_bytes("VmRSS") if sys.platform == "linux" else None
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    kilobytes = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(kilobytes) * 1024
+
+
+def _max_rss_bytes() -> int | None:
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes.
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, the others kilobytes

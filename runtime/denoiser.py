@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.bundle import Bundle, open_bundle
+from tfmq_export.bundle import Bundle, InputInfo, open_bundle
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.runtime.engines import open_runner
 from tfmq_export.runtime.prompt import (
@@ -38,17 +38,23 @@ class LoadedBundle:
     Attributes:
         prologue: Runs the bundle's second graph, where it has one.
         last: The prompt of the last call with conditioning; behind a lock.
+        sample_and_timestep: What the manifest says of these two inputs.
     """
 
     bundle: Bundle
     runner: Runner
     prologue: Runner | None = None
     last: LastPrompt = field(default_factory=LastPrompt, compare=False, repr=False)
+    sample_and_timestep: tuple[InputInfo, InputInfo] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        found: list[InputInfo] = []
         for role in ("sample", "timestep"):
-            if len(self.bundle.manifest.input(role)) != 1:
+            infos = self.bundle.manifest.input(role)
+            if len(infos) != 1:
                 raise LoadError(f"{self.bundle.root}: the manifest needs one {role} input; compile the model again")
+            found += infos
+        object.__setattr__(self, "sample_and_timestep", tuple(found))
 
     def prepare(self, **conditioning: NDArray[np.generic]) -> PreparedPrompt:
         """Do once what the prompt decides; give the result to each call as ``prompt``.
@@ -83,9 +89,7 @@ class LoadedBundle:
             ConfigError: a name, type or shape is not what the manifest says, or the prompt was prepared for another
                 bundle or batch.
         """
-        manifest = self.bundle.manifest
-        (sample_info,) = manifest.input("sample")
-        (timestep_info,) = manifest.input("timestep")
+        manifest, (sample_info, timestep_info) = self.bundle.manifest, self.sample_and_timestep
         feeds = {sample_info.name: checked(sample_info, sample)}
         batch = feeds[sample_info.name].shape[0]
         steps = timesteps_of(timestep, batch)

@@ -136,6 +136,11 @@ class OpenVinoRunner:
         model = self._compile(self._reshaped(shapes)).get_runtime_model()
         return tuple(_operation(node) for node in model.get_ordered_ops())
 
+    def settings(self) -> dict[str, str]:
+        """What the graphs compiled so far run on."""
+        graphs = list(self._graphs.values())
+        return {"engine": f"openvino {version().partition('-')[0]}", **(graphs[0].settings() if graphs else {})}
+
     def __enter__(self) -> Self:
         return self
 
@@ -221,6 +226,11 @@ class _Graph:
         values = list(request.infer(dict(arrays)).values())  # copies; one that fails is not used again
         self._idle.append(request)
         return values
+
+    def settings(self) -> dict[str, str]:
+        asked = {"threads": "INFERENCE_NUM_THREADS", "precision": "INFERENCE_PRECISION_HINT", "streams": "NUM_STREAMS"}
+        found = {name: self._compiled.get_property(key) for name, key in asked.items()}
+        return {name: getattr(value, "to_string", value.__str__)() for name, value in found.items()}
 
 
 def _has_stored_weight(node: Any) -> bool:

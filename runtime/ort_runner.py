@@ -100,6 +100,17 @@ class OrtRunner:
             ) from error
         return dict(zip(self.outputs, values, strict=True))
 
+    def settings(self) -> dict[str, str]:
+        """What the session runs on."""
+        if self._session is None:
+            raise ConfigError(f"{self._path}: the runner is closed; open it again")
+        threads = self._session.get_session_options().intra_op_num_threads
+        return {
+            "engine": f"onnxruntime {version()}",
+            "provider": self._session.get_providers()[0],
+            "threads": str(threads) if threads else "its own choice",
+        }
+
     def __enter__(self) -> Self:
         return self
 

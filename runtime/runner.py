@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,15 @@ class Runner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class ReportsSettings(Protocol):
+    """A runner that says what it really runs on."""
+
+    def settings(self) -> dict[str, str]:
+        """Engine with version, threads, precision: the engine's own words, not what was asked for."""
+        ...
 
 
 def one_line(message: object) -> str:

@@ -12,7 +12,7 @@ Needs the extra ``peers``: pip install -e '.[peers]'.
 import argparse
 import importlib.metadata
 import json
-import platform
+import math
 import sys
 import tempfile
 import time
@@ -22,12 +22,13 @@ from pathlib import Path
 
 import shapes
 from engines import Engine
-from peer_measure import Candidate, Graph, hold_out, measure, one_line
+from peer_measure import Candidate, Graph, Rounds, hold_out, measure, one_line
 from peer_report import Comparison, Result, console_table, markdown
-from peers import OPSET, Rows, export_float, nncf_quantize, quantize_static
 from rich.console import Console
 from torch import nn
 
+from tfmq_export.bench.machine import processor
+from tfmq_export.bench.peers import OPSET, Rows, batches_of, export_float, nncf_quantize, quantize_static
 from tfmq_export.compiler import compile_model
 from tfmq_export.config import CompileConfig, Method, Thresholds
 from tfmq_export.denoiser import Denoiser, Description
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=shapes.SIZES, default="full")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="end the rounds after this long, for each threads"
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--presets", nargs="+", default=["w8a8", "w4a8", "w4a6"])
     parser.add_argument("--effort", default="fast", help="of our quantization; the peers have no such knob")
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace, folder: Path, console: Console) -> Comparison:
     )
     denoiser = load_model(args)
     calibration = calibrate(denoiser, images=args.images, seed=0, progress=_silent)
-    rows = [dict(call) for step in hold_out(calibration, args.batch) for call in step.calls]
+    rows = [call for step in calibration for call in batches_of(step, args.batch)]
     held_out = hold_out(calibrate(denoiser, images=args.images, seed=1, progress=_silent), args.batch)
     candidates: list[Candidate] = []
     failures: dict[str, str] = {}
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace, folder: Path, console: Console) -> Comparison:
     results: list[Result] = []
     for threads in args.threads:
         console.print(f"{len(candidates)} candidates, {threads} thread(s), {args.rounds} rounds")
-        results += measure(candidates, held_out, threads, args.rounds, failures)
+        results += measure(candidates, held_out, Rounds(threads, args.rounds, args.seconds), failures)
     about = {
         "model": f"{args.model}, {args.size}" if args.model in shapes.SHAPES else args.model,
         "parameters": f"{sum(value.numel() for value in denoiser.module.parameters()) / 1e6:.2f} M",
@@ -181,16 +185,6 @@ def packages(ort_only: bool) -> tuple[str, ...]:
     """Whose versions decide the figures."""
     peers = () if ort_only else ("openvino", "nncf")
     return ("tfmq-export", "torch", "onnx", *peers)
-
-
-def processor() -> str:
-    """The processor's name, as Linux knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.machine()
 
 
 def _silent(done: int, total: int) -> None:

@@ -1,5 +1,6 @@
 """Accuracy and latency of graphs on engines: judged on held-out calls, timed in turn."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from engines import Call, Engine, Feeds
 from numpy.typing import NDArray
 from peer_report import Result
 
+from tfmq_export.bench.peers import batches_of
 from tfmq_export.ptq.calibration import CalibrationStep
 from tfmq_export.runtime.benchmark import speedups, time_interleaved
 from tfmq_export.runtime.compare import sqnr_db
@@ -66,25 +68,33 @@ class HeldOut:
     prediction: NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """How long candidates take turns.
+
+    Attributes:
+        threads: Of one inference.
+        seconds: No round starts after this long; one always runs.
+    """
+
+    threads: int
+    count: int
+    seconds: float = math.inf
+
+
 def hold_out(steps: Sequence[CalibrationStep], batch: int) -> list[HeldOut]:
     """Recorded calls, cut into batches; samples that fill no batch are left out."""
     found = []
     for step in steps:
-        count = len(step.prediction) // batch * batch
-        arrays = {name: value.numpy() for name, value in step.inputs.items()}
-        calls = tuple(
-            {name: value if value.ndim == 0 else value[first : first + batch] for name, value in arrays.items()}
-            for first in range(0, count, batch)
-        )
-        found.append(HeldOut(calls, step.prediction[:count].numpy()))
+        calls = batches_of(step, batch)
+        found.append(HeldOut(calls, step.prediction[: len(calls) * batch].numpy()))
     return found
 
 
 def measure(
     candidates: Sequence[Candidate],
     held_out: Sequence[HeldOut],
-    threads: int,
-    rounds: int,
+    rounds: Rounds,
     failures: dict[str, str],
 ) -> list[Result]:
     """Accuracy of every candidate on the held-out calls, then latency, all in turn.
@@ -99,19 +109,19 @@ def measure(
     for name, candidate in by_name.items():
         graph, example = candidate.graph, candidate.graph.feeds(held_out[0].calls[0])
         try:
-            call = candidate.engine.open(graph.path, threads, example)
+            call = candidate.engine.open(graph.path, rounds.threads, example)
             accuracy[name] = judge(call, graph, held_out)
         except Exception as error:  # whatever an engine raises on a graph it cannot run
             failures[name] = one_line(error)
             continue
         calls[name] = partial(call, example)
-    timings = time_interleaved(calls, rounds=rounds)
+    timings = time_interleaved(calls, rounds=rounds.count, seconds_budget=rounds.seconds)
     ratios = speedups(timings, candidates[0].name)
     return [
         Result(
             made_by=by_name[name].graph.name,
             engine=by_name[name].engine.describe(),
-            threads=threads,
+            threads=rounds.threads,
             timing=timings[name],
             speedup=ratios[name],
             file_bytes=by_name[name].graph.size(),

@@ -14,7 +14,6 @@ from diffusers import UNet2DModel
 from tiny_model import spawn, tiny_folder
 from typer.testing import CliRunner, Result
 
-from tfmq_export import cli
 from tfmq_export.bundle import open_bundle
 from tfmq_export.console import INTERRUPTED
 from tfmq_export.runtime import load
@@ -120,10 +119,42 @@ def test_sample_draws_a_picture_with_and_without_the_model(packed: Path, bundle:
 
 def test_bench_names_its_baseline(packed: Path, bundle: Path) -> None:
     twin = run("bench", bundle, "--rounds", "3", "-q")
-    exported = run("bench", bundle, "--rounds", "3", "--against", packed, "-q")
+    exported = run("bench", bundle, "--rounds", "3", "--against", packed, "--baselines", "ort-fp32,torch", "-q")
 
-    assert "fp32 twin" in twin.output
-    assert "fp32 export of the model" in exported.output
+    assert "speed 1 is twin of w8a8 ort-cpu" in " ".join(twin.output.split())
+    assert "speed 1 is ort-fp32" in " ".join(exported.output.split())
+    assert "ran on torch 2." in exported.output
+
+
+def test_a_sampling_run_is_timed_as_a_whole(packed: Path, bundle: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "bench.json"
+
+    result = run(
+        "bench",
+        bundle,
+        "--against",
+        packed,
+        "--sampling",
+        "--baselines",
+        "quantize-static",
+        "-q",
+        "--rounds",
+        "2",
+        "--threads",
+        "2",
+        "--json",
+        figures,
+        "--plot",
+        tmp_path / "bench.png",
+    )
+
+    assert result.exit_code == 0, result.output
+    assert "sampling run (DDIMScheduler, 3 steps)" in " ".join(result.output.split())
+    (setting,) = json.loads(figures.read_text())["settings"]
+    assert {row["ran"]["threads"] for row in setting["candidates"].values()} == {"2"}
+    assert len(setting["candidates"]) == 2
+    assert setting["not_run"] == {}
+    assert (tmp_path / "bench.png").stat().st_size > 1000
 
 
 def write_truncated(path: Path, packed: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from engines import Call, Engine, Feeds
 from onnx import helper
 from onnx_graphs import build, normal
-from peer_measure import Candidate, Graph, HeldOut, hold_out, measure
+from peer_measure import Candidate, Graph, HeldOut, Rounds, hold_out, measure
 from peer_report import COLUMNS, Comparison, Result, console_table, markdown
 from rich.console import Console
 
@@ -61,7 +61,7 @@ def candidates(graphs: Sequence[Graph], engine: Engine) -> list[Candidate]:
 def test_noise_of_a_tenth_is_20_db_at_every_timestep(tmp_path: Path) -> None:
     graphs = [scaled(tmp_path, "float", 1.0), scaled(tmp_path, "tenth", 1.1)]
 
-    exact, tenth = measure(candidates(graphs, Engine("onnxruntime")), held_out(3), 1, 2, {})
+    exact, tenth = measure(candidates(graphs, Engine("onnxruntime")), held_out(3), Rounds(1, 2), {})
 
     assert exact.sqnr == (np.inf,) * 3
     assert tenth.sqnr == pytest.approx((20.0,) * 3, abs=1e-4)
@@ -74,7 +74,7 @@ def test_candidates_take_turns_and_each_round_starts_with_the_next(tmp_path: Pat
     engine = LoggedEngine("onnxruntime")
     graphs = [scaled(tmp_path, name, 1.0) for name in "abc"]
 
-    measure(candidates(graphs, engine), held_out(1), 1, 3, {})
+    measure(candidates(graphs, engine), held_out(1), Rounds(1, 3), {})
 
     turns = "".join(engine.log)[3:]  # the first call of each was judged
     assert turns[-9:] == "abc" + "bca" + "cab"
@@ -86,7 +86,7 @@ def test_a_graph_no_engine_takes_is_reported_and_the_others_are_timed(tmp_path: 
     graphs[1].path.write_bytes(b"no graph")
     failures: dict[str, str] = {}
 
-    (result,) = measure(candidates(graphs, Engine("onnxruntime")), held_out(), 1, 1, failures)
+    (result,) = measure(candidates(graphs, Engine("onnxruntime")), held_out(), Rounds(1, 1), failures)
 
     assert result.made_by == "float"
     ((name, reason),) = failures.items()
@@ -171,7 +171,9 @@ def test_the_console_shows_the_same_cells() -> None:
 def test_json_keeps_the_plain_figures() -> None:
     found = json.loads(json.dumps(comparison().to_json()))
 
-    assert found["results"][1]["seconds"] == pytest.approx({"median": 0.1, "p10": 0.06, "p90": 0.14, "count": 3})
+    assert found["results"][1]["seconds"] == pytest.approx(
+        {"median": 0.1, "p10": 0.06, "p90": 0.14, "p99": 0.149, "count": 3}
+    )
     assert found["results"][1]["sqnr_db"] == [30.0, 20.0]
     assert found["failures"] == {"nncf": "ValueError: no [weights]"}
 

@@ -1,40 +1,78 @@
 """tfmq-bench: how fast a bundle is, and against what."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tfmq_export.cli.options import BundleFolder, Factory, Quiet, Threads, source_of
-from tfmq_export.console import bars, reports_errors, table
+from tfmq_export.cli.options import Factory, Quiet, source_of
+from tfmq_export.console import bars, out, reports_errors, table
+from tfmq_export.errors import ConfigError
+
+BASELINES = (
+    "twin, ort-fp32, quantize-static, openvino-fp32, openvino-bf16, nncf, nncf-transformer, torch, torch-compile"
+)
 
 
 @reports_errors
 def bench(
-    bundle: BundleFolder,
-    threads: Threads = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per call.")] = 1,
-    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 30,
-    against: Annotated[
-        Path | None, typer.Option(help="Baseline: this model's own fp32 export instead of the bundle's float twin.")
-    ] = None,
+    bundles: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Bundles of one model, made by tfmq-export.")],
+    against: Annotated[Path | None, typer.Option(help="The model they came from: what most baselines run.")] = None,
     factory: Factory = None,
+    baselines: Annotated[
+        str | None, typer.Option(help=f"Of {BASELINES}; with commas, or all, or none.", show_default="those at hand")
+    ] = None,
+    backends: Annotated[str, typer.Option(help="Engines of the bundles: auto, onnxruntime, openvino.")] = "auto",
+    threads: Annotated[str, typer.Option(help="Threads of one inference, such as 1,2.")] = "1",
+    batch: Annotated[str, typer.Option(help="Samples per call, or images per sampling run, such as 1,4.")] = "1",
+    sampling: Annotated[bool, typer.Option("--sampling", help="Time whole sampling runs, prompt included.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every candidate.")] = 30,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="End the turns after this long, all settings together.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a chart here (PNG).")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time a bundle against fp32 on its own engine, interleaved in one run."""
-    from tfmq_export.bench import bench_bundle
+    """Time bundles against what else one would run, each in a process of its own, taking turns."""
+    from tfmq_export.bench.candidates import baselines_named, candidates_of
+    from tfmq_export.bench.plot import save_bars
+    from tfmq_export.bench.report import COSTS, LATENCY, BenchReport
+    from tfmq_export.bench.run import Plan
+    from tfmq_export.bench.run import bench as run_bench
+    from tfmq_export.bench.workshop import Model
     from tfmq_export.bundle import open_bundle
 
-    opened = open_bundle(bundle)
+    opened = [open_bundle(folder) for folder in bundles]
+    plan = Plan(_numbers("--threads", threads), _numbers("--batch", batch), rounds, seconds or math.inf, sampling)
+    model = None if against is None else Model(source_of(opened[0], against, factory))
+    names = baselines_named(baselines, model=model is not None)
+    candidates = candidates_of(opened, [word.strip() for word in backends.split(",")], names)
+
+    def keep(report: BenchReport) -> None:
+        if json is not None:
+            report.write(json)
+
     with bars(quiet) as progress:
-        source = None if against is None else source_of(opened, against, factory)
-        result = bench_bundle(opened, source, threads=threads, batch=batch, rounds=rounds, progress=progress)
-    rows = [
-        (name, f"{timing.median * 1e3:.2f}", f"{timing.p10 * 1e3:.2f}", f"{timing.p90 * 1e3:.2f}", f"{ratio:.2f}x")
-        for (name, timing), ratio in zip(result.timings.items(), result.speedups.values(), strict=True)
-    ]
-    header = ("", "median ms", "p10", "p90", "speed")
-    table(f"{bundle}: batch {batch}, {threads} thread(s), {rounds} interleaved rounds, {result.engine}", rows, header)
-    if json is not None:
-        result.write(json)
+        report = run_bench(opened, model, candidates, plan, progress, keep=keep)
+    for setting in report.settings:
+        title = f"batch {setting.batch}, {setting.threads} thread(s), {setting.rounds} rounds, per {report.unit}"
+        table(f"{title}; speed 1 is {setting.base}", [row.latency(setting.batch) for row in setting.rows], LATENCY)
+        table("", [row.costs() for row in setting.rows], COSTS)
+        for ran, runners in setting.ran().items():
+            out.print(f"ran on {ran}: {', '.join(runners)}", markup=False, highlight=False)
+        for item in setting.missing:
+            out.print(f"not run: {item.name}: {item.reason}", markup=False, highlight=False)
+        out.print()
+    for heading, text in report.about.items():
+        out.print(f"{heading}: {text}", markup=False, highlight=False)
+    if plot is not None:
+        save_bars(plot, report)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {text}: needs whole numbers with commas between") from None

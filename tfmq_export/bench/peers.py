@@ -1,8 +1,11 @@
 """The other ways to get a quantized graph from the same model, each as its own documentation says."""
 
+import io
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,31 @@ from numpy.typing import NDArray
 from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
 from tfmq_export.denoiser import Denoiser
+from tfmq_export.program import quiet_logger
+from tfmq_export.ptq.calibration import CalibrationStep
 
 Rows = Sequence[dict[str, NDArray[np.generic]]]
 """Calibration inputs by name, one call each."""
 
 OPSET = 18  # all peers read it, and ONNX Runtime runs it faster than 21 and later, whose GroupNormalization it inlines
 LAYERS = ("Conv", "MatMul", "Gemm")
+
+
+def batches_of(step: CalibrationStep, batch: int) -> tuple[dict[str, NDArray[np.generic]], ...]:
+    """Recorded inputs of one timestep, cut into calls; samples that fill no batch are left out."""
+    arrays = {name: value.numpy() for name, value in step.inputs.items()}
+    count = len(step.prediction) // batch * batch
+    return tuple(
+        {name: value if value.ndim == 0 else value[first : first + batch] for name, value in arrays.items()}
+        for first in range(0, count, batch)
+    )
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary working directory: the quantizers leave files wherever they are called."""
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        yield Path(folder)
 
 
 def export_float(denoiser: Denoiser, path: Path, batch: int) -> None:
@@ -28,8 +50,10 @@ def export_float(denoiser: Denoiser, path: Path, batch: int) -> None:
     """
     inputs = dict(denoiser.example_inputs)
     axes = {name: {0: torch.export.Dim.AUTO} if value.ndim else None for name, value in inputs.items()}
-    exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=axes, strict=False)
-    program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+    with warnings.catch_warnings(), quiet_logger("torch.onnx"):
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=axes, strict=False)
+        program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
     assert program is not None
     model = program.model_proto
     del model.graph.value_info[:]
@@ -55,8 +79,9 @@ def quantize_static(source: Path, path: Path, rows: Rows) -> None:
         def get_next(self) -> dict[str, NDArray[np.generic]] | None:
             return next(self.rows, None)
 
-    with tempfile.TemporaryDirectory() as folder:
-        prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
+    source, path = source.absolute(), path.absolute()
+    with scratch() as folder:
+        prepared, quantized = folder / "prepared.onnx", folder / "quantized.onnx"
         quant_pre_process(str(source), str(prepared))
         quantization.quantize_static(
             str(prepared),
@@ -83,11 +108,13 @@ def nncf_quantize(source: Path, path: Path, rows: Rows, *, transformer: bool) ->
     import nncf
     import openvino
 
-    quantized = nncf.quantize(
-        openvino.Core().read_model(str(source)),
-        nncf.Dataset(rows),
-        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
-        subset_size=len(rows),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(quantized, str(path), compress_to_fp16=False)
+    source, path = source.absolute(), path.absolute()
+    with scratch(), redirect_stdout(io.StringIO()):  # which takes its progress bars
+        quantized = nncf.quantize(
+            openvino.Core().read_model(str(source)),
+            nncf.Dataset(rows),
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+            subset_size=len(rows),
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        openvino.save_model(quantized, str(path), compress_to_fp16=False)

@@ -1,0 +1,149 @@
+"""What a bundle is compared with: its own float twin, and what users would run instead of it."""
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tfmq_export.bench.job import Job
+from tfmq_export.bench.peers import nncf_quantize, quantize_static
+from tfmq_export.bench.workshop import Workshop
+from tfmq_export.bundle import Bundle
+from tfmq_export.errors import ConfigError, DependencyError
+from tfmq_export.target import find_target
+
+TWIN = "twin"
+"""Each bundle's own graph without Q/DQ, on the same engine."""
+
+Make = Callable[[Workshop, int], Job]
+"""``make(workshop, threads)``: builds what the candidate needs, once per workshop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Something to time: a name, a way to get its job, and whether it is a bundle and no baseline."""
+
+    name: str
+    make: Make
+    bundle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """Another way to run the same float model.
+
+    Attributes:
+        packages: Beside what this package needs itself.
+        job: What to run, where they are installed.
+    """
+
+    packages: tuple[str, ...]
+    job: Make
+
+    def make(self, workshop: Workshop, threads: int) -> Job:
+        for package in self.packages:
+            if importlib.util.find_spec(package) is None:
+                raise DependencyError(f"{package} is not installed; pip install {package}")
+        return self.job(workshop, threads)
+
+
+def _float(workshop: Workshop, threads: int, *, backend: str, precision: str = "f32") -> Job:
+    return workshop.graph_job(workshop.float_graph, threads, backend, precision)
+
+
+def _quantize_static(workshop: Workshop, threads: int) -> Job:
+    path = workshop.folder / "quantize_static" / "model.onnx"
+    if not path.exists():
+        quantize_static(workshop.float_graph, path, workshop.rows)
+    return workshop.graph_job(path, threads, "onnxruntime")
+
+
+def _nncf(workshop: Workshop, threads: int, *, transformer: bool) -> Job:
+    path = workshop.folder / ("nncf-transformer" if transformer else "nncf") / "model.xml"
+    if not path.exists():
+        nncf_quantize(workshop.float_graph, path, workshop.rows, transformer=transformer)
+    return workshop.graph_job(path, threads, "openvino")
+
+
+def _torch(workshop: Workshop, threads: int, *, kind: str) -> Job:
+    return workshop.torch_job(kind, threads)
+
+
+_OPENVINO, _NNCF = ("openvino",), ("openvino", "nncf")
+BASELINES: Mapping[str, Baseline] = {
+    "ort-fp32": Baseline((), partial(_float, backend="onnxruntime")),
+    "quantize-static": Baseline((), _quantize_static),
+    "openvino-fp32": Baseline(_OPENVINO, partial(_float, backend="openvino")),
+    "openvino-bf16": Baseline(_OPENVINO, partial(_float, backend="openvino", precision="bf16")),
+    "nncf": Baseline(_NNCF, partial(_nncf, transformer=False)),
+    "nncf-transformer": Baseline(_NNCF, partial(_nncf, transformer=True)),
+    "torch": Baseline((), partial(_torch, kind="torch")),
+    "torch-compile": Baseline((), partial(_torch, kind="torch-compile")),
+}
+"""By name; docs/benchmarks.md says what each is."""
+
+NAMES = (TWIN, *BASELINES)
+DEFAULT = (TWIN, "ort-fp32", "openvino-fp32", "torch")
+"""Without --against there is no model to run, and the twin is left."""
+
+
+def baselines_named(words: str | None, *, model: bool) -> tuple[str, ...]:
+    """Read ``--baselines``.
+
+    Args:
+        words: Names with commas between, "all" or "none"; None takes the default.
+        model: Whether the float model is there.
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if words is None:
+        return DEFAULT if model else (TWIN,)
+    if words == "all":
+        return NAMES
+    names = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip() not in ("", "none")))
+    for name in names:
+        if name not in NAMES:
+            raise ConfigError(f"--baselines {name}: unknown; use {', '.join(NAMES)}, all or none")
+    return names
+
+
+def candidates_of(bundles: Sequence[Bundle], backends: Sequence[str], baselines: Sequence[str]) -> list[Candidate]:
+    """Baselines first, in the order given, then every bundle on every backend."""
+    found = [Candidate(name, BASELINES[name].make) for name in baselines if name != TWIN]
+    names = _names(bundles)
+    for bundle, name in zip(bundles, names, strict=True):
+        if TWIN in baselines:
+            found.append(Candidate(f"{TWIN} of {name}", partial(_twin, bundle=bundle)))
+        for backend in backends:
+            title = name if backend == "auto" else f"{name} on {backend}"
+            found.append(Candidate(title, partial(_bundle, bundle=bundle, backend=backend), bundle=True))
+    return found
+
+
+def _bundle(workshop: Workshop, threads: int, *, bundle: Bundle, backend: str) -> Job:
+    _require_cpu(bundle)
+    return workshop.job("bundle", bundle.root, threads, backend=backend)
+
+
+def _twin(workshop: Workshop, threads: int, *, bundle: Bundle) -> Job:
+    _require_cpu(bundle)
+    return workshop.job("bundle", workshop.float_twin(bundle), threads)
+
+
+def _require_cpu(bundle: Bundle) -> None:
+    target = find_target(bundle.manifest.target)
+    if target.engine == "tensorrt" or not target.integers:
+        raise ConfigError(
+            f"{bundle.root}: compiled for {target.name}, whose integers run on a GPU only; compile it for "
+            "ort-cpu or openvino to time it here"
+        )
+
+
+def _names(bundles: Sequence[Bundle]) -> list[str]:
+    """Preset and target; with the folder where two bundles share them."""
+    short = [f"{bundle.manifest.preset} {bundle.manifest.target}" for bundle in bundles]
+    return [
+        f"{name} ({Path(bundle.root).name})" if short.count(name) > 1 else name
+        for name, bundle in zip(short, bundles, strict=True)
+    ]

@@ -1,0 +1,57 @@
+"""Bars: a panel for each number of threads and batch size."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from tfmq_export.bench.report import BenchReport, Row, Setting
+
+OURS, BASE, OTHER = "#2b6cb0", "#4a5568", "#a0aec0"
+
+
+def save_bars(path: Path, report: BenchReport) -> None:
+    """Median of each candidate with a whisker from p10 to p90, the fastest below, speed beside each."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tallest = max(len(setting.rows) for setting in report.settings)
+    figure, axes = plt.subplots(
+        len(report.settings),
+        1,
+        figsize=(8, (0.36 * tallest + 0.9) * len(report.settings) + 0.4),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, setting in zip(axes[:, 0], report.settings, strict=True):
+        _panel(axis, setting)
+    axes[-1, 0].set_xlabel(f"milliseconds per {report.unit}: median, p10 to p90")
+    figure.suptitle(report.about["processor"], fontsize=10)
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _panel(axis: "matplotlib.axes.Axes", setting: Setting) -> None:
+    rows = sorted(setting.rows, key=lambda row: row.timing.median, reverse=True)
+    places = np.arange(len(rows))[::-1]
+    median = np.asarray([row.timing.median for row in rows]) * 1e3
+    low, high = (np.asarray([row.timing.percentile(p) for row in rows]) * 1e3 for p in (10, 90))
+    axis.barh(
+        places,
+        median,
+        xerr=[median - low, high - median],
+        color=[_color(row, setting) for row in rows],
+        error_kw={"elinewidth": 1, "capsize": 2},
+    )
+    for place, row, end in zip(places, rows, high, strict=True):
+        axis.annotate(f"{row.speedup:.2f}x", (end, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
+    axis.set_yticks(places, [row.name for row in rows], fontsize=8)
+    axis.set_xlim(0, high.max() * 1.12)
+    axis.set_title(f"batch {setting.batch}, {setting.threads} thread(s)", fontsize=9, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _color(row: Row, setting: Setting) -> str:
+    if row.name == setting.base:
+        return BASE
+    return OURS if row.bundle else OTHER

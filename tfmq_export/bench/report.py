@@ -1,0 +1,184 @@
+"""What was measured, as data, as a table and as JSON."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tfmq_export.bench.job import Ready, Turn
+from tfmq_export.bench.machine import features, processor, versions
+from tfmq_export.bundle import Bundle
+from tfmq_export.runtime.benchmark import Timing
+
+LATENCY = ("", "median ms", "p10", "p90", "p99", "speed", "per s")
+COSTS = ("", "cpu ms", "cores", "ours", "load s", "peak MB")
+"""Columns of the two tables; ``Row`` says what they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A candidate that was asked for and could not be timed."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One candidate in one setting.
+
+    Attributes:
+        bundle: Whether it is a bundle of ours, not a baseline.
+        timing: Of its turns.
+        speedup: Times faster than the baseline: the median of the ratios within rounds.
+        turns: The same turns on all clocks.
+        peak_bytes: Of its process; None where the system does not tell.
+    """
+
+    name: str
+    bundle: bool
+    timing: Timing
+    speedup: float
+    turns: tuple[Turn, ...]
+    ready: Ready
+    peak_bytes: int | None
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all threads, per turn: on a busy machine steadier than the time that passes."""
+        return float(np.median([turn.cpu_seconds for turn in self.turns]))
+
+    @property
+    def cores(self) -> float:
+        """How many cores were busy: CPU seconds per second."""
+        return float(np.median([turn.cpu_seconds / turn.seconds for turn in self.turns]))
+
+    @property
+    def overhead(self) -> float:
+        """Time outside the engine, as a share of the time inside: our checks, schedule, guidance."""
+        return float(np.median([turn.seconds / turn.engine_seconds - 1 for turn in self.turns]))
+
+    @property
+    def overhead_seconds(self) -> float:
+        """The same per turn, in seconds."""
+        return float(np.median([turn.seconds - turn.engine_seconds for turn in self.turns]))
+
+    def to_json(self, batch: int) -> dict[str, object]:
+        """Plain data; seconds and bytes."""
+        return {
+            "seconds": self.timing.to_json(),
+            "speedup": self.speedup,
+            "samples_per_second": batch / self.timing.median,
+            "cpu_seconds": self.cpu_seconds,
+            "cores": self.cores,
+            "overhead": self.overhead,
+            "overhead_seconds": self.overhead_seconds,
+            "load_seconds": self.ready.load_seconds,
+            "libraries_bytes": self.ready.libraries_bytes,
+            "peak_bytes": self.peak_bytes,
+            "ran": dict(self.ready.ran),
+        }
+
+    def latency(self, batch: int) -> tuple[str, ...]:
+        """One cell per column of ``LATENCY``."""
+        timing = self.timing
+        times = [_short(value * 1e3) for value in (timing.median, timing.p10, timing.p90, timing.p99)]
+        return (self.name, *times, f"{self.speedup:.2f}x", _short(batch / timing.median))
+
+    def costs(self) -> tuple[str, ...]:
+        """One cell per column of ``COSTS``."""
+        peak = "-" if self.peak_bytes is None else f"{self.peak_bytes / 1e6:.0f}"
+        cpu, load = _short(self.cpu_seconds * 1e3), f"{self.ready.load_seconds:.2f}"
+        return (self.name, cpu, f"{self.cores:.2f}", f"{self.overhead:.1%}", load, peak)
+
+    def ran(self) -> str:
+        """What really ran, in one line."""
+        return ", ".join(value if key == "engine" else f"{key} {value}" for key, value in self.ready.ran.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """All candidates with one number of threads and one batch size.
+
+    Attributes:
+        base: Name of the row that speed is a multiple of.
+    """
+
+    threads: int
+    batch: int
+    base: str
+    rows: tuple[Row, ...]
+    missing: tuple[Missing, ...]
+
+    @property
+    def rounds(self) -> int:
+        return self.rows[0].timing.count
+
+    def ran(self) -> dict[str, list[str]]:
+        """Names of the candidates that ran on the same, by what that is."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            found.setdefault(row.ran(), []).append(row.name)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """A whole run.
+
+    Attributes:
+        about: What was measured and where, by heading.
+        unit: What a turn is: "call" or "sampling run".
+    """
+
+    about: Mapping[str, str]
+    unit: str
+    settings: tuple[Setting, ...]
+
+    @classmethod
+    def of(cls, bundles: Sequence[Bundle], sampling: bool, settings: Sequence[Setting]) -> "BenchReport":
+        """With what the machine says of itself."""
+        manifest = bundles[0].manifest
+        steps = f"{manifest.sampler.kind}, {manifest.sampler.steps} steps"
+        scale = manifest.sampler.guidance_scale
+        unit = f"sampling run ({steps}{'' if scale == 1 else f', guidance {scale:g}'})" if sampling else "call"
+        about = {
+            "bundles": ", ".join(str(bundle.root) for bundle in bundles),
+            "processor": processor(),
+            "instructions": features(),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        }
+        return cls(about, unit, tuple(settings))
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data."""
+        return {
+            "about": dict(self.about),
+            "unit": self.unit,
+            "settings": [
+                {
+                    "threads": setting.threads,
+                    "batch": setting.batch,
+                    "rounds": setting.rounds,
+                    "baseline": setting.base,
+                    "candidates": {row.name: row.to_json(setting.batch) for row in setting.rows},
+                    "not_run": {item.name: item.reason for item in setting.missing},
+                }
+                for setting in self.settings
+            ],
+        }
+
+    def write(self, path: Path) -> None:
+        """Write the figures as JSON; a file that is there is replaced in one step."""
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")
+        partial.replace(path)
+
+
+def _short(value: float) -> str:
+    """Four digits: more are noise."""
+    digits = 3 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(0, min(digits, 3))}f}"

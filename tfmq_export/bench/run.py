@@ -1,0 +1,141 @@
+"""All candidates, all threads and batch sizes: load, take turns, put together what was found."""
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from tfmq_export.bench.candidates import Candidate
+from tfmq_export.bench.lockstep import Worker
+from tfmq_export.bench.report import BenchReport, Missing, Row, Setting
+from tfmq_export.bench.workshop import Model, Workshop
+from tfmq_export.bundle import Bundle
+from tfmq_export.errors import BuildError, ConfigError, TfmqError
+from tfmq_export.progress import Progress
+from tfmq_export.runtime.benchmark import speedups, take_turns
+from tfmq_export.runtime.runner import one_line
+
+WARMUP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        threads: Of one inference; each number in a table of its own.
+        batches: Samples per call, or images per sampling run.
+        rounds: Turns of every candidate.
+        seconds: For the turns of all settings together; a setting runs one round at least.
+        sampling: Time whole sampling runs in place of single calls.
+    """
+
+    threads: tuple[int, ...] = (1,)
+    batches: tuple[int, ...] = (1,)
+    rounds: int = 30
+    seconds: float = math.inf
+    sampling: bool = False
+
+    def __post_init__(self) -> None:
+        for name, values in (("--threads", self.threads), ("--batch", self.batches)):
+            if not values or min(values) < 1:
+                raise ConfigError(f"{name}: needs whole numbers of at least 1, got {list(values)}")
+
+
+def bench(
+    bundles: Sequence[Bundle],
+    model: Model | None,
+    candidates: Sequence[Candidate],
+    plan: Plan,
+    progress: Progress,
+    *,
+    keep: Callable[[BenchReport], None],
+) -> BenchReport:
+    """Measure; candidates that cannot run are reported with the reason.
+
+    Args:
+        bundles: Of one model and one schedule; the first one's prompts are sampled.
+        keep: Given all results so far after each setting, so that an interrupted run leaves what it has.
+    Raises:
+        ConfigError: the bundles cannot be compared.
+        RecipeError: a bundle was compiled from another model.
+        BuildError: nothing could be timed.
+    """
+    _require_comparable(bundles)
+    if model is not None:
+        with progress.stage("Loading the model"):
+            for bundle in bundles:
+                model.require_origin_of(bundle)
+    settings: list[Setting] = []
+    share = plan.seconds / (len(plan.threads) * len(plan.batches))
+    with tempfile.TemporaryDirectory() as folder:
+        for batch in plan.batches:
+            workshop = Workshop(bundles[0], model, Path(folder) / f"batch{batch}", batch, plan.sampling)
+            for threads in plan.threads:
+                settings.append(_setting(workshop, candidates, threads, plan, share, progress))
+                keep(BenchReport.of(bundles, plan.sampling, settings))
+    return BenchReport.of(bundles, plan.sampling, settings)
+
+
+def _require_comparable(bundles: Sequence[Bundle]) -> None:
+    first = bundles[0].manifest
+    for bundle in bundles[1:]:
+        other = bundle.manifest
+        for what in ("fingerprint", "sampler", "timesteps"):
+            if getattr(other, what) != getattr(first, what):
+                raise ConfigError(
+                    f"{bundle.root} and {bundles[0].root}: compiled with another {what}; only bundles of one model "
+                    "and one schedule can be compared"
+                )
+
+
+def _setting(
+    workshop: Workshop, candidates: Sequence[Candidate], threads: int, plan: Plan, seconds: float, progress: Progress
+) -> Setting:
+    missing: list[Missing] = []
+    title = f"batch {workshop.batch}, {threads} thread(s)"
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        with progress.stage(f"Loading, {title}") as step:
+            for number, candidate in enumerate(candidates):
+                found = _open(candidate, workshop, threads, number)
+                if isinstance(found, Missing):
+                    missing.append(found)
+                else:
+                    workers[candidate.name] = stack.enter_context(found)
+                step(number + 1, len(candidates))
+        if not workers:
+            raise BuildError(f"nothing to time: {missing[0].name}: {missing[0].reason}")
+        with progress.stage(f"Taking turns, {title}"):
+            turns = {name: worker.turn for name, worker in workers.items()}
+            timings = take_turns(
+                turns, rounds=plan.rounds, warmup=1 if plan.sampling else WARMUP, seconds_budget=seconds
+            )
+        base, ours = next(iter(workers)), {candidate.name for candidate in candidates if candidate.bundle}
+        ratios = speedups(timings, base)
+        rows = tuple(
+            Row(
+                name=name,
+                bundle=name in ours,
+                timing=timings[name],
+                speedup=ratios[name],
+                turns=tuple(worker.turns[-timings[name].count :]),
+                ready=worker.ready,
+                peak_bytes=worker.close(),
+            )
+            for name, worker in workers.items()
+        )
+    return Setting(threads, workshop.batch, base, rows, tuple(missing))
+
+
+def _open(candidate: Candidate, workshop: Workshop, threads: int, number: int) -> Worker | Missing:
+    folder = workshop.folder / f"threads{threads}" / f"{number}"
+    folder.mkdir(parents=True)
+    try:
+        return Worker(candidate.name, candidate.make(workshop, threads), folder)
+    except TfmqError as error:
+        return Missing(candidate.name, str(error).removeprefix(f"{candidate.name}: "))
+    except Exception as error:  # whatever a peer raises on a model it cannot take
+        return Missing(candidate.name, f"{type(error).__name__}: {one_line(error)}"[:300])

@@ -1,0 +1,234 @@
+"""One candidate in a process of its own: ``python -m tfmq_export.bench.worker``, spoken to in lines of JSON.
+
+The first line in is the job, the answer ``Ready``; then each ``turn`` is answered by a ``Turn``, and ``close`` by the
+peak of memory. A candidate that cannot run answers with the reason.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfmq_export import bundle
+from tfmq_export.bench.job import Job, Ready, Turn
+from tfmq_export.runtime.benchmark import peak_rss_bytes, rss_bytes
+from tfmq_export.runtime.engines import engine_version
+from tfmq_export.runtime.openvino_runner import OpenVinoRunner
+from tfmq_export.runtime.openvino_runner import version as openvino_version
+from tfmq_export.runtime.ort_runner import OrtRunner
+from tfmq_export.runtime.ort_runner import version as ort_version
+from tfmq_export.runtime.runner import ReportsSettings, Runner, one_line
+from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample
+
+Denoise = Callable[..., NDArray[Any]]
+"""``denoise(sample, timestep, **conditioning) -> prediction``."""
+
+
+class Meter:
+    """Adds up the seconds that calls take."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, counted."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            self.seconds += time.perf_counter() - start
+            return result
+
+        return counted
+
+
+class MeteredRunner:
+    """A runner whose calls are counted."""
+
+    def __init__(self, inner: Runner, meter: Meter) -> None:
+        self._inner = inner
+        self.inputs, self.outputs = inner.inputs, inner.outputs
+        self._infer = meter.timed(inner.infer)
+
+    def infer(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        result: dict[str, NDArray[np.generic]] = self._infer(feeds)
+        return result
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._inner.__exit__(kind, error, traceback)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """A candidate ready to predict; ``settings`` says what it runs on, once it has run."""
+
+    denoise: Denoise
+    settings: Callable[[], Mapping[str, str]]
+
+
+def main() -> None:
+    """Answer until the parent says ``close`` or goes away."""
+    # What libraries print must not mix with the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    try:
+        serve(Job.from_line(sys.stdin.readline()), sys.stdin, answers)
+    except Exception as error:  # whatever a library raises is the answer
+        answer(answers, {"error": f"{type(error).__name__}: {one_line(error)}"[:400]})
+
+
+def serve(job: Job, questions: TextIO, answers: TextIO) -> None:
+    """Load, then one turn for each question."""
+    import_libraries(job)
+    meter, libraries = Meter(), rss_bytes()
+    with np.load(job.inputs, allow_pickle=False) as arrays:
+        inputs = {name: arrays[name] for name in arrays.files}
+    start = time.perf_counter()
+    opened = open_candidate(job, meter)
+    call = single_call(opened.denoise, job, inputs)
+    call()
+    answer(answers, asdict(Ready(time.perf_counter() - start, libraries, dict(opened.settings()))))
+    turn = call if job.sampling is None else partial(sampling_run, opened.denoise, job, inputs)
+    for question in questions:
+        if question.strip() == "close":
+            answer(answers, {"peak_bytes": peak_rss_bytes()})
+            return
+        answer(answers, asdict(timed_turn(turn, meter)))
+
+
+def answer(stream: TextIO, data: Mapping[str, object]) -> None:
+    """One line."""
+    stream.write(json.dumps(data) + "\n")
+    stream.flush()
+
+
+def timed_turn(turn: Callable[[], object], meter: Meter) -> Turn:
+    """One turn on three clocks."""
+    meter.seconds = 0.0
+    cpu, start = time.process_time(), time.perf_counter()
+    turn()
+    seconds = time.perf_counter() - start
+    return Turn(seconds, meter.seconds, time.process_time() - cpu)
+
+
+def single_call(denoise: Denoise, job: Job, inputs: Mapping[str, NDArray[Any]]) -> Callable[[], object]:
+    """One prediction at the first timestep; the prompt is prepared before."""
+    step = prompted(denoise, conditioning_of(job, inputs))
+    return partial(step, inputs[job.sample], inputs[job.timestep].item())
+
+
+def sampling_run(denoise: Denoise, job: Job, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """Noise to images, prompt included."""
+    assert job.sampling is not None
+    schedule = DdimSchedule.from_config(job.sampling.scheduler, job.sampling.steps)
+    conditioning = conditioning_of(job, inputs)
+    null = {name: inputs[f"{name}.unconditional"] for name in conditioning if f"{name}.unconditional" in inputs}
+    scale = job.sampling.guidance_scale if null else 1.0
+    step = prompted(denoise, conditioning) if scale == 1 else guided(denoise, conditioning, null, scale)
+    return sample(step, inputs[job.sample], schedule)
+
+
+def conditioning_of(job: Job, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """What is neither sample nor timestep nor "no prompt"."""
+    other = (job.sample, job.timestep)
+    return {name: value for name, value in inputs.items() if name not in other and not name.endswith(".unconditional")}
+
+
+def import_libraries(job: Job) -> None:
+    """Before the clock starts, and nothing a candidate does not need: torch alone is some hundred MB."""
+    if job.kind.startswith("torch"):
+        import torch
+
+        importlib.import_module("diffusers")
+        torch.set_num_threads(job.threads)
+        torch.set_num_interop_threads(1)
+    elif job.kind == "bundle" and job.backend == "auto":
+        engine_version(bundle.open_bundle(Path(job.path)).manifest.target)
+    elif job.backend == "openvino":
+        openvino_version()
+    else:
+        ort_version()
+
+
+def open_candidate(job: Job, meter: Meter) -> Opened:
+    """Load what the job names."""
+    openers = {"bundle": open_bundle, "graph": open_graph, "torch": open_torch, "torch-compile": open_torch}
+    return openers[job.kind](job, meter)
+
+
+def open_bundle(job: Job, meter: Meter) -> Opened:
+    """As a user opens it."""
+    from tfmq_export.runtime import load
+
+    loaded = load(Path(job.path), backend=job.backend, threads=job.threads)
+    prologue = None if loaded.prologue is None else MeteredRunner(loaded.prologue, meter)
+    metered = replace(loaded, runner=MeteredRunner(loaded.runner, meter), prologue=prologue)
+    return Opened(metered, partial(settings_of, loaded.runner))
+
+
+def open_graph(job: Job, meter: Meter) -> Opened:
+    """A graph file on the same engine, with the same options, as a bundle's."""
+    runner: Runner
+    if job.backend == "openvino":
+        runner = OpenVinoRunner(Path(job.path), threads=job.threads, precision=job.precision)
+    else:
+        runner = OrtRunner(Path(job.path), threads=job.threads)
+    infer = meter.timed(runner.infer)
+    with np.load(job.inputs, allow_pickle=False) as arrays:
+        dtype = arrays[job.timestep].dtype
+
+    def denoise(noisy: NDArray[Any], timestep: Any, **conditioning: NDArray[Any]) -> NDArray[Any]:
+        shape = () if job.scalar_timestep else (len(noisy),)
+        values = infer({job.sample: noisy, job.timestep: np.full(shape, timestep, dtype), **conditioning})
+        return np.asarray(next(iter(values.values())))
+
+    return Opened(denoise, partial(settings_of, runner))
+
+
+def open_torch(job: Job, meter: Meter) -> Opened:
+    """The module itself, eager or compiled with inductor's defaults."""
+    import torch
+
+    from tfmq_export.models.load import Source, load
+
+    source = {**job.source, "path": Path(job.source["path"])}
+    if source.get("conditioning") is not None:
+        source["conditioning"] = Path(source["conditioning"])
+    denoiser = load(Source(**source))
+    if job.kind == "torch-compile":
+        denoiser.module.compile()
+    predict = meter.timed(denoiser.module_denoise())
+
+    def denoise(noisy: NDArray[Any], timestep: Any, **conditioning: NDArray[Any]) -> NDArray[Any]:
+        with torch.inference_mode():
+            given = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in conditioning.items()}
+            result: NDArray[Any] = predict(torch.from_numpy(noisy), timestep, **given).numpy()
+            return result
+
+    mode = "eager" if job.kind == "torch" else "torch.compile"
+    ran = {"engine": f"torch {torch.__version__}, {mode}", "precision": "float32"}
+    return Opened(denoise, lambda: {**ran, "threads": str(torch.get_num_threads())})
+
+
+def settings_of(runner: Runner) -> Mapping[str, str]:
+    """The engine's own account, where it gives one."""
+    return runner.settings() if isinstance(runner, ReportsSettings) else {"engine": type(runner).__name__}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What candidates need, made once per batch size: inputs, the float graph, rows to calibrate peers with."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from tfmq_export.bench.job import Job, SamplingJob
+from tfmq_export.bench.peers import Rows, batches_of, export_float
+from tfmq_export.bundle import Bundle
+from tfmq_export.denoiser import Denoiser
+from tfmq_export.errors import ConfigError, LoadError, RecipeError
+from tfmq_export.models.load import Source, load
+from tfmq_export.passes.base import run_passes
+from tfmq_export.passes.graph import export_model, import_graph, save_model
+from tfmq_export.passes.strip_qdq import StripQdq
+from tfmq_export.program import capture
+from tfmq_export.ptq.calibration import calibrate
+
+CALIBRATION_IMAGES = 4
+CALIBRATION_ROWS = 32
+"""Calls that peers are calibrated with, spread over the schedule."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The float model behind the bundles, loaded when something asks for it."""
+
+    source: Source
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        return load(self.source)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return capture(self.denoiser).fingerprint
+
+    def require_origin_of(self, bundle: Bundle) -> None:
+        """Raise RecipeError if the bundle was compiled from another model."""
+        if self.fingerprint != bundle.manifest.fingerprint:
+            raise RecipeError(f"{bundle.root} was not compiled from {self.source.path}; give the model it came from")
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Makes jobs for one batch size.
+
+    Attributes:
+        bundle: Whose sampler and prompts the inputs are.
+        folder: Takes what is made.
+        batch: Samples per call, or images per sampling run.
+        sampling: Whether whole runs are timed.
+    """
+
+    bundle: Bundle
+    model: Model | None
+    folder: Path
+    batch: int
+    sampling: bool
+
+    @cached_property
+    def guidance_scale(self) -> float:
+        """As the bundle samples; 1 where no call has two halves."""
+        stored, scale = self.bundle.conditioning(), self.bundle.manifest.sampler.guidance_scale
+        return scale if any(name.endswith(".unconditional") for name in stored) else 1.0
+
+    @property
+    def rows_per_call(self) -> int:
+        """Samples in one call of the model: under guidance, twice the images."""
+        return self.batch * (2 if self.sampling and self.guidance_scale != 1 else 1)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The float model.
+
+        Raises:
+            ConfigError: none was given.
+        """
+        if self.model is None:
+            raise ConfigError("needs the model the bundle came from: --against MODEL")
+        return self.model.denoiser
+
+    @cached_property
+    def inputs(self) -> Path:
+        """Noise, the first timestep of the schedule, stored prompts in turn; the same for every candidate."""
+        manifest, stored = self.bundle.manifest, self.bundle.conditioning()
+        arrays: dict[str, NDArray[Any]] = {}
+        for info in manifest.inputs:
+            if info.role == "sample":
+                shape = (self.batch, *(size or 1 for size in info.shape))
+                arrays[info.name] = np.random.default_rng(0).standard_normal(shape, np.float32)
+            elif info.role == "timestep":
+                arrays[info.name] = manifest.timesteps.array[:1].astype(info.dtype)
+            else:
+                values = stored[info.name]
+                arrays[info.name] = values[np.arange(self.batch) % len(values)]
+        arrays |= {name: value for name, value in stored.items() if name.endswith(".unconditional")}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "inputs.npz"
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+        return path
+
+    @cached_property
+    def float_graph(self) -> Path:
+        """The model as torch exports it, for calls of this size."""
+        path = self.folder / "float" / "model.onnx"
+        export_float(self.denoiser, path, self.rows_per_call)
+        return path
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Recorded calls of the model, evenly over the schedule."""
+        images = -(-CALIBRATION_IMAGES // self.rows_per_call) * self.rows_per_call
+        steps = calibrate(self.denoiser, images=images, seed=0, progress=lambda done, total: None)
+        calls = [dict(call) for step in steps for call in batches_of(step, self.rows_per_call)]
+        kept = np.unique(np.linspace(0, len(calls) - 1, min(len(calls), CALIBRATION_ROWS)).round().astype(int))
+        return [calls[index] for index in kept]
+
+    def job(self, kind: str, path: Path, threads: int, **settings: Any) -> Job:
+        """A job on this workshop's inputs."""
+        manifest = self.bundle.manifest
+        (sample,), (timestep,) = manifest.input("sample"), manifest.input("timestep")
+        return Job(
+            kind=kind,
+            path=str(path.absolute()),
+            inputs=str(self.inputs.absolute()),
+            sample=sample.name,
+            timestep=timestep.name,
+            threads=threads,
+            sampling=self._sampling_job() if self.sampling else None,
+            **settings,
+        )
+
+    def graph_job(self, path: Path, threads: int, backend: str, precision: str = "f32") -> Job:
+        """A job on a graph that takes the module's inputs."""
+        scalar = self.denoiser.example_inputs[self.denoiser.timestep].ndim == 0
+        return self.job("graph", path, threads, backend=backend, precision=precision, scalar_timestep=scalar)
+
+    def torch_job(self, kind: str, threads: int) -> Job:
+        """A job on the module itself."""
+        if self.model is None:
+            raise ConfigError("needs the model the bundle came from: --against MODEL")
+        source = self.model.source
+        return self.job(kind, source.path, threads, source=_plain(source))
+
+    def float_twin(self, bundle: Bundle) -> Path:
+        """The bundle with its graph computed in floating point: everything else is as in the bundle.
+
+        Raises:
+            ConfigError: its grids are part of the graph.
+        """
+        if any(item.name == "LowerTimestepGrids" and item.changed for item in bundle.manifest.passes):
+            raise ConfigError("it has none, because its grids per timestep are part of the graph")
+        folder = self.folder / "twins" / f"{len(list(self.folder.glob('twins/*')))}"
+        shutil.copytree(bundle.root, folder)
+        graph = import_graph(onnx.load(bundle.model))
+        run_passes(graph, [StripQdq()])
+        save_model(export_model(graph), folder / bundle.model.relative_to(bundle.root))
+        return folder
+
+    def _sampling_job(self) -> SamplingJob:
+        info = self.bundle.manifest.sampler
+        if info.kind != "DDIMScheduler":
+            raise ConfigError(f"{self.bundle.root}: sampled with {info.kind}; whole runs are timed with DDIM only")
+        try:
+            config: Mapping[str, Any] = json.loads(self.bundle.scheduler.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise LoadError(f"{self.bundle.scheduler}: not a readable scheduler configuration ({error})") from error
+        return SamplingJob(config, info.steps, self.guidance_scale)
+
+
+def _plain(source: Source) -> dict[str, Any]:
+    """Its fields as JSON takes them, valid from any working directory."""
+    return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in asdict(source).items()}
