@@ -10,9 +10,10 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from emoji import EXAMPLES
 from handwritten import build_dit, build_film_unet, denoiser_of
+from shapes import tiny_unet
 from torch import nn
 
 import tfmq_export
@@ -45,16 +46,7 @@ ANYTHING = Thresholds(psnr=-100, sqnr=-100)
 def class_conditional() -> tuple[nn.Module, Description]:
     """Labels added to the time embedding, as in DiT, ADM and the class-conditional U-Nets of diffusers."""
     torch.manual_seed(0)
-    model = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-        num_class_embeds=5,
-    )
+    model = tiny_unet(side=8, width=8, num_class_embeds=5)
     inputs = {
         "sample": torch.randn(2, 3, 8, 8),
         "timestep": torch.tensor([900, 100]),
