@@ -18,6 +18,7 @@ from torch import nn
 
 import tfmq_export
 from tfmq_export import Description
+from tfmq_export.adapt import adapt
 from tfmq_export.compiler import Compiled
 from tfmq_export.config import CompileConfig, Thresholds
 from tfmq_export.denoiser import Denoiser
@@ -32,7 +33,7 @@ from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.prologue import cut_prologue
 from tfmq_export.ptq.quantize import unquantized
 from tfmq_export.ptq.tib import tabulate
-from tfmq_export.recipe import QuantRecipe
+from tfmq_export.recipe import QuantRecipe, TableType
 from tfmq_export.runtime import load as load_bundle
 from tfmq_export.runtime.compare import sqnr_db
 from tfmq_export.runtime.ort_runner import OrtRunner
@@ -93,10 +94,12 @@ def described(name: str) -> Denoiser:
 
 
 @functools.cache
-def finished(name: str, target: str) -> tuple[Denoiser, DiffusionProgram, QuantRecipe, gs.Graph]:
+def finished(
+    name: str, target: str, tables: TableType = "fp32"
+) -> tuple[Denoiser, DiffusionProgram, QuantRecipe, gs.Graph]:
     """What the passes make of a model in floating point."""
     denoiser, program = captured(name)
-    recipe = unquantized(program, "fp32", tabulate(program, denoiser), {})
+    recipe = adapt(unquantized(program, "fp32", tabulate(program, denoiser), {}), find_target(target), tables)
     graph = import_graph(export_onnx(program))
     names = {"sample": denoiser.sample, "timestep": denoiser.timestep}
     run_passes(graph, passes_for(recipe, find_target(target), **names))
@@ -109,12 +112,15 @@ def captured(name: str) -> tuple[Denoiser, DiffusionProgram]:
     return denoiser, capture(denoiser)
 
 
-@pytest.mark.parametrize("target", ["ort-cpu", "openvino"])
+@pytest.mark.parametrize(("target", "tables"), [("ort-cpu", "fp32"), ("openvino", "fp32"), ("openvino", "int8")])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_two_graphs_give_the_bits_of_one(name: str, target: str, tmp_path: Path) -> None:
-    denoiser, _, recipe, graph = finished(name, target)
+def test_two_graphs_give_the_bits_of_one(name: str, target: str, tables: TableType, tmp_path: Path) -> None:
+    denoiser, _, recipe, graph = finished(name, target, tables)
 
     main, prologue = cut_prologue(graph, denoiser, recipe)
+
+    types = {value.data_type for half in (main, prologue.model) for value in half.graph.initializer}
+    assert (onnx.TensorProto.INT8 in types) == (tables == "int8")
 
     save_model(export_model(graph), tmp_path / "single.onnx")
     save_model(main, tmp_path / "main.onnx")
