@@ -112,8 +112,13 @@ def captured(name: str) -> tuple[Denoiser, DiffusionProgram]:
     return denoiser, capture(denoiser)
 
 
-@pytest.mark.parametrize(("target", "tables"), [("ort-cpu", "fp32"), ("openvino", "fp32"), ("openvino", "int8")])
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize(
+    ("name", "target", "tables"),
+    [
+        *((name, target, "fp32") for name in MODELS for target in ("ort-cpu", "openvino")),
+        ("class", "openvino", "int8"),  # the rows of the other model are too short to be narrowed
+    ],
+)
 def test_two_graphs_give_the_bits_of_one(name: str, target: str, tables: TableType, tmp_path: Path) -> None:
     denoiser, _, recipe, graph = finished(name, target, tables)
 
