@@ -129,7 +129,8 @@ class _Interpreter(fx.Interpreter):
         in_integers = self.integer_bias and (layer.recipe.kind == "conv" or x.ndim == 2)
         if rest and isinstance(rest[0], Tensor) and in_integers and layer.recipe.input_by_timestep is None:
             rest[0] = layer.on_accumulator_grid(rest[0])
-        y = n.target(layer.quantize_input(x, self.rows), layer.weight, *rest, **kwargs)  # type: ignore[operator]
+        compute: Any = n.target  # decomposed graphs hold functions only
+        y = compute(layer.quantize_input(x, self.rows), layer.weight, *rest, **kwargs)
         if layer.output is not None:
             y = layer.output.lay_over(y, self.rows)
         y = self._stored(y)
