@@ -47,11 +47,11 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
 def _tables(validation: "Validation") -> str:
     """What narrow rows of temporal tables save, where they do."""
     tib = validation.temporal.tib
-    if tib.stored == "fp32":
+    if tib.stored == "fp32" or not tib.tables:
         return ""
     from tfmq_export.narrow_rows import stored_bytes
 
-    return f", {tib.stored} rows of {size(stored_bytes(tib))} in place of {size(tib.nbytes)}"
+    return f"; {tib.stored} rows, {stored_bytes(tib) / tib.nbytes:.2f} of their {size(tib.nbytes)} in fp32"
 
 
 def _prologue_row(bundle: "Bundle") -> list[tuple[str, str]]:
