@@ -19,6 +19,7 @@ from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.absorb_factor import absorb, rank_of
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
+from tfmq_export.passes.graph import read_instead
 from tfmq_export.passes.rescale_inputs import RESCALE
 from tfmq_export.recipe import QuantRecipe
 
@@ -71,9 +72,6 @@ def _refuse_bare_relu(node: gs.Node) -> None:
 
 def _bypass(node: gs.Node) -> None:
     """Let the readers of a node read what it reads."""
-    source, (result,) = node.inputs[0], node.outputs
-    for reader in list(result.outputs):
-        for position, value in enumerate(reader.inputs):
-            if value is result:
-                reader.inputs[position] = source
+    (result,) = node.outputs
+    read_instead(result, node.inputs[0])
     node.inputs.clear()

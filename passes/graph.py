@@ -4,7 +4,7 @@ graphsurgeon has no 4-bit constants but lazy ones, drops metadata, and lets dupl
 everything else in ``passes`` builds on the helpers below.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -96,6 +96,18 @@ def int4_constant(name: str, values: NDArray[np.int8]) -> gs.Constant:
 def variable(name: str, dtype: object = None, shape: Sequence[object] | None = None) -> gs.Variable:
     """A value computed by a node."""
     return gs.Variable(name, dtype=dtype, shape=shape)
+
+
+def read_instead(old: gs.Tensor, new: gs.Tensor, readers: Iterable[gs.Node] | None = None) -> None:
+    """Let the readers of a value read another.
+
+    Args:
+        readers: Only these nodes; all that read it if None.
+    """
+    for reader in list(old.outputs if readers is None else readers):
+        for position, value in enumerate(reader.inputs):
+            if value is old:
+                reader.inputs[position] = new
 
 
 def dump_to(folder: Path) -> Callable[[int, str, gs.Graph], None]:

@@ -48,7 +48,7 @@ class HalfPrecision(Pass):
                 raise PreconditionError(f"{node.name}: {node.op} holds a graph of its own, which has no fp16 form yet")
             if node.op in TYPED_BY_ATTRIBUTE:
                 raise PreconditionError(f"{node.name}: {node.op} is typed by an attribute, which has no fp16 form yet")
-        if any(value.dtype == np.float16 for value in graph.tensors().values()):
+        if any(value.dtype == np.float16 and not name.startswith(LOOKUP) for name, value in graph.tensors().items()):
             raise PreconditionError("the graph holds fp16 values already")
 
     def apply(self, graph: gs.Graph) -> Changes:

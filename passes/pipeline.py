@@ -15,6 +15,7 @@ from tfmq_export.passes.lower_group_norm import LowerGroupNorm
 from tfmq_export.passes.lower_timestep_grids import LowerTimestepGrids
 from tfmq_export.passes.merge_constants import MergeConstants
 from tfmq_export.passes.name_outputs import NameOutputs
+from tfmq_export.passes.narrow_tables import NarrowTables
 from tfmq_export.passes.offset_inputs import OffsetInputs
 from tfmq_export.passes.pts_lowering import choose_form
 from tfmq_export.passes.quantize_weights import QuantizeWeights
@@ -57,6 +58,7 @@ def passes_for(
         BindRecipe(recipe),
         TabulateTib(recipe.tib, timestep, sample),
         *_class_tables(recipe, sample, timestep, labels),
+        *([NarrowTables(recipe.tib)] if recipe.tib.stored != "fp32" else []),
         LowerGroupNorm(),
         *([LowerAttention("mha")] if target.attention == "mha" else []),
         LowerAttention("matmul"),  # whatever has no fused form

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import is_transposed
-from tfmq_export.passes.graph import constant
+from tfmq_export.passes.graph import constant, read_instead
 from tfmq_export.passes.rescale_inputs import RESCALE, scale_input_channels
 from tfmq_export.passes.split_exponents import PARTS
 
@@ -39,7 +39,7 @@ class StripQdq(Pass):
             else:
                 twin = codes.inputs[0].inputs[0]
             (real,) = node.outputs
-            _read_instead(real, twin)
+            read_instead(real, twin)
             if real in graph.outputs:
                 # The output keeps its name: the node that computed the unquantized value writes it.
                 twin.inputs[0].outputs = [real]
@@ -91,13 +91,6 @@ def _dequantize(codes: NDArray[np.int32], scale: gs.Constant, axis: int) -> NDAr
     if steps.ndim:
         steps = steps.reshape([-1 if position == axis % values.ndim else 1 for position in range(values.ndim)])
     return values * steps
-
-
-def _read_instead(old: gs.Tensor, new: gs.Tensor) -> None:
-    for reader in list(old.outputs):
-        for position, value in enumerate(reader.inputs):
-            if value is old:
-                reader.inputs[position] = new
 
 
 def _unstack(total: gs.Node) -> None:
@@ -172,7 +165,7 @@ def _join_parts(graph: gs.Graph, total: gs.Node) -> None:
         axis = 0 if is_transposed(first) else 1
         order = np.argsort(np.concatenate([gather.inputs[1].values for gather in gathers if gather is not None]))
         weight = np.concatenate(weights, axis).take(order, axis)
-        source = gathers[0].inputs[0]  # type: ignore[union-attr]
+        source = gathers[0].inputs[0]  # type: ignore[union-attr]  # all() above
     else:  # of a grouped convolution: zeros stand for the other parts' channels
         weight, source = sum(weights[1:], weights[0]), first.inputs[0]
     whole = total.name.removesuffix(PARTS)

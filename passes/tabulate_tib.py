@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.binding_times import binding_times, read_by
-from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.graph import constant, read_instead, variable
 from tfmq_export.recipe import TemporalTable, TibRecipe
 
 STEPS = "steps"
@@ -61,11 +61,8 @@ class TabulateTib(Pass):
             if table.per_sample and batch is None:
                 batch = _batch_of(graph, values[self.sample])
             served = _typed_like(graph, feature, _look_up(graph, table, rows, batch), f"temporal.{table.name}")
-            readers = readers_of_time if feature is timestep else list(feature.outputs)
-            for node in readers:
-                for position, value in enumerate(node.inputs):
-                    if value is feature:
-                        node.inputs[position] = served
+            # The lookup itself reads the timestep.
+            read_instead(feature, served, readers_of_time if feature is timestep else None)
             graph.outputs = [served if value is feature else value for value in graph.outputs]
             changed.append(table.path)
         # One timestep serves the whole batch, or each sample brings its own.

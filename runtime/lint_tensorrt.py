@@ -171,7 +171,7 @@ def _grid(view: QdqView, node: NodeProto, layers: tuple[str, ...]) -> Iterator[F
     if scale is None:
         yield found("computed scale", "its scale is computed, which crashes the builder", "multiply in front of it")
         return
-    if not (np.isfinite(scale).all() and np.all(scale > 0)):  # type: ignore[operator]
+    if not (np.isfinite(scale).all() and np.all(scale > 0)):  # type: ignore[operator]  # scales are real
         yield found("scale value", f"its scale is not above 0 in {scale.dtype}", "keep scales in float32")
     sizes = view.shape(node.input[0]) or ()
     axis = attribute(node, "axis", 1)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -186,7 +186,7 @@ def _raise_unless_built(job: BuildJob, code: int, log: Sequence[tuple[str, str]]
         last = errors or [text for _, text in log[-1:]]
         raise BuildError(
             f"{job.onnx}: the builder of {library} crashed ({signal.Signals(-code).name}); the last it said: "
-            f"{_one_line(last)}; tfmq_export.runtime.lint_tensorrt tells which rule the graph breaks"
+            f"{_one_line(last)}; {_rules_broken(Path(job.onnx), job.profile.keys())}"
         )
     result = json.loads(Path(job.result).read_text("utf-8"))
     kind, lines = result["error"], result["lines"]
@@ -200,6 +200,16 @@ def _raise_unless_built(job: BuildJob, code: int, log: Sequence[tuple[str, str]]
             f"{job.onnx}: the {what} of {library} {result['version']} refuses this graph: {_one_line(lines or errors)}"
         )
     return str(result["version"])
+
+
+def _rules_broken(onnx_path: Path, profiled: Collection[str]) -> str:
+    """What the lint holds against a graph that the builder crashed on: the log does not say why."""
+    try:
+        from tfmq_export.runtime.lint_tensorrt import lint_file
+    except ImportError:
+        return "install onnx for a lint of the rules it breaks"
+    findings = lint_file(onnx_path, profiled=profiled)
+    return _one_line([str(finding) for finding in findings]) if findings else "the lint finds no rule it breaks"
 
 
 def _one_line(messages: Sequence[str]) -> str:

@@ -9,6 +9,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from tfmq_export.passes.graph import export_model
+
 Shape = Sequence[int | str | None] | None
 
 
@@ -37,15 +39,28 @@ def graph_of(model: onnx.ModelProto) -> gs.Graph:
     return gs.import_onnx(model)
 
 
-def infer(model: onnx.ModelProto | gs.Graph, feeds: Mapping[str, NDArray]) -> list[NDArray]:
-    """Run in ONNX Runtime on one CPU thread."""
+def infer(model: onnx.ModelProto | gs.Graph, feeds: Mapping[str, NDArray], *, integer: bool = True) -> list[NDArray]:
+    """Run in ONNX Runtime on one CPU thread.
+
+    Args:
+        integer: False computes QDQ patterns in floating point; integer kernels do not read every attribute, and other
+            engines do.
+    """
     if isinstance(model, gs.Graph):
-        model = gs.export_onnx(model)
+        model = export_model(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "0" if integer else "1")
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, dict(feeds))
+
+
+def with_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Name the batch dimension everywhere, as the exporter does; inference cannot see through Reshape to -1."""
+    for info in model.graph.value_info:
+        info.type.tensor_type.shape.dim[0].dim_param = "n"
+    return model
 
 
 def ops(graph: gs.Graph) -> list[str]:

@@ -11,7 +11,9 @@ import pytest
 import tfmq_export
 
 ROOT = Path(tfmq_export.__file__).parent
-DATA = frozenset({"adapt", "errors", "spec", "timesteps", "recipe", "target", "config", "bundle", "progress"})
+DATA = frozenset(
+    {"adapt", "bundle", "config", "errors", "narrow_rows", "progress", "recipe", "spec", "target", "timesteps"}
+)
 MODEL_SIDE = frozenset({"denoiser"})
 """What a loader hands to capture and calibration: torch and data."""
 TOP = frozenset({"compiler", "cli"})

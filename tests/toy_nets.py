@@ -185,6 +185,19 @@ def node(op: str, inputs: str, output: str, **attrs: object) -> onnx.NodeProto:
     return helper.make_node(op, inputs.split(), output.split(), name=f"node_{output.split()[0]}", **attrs)
 
 
+def split_heads(name: str) -> list[onnx.NodeProto]:
+    """A value [N, L, H D] as ``name.heads``, [N, H, L, D]; the constant "split" holds the sizes between."""
+    return [
+        node("Reshape", f"{name} split", f"{name}.split"),
+        node("Transpose", f"{name}.split", f"{name}.heads", perm=[0, 2, 1, 3]),
+    ]
+
+
+def merge_heads(name: str, output: str) -> list[onnx.NodeProto]:
+    """And back; the constant "join" holds the sizes."""
+    return [node("Transpose", name, "merged", perm=[0, 2, 1, 3]), node("Reshape", "merged join", output)]
+
+
 def conv_net() -> Net:
     """Convolutions, one with a standardized weight; a temporal embedding of integers is added to their features."""
     kernels = {"conv2d": normal(1, 8, 3, 3, 3), "conv2d_1": normal(2, 8, 2, 3, 3), "conv2d_2": normal(3, 3, 8, 1, 1)}
@@ -310,15 +323,11 @@ def token_net(length: int = 5, width: int = 8, heads: int = 2) -> Net:
         ]
         constants |= {f"{name}.weight": weights[name], f"{name}.bias": normal(len(constants), width)}
         if name != "linear_3":
-            nodes += [
-                node("Reshape", f"{name} split", f"{name}.split"),
-                node("Transpose", f"{name}.split", f"{name}.heads", perm=[0, 2, 1, 3]),
-            ]
+            nodes += split_heads(name)
         if name == "linear_2":
             nodes += [
                 node("Attention", "linear.heads linear_1.heads linear_2.heads", "attention"),
-                node("Transpose", "attention", "merged", perm=[0, 2, 1, 3]),
-                node("Reshape", "merged join", "attended"),
+                *merge_heads("attention", "attended"),
             ]
     nodes.append(node("Add", "linear_3 x", "residual"))
     shape = ("batch", length, width)

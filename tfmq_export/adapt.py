@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from tfmq_export.config import CompileConfig, find_preset
 from tfmq_export.errors import TargetError
-from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.narrow_rows import narrow
+from tfmq_export.recipe import LayerRecipe, QuantRecipe, TableType
 from tfmq_export.target import Target
 
 
@@ -28,18 +29,31 @@ def check_settings(config: CompileConfig, target: Target) -> None:
             f"{target.name} has no lowering for a grid per timestep under a quantized output; "
             'set fsc = "tib" in [method], or use --target openvino'
         )
+    _check_tables(config.tables, target)
 
 
-def adapt(recipe: QuantRecipe, target: Target) -> QuantRecipe:
+def adapt(recipe: QuantRecipe, target: Target, tables: TableType = "fp32") -> QuantRecipe:
     """The recipe as a target carries it out: output grids only where its kernels want them.
 
+    Args:
+        tables: What the rows of temporal tables are stored in, and rounded to.
     Raises:
         TargetError: the recipe lacks a grid that the target needs, or has one that it has no lowering for.
     """
+    _check_tables(tables, target)
     for layer in recipe.layers:
         if layer.kind in target.quantized_outputs:
             _check_output(layer, target)
-    return replace(recipe, layers=tuple(_adapted(layer, target) for layer in recipe.layers))
+    layers = tuple(_adapted(layer, target) for layer in recipe.layers)
+    return replace(recipe, layers=layers, tib=narrow(recipe.tib, tables))
+
+
+def _check_tables(tables: TableType, target: Target) -> None:
+    if tables == "int8" and not target.integer_tables:
+        raise TargetError(
+            f"{target.name} refuses Gather on int8 constants, so it has no lowering for int8 tables; "
+            "use --tables fp16, or --target openvino"
+        )
 
 
 def _check_output(layer: LayerRecipe, target: Target) -> None:

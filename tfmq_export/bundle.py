@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.recipe import TableType
 from tfmq_export.timesteps import TimestepSet
 
 SCHEMA = 1
@@ -146,6 +147,7 @@ class Manifest:
         conditioning: Names of the arrays in ``tfmq/conditioning.npz``.
         files: SHA-256 of each file of the bundle, by relative path.
         prologue: Of a bundle in two graphs; None where one graph does it all.
+        tables: What rows of temporal tables are stored in: "fp32", "fp16" or "int8".
     """
 
     version: str
@@ -167,6 +169,7 @@ class Manifest:
     provenance: Mapping[str, str]
     files: Mapping[str, str]
     prologue: PrologueInfo | None = None
+    tables: TableType = "fp32"
     schema: int = SCHEMA
 
     def input(self, role: str) -> tuple[InputInfo, ...]:

@@ -109,9 +109,11 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
             after = dump_to(dump_dir) if dump_dir is not None else None
             inputs = {"sample": denoiser.sample, "timestep": denoiser.timestep}
             labels = tuple(denoiser.conditioning) if config.class_tables else ()
-            passes = passes_for(adapt(made, target), target, **inputs, labels=labels, pts_lowering=config.pts_lowering)
+            passes = passes_for(
+                adapt(made, target, config.tables), target, **inputs, labels=labels, pts_lowering=config.pts_lowering
+            )
             reports = run_passes(graph, passes, after)
-            graphs = Graphs(export_model(graph), reports)
+            graphs = Graphs(export_model(graph), reports, tables=config.tables)
         if config.prologue:
             with stages.stage("Cutting the prologue off"):
                 main, prologue = cut_prologue(graph, denoiser, made)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from tfmq_export.errors import ConfigError
+from tfmq_export.recipe import TableType
 from tfmq_export.target import PtsLowering
 
 
@@ -45,11 +46,17 @@ class Thresholds(BaseModel):
     )
     agreement: float = Field(40.0, description="lowest SQNR of the graph against PyTorch fake-quant, in lock-step, dB")
 
-    def temporal_cosine_of(self, source: str) -> float:
-        """The bound for tables made from ``source``: those of full precision have no reason to differ."""
+    def temporal_cosine_of(self, source: str, stored: TableType = "fp32") -> float:
+        """The bound for tables made from ``source``: those of full precision have no reason to differ.
+
+        Args:
+            stored: What their rows are stored in; int8 is a loss that was asked for.
+        """
         if self.temporal_cosine is not None:
             return self.temporal_cosine
-        return 0.999999 if source == "table" else 0.0
+        if source != "table":
+            return 0.0
+        return 0.999 if stored == "int8" else 0.999999
 
 
 class Method(BaseModel):
@@ -94,6 +101,7 @@ class CompileConfig(BaseModel):
     thresholds: Thresholds = Thresholds.model_construct()
     allow_precision_loss: bool = False
     pts_lowering: PtsLowering = Field("auto", description="form of power-of-two scaling in the graph; auto: per layer")
+    tables: TableType = Field("fp32", description="what rows of temporal tables are stored in: fp32, fp16 or int8")
     class_tables: bool = Field(False, description="tabulate what class label and timestep decide, where it is small")
     prologue: bool = Field(False, description="move what the prompt decides into a graph of its own, run once")
 

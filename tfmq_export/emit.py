@@ -26,7 +26,7 @@ from tfmq_export.passes.base import PassReport
 from tfmq_export.passes.graph import save_model
 from tfmq_export.passes.pipeline import OUTPUT
 from tfmq_export.prologue import Prologue
-from tfmq_export.recipe import QuantRecipe
+from tfmq_export.recipe import QuantRecipe, TableType
 from tfmq_export.recipe_io import save_recipe
 from tfmq_export.runtime.ort_runner import version as ort_version
 from tfmq_export.target import Target
@@ -40,11 +40,13 @@ class Graphs:
         model: The denoiser.
         reports: What each pass did.
         prologue: The graph that runs once per prompt, where it was asked for.
+        tables: What rows of temporal tables are stored in.
     """
 
     model: onnx.ModelProto
     reports: tuple[PassReport, ...]
     prologue: Prologue | None = None
+    tables: TableType = "fp32"
 
 
 def emit(
@@ -92,6 +94,7 @@ def emit(
         provenance=dict(recipe.provenance),
         files={str(path.relative_to(root)): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()},
         prologue=None if graphs.prologue is None else graphs.prologue.info,
+        tables=graphs.tables,
     )
     write_manifest(root, manifest)
     return Bundle(root, manifest)

@@ -6,6 +6,7 @@ no PyTorch. ``recipe_io`` saves it and loads it back.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 from tfmq_export.errors import RecipeError
 from tfmq_export.spec import QParams
 from tfmq_export.timesteps import TimestepSet
+
+TableType = Literal["fp32", "fp16", "int8"]
+"""What the rows of temporal tables are stored in."""
 
 MIN_EXPONENT = -4  # a 4-bit weight shifted by 4 still fits 8 bits
 
@@ -178,11 +182,13 @@ class TibRecipe:
 
     Attributes:
         source: What the rows are: "table" (full precision), "quantized" (the quantized block) or "select".
+        stored: What a target's graph keeps them in: "fp32", "fp16" or "int8" (``narrow_rows.py``).
     """
 
     timesteps: TimestepSet
     tables: tuple[TemporalTable, ...]
     source: str = "table"
+    stored: TableType = "fp32"
 
     def __post_init__(self) -> None:
         for table in self.tables:

@@ -24,6 +24,7 @@ class Target:
         packed_weights: 4-bit integers may be stored packed, behind a Cast that the engine folds at load.
         float_type: What is not quantized computes in: "float32" or "float16".
         integers: Whether the backend has integer kernels for QDQ graphs at all.
+        integer_tables: Whether rows of int8 constants can be gathered.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Target:
     packed_weights: bool = True
     float_type: str = "float32"
     integers: bool = True
+    integer_tables: bool = True
 
 
 _TARGETS = (
@@ -50,9 +52,19 @@ _TARGETS = (
     Target("ort-cuda", engine="onnxruntime", attention="mha", integers=False),
     # Convolutions stay integers without an output grid, which spares each a rounding (docs/lowering.md).
     Target("openvino", engine="openvino"),
-    # TensorRT takes precision from the graph's own types, int8 with zero point 0, and does not fold integer constants.
-    Target("tensorrt", engine="tensorrt", symmetric=True, packed_weights=False, float_type="float16"),
-    Target("tensorrt-rtx", engine="tensorrt", symmetric=True, packed_weights=False, float_type="float16"),
+    # TensorRT takes precision from the graph's own types, int8 with zero point 0; it neither folds nor gathers integer
+    # constants.
+    *(
+        Target(
+            name,
+            engine="tensorrt",
+            symmetric=True,
+            packed_weights=False,
+            float_type="float16",
+            integer_tables=False,
+        )
+        for name in ("tensorrt", "tensorrt-rtx")
+    ),
 )
 
 TARGETS: Mapping[str, Target] = {target.name: target for target in _TARGETS}

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle import Bundle
 from tfmq_export.denoiser import Denoiser
+from tfmq_export.narrow_rows import decode, stored_bytes
+from tfmq_export.passes.narrow_tables import SCALES
 from tfmq_export.passes.tabulate_tib import GATHER, LOOKUP
 from tfmq_export.program import DiffusionProgram, evaluate
 from tfmq_export.recipe import TibRecipe
@@ -25,12 +27,19 @@ class TemporalErrors:
         cosine: With full precision, [features, T].
         mismatch: Steps of the schedule to the timestep whose full-precision feature is nearest, int [features, T].
         exact: Whether the bundle holds the recipe's rows, [features, T].
+        tib: The tables themselves, as they are stored.
     """
 
     paths: tuple[str, ...]
     cosine: NDArray[np.float64]
     mismatch: NDArray[np.int64]
     exact: NDArray[np.bool_]
+    tib: TibRecipe
+
+    @property
+    def storage(self) -> dict[str, object]:
+        """What the tables take, and what they would take in fp32, in bytes."""
+        return {"type": self.tib.stored, "bytes": stored_bytes(self.tib), "fp32_bytes": self.tib.nbytes}
 
     def to_json(self) -> dict[str, object]:
         """Rounded for reading."""
@@ -65,6 +74,7 @@ def compare_temporal(
         np.array(cosines, np.float64).reshape(shape),
         np.array(mismatches, np.int64).reshape(shape),
         np.array(exact, np.bool_).reshape(shape),
+        tib,
     )
 
 
@@ -82,14 +92,20 @@ def _full_precision(program: DiffusionProgram, denoiser: Denoiser, tib: TibRecip
     return {name: np.stack(found) for name, found in rows.items()}
 
 
-def _stored(bundle: Bundle) -> dict[str, NDArray[np.generic]]:
+def _stored(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     """The rows that each feature is looked up in, by the feature's name; equal tables are stored once."""
     found = {}
     for path in [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]:
         graph = onnx.load(path, load_external_data=False).graph
         stored = {initializer.name: initializer for initializer in graph.initializer}
+        inputs = {node.name: node.input for node in graph.node}
         for node in graph.node:
             if node.name.startswith(LOOKUP) and node.name.endswith(GATHER) and node.input[0] in stored:
                 feature = node.name.removeprefix(LOOKUP).removesuffix(GATHER)
-                found[feature] = onnx.numpy_helper.to_array(stored[node.input[0]], str(path.parent))
+                rows = onnx.numpy_helper.to_array(stored[node.input[0]], str(path.parent))
+                scales = inputs.get(f"{LOOKUP}{feature}{SCALES}")
+                if scales is None:
+                    found[feature] = rows.astype(np.float32)
+                else:
+                    found[feature] = decode(rows, onnx.numpy_helper.to_array(stored[scales[0]], str(path.parent)))
     return found

@@ -58,7 +58,8 @@ class Validation:
     images: NDArray[np.float32]
 
     def to_json(self) -> dict[str, object]:
-        return {**self.report.to_json(), "precision": self.receipt.to_json(), "temporal": self.temporal.to_json()}
+        found = {"precision": self.receipt.to_json(), "temporal": self.temporal.to_json()}
+        return {**self.report.to_json(), **found, "temporal_tables": self.temporal.storage}
 
     def write(self, path: Path, extra: Mapping[str, object] | None = None) -> None:
         """Write report.json."""
@@ -92,6 +93,12 @@ class Subject:
                 f"({self.recipe.tib.timesteps.describe()}), not for {len(self.denoiser.timesteps)} "
                 f"({self.denoiser.timesteps.describe()}); give the same --steps"
             )
+
+    @property
+    def carried_out(self) -> QuantRecipe:
+        """The recipe as the bundle's target carries it out."""
+        manifest = self.bundle.manifest
+        return adapt(self.recipe, find_target(manifest.target), manifest.tables)
 
 
 def subject_of(bundle: Bundle, model: Path, factory: str | None = None) -> Subject:
@@ -135,7 +142,8 @@ def validate(
         agreements = _agreements(subject, trajectory, step)
     with progress.stage("Reading the optimized graph"):
         receipt = realized_by_target(subject.bundle)
-    temporal = compare_temporal(subject.program, denoiser, subject.recipe.tib, subject.bundle)
+    tib = subject.carried_out.tib
+    temporal = compare_temporal(subject.program, denoiser, tib, subject.bundle)
     similarity: tuple[Comparison, ...] = ()
     # Signals, points and tiny images have no SSIM; where one is demanded all the same, ssim says so.
     if has_ssim(reference_images) or thresholds.ssim > 0:
@@ -156,7 +164,7 @@ def validate(
         Threshold("image PSNR (dB)", thresholds.psnr).judge(by_name["image PSNR (dB)"].mean),
         *(Threshold("image SSIM", thresholds.ssim).judge(found.mean) for found in similarity),
         Threshold("noise-prediction SQNR (dB)", thresholds.sqnr).judge(float(np.mean(per_step))),
-        Threshold("temporal feature cosine", thresholds.temporal_cosine_of(subject.recipe.tib.source)).judge(
+        Threshold("temporal feature cosine", thresholds.temporal_cosine_of(tib.source, tib.stored)).judge(
             by_name["temporal feature cosine"].lowest
         ),
         Threshold("temporal table exactness", 1.0).judge(by_name["temporal table exactness"].lowest),
@@ -202,8 +210,7 @@ def as_images(reference: Tensor, compiled: Tensor) -> tuple[NDArray[np.float32],
 
 
 def _agreements(subject: Subject, trajectory: tuple[CalibrationStep, ...], step: Any) -> list[Agreement]:
-    carried_out = adapt(subject.recipe, find_target(subject.bundle.manifest.target))
-    lock_step = LockStep(subject.program, carried_out, subject.bundle)
+    lock_step = LockStep(subject.program, subject.carried_out, subject.bundle)
     found = []
     for done, recorded in enumerate(trajectory, start=1):
         # The first and the last sample of the batch: with guidance one of each half.

@@ -14,20 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from one_recipe import capture_once, quantize_once
 from torch import Tensor, fx
 
-from tfmq_export.config import Method, find_preset
+from tfmq_export.config import CompileConfig
 from tfmq_export.denoiser import first_tensor
 from tfmq_export.models.load import Source, load
-from tfmq_export.program import DiffusionProgram, capture
-from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
-from tfmq_export.ptq.calibration import calibrate, record
+from tfmq_export.program import DiffusionProgram
+from tfmq_export.ptq.calibration import record
 from tfmq_export.ptq.effort import find_effort
-from tfmq_export.ptq.quantize import quantize
 from tfmq_export.ptq.simulate import QuantizedLayer
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.runtime.compare import psnr, sqnr_db
-from tfmq_export.target import find_target
 from tfmq_export.validate import as_images
 
 PARTS = ("weight", "input", "output")
@@ -72,14 +70,9 @@ def main() -> None:
     args = parser.parse_args()
 
     denoiser = load(Source(args.model, steps=args.steps))
-    program = capture(denoiser)
-    preset, effort = find_preset(args.preset), find_effort(args.effort)
-    recorded = calibrate(denoiser, images=effort.images, seed=0, progress=_quiet)
-    outputs = find_target("ort-cpu").quantized_outputs
-    plan = QuantPlan(args.preset, preset.weight_bits, preset.activation_bits, Method(), effort, outputs)
-    subject = prepare(program, denoiser, recorded, plan, {})
-    program = subject.program
-    recipe = quantize(subject, plan, _quiet)
+    captured = capture_once(denoiser, images=find_effort(args.effort).images)
+    made = quantize_once(captured, CompileConfig(preset=args.preset, effort=args.effort))
+    program, recipe, recorded = made.program, made.recipe, captured.recorded
 
     first, last = recipe.layers[0].name, recipe.layers[-1].name
     rows: dict[str, Chosen] = {

@@ -51,6 +51,26 @@ Shape = tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]
 """A module, its example inputs (sample and timestep first), and conditioning to calibrate with."""
 
 
+def tiny_unet(side: int = 16, width: int = 16, **more: object) -> UNet2DModel:
+    """Two levels with attention on the second.
+
+    Args:
+        side: Of the image.
+        width: Channels of the first level; the second has twice as many.
+        more: Of ``UNet2DModel``.
+    """
+    return UNet2DModel(
+        sample_size=side,
+        block_out_channels=(width, 2 * width),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        **more,
+    )
+
+
 def _ddpm(size: str) -> Shape:
     """Full: the U-Net of google/ddpm-cifar10-32, 36 M parameters, 32 x 32 pixels."""
     if size == "full":
@@ -67,15 +87,7 @@ def _ddpm(size: str) -> Shape:
             norm_eps=1e-6,
         )
     else:
-        module = UNet2DModel(
-            sample_size=16,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-            attention_head_dim=8,
-        )
+        module = tiny_unet()
     side = module.config["sample_size"]
     return module, {"sample": torch.randn(2, 3, side, side), "timestep": torch.tensor([750, 0])}, {}
 

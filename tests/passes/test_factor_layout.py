@@ -1,6 +1,7 @@
 """Factors followed backwards: scaling before must be scaling behind, for every layout operation."""
 
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,10 +41,10 @@ def test_a_reshape(after: tuple[int, ...], before: tuple[int, ...], equal: bool,
         (["n", "c", 4], ["n", "c", 2, 2], False),
     ],
 )
-def test_names_of_sizes_have_to_be_the_same(after: list[object], before: list[object], known: bool) -> None:
+def test_names_of_sizes_have_to_be_the_same(after: list[Any], before: list[Any], known: bool) -> None:
     factor = np.exp(normal(0, 6)).reshape([6 if axis == 1 else 1 for axis in range(len(after))])
 
-    moved = before_reshape(factor, after, before)  # type: ignore[arg-type]
+    moved = before_reshape(factor, after, before)
 
     assert (moved is not None) is known
     if moved is not None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper
-from onnx_graphs import Shape, build, graph_of, infer, normal, ops
+from onnx_graphs import Shape, build, graph_of, infer, normal, ops, with_batch
 
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import run_passes
@@ -48,13 +48,6 @@ def attention_model(
         initializers,
     )
     return with_batch(model)
-
-
-def with_batch(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Name the batch dimension everywhere, as the exporter does; inference cannot see through Reshape to -1."""
-    for info in model.graph.value_info:
-        info.type.tensor_type.shape.dim[0].dim_param = "n"
-    return model
 
 
 def feeds(batch: int = 2, heads: int = HEADS, size: int = SIZE, length: int = LENGTH, source: int = SOURCE) -> dict:

@@ -34,10 +34,14 @@ from tfmq_export import passes as package
 from tfmq_export.adapt import adapt
 from tfmq_export.passes.base import Pass, PassReport, Semantics, run_passes
 from tfmq_export.passes.check_model import CheckModel
+from tfmq_export.passes.fold_constants import FoldConstants
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.name_outputs import NameOutputs
+from tfmq_export.passes.narrow_tables import NarrowTables
 from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.passes.split_skips import SplitSkips
 from tfmq_export.passes.strip_qdq import StripQdq
+from tfmq_export.passes.tabulate_tib import TabulateTib
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.target import find_target
 
@@ -82,6 +86,15 @@ def scaled_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
     return [(narrow, passes_for(narrow, ort, **names)), (wide, passes_for(wide, other, **names))]
 
 
+def narrow_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
+    """Tables with narrow rows."""
+    openvino = find_target("openvino")
+    recipes = [adapt(recipe_for(net), openvino, tables) for tables in ("fp16", "int8")]
+    make = (FoldConstants, SplitSkips, TabulateTib, NarrowTables)
+    chains = [passes_for(recipe, openvino, sample="sample", timestep="timestep") for recipe in recipes]
+    return [(recipe, [x for x in chain if isinstance(x, make)]) for recipe, chain in zip(recipes, chains, strict=True)]
+
+
 @cache
 def rewrites() -> tuple[Rewrite, ...]:
     done: list[Rewrite] = []
@@ -93,6 +106,9 @@ def rewrites() -> tuple[Rewrite, ...]:
         for recipe, chain in scaled_chains(net):
             # What quantizing scaled layers may change is for test_quantize_weights.py, in the recipe's own terms.
             done += [x for x in run_chain(net, recipe, chain) if x.report.semantics is Semantics.EXACT]
+        for recipe, chain in narrow_chains(net):
+            # The rows of the recipe are rounded, which is for test_narrow_tables.py; how they are stored is exact.
+            done += [x for x in run_chain(net, recipe, chain) if x.report.name == "NarrowTables"]
     return tuple(done)
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,7 +27,7 @@ from tfmq_export.passes.split_exponents import SplitExponents, exponent_parts, s
 from tfmq_export.ptq.simulate import QuantizedLayer
 from tfmq_export.recipe import LayerRecipe
 from tfmq_export.spec import QParams, QuantSpec
-from tfmq_export.target import Target, find_target
+from tfmq_export.target import PtsLowering, Target, find_target
 
 PACKING = Target("packing", engine="test", packed_weights=True)
 PLAIN = Target("plain", engine="test", packed_weights=False)
@@ -40,26 +39,22 @@ TAU = np.float32([0.5, 3.1, 0.27, 1.9])
 
 
 def lowered(
-    model: onnx.ModelProto, layer: LayerRecipe, target: Target, asked: str = "auto"
+    model: onnx.ModelProto, layer: LayerRecipe, target: Target, asked: PtsLowering = "auto"
 ) -> tuple[gs.Graph, list[PassReport]]:
     recipe = recipe_with([layer])
-    split = choose_form(layer, target, asked) == "split"  # type: ignore[arg-type]
+    split = choose_form(layer, target, asked) == "split"
     names = frozenset([layer.name] if split else [])
     parts = split_recipe(recipe, names)
     graph = graph_of(model)
     passes = [BindRecipe(recipe), RescaleInputs(recipe), SplitExponents(recipe, names), InsertQdq(parts, target)]
-    reports = run_passes(graph, [*passes, QuantizeWeights(parts, target, asked)])  # type: ignore[arg-type]
+    reports = run_passes(graph, [*passes, QuantizeWeights(parts, target, asked)])
     onnx.checker.check_model(export_model(graph))
     return graph, list(reports)
 
 
 def run(graph: gs.Graph, x: NDArray) -> NDArray:
     """Reference numerics: no integer kernels."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = ort.InferenceSession(export_model(graph).SerializeToString(), options, ["CPUExecutionProvider"])
-    return session.run(None, {"x": x})[0]
+    return infer(graph, {"x": x}, integer=False)[0]
 
 
 def integers(graph: gs.Graph, name: str) -> NDArray:
@@ -256,16 +251,18 @@ def exact(layer: LayerRecipe, bias: NDArray, x: NDArray) -> NDArray:
         (8, GRIDDED, "auto", "output grid of its own; use 4-bit weights or --pts off for gridded"),
     ],
 )
-def test_a_form_that_cannot_be_is_refused_with_one_that_can(bits: int, target: Target, asked: str, reason: str) -> None:
+def test_a_form_that_cannot_be_is_refused_with_one_that_can(
+    bits: int, target: Target, asked: PtsLowering, reason: str
+) -> None:
     layer = scaled_layer("Conv", X, None, bits, None, EXPONENT)
 
     with pytest.raises(TargetError, match=r"^net\.conv2d: ") as caught:
-        choose_form(layer, target, asked)  # type: ignore[arg-type]
+        choose_form(layer, target, asked)
     assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize(("bits", "asked"), [(4, "fold"), (4, "shift"), (4, "split"), (8, "auto")])
-def test_what_was_chosen_is_reported(bits: int, asked: str) -> None:
+def test_what_was_chosen_is_reported(bits: int, asked: PtsLowering) -> None:
     layer = scaled_layer("MatMul", X, None, bits, None, EXPONENT)
 
     _, reports = lowered(float_model("MatMul", float_weight("MatMul"), normal(1, 6)), layer, PACKING, asked)

@@ -1,12 +1,10 @@
 """The weights' half of quantization: storage, arithmetic and refusals. Which kernels run: test_check_model.py."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,10 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx_graphs import build, graph_of, infer, normal
-from scaled_layers import OPS, computed, float_model, float_weight, sample, scaled_layer
+from single_layers import codes_of, conv_model, grid, quantized
 from toy_nets import ORT_CPU, layer_recipe, node, recipe_with
 
-from tfmq_export.errors import PostconditionError, PreconditionError, TargetError
+from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.bind_recipe import BindRecipe
 from tfmq_export.passes.graph import export_model
@@ -25,28 +23,7 @@ from tfmq_export.passes.insert_qdq import InsertQdq
 from tfmq_export.passes.quantize_weights import QuantizeWeights
 from tfmq_export.passes.rescale_inputs import RescaleInputs
 from tfmq_export.recipe import LayerRecipe
-from tfmq_export.spec import QParams, QuantSpec
-
-
-def grid(scale: float, zero_point: int, bits: int = 8) -> QParams:
-    return QParams(QuantSpec(bits, signed=False), np.asarray(scale, np.float32), np.asarray(zero_point, np.int32))
-
-
-def quantized(model: onnx.ModelProto, *layers: LayerRecipe) -> gs.Graph:
-    recipe = recipe_with(layers)
-    graph = graph_of(model)
-    run_passes(
-        graph, [BindRecipe(recipe), RescaleInputs(recipe), InsertQdq(recipe, ORT_CPU), QuantizeWeights(recipe, ORT_CPU)]
-    )
-    return graph
-
-
-def conv_model(weight: NDArray, bias: NDArray, size: tuple[int, ...], **attrs: object) -> onnx.ModelProto:
-    channels = weight.shape[1] * attrs.get("group", 1)  # type: ignore[operator]
-    nodes = [node("Conv", "x w b", "conv2d", **attrs)]
-    return build(
-        nodes, {"x": ("n", channels, *size)}, {"conv2d": ("n", len(weight), "h", "w")}, {"w": weight, "b": bias}
-    )
+from tfmq_export.spec import QuantSpec
 
 
 def linear_model(op: str, weight: NDArray, bias: NDArray) -> onnx.ModelProto:
@@ -57,20 +34,6 @@ def linear_model(op: str, weight: NDArray, bias: NDArray) -> onnx.ModelProto:
     return build(
         nodes, {"x": ("n", 3, weight.shape[1])}, {"linear": ("n", 3, len(weight))}, {"w": weight.T.copy(), "b": bias}
     )
-
-
-def run(graph: gs.Graph, x: NDArray, *, integer: bool) -> NDArray:
-    """The integer kernels do not read every attribute; other engines do, and so do ONNX Runtime's float ones."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.disable_quant_qdq", "0" if integer else "1")
-    session = ort.InferenceSession(export_model(graph).SerializeToString(), options, ["CPUExecutionProvider"])
-    return session.run(None, {"x": x})[0]
-
-
-def codes_of(x: NDArray, params: QParams) -> NDArray[np.int64]:
-    codes = np.rint(x / params.scale) + params.zero_point
-    return np.clip(codes, params.spec.qmin, params.spec.qmax).astype(np.int64)
 
 
 def integer_bias(layer: LayerRecipe, bias: NDArray) -> NDArray[np.float64]:
@@ -114,7 +77,7 @@ def test_a_convolution_is_integer_arithmetic_to_one_code(  # noqa: PLR0913
     channel = (slice(None), None, None)
     real = (sums + integer_bias(layer, bias)[channel]) * (layer.input.scale * layer.weight.scale)[channel]
     for integer in (True, False):
-        difference = codes_of(run(graph, x, integer=integer), y_grid) - codes_of(real, y_grid)
+        difference = codes_of(infer(graph, {"x": x}, integer=integer)[0], y_grid) - codes_of(real, y_grid)
         # Kernels multiply by a rounded factor: a tie may fall the other way, but ties are rare.
         assert np.abs(difference).max() <= 1
         assert np.count_nonzero(difference) <= 1 + 0.01 * difference.size
@@ -151,7 +114,7 @@ def test_a_linear_layer_is_integer_arithmetic(op: str, bits: int, width: int, ou
     expected = sums * step + (integer_bias(layer, bias) * step if op == "Gemm" else bias)
     for integer in (True, False):
         # Integer sums are exact and rounded once or twice; float ones are of at most 9 terms of up to 20.
-        np.testing.assert_allclose(run(graph, x, integer=integer), expected, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(infer(graph, {"x": x}, integer=integer)[0], expected, rtol=1e-5, atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
@@ -293,151 +256,3 @@ def test_a_computed_bias_is_refused() -> None:
 
     with pytest.raises(PreconditionError, match=r"net.conv2d: its bias computed is not a constant"):
         run_passes(graph, [rewrite])
-
-
-TAU = np.float32([0.5, 3.1, 0.27, 1.9])
-EXPONENT = np.int8([0, -3, -1, 0])
-SCALINGS = {"les": (TAU, None), "pts": (None, EXPONENT), "les and pts": (TAU, EXPONENT)}
-SCALED_INPUT, SCALED_OUTPUT = grid(0.08, 120), grid(0.3, 128)
-
-
-def scaled(op: str, scaling: str, bits: int = 4) -> tuple[LayerRecipe, gs.Graph, NDArray]:
-    tau, exponent = SCALINGS[scaling]
-    layer = scaled_layer(op, SCALED_INPUT, SCALED_OUTPUT if "Conv" in op else None, bits, tau, exponent)
-    bias = normal(1, len(layer.weight_codes))
-    return layer, quantized(float_model(op, float_weight(op), bias), layer), bias
-
-
-def assert_computes_the_recipe(op: str, layer: LayerRecipe, graph: gs.Graph, bias: NDArray) -> None:
-    """The formula of ``LayerRecipe``, in integer kernels and in float ones."""
-    x = sample(op)
-    expected = computed(op, layer, bias, x)
-    for integer in (True, False):
-        actual = run(graph, x, integer=integer)
-        if layer.output is None:
-            # Sums of 4 products of fp32 numbers of up to 20.
-            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
-            continue
-        difference = codes_of(actual, layer.output) - codes_of(expected, layer.output)
-        # Kernels multiply by a rounded factor: a tie may fall the other way, but ties are rare.
-        assert np.abs(difference).max() <= 1
-        assert np.count_nonzero(difference) <= 1 + 0.01 * difference.size
-
-
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("op", OPS)
-def test_scaled_layers_compute_what_the_recipe_says(op: str, scaling: str) -> None:
-    layer, graph, bias = scaled(op, scaling)
-
-    assert_computes_the_recipe(op, layer, graph, bias)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_scaling_alone_needs_no_narrow_weights(op: str) -> None:
-    layer, graph, bias = scaled(op, "les", bits=8)
-
-    assert_computes_the_recipe(op, layer, graph, bias)
-
-
-@pytest.mark.parametrize("scaling", ["les", "les and pts"])
-@pytest.mark.parametrize("op", OPS)
-def test_a_scaled_layer_is_near_the_float_layer(op: str, scaling: str) -> None:
-    _, graph, bias = scaled(op, scaling)
-    x = sample(op) * np.float32(0.2)  # inside the grid, whatever the exponents
-
-    (expected,) = infer(float_model(op, float_weight(op), bias), {"x": x})
-
-    error = np.linalg.norm(run(graph, x, integer=True) - expected) / np.linalg.norm(expected)
-    assert error < 0.35  # 4-bit weights by plain rounding; a factor forgotten or applied twice is off by more than 1
-
-
-def tau_twice(graph: gs.Graph) -> None:
-    (rescale,) = [item for item in graph.nodes if item.op == "Mul" and item.name.endswith(".rescale")]
-    factor = rescale.inputs[1]
-    factor.values = (factor.values / TAU.reshape(factor.values.shape)).astype(np.float32)
-
-
-def no_rescale(graph: gs.Graph) -> None:
-    (rescale,) = [item for item in graph.nodes if item.op == "Mul" and item.name.endswith(".rescale")]
-    rescale.inputs[1].values = np.ones_like(rescale.inputs[1].values)
-
-
-def no_shift(graph: gs.Graph) -> None:
-    (shift,) = [value for name, value in graph.tensors().items() if name.endswith(".weight_shift")]
-    shift.values = np.ones_like(shift.values)
-
-
-def shift_of_the_wrong_channels(graph: gs.Graph) -> None:
-    (shift,) = [value for name, value in graph.tensors().items() if name.endswith(".weight_shift")]
-    axis = 0 if shift.values.shape[-1] == 1 and shift.values.ndim == 2 else 1
-    shift.values = np.flip(shift.values, axis).copy()
-
-
-@pytest.mark.parametrize("spoil", [tau_twice, no_rescale, no_shift, shift_of_the_wrong_channels])
-@pytest.mark.parametrize("op", OPS)
-def test_the_identity_of_scaling_can_fail(op: str, spoil: Callable[[gs.Graph], None]) -> None:
-    layer, graph, bias = scaled(op, "les and pts")
-
-    spoil(graph)
-
-    with pytest.raises(AssertionError):
-        assert_computes_the_recipe(op, layer, graph, bias)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_shifted_weights_stay_packed_in_four_bits(op: str) -> None:
-    layer, graph, _ = scaled(op, "pts")
-
-    stored = {item.name: item for item in export_model(graph).graph.initializer}
-    codes = stored[f"{layer.name}.weight_codes"]
-    assert codes.data_type == TensorProto.INT4
-    step = numpy_helper.to_array(stored[f"{layer.name}.weight_scale"])
-    np.testing.assert_array_equal(step, layer.weight.scale / np.float32(8))  # 2^(min d)
-
-
-@pytest.mark.parametrize("op", ["Conv", "grouped Conv"])
-def test_exponents_on_eight_bit_convolutions_are_refused_where_outputs_have_grids(op: str) -> None:
-    with pytest.raises(TargetError, match=r"its 8-bit weight shifted by PTS does not fit 8 bits, and the sum over its"):
-        scaled(op, "pts", bits=8)
-
-
-@pytest.mark.parametrize("op", ["MatMul", "Gemm", "Gemm transposed"])
-def test_exponents_on_eight_bit_linear_layers_have_to_be_split_first(op: str) -> None:
-    with pytest.raises(PreconditionError, match=r"net.linear: its integers have to be split first; run SplitExponents"):
-        scaled(op, "pts", bits=8)
-
-
-def shifted_pixel(code: int) -> LayerRecipe:
-    """One weight times 2, beside one that stays."""
-    layer = layer_recipe("conv2d", "conv", np.ones((1, 2, 1, 1)), grid(1.0, 0), grid(1.0, 0))
-    layer = replace(layer, weight_codes=np.int8([code, 1]).reshape(1, 2, 1, 1))
-    return replace(layer, weight=replace(layer.weight, scale=np.float32([1])), pts_exponent=np.int8([0, -1]))
-
-
-def test_an_integer_shifted_to_just_above_the_container_is_refused() -> None:
-    # 64 * 2 = 128, which int8 would wrap to -128.
-    layer = shifted_pixel(64)
-    weight = layer.weight_codes.astype(np.float32)
-
-    with pytest.raises(TargetError, match="does not fit 8 bits"):
-        quantized(conv_model(weight, np.zeros(1, np.float32), (3, 3)), layer)
-
-
-def test_an_integer_shifted_to_the_end_of_the_container_stays() -> None:
-    layer = shifted_pixel(-64)  # -64 * 2 = -128 is an int8
-    weight = layer.weight_codes.astype(np.float32)
-    graph = quantized(conv_model(weight, np.float32([200]), (1, 1)), layer)
-
-    y = run(graph, np.float32([2, 3]).reshape(1, 2, 1, 1), integer=True)
-
-    assert y.item() == 200 - 64 * 2 + 3
-
-
-def test_integers_of_the_unscaled_weight_are_refused() -> None:
-    layer, _, bias = scaled("Conv", "les")
-    model = float_model("Conv", float_weight("Conv"), bias)
-
-    with pytest.raises(PostconditionError, match="not a rounding of this weight"):
-        quantized(model, replace(layer, les_scale=None))
-    with pytest.raises(PostconditionError, match="not a rounding of this weight"):
-        quantized(model, replace(layer, les_scale=TAU[::-1].copy()))

@@ -1,5 +1,6 @@
 """Equivalent and power-of-two scaling of inputs, as an identity of the float graph."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -115,9 +116,9 @@ def test_a_relu_goes_behind_the_factor() -> None:
 
 
 @pytest.mark.parametrize("model", [two_readers, relu_model])
-def test_a_second_run_is_refused(model: object) -> None:
+def test_a_second_run_is_refused(model: Callable[[], onnx.ModelProto]) -> None:
     layer = unit_layer("linear", TAU)
-    graph = rescaled(model(), layer)  # type: ignore[operator]
+    graph = rescaled(model(), layer)
 
     with pytest.raises(PreconditionError, match=r"net.linear: its input is scaled already"):
         run_passes(graph, [RescaleInputs(recipe_with([layer]))])

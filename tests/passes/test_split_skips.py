@@ -46,13 +46,20 @@ def part_names(sizes: tuple[int, ...]) -> list[str]:
 
 
 def conv_model(
-    sizes: tuple[int, ...], out: int = 3, size: int = 6, *, kernel: int = 3, bias: bool = True, **attrs: object
+    sizes: tuple[int, ...],
+    out: int = 3,
+    size: int = 6,
+    *,
+    kernel: int = 3,
+    bias: bool = True,
+    group: int = 1,
+    **attrs: object,
 ) -> onnx.ModelProto:
     names = part_names(sizes)
-    fan_in = sum(sizes) // int(attrs.get("group", 1))  # type: ignore[call-overload]
+    fan_in = sum(sizes) // group
     nodes = [
         node("Concat", " ".join(names), "cat", axis=1),
-        node("Conv", "cat w b" if bias else "cat w", "conv2d", **attrs),
+        node("Conv", "cat w b" if bias else "cat w", "conv2d", group=group, **attrs),
     ]
     inputs = {name: ("n", channels, size, size) for name, channels in zip(names, sizes, strict=True)}
     weights = {"w": normal(10, out, fan_in, kernel, kernel), **({"b": normal(11, out)} if bias else {})}

@@ -1,17 +1,17 @@
 """``clip(round(y / s), 0, 255 K)`` out of K outputs of 8 bits, through ONNX Runtime."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from onnx_graphs import build, graph_of, normal, ops
+from onnx_graphs import build, graph_of, infer, normal, ops
 from toy_nets import ORT_CPU, layer_recipe, node, recipe_with
 
 from tfmq_export.bundle import LayerInfo
@@ -67,14 +67,6 @@ def stacked(layer: LayerRecipe, bias: NDArray | None) -> gs.Graph:
     return graph
 
 
-def run(graph: gs.Graph, x: NDArray, *, integer: bool) -> NDArray:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.disable_quant_qdq", "0" if integer else "1")
-    session = ort.InferenceSession(export_model(graph).SerializeToString(), options, ["CPUExecutionProvider"])
-    return session.run(None, {"x": x})[0]
-
-
 def accumulated(layer: LayerRecipe, bias: NDArray | None, x: NDArray) -> NDArray[np.float64]:
     """What the layer computes before its output is quantized."""
     codes = np.clip(np.rint(x / INPUT.scale) + INPUT.zero_point, 0, 255) - INPUT.zero_point
@@ -93,7 +85,7 @@ def assert_identity(graph: gs.Graph, layer: LayerRecipe, bias: NDArray | None, x
     assert layer.output is not None
     expected = output_codes(accumulated(layer, bias, x), layer.output)
     for integer in (True, False):
-        actual = output_codes(run(graph, x, integer=integer), layer.output)
+        actual = output_codes(infer(graph, {"x": x}, integer=integer)[0], layer.output)
         difference = np.abs(actual - expected)
         # The bias lies on the accumulator's grid, here at most a fifth of a code: values that near a tie may fall
         # to the other side, and no others.
@@ -134,7 +126,7 @@ def test_far_outside_the_range_the_ends_of_the_grid_come_out(zero_point: int) ->
 
     exact = accumulated(layer, None, huge)
     for integer in (True, False):
-        y = run(graph, huge, integer=integer)
+        y = infer(graph, {"x": huge}, integer=integer)[0]
         assert exact.max() > high + 1
         assert exact.min() < low - 1
         # Four numbers of up to 2.55 and one more, added in fp32.
@@ -146,7 +138,7 @@ def test_more_than_256_levels_come_out_of_8_bit_kernels(tmp_path: Path) -> None:
     layer = stacked_layer(output_grid(0.01, 1000, 8))
     graph = stacked(layer, normal(1, 3))
 
-    y = run(graph, normal(2, 16, 4, *SIZE) * np.float32(0.3), integer=True)
+    (y,) = infer(graph, {"x": normal(2, 16, 4, *SIZE) * np.float32(0.3)})
 
     assert len(np.unique(output_codes(y, layer.output))) > 2 * 256
     save_model(export_model(graph), tmp_path / "model.onnx")
@@ -172,12 +164,12 @@ def stagger_by_256(graph: gs.Graph) -> None:
 
 
 @pytest.mark.parametrize("spoil", [swap_two_biases, forget_the_start, stagger_by_256])
-def test_the_identity_can_fail(spoil: object) -> None:
+def test_the_identity_can_fail(spoil: Callable[[gs.Graph], None]) -> None:
     layer = stacked_layer(output_grid(0.02, 500, 4))
     graph, bias, x = stacked(layer, normal(1, 3)), normal(1, 3), normal(2, 2, 4, *SIZE)
     assert_identity(graph, layer, bias, x)
 
-    spoil(graph)  # type: ignore[operator]
+    spoil(graph)
 
     with pytest.raises(AssertionError):
         assert_identity(graph, layer, bias, x)
@@ -210,7 +202,7 @@ def test_a_weight_that_is_stored_shifted_is_stacked() -> None:
     y = torch.nn.functional.conv2d(
         torch.from_numpy(real).double(), torch.from_numpy(weight).double(), padding=1
     ).numpy()
-    difference = output_codes(run(graph, x, integer=True), FOUR_CODES) - output_codes(y, FOUR_CODES)
+    difference = output_codes(infer(graph, {"x": x}, integer=True)[0], FOUR_CODES) - output_codes(y, FOUR_CODES)
     assert np.abs(difference).max() <= 1
     assert np.count_nonzero(difference) <= 1 + 0.01 * difference.size
 

@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -86,9 +87,9 @@ def test_cosine_is_along_the_last_axis() -> None:
 
 
 @pytest.mark.parametrize("metric", [lambda a, b: psnr(a, b, 1.0), lambda a, b: ssim(a, b, 1.0), sqnr_db, cosine])
-def test_shapes_must_agree(metric: object) -> None:
+def test_shapes_must_agree(metric: Callable[..., object]) -> None:
     with pytest.raises(ConfigError, match="cannot compare shapes"):
-        metric(IMAGES, IMAGES[:1])  # type: ignore[operator]
+        metric(IMAGES, IMAGES[:1])
 
 
 def test_a_threshold_holds_in_its_direction_and_nan_passes_none() -> None:

@@ -95,7 +95,7 @@ def test_a_prompt_is_a_copy_that_nobody_can_write_to(root: Path) -> None:
             with pytest.raises(ValueError, match="read-only"):
                 values[...] = 0
         with pytest.raises(TypeError):
-            prompt.feeds["shift.table"] = NOISE  # type: ignore[index]
+            prompt.feeds["shift.table"] = NOISE  # type: ignore[index]  # the point
 
 
 def test_threads_with_prompts_of_their_own_do_not_mix_them_up(root: Path) -> None:

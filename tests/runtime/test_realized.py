@@ -1,5 +1,6 @@
 """The receipt comes from the engine a bundle was compiled for."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,11 @@ def write_conv(path: Path, *, output: bool = True) -> Path:
 
 
 @pytest.fixture
-def bundle_for(tiny_bundle: object) -> object:
+def bundle_for(tiny_bundle: Callable[..., Path]) -> Callable[[str], Bundle]:
     """A bundle of one convolution, with its output on a grid where the target asks for that."""
 
     def write(target: str) -> Bundle:
-        bundle = open_bundle(tiny_bundle(target=target))  # type: ignore[operator]
+        bundle = open_bundle(tiny_bundle(target=target))
         write_conv(bundle.model, output=bool(find_target(target).quantized_outputs))
         return replace(bundle, manifest=replace(bundle.manifest, layers=(layer("conv2d"),), macs=200))
 
@@ -31,10 +32,10 @@ def bundle_for(tiny_bundle: object) -> object:
 
 
 @pytest.mark.parametrize(("target", "kernel"), [("ort-cpu", "QLinearConv"), ("openvino", "Convolution ")])
-def test_each_engine_speaks_for_its_own_target(bundle_for: object, target: str, kernel: str) -> None:
+def test_each_engine_speaks_for_its_own_target(bundle_for: Callable[[str], Bundle], target: str, kernel: str) -> None:
     pytest.importorskip("openvino")
 
-    receipt = realized_by_target(bundle_for(target))  # type: ignore[operator]
+    receipt = realized_by_target(bundle_for(target))
 
     receipt.raise_if_lost()
     assert receipt.integer_share == 0.5
@@ -51,8 +52,8 @@ def test_what_one_engine_keeps_another_loses(tmp_path: Path) -> None:
     assert on_onnxruntime.counts("conv") == (0, 1)
 
 
-def test_a_target_without_integer_kernels_says_so_of_every_layer(bundle_for: object) -> None:
-    bundle = bundle_for("ort-cuda")  # type: ignore[operator]
+def test_a_target_without_integer_kernels_says_so_of_every_layer(bundle_for: Callable[[str], Bundle]) -> None:
+    bundle = bundle_for("ort-cuda")
     layers = (layer("conv2d"), layer("conv2d_1", weights=0, activations=0))
 
     receipt = realized_by_target(replace(bundle, manifest=replace(bundle.manifest, layers=layers)))

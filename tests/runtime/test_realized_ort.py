@@ -1,6 +1,7 @@
 """Small QDQ graphs, written the way the compiler writes them, through the real ONNX Runtime."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from tfmq_export.bundle import LayerInfo
 from tfmq_export.errors import BuildError, PrecisionError
 from tfmq_export.runtime.realized_ort import realized_on_ort
 from tfmq_export.runtime.receipt import Receipt
+
+Build = Callable[[Path], tuple[Path, LayerInfo]]
 
 
 def realized(receipt: Receipt) -> dict[str, tuple[str, ...]]:
@@ -127,8 +130,8 @@ def lost_by_a_foreign_name(path: Path) -> tuple[Path, LayerInfo]:
         (lost_by_a_foreign_name, "no operation node_conv2d_1 in the optimized graph"),
     ],
 )
-def test_each_silent_loss_is_caught_with_its_reason(tmp_path: Path, build: object, reason: str) -> None:
-    path, asked = build(tmp_path / "m.onnx")  # type: ignore[operator]
+def test_each_silent_loss_is_caught_with_its_reason(tmp_path: Path, build: Build, reason: str) -> None:
+    path, asked = build(tmp_path / "m.onnx")
 
     receipt = realized_on_ort(path, [asked])
 

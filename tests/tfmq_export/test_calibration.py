@@ -101,7 +101,7 @@ def test_recorded_inputs_are_copies() -> None:
 
     module = nn.Module()
     module.conv = nn.Conv2d(3, 3, 1)
-    module.forward = lambda sample, timestep: module.conv(sample)  # type: ignore[method-assign]
+    module.forward = lambda sample, timestep: module.conv(sample)  # type: ignore[method-assign]  # a wrapper
     denoiser = probe(module, sampler=in_place)
 
     found = calibrate(denoiser, images=2, seed=0, progress=silent)

@@ -53,6 +53,7 @@ def test_flags_of_the_method_win_over_its_table(tmp_path: Path) -> None:
         ("[method]\npts_quorum = 1.5", "pts_quorum: "),
         ('effort = "heroic"', "effort: "),
         ('pts_lowering = "unfold"', "pts_lowering: "),
+        ('tables = "int4"', "tables: "),
         ('max_memory = "1KiB"', "max_memory: "),
         ("seed = ", "not readable TOML"),
         pytest.param("thresholds = 5", "thresholds: "),

@@ -144,7 +144,7 @@ def test_something_else_than_a_description_is_refused() -> None:
     module, _ = handwritten.build_dit()
 
     with pytest.raises(ConfigError, match=r"expected a tfmq_export\.Description \(example_inputs, .*got dict"):
-        describe(module, {"sample": "z"}, None, "dit")  # type: ignore[arg-type]
+        describe(module, {"sample": "z"}, None, "dit")  # type: ignore[arg-type]  # refused: the point
 
 
 def test_a_diffusers_scheduler_brings_its_own_timesteps() -> None:

@@ -262,7 +262,7 @@ def test_a_layer_keeps_its_value_when_the_exporter_would_fuse_it_away() -> None:
 def test_a_layer_called_twice_on_one_input_is_one_operation() -> None:
     program = capture(probe(Probe(lambda h, t: h * t.float()[:, None, None, None])))
     twice = Probe()
-    twice.forward = lambda sample, timestep: (  # type: ignore[method-assign]
+    twice.forward = lambda sample, timestep: (  # type: ignore[method-assign]  # a wrapper
         twice.leave(twice.enter(sample) * timestep.float()[:, None, None, None] + twice.enter(sample))
     )
 

@@ -67,6 +67,19 @@ def test_what_the_observer_returns_flows_on() -> None:
     assert not torch.allclose(changed, simulate(inputs))
 
 
+@pytest.mark.parametrize(("rest", "bits"), [(torch.float16, 11), (torch.bfloat16, 8)])
+def test_what_is_not_quantized_may_be_stored_in_fewer_bits(rest: torch.dtype, bits: int) -> None:
+    made = quantized("film_unet", 8, 8)
+    inputs, results = made.steps[0].inputs, []
+
+    rounded = Simulation(made.program, made.recipe, rest=rest)(inputs, lambda _, y: results.append(y) or y)
+    exact = Simulation(made.program, made.recipe)(inputs)
+
+    assert results
+    assert all(y.to(rest).float().equal(y) for y in results)  # every layer's result, as the next one reads it
+    assert 20 < sqnr_db(exact.numpy(), rounded.numpy()) < 6.02 * bits + 20  # a rounding that shows, and no more
+
+
 def test_each_sample_may_have_its_own_timestep() -> None:
     made = quantized("film_unet", 8, 8)
     simulate, x = Simulation(made.program, made.recipe), made.steps[0].inputs["x"]

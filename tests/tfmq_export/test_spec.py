@@ -46,7 +46,7 @@ def test_only_unsigned_codes_add_up(codes: int, signed: bool) -> None:
 
 def test_a_grid_cannot_be_edited() -> None:
     with pytest.raises(FrozenInstanceError):
-        UNSIGNED.bits = 4  # type: ignore[misc]
+        UNSIGNED.bits = 4  # type: ignore[misc]  # frozen: the point
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_invalid_parameters_cannot_exist(scale: object, zero_point: object, spec
 
 def test_parameters_keep_their_types() -> None:
     with pytest.raises(RecipeError, match="scale must be float32 and zero_point int32, got float64 and int32"):
-        QParams(UNSIGNED, np.asarray(1.0), np.asarray(0, np.int32))  # type: ignore[arg-type]
+        QParams(UNSIGNED, np.asarray(1.0), np.asarray(0, np.int32))  # type: ignore[arg-type]  # refused: the point
     with pytest.raises(RecipeError, match="got float32 and int64"):
-        QParams(UNSIGNED, np.asarray(1.0, np.float32), np.asarray(0))  # type: ignore[arg-type]
+        QParams(UNSIGNED, np.asarray(1.0, np.float32), np.asarray(0))  # type: ignore[arg-type]  # refused: the point
 
 
 def test_the_same_grid_is_spec_scale_and_zero_point() -> None:

@@ -36,7 +36,7 @@ class LoggedEngine(Engine):
             self.log.append(path.parent.name)
             return call(feeds)
 
-        return logged  # type: ignore[return-value]
+        return logged  # type: ignore[return-value]  # a Call is a function
 
 
 def scaled(folder: Path, name: str, factor: float) -> Graph:

@@ -72,7 +72,7 @@ def quantize_static(source: Path, path: Path, rows: Rows) -> None:
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self) -> None:
             self.rows: Iterator[dict[str, NDArray[np.generic]]] = iter(rows)
 

@@ -75,6 +75,9 @@ def export(
         bool | None,
         typer.Option("--allow-precision-loss", help="Keep a bundle whose layers do not all run in integers."),
     ] = None,
+    tables: Annotated[
+        str | None, typer.Option(help="Rows of temporal tables: fp32, fp16 or int8.", show_default="fp32")
+    ] = None,
     class_tables: Annotated[
         bool | None,
         typer.Option("--class-tables", help="Tabulate what class label and timestep decide, where it is small."),
@@ -111,6 +114,7 @@ def export(
         "thresholds.ssim": min_ssim,
         "thresholds.sqnr": min_sqnr,
         "allow_precision_loss": allow_precision_loss,
+        "tables": tables,
         "class_tables": class_tables,
         "prologue": prologue,
     }

@@ -22,7 +22,10 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
     rows = [
         ("images", f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}, {len(psnr.values)} images"),
         ("noise prediction", f"SQNR {sqnr.mean:.1f} dB, worst timestep {sqnr.lowest:.1f}"),
-        ("temporal features", f"cosine {cosine.lowest:.7f} at worst, {len(manifest.timesteps)} timesteps"),
+        (
+            "temporal features",
+            f"cosine {cosine.lowest:.7f} at worst, {len(manifest.timesteps)} timesteps{_tables(validation)}",
+        ),
         ("graph = fake-quant", f"{agreement.lowest:.0f} dB at worst, layer by layer in lock-step"),
         (
             "in integers",
@@ -39,6 +42,16 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
         paths = [layer.path for layer in kept if layer.reason == reason]
         shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
         out.print(f"in floating point: {len(paths)} layers ({shown}): {reason}")
+
+
+def _tables(validation: "Validation") -> str:
+    """What narrow rows of temporal tables save, where they do."""
+    tib = validation.temporal.tib
+    if tib.stored == "fp32" or not tib.tables:
+        return ""
+    from tfmq_export.narrow_rows import stored_bytes
+
+    return f"; {tib.stored} rows, {stored_bytes(tib) / tib.nbytes:.2f} of their {size(tib.nbytes)} in fp32"
 
 
 def _prologue_row(bundle: "Bundle") -> list[tuple[str, str]]:

@@ -80,7 +80,8 @@ def load_weights(module: nn.Module, state: Any, path: Path) -> None:
 
 def write_checkpoint(path: Path, model: nn.Module, scheduler: dict[str, Any], prompts: PromptSet) -> None:
     """Write a ``model.pt``, first under a temporary name."""
-    config = {key: _plain(value) for key, value in model.config.items() if not key.startswith("_")}  # type: ignore[operator,union-attr]
+    settings: Any = model.config  # of diffusers, which torch's types do not know
+    config = {key: _plain(value) for key, value in settings.items() if not key.startswith("_")}
     document = {
         "format": FORMAT,
         "version": VERSION,

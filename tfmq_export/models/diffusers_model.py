@@ -45,12 +45,12 @@ class _Unconditional(nn.Module):
 
 
 class _ClassConditional(_Unconditional):
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:  # type: ignore[override]  # one more
         return self.model(sample, timestep, class_labels, return_dict=False)[0]
 
 
 class _CrossAttention(_Unconditional):
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # one more
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
     ) -> Tensor:
         return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
@@ -82,7 +82,8 @@ def denoiser_of(
     Raises:
         LoadError: the model needs conditioning and ``prompts`` has none that fits.
     """
-    config: dict[str, Any] = {**model.config}  # type: ignore[dict-item]
+    settings: Any = model.config  # of diffusers, which torch's types do not know
+    config: dict[str, Any] = {**settings}
     module, examples = _flatten(model, config, prompts, where)
     guidance = prompts.guidance_scale if prompts.guidance_scale is not None and prompts.unconditional else 1.0
     sampler = DiffusersSampler(ddim_from_config(scheduler, where), steps, prompts.unconditional, guidance)

@@ -26,11 +26,20 @@ class Simulation:
         program: With the recipe's skip concatenations split.
         recipe: Made from this very program.
         integer_bias: Whether kernels add biases as integers, as the target says.
+        rest: Type that results which are not quantized are stored in.
     """
 
-    def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, *, integer_bias: bool = True) -> None:
-        self._program, self._recipe, self._integer_bias = program, recipe, integer_bias
-        self._layers = {layer.name: QuantizedLayer(layer) for layer in recipe.layers}
+    def __init__(
+        self,
+        program: DiffusionProgram,
+        recipe: QuantRecipe,
+        *,
+        integer_bias: bool = True,
+        rest: torch.dtype = torch.float32,
+    ) -> None:
+        self.program, self.integer_bias, self.rest = program, integer_bias, rest
+        self._recipe = recipe
+        self.layers = {layer.name: QuantizedLayer(layer) for layer in recipe.layers}
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
 
     @torch.no_grad()
@@ -47,7 +56,7 @@ class Simulation:
             table.name: torch.from_numpy(table.rows)[rows if table.per_sample else rows[0]]
             for table in self._recipe.tib.tables
         }
-        interpreter = _Interpreter(self._program.module, self._layers, features, rows, after_layer, self._integer_bias)
+        interpreter = _Interpreter(self, features, rows, after_layer)
         return first_tensor(interpreter.run(*inputs.values()))
 
 
@@ -96,30 +105,38 @@ class QuantizedLayer:
 class _Interpreter(fx.Interpreter):
     def __init__(
         self,
-        module: fx.GraphModule,
-        layers: Mapping[str, QuantizedLayer],
+        simulation: Simulation,
         features: Mapping[str, Tensor],
         rows: Tensor,
         after_layer: AfterLayer | None,
-        integer_bias: bool,
     ) -> None:
-        super().__init__(module)
-        self.integer_bias = integer_bias
-        self.layers, self.features, self.rows, self.after_layer = layers, features, rows, after_layer
+        super().__init__(simulation.program.module)
+        self.layers, self.integer_bias, self.rest = simulation.layers, simulation.integer_bias, simulation.rest
+        self.features, self.rows, self.after_layer = features, rows, after_layer
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.features:
-            return self.features[n.name].to(n.meta["val"].dtype)
+            return self._stored(self.features[n.name].to(n.meta["val"].dtype))
         layer = self.layers.get(n.name)
         if layer is None:
-            return super().run_node(n)
+            # A quantized layer keeps its bias, and reads the sample, in fp32 (passes/half_precision.py).
+            exact = n.op == "placeholder" or any(user.name in self.layers for user in n.users if n.op == "get_attr")
+            value = super().run_node(n)
+            return value if exact else self._stored(value)
         (x, _, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
         assert isinstance(x, Tensor)
         # Linear layers on inputs of rank 3 and more add their bias in floating point; so do per-timestep grids.
         in_integers = self.integer_bias and (layer.recipe.kind == "conv" or x.ndim == 2)
         if rest and isinstance(rest[0], Tensor) and in_integers and layer.recipe.input_by_timestep is None:
             rest[0] = layer.on_accumulator_grid(rest[0])
-        y = n.target(layer.quantize_input(x, self.rows), layer.weight, *rest, **kwargs)  # type: ignore[operator]
+        compute: Any = n.target  # decomposed graphs hold functions only
+        y = compute(layer.quantize_input(x, self.rows), layer.weight, *rest, **kwargs)
         if layer.output is not None:
             y = layer.output.lay_over(y, self.rows)
+        y = self._stored(y)
         return y if self.after_layer is None else self.after_layer(layer.recipe, y)
+
+    def _stored(self, value: Any) -> Any:
+        """A result as the rest of the graph reads it."""
+        rounds = self.rest != torch.float32 and isinstance(value, Tensor) and value.dtype == torch.float32
+        return value.to(self.rest).float() if rounds else value
