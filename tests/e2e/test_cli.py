@@ -14,6 +14,7 @@ from diffusers import UNet2DModel
 from tiny_model import spawn, tiny_folder
 from typer.testing import CliRunner, Result
 
+from tfmq_export import cli
 from tfmq_export.bundle import open_bundle
 from tfmq_export.console import INTERRUPTED
 from tfmq_export.runtime import load
