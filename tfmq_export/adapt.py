@@ -5,9 +5,12 @@ A recipe is made once; each target runs what it can of it. What it cannot is ref
 
 from dataclasses import replace
 
+import numpy as np
+
 from tfmq_export.config import CompileConfig, find_preset
 from tfmq_export.errors import TargetError
-from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
+from tfmq_export.spec import QParams, QuantSpec
 from tfmq_export.target import Target
 
 
@@ -18,6 +21,10 @@ def check_settings(config: CompileConfig, target: Target) -> None:
         TargetError: the target cannot run what is asked for.
     """
     quantizes = find_preset(config.preset).weight_bits > 0
+    if config.method.attention == "integer":
+        if not quantizes:
+            raise TargetError(f"preset {config.preset} keeps attention in floating point; use --preset w8a8")
+        _check_products(target)
     if quantizes and not target.integers and not config.allow_precision_loss:
         raise TargetError(
             f"{target.name} has no integer kernels for QDQ graphs and runs every layer in floating point; "
@@ -31,7 +38,7 @@ def check_settings(config: CompileConfig, target: Target) -> None:
 
 
 def adapt(recipe: QuantRecipe, target: Target) -> QuantRecipe:
-    """The recipe as a target carries it out: output grids only where its kernels want them.
+    """The recipe as a target carries it out: output grids only where its kernels want them, signed codes where it must.
 
     Raises:
         TargetError: the recipe lacks a grid that the target needs, or has one that it has no lowering for.
@@ -39,7 +46,13 @@ def adapt(recipe: QuantRecipe, target: Target) -> QuantRecipe:
     for layer in recipe.layers:
         if layer.kind in target.quantized_outputs:
             _check_output(layer, target)
-    return replace(recipe, layers=tuple(_adapted(layer, target) for layer in recipe.layers))
+    if recipe.products:
+        _check_products(target)
+    return replace(
+        recipe,
+        layers=tuple(_adapted(layer, target) for layer in recipe.layers),
+        products=tuple(_adapted_product(product, target) for product in recipe.products),
+    )
 
 
 def _check_output(layer: LayerRecipe, target: Target) -> None:
@@ -59,3 +72,20 @@ def _adapted(layer: LayerRecipe, target: Target) -> LayerRecipe:
     if layer.kind in target.quantized_outputs:
         return layer
     return replace(layer, output=None, output_by_timestep=None)
+
+
+def _check_products(target: Target) -> None:
+    if not target.integers:
+        raise TargetError(
+            f"{target.name} has no integer kernels for attention products and would lose its fused attention; "
+            "use --attention float, or --target tensorrt-rtx"
+        )
+
+
+def _adapted_product(product: ProductRecipe, target: Target) -> ProductRecipe:
+    """Symmetric engines have no code above 127, so a softmax has 128 levels there in place of 256."""
+    if not target.symmetric or product.left.spec.signed:
+        return product
+    signed = QuantSpec(product.left.spec.bits, signed=True)
+    scale = product.left.scale * np.float32(product.left.spec.qmax / signed.qmax)
+    return replace(product, left=QParams(signed, np.asarray(scale, np.float32), product.left.zero_point))

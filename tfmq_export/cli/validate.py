@@ -39,7 +39,7 @@ def validate(
         with progress.stage("Loading"):
             from tfmq_export.models.load import load
             from tfmq_export.program import capture
-            from tfmq_export.ptq.skip_concat import split_skip_concats
+            from tfmq_export.ptq.simulate import program_for
             from tfmq_export.recipe_io import load_recipe
             from tfmq_export.validate import Subject
             from tfmq_export.validate import validate as run_validation
@@ -48,7 +48,7 @@ def validate(
         with progress.stage("Capturing the graph"):
             program = capture(denoiser)
         recipe = load_recipe(bundle)
-        subject = Subject(denoiser, split_skip_concats(program, recipe.splits), recipe, opened)
+        subject = Subject(denoiser, program_for(program, recipe), recipe, opened)
         validation = run_validation(subject, thresholds, images=images, seed=seed, progress=progress)
     show(opened, validation)
     if json is not None:

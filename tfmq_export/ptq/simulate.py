@@ -11,19 +11,20 @@ from tfmq_export.denoiser import first_tensor
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.equivalent_scaling import on_channels, scale_input_channels
 from tfmq_export.ptq.fake_quant import Grid
-from tfmq_export.ptq.skip_concat import channel_axis
+from tfmq_export.ptq.skip_concat import channel_axis, split_skip_concats
+from tfmq_export.ptq.spell_attention import spell_attention
 from tfmq_export.ptq.weights import per_output
-from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 
-AfterLayer = Callable[[LayerRecipe, Tensor], Tensor]
-"""Sees each quantized layer's result; what it returns flows on."""
+AfterLayer = Callable[[LayerRecipe | ProductRecipe, Tensor], Tensor]
+"""Sees the result of each quantized layer and product; what it returns flows on."""
 
 
 class Simulation:
     """Runs a program as its recipe says: integer weights, gridded activations, tabulated time.
 
     Args:
-        program: With the recipe's skip concatenations split.
+        program: As ``program_for`` makes it for the recipe.
         recipe: Made from this very program.
         integer_bias: Whether kernels add biases as integers, as the target says.
     """
@@ -31,6 +32,7 @@ class Simulation:
     def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, *, integer_bias: bool = True) -> None:
         self._program, self._recipe, self._integer_bias = program, recipe, integer_bias
         self._layers = {layer.name: QuantizedLayer(layer) for layer in recipe.layers}
+        self._products = {product.name: product for product in recipe.products}
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
 
     @torch.no_grad()
@@ -47,8 +49,15 @@ class Simulation:
             table.name: torch.from_numpy(table.rows)[rows if table.per_sample else rows[0]]
             for table in self._recipe.tib.tables
         }
-        interpreter = _Interpreter(self._program.module, self._layers, features, rows, after_layer, self._integer_bias)
+        parts = self._layers, self._products
+        interpreter = _Interpreter(self._program.module, parts, features, rows, after_layer, self._integer_bias)
         return first_tensor(interpreter.run(*inputs.values()))
+
+
+def program_for(program: DiffusionProgram, recipe: QuantRecipe) -> DiffusionProgram:
+    """A captured program as a recipe sees it: skip concatenations split, attention spelled out."""
+    split = split_skip_concats(program, recipe.splits)
+    return spell_attention(split) if recipe.products else split
 
 
 class QuantizedLayer:
@@ -97,7 +106,7 @@ class _Interpreter(fx.Interpreter):
     def __init__(
         self,
         module: fx.GraphModule,
-        layers: Mapping[str, QuantizedLayer],
+        parts: tuple[Mapping[str, QuantizedLayer], Mapping[str, ProductRecipe]],
         features: Mapping[str, Tensor],
         rows: Tensor,
         after_layer: AfterLayer | None,
@@ -105,11 +114,14 @@ class _Interpreter(fx.Interpreter):
     ) -> None:
         super().__init__(module)
         self.integer_bias = integer_bias
-        self.layers, self.features, self.rows, self.after_layer = layers, features, rows, after_layer
+        self.layers, self.products = parts
+        self.features, self.rows, self.after_layer = features, rows, after_layer
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.features:
             return self.features[n.name].to(n.meta["val"].dtype)
+        if n.name in self.products:
+            return self._run_product(n, self.products[n.name])
         layer = self.layers.get(n.name)
         if layer is None:
             return super().run_node(n)
@@ -123,3 +135,10 @@ class _Interpreter(fx.Interpreter):
         if layer.output is not None:
             y = layer.output.lay_over(y, self.rows)
         return y if self.after_layer is None else self.after_layer(layer.recipe, y)
+
+    def _run_product(self, n: fx.Node, product: ProductRecipe) -> Tensor:
+        factors, _ = self.fetch_args_kwargs_from_env(n)
+        grids = (Grid.of(product.left), Grid.of(product.right))
+        laid = [grid.lay_over(x, self.rows) for grid, x in zip(grids, factors, strict=True)]
+        result: Tensor = n.target(*laid)  # type: ignore[operator]
+        return result if self.after_layer is None else self.after_layer(product, result)
