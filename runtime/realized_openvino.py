@@ -18,6 +18,7 @@ from tfmq_export.runtime.operations import (
     LAYOUT_OPS,
     Operation,
     dequantizer,
+    layer_named,
     layer_of,
     operations_of,
     producers_of,
@@ -145,8 +146,8 @@ def _loss(layer: LayerInfo, found: Sequence[RuntimeOperation], source: Source) -
         return f"no operation node_{layer.name} in OpenVINO's runtime model; was it renamed or folded?"
     for item in found:
         if not source.runs_integers(item):
-            (name, *_) = sorted(source.products_in(item))
-            return f"runs as {item.kind} ({item.kernel}) in float: {_why_float(name, source)}"
+            (name, *_) = sorted(source.products_in(item), key=lambda name: layer_named(name, (layer.name,)) is None)
+            return f"runs as {item.kind} ({item.kernel}) in float: {_why_float(name, source, item)}"
     return ""
 
 
@@ -154,8 +155,10 @@ def _has_integer_kernel(item: RuntimeOperation) -> bool:
     return _INTEGER.search(item.kernel) is not None
 
 
-def _why_float(name: str, source: Source) -> str:
+def _why_float(name: str, source: Source, item: RuntimeOperation) -> str:
     x, weight = source.operands(name)
+    if item.kind == FUSED and x is not None and weight is not None:
+        return "it is one with the other product of its attention, whose factors are not all integers"
     if x is None:
         return "its input does not come straight from DequantizeLinear"
     if weight is None:
