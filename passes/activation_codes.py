@@ -49,8 +49,8 @@ def grid_constants(scale: np.ndarray, zero_point: int, codes: type[np.integer], 
 def quantize_dequantize(graph: gs.Graph, source: gs.Tensor, grid: QParams, target: Target, prefix: str) -> gs.Variable:
     """``Quantize -> Clip -> Dequantize`` of a grid that ``fits``; the Clip only where the codes are narrower.
 
-    A signed grid has int8 codes on every target. QuantizeLinear saturates at 8 bits only. Signed engines want nothing between Q and DQ, so there the Clip is in
-    front, on real numbers.
+    A signed grid has int8 codes on every target. QuantizeLinear saturates at 8 bits only. Signed engines want nothing
+    between Q and DQ, so there the Clip is in front, on real numbers.
     """
     lowest, highest = _interval(grid, target)
     stored = np.int8 if grid.spec.signed else code_type(target)

@@ -1,9 +1,9 @@
 """The receipt of OpenVINO: its runtime model names, for every operation, the nodes it was made of and its kernel.
 
 Whether a layer computes in integers is the kernel's type (``brgconv_avx512_I8``). The precision OpenVINO reports
-beside it is no proof: a MatMul on packed 4-bit weights says "i4" and multiplies in f32. Attention becomes one operation,
-whose kernel is named after q alone; there the proof is that every factor reaches it as integers. The runtime model does not
-say why a layer was lost, so the reason is looked up in the graph OpenVINO was given.
+beside it is no proof: a MatMul on packed 4-bit weights says "i4" and multiplies in f32. Attention becomes one
+operation, whose kernel is named after q alone; there the proof is that every factor reaches it as integers. The runtime
+model does not say why a layer was lost, so the reason is looked up in the graph OpenVINO was given.
 """
 
 import re
