@@ -4,13 +4,12 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
 from onnx_graphs import build, graph_of, normal
-from toy_nets import recipe_with
+from toy_nets import recipe_with, softmax_grid, symmetric_grid
 
 from tfmq_export.adapt import adapt
 from tfmq_export.bundle import LayerInfo
@@ -20,7 +19,6 @@ from tfmq_export.passes.half_precision import HalfPrecision
 from tfmq_export.passes.lower_attention import LowerAttention
 from tfmq_export.passes.quantize_attention import QuantizeAttention
 from tfmq_export.recipe import ProductRecipe, QuantRecipe
-from tfmq_export.spec import QParams, QuantSpec
 from tfmq_export.target import find_target
 
 HEADS, LENGTH, SOURCE, SIZE = 2, 32, 16, 16
@@ -43,17 +41,6 @@ def feeds(batch: int = 2) -> dict[str, NDArray]:
     return {
         name: normal(seed, batch, HEADS, LENGTH if name == "q" else SOURCE, SIZE) for seed, name in enumerate("qkv")
     }
-
-
-def symmetric_grid(values: NDArray) -> QParams:
-    spec = QuantSpec(8, signed=True)
-    scale = np.asarray(np.abs(values).max() / spec.qmax, np.float32)
-    return QParams(spec, scale, np.zeros((), np.int32))
-
-
-def softmax_grid() -> QParams:
-    spec = QuantSpec(8, signed=False)
-    return QParams(spec, np.asarray(1 / spec.qmax, np.float32), np.zeros((), np.int32))
 
 
 def product_recipes() -> tuple[ProductRecipe, ProductRecipe]:

@@ -12,10 +12,10 @@ from attention_graphs import (
     feeds,
     product_recipes,
     quantized_attention,
-    softmax_grid,
 )
 from numpy.typing import NDArray
 from onnx_graphs import graph_of, infer, normal, ops
+from toy_nets import softmax_grid
 
 from tfmq_export.adapt import adapt
 from tfmq_export.errors import PostconditionError, PreconditionError

@@ -87,7 +87,9 @@ def predict(denoiser: Denoiser, program: DiffusionProgram) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "attend", [one_node, with_scale, with_float_mask, with_bool_mask, spelled_out, folded_heads], ids=lambda x: x.__name__
+    "attend",
+    [one_node, with_scale, with_float_mask, with_bool_mask, spelled_out, folded_heads],
+    ids=lambda x: x.__name__,
 )
 def test_attention_is_found_and_spelling_it_out_changes_no_prediction(attend: Attend) -> None:
     denoiser, program = program_of(attend)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attention_graphs import product_recipes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx_graphs import normal
@@ -57,6 +58,10 @@ def assert_same(first: QuantRecipe, second: QuantRecipe) -> None:
         assert getattr(first, field) == getattr(second, field)
     for ours, theirs in zip(first.layers, second.layers, strict=True):
         assert_same_layer(ours, theirs)
+    for one, other in zip(first.products, second.products, strict=True):
+        assert (one.name, one.path, one.macs) == (other.name, other.path, other.macs)
+        assert same_grid(one.left, other.left)
+        assert same_grid(one.right, other.right)
     assert (first.tib.timesteps, first.tib.source) == (second.tib.timesteps, second.tib.source)
     for table, other in zip(first.tib.tables, second.tib.tables, strict=True):
         assert (table.name, table.path, table.per_sample) == (other.name, other.path, other.per_sample)
@@ -69,6 +74,7 @@ def test_a_recipe_survives_saving_to_the_bit(tmp_path: Path, make: Callable, wid
     recipe = replace(
         recipe_for(make(), *widths),
         kept_float=(FloatLayer("conv_out", "net.conv_out", 7, "few channels"),),
+        products=product_recipes(),
         provenance={"model": "mod\u00e8le.pt", "seed": "0"},
     )
 
