@@ -97,9 +97,8 @@ def test_attention_is_found_and_spelling_it_out_changes_no_prediction(attend: At
 
     spelled = spell_attention(program)
 
-    assert [product.path for product in integer_products(program)] == ["model[qk]", "model[pv]"] or all(
-        product.path.endswith(kind) for product, kind in zip(program.attention, ("[qk]", "[pv]"), strict=True)
-    )
+    kinds = [product.path.rpartition("[")[2] for product in integer_products(program)]
+    assert kinds == ["qk]", "pv]"]
     assert [product.of_softmax for product in program.attention] == [False, True]
     assert [product.macs for product in program.attention] == [HEADS * TOKENS * TOKENS * SIZE] * 2
     names = {node.name for node in spelled.module.graph.nodes}
@@ -119,7 +118,7 @@ def test_attention_is_found_and_spelling_it_out_changes_no_prediction(attend: At
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_what_cannot_run_in_integers_stays_whole_and_says_why(attend: Attend, reason: str) -> None:
-    denoiser, program = program_of(attend)
+    _, program = program_of(attend)
 
     assert len(program.attention) == 2
     assert integer_products(program) == ()
