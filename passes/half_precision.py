@@ -75,10 +75,12 @@ class HalfPrecision(Pass):
         return Changes(tuple(changed))
 
     def ensures(self, graph: gs.Graph) -> None:
-        for layer, node in (*bound_nodes(graph, self.recipe), *product_nodes(graph, self.recipe)):
+        paths = [(layer.path, node) for layer, node in bound_nodes(graph, self.recipe)]
+        paths += [(product.path, node) for product, node in product_nodes(graph, self.recipe)]
+        for path, node in paths:
             for value in node.inputs:
                 if value.inputs and value.inputs[0].op == "Cast":
-                    raise PostconditionError(f"{layer.path}: a Cast stands between DequantizeLinear and the layer")
+                    raise PostconditionError(f"{path}: a Cast stands between DequantizeLinear and the layer")
 
 
 class _Casts:

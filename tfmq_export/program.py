@@ -87,7 +87,8 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     operations, left_float = classify(find_operations(module.graph, depends), depends)
     features = find_temporal_features(module.graph, depends)
     attention = find_attention(module.graph, depends)
-    merged = _optimize(program, [item.name for item in (*operations, *features, *attention)])
+    names = [op.name for op in operations] + [feature.name for feature in features]
+    merged = _optimize(program, names + [product.name for product in attention])
     _merge(module, merged)
     operations = tuple(op for op in operations if op.name not in merged)
     features = tuple(feature for feature in features if feature.name not in merged)

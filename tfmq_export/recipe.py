@@ -275,7 +275,8 @@ class QuantRecipe:
     @property
     def integer_share(self) -> float:
         """Share of the multiply-accumulates that quantized layers and products hold."""
-        return sum(part.macs for part in (*self.layers, *self.products)) / self.macs if self.macs else 0.0
+        integer = sum(layer.macs for layer in self.layers) + sum(product.macs for product in self.products)
+        return integer / self.macs if self.macs else 0.0
 
     @property
     def mean_weight_bits(self) -> float:
