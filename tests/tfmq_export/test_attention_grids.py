@@ -2,13 +2,18 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
-from handwritten import PLAIN, Quantized, quantized
+from handwritten import PLAIN, Quantized, captured, own_copy, quantized, silent
 from torch import Tensor
 
 from tfmq_export.config import Method
+from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
+from tfmq_export.ptq.checkpoint import Checkpoint
+from tfmq_export.ptq.effort import find_effort
+from tfmq_export.ptq.quantize import quantize
 from tfmq_export.ptq.simulate import Simulation
 from tfmq_export.ptq.spell_attention import OFF
 from tfmq_export.recipe import LayerRecipe, ProductRecipe
@@ -86,9 +91,15 @@ def test_a_coarser_factor_is_a_larger_error(side: str) -> None:
     assert errors[0] > errors[1] + 1
 
 
-def test_the_same_seed_lays_the_same_grids() -> None:
-    again = quantized("dit", 8, 8, method(attention="integer"))
+def test_a_resumed_run_lays_the_same_grids(tmp_path: Path) -> None:
+    made = with_attention()
+    plan = QuantPlan("test", 8, 8, method(attention="integer"), find_effort("fast"), frozenset({"conv"}))
+    subject = prepare(own_copy(captured("dit")[1]), made.denoiser, made.steps, plan, {})
 
-    for ours, theirs in zip(with_attention().recipe.products, again.recipe.products, strict=True):
+    for resume in (False, True):
+        with Checkpoint(tmp_path / "kept", {}, resume=resume) as checkpoint:
+            recipe = quantize(subject, plan, silent, checkpoint)
+
+    for ours, theirs in zip(made.recipe.products, recipe.products, strict=True):
         assert ours.left.same_as(theirs.left)
         assert ours.right.same_as(theirs.right)

@@ -109,7 +109,7 @@ def quantize(
         program.fingerprint,
         plan.preset,
         tuple(decided[op.name].to_recipe() for op in program.operations),
-        float_layers(program) + float_products(program, None if walk.integer_attention else OFF),
+        float_layers(program) + float_products(program, None if method.attention == "integer" else OFF),
         tib,
         program.macs,
         dict(model.provenance),
@@ -160,7 +160,7 @@ class Walk:
             Flow(rows, values, ActivationCache(len(rows), self._ceiling), device) for values in features
         )
         self._batch = batch_symbol(program)
-        self.integer_attention = plan.method.attention == "integer"
+        self._integer_attention = plan.method.attention == "integer"
 
     def blocks(self, layers: Iterable[str]) -> tuple[Block, ...]:
         """The blocks to walk."""
@@ -190,7 +190,7 @@ class Walk:
         return self._plan.method.les != "off" or self._plan.method.pts != "off"
 
     def _attention_grids(self, index: int, runner: BlockRunner) -> tuple[GriddedProduct, ...]:
-        if not self.integer_attention:
+        if not self._integer_attention:
             return ()
         inside = frozenset(runner.block.nodes)
         products = [product for product in integer_products(self._program) if product.name in inside]
