@@ -38,30 +38,31 @@ def reads_dequantized(node: gs.Node) -> bool:
     return bool(node.inputs[0].inputs) and node.inputs[0].inputs[0].op == "DequantizeLinear"
 
 
-def grid_constants(scale: np.ndarray, zero_point: int, target: Target, prefix: str) -> list[gs.Constant]:
+def grid_constants(scale: np.ndarray, zero_point: int, codes: type[np.integer], prefix: str) -> list[gs.Constant]:
     """Scale and zero point of a per-tensor grid. Rank 0: a [1]-shaped scale loses int8 on TensorRT."""
     return [
         constant(f"{prefix}.scale", np.asarray(scale, np.float32)),
-        constant(f"{prefix}.zero_point", np.asarray(zero_point, code_type(target))),
+        constant(f"{prefix}.zero_point", np.asarray(zero_point, codes)),
     ]
 
 
 def quantize_dequantize(graph: gs.Graph, source: gs.Tensor, grid: QParams, target: Target, prefix: str) -> gs.Variable:
     """``Quantize -> Clip -> Dequantize`` of a grid that ``fits``; the Clip only where the codes are narrower.
 
-    QuantizeLinear saturates at 8 bits only. Signed engines want nothing between Q and DQ, so there the Clip is in
-    front, on real numbers.
+    A signed grid has int8 codes on every target. QuantizeLinear saturates at 8 bits only. Signed engines want nothing
+    between Q and DQ, so there the Clip is in front, on real numbers.
     """
     lowest, highest = _interval(grid, target)
-    container = np.iinfo(code_type(target))
+    stored = np.int8 if grid.spec.signed else code_type(target)
+    container = np.iinfo(stored)
     narrow = (lowest, highest) != (container.min, container.max)
     if narrow and target.symmetric:
         source = clip(graph, source, np.array([lowest, highest], np.float32) * grid.scale, f"{prefix}.limits")
-    constants = grid_constants(grid.scale, 0 if target.symmetric else int(grid.zero_point), target, prefix)
-    codes = variable(f"{prefix}.codes", dtype=code_type(target), shape=source.shape)
+    constants = grid_constants(grid.scale, 0 if target.symmetric else int(grid.zero_point), stored, prefix)
+    codes = variable(f"{prefix}.codes", dtype=stored, shape=source.shape)
     graph.nodes.append(gs.Node("QuantizeLinear", f"{prefix}.quantize", inputs=[source, *constants], outputs=[codes]))
     if narrow and not target.symmetric:
-        codes = clip(graph, codes, np.array([lowest, highest], np.uint8), f"{prefix}.clip")
+        codes = clip(graph, codes, np.array([lowest, highest], stored), f"{prefix}.clip")
     real = variable(f"{prefix}.dequantized", dtype=np.float32, shape=source.shape)
     graph.nodes.append(gs.Node("DequantizeLinear", f"{prefix}.dequantize", inputs=[codes, *constants], outputs=[real]))
     return real

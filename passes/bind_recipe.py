@@ -19,13 +19,13 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant
-from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 
 COMPUTES = {"conv": ("Conv",), "linear": ("MatMul", "Gemm")}
 
 
-def node_name(layer: LayerRecipe) -> str:
-    """Name of the node that does a layer's multiplications."""
+def node_name(layer: LayerRecipe | ProductRecipe) -> str:
+    """Name of the node that does the multiplications of a layer, or of a product in attention."""
     return f"node_{layer.name}"
 
 

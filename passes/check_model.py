@@ -9,6 +9,7 @@ from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import node_name
 from tfmq_export.passes.graph import check_valid
+from tfmq_export.passes.quantize_attention import is_dequantized, product_nodes
 from tfmq_export.passes.tabulate_tib import computed_from_time
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.target import Target
@@ -46,6 +47,10 @@ class CheckModel(Pass):
             readers = node.outputs[0].outputs
             if layer.kind in self.target.quantized_outputs and [reader.op for reader in readers] != ["QuantizeLinear"]:
                 raise PostconditionError(f"{layer.path}: {self.target.name} needs QuantizeLinear on its output")
+        for product, node in product_nodes(graph, self.recipe):
+            floats = [factor.name for factor in node.inputs if not is_dequantized(factor)]
+            if floats:
+                raise PostconditionError(f"{product.path}: reads {floats[0]}, which is no integer")
         strays = computed_from_time(graph, self.timestep)
         if strays:
             raise PostconditionError(f"{strays[0]} still computes from the timestep")

@@ -23,6 +23,7 @@ from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.fold_rescales import SCALED
 from tfmq_export.passes.graph import constant, export_model, variable
+from tfmq_export.passes.quantize_attention import product_nodes
 from tfmq_export.passes.tabulate_tib import LOOKUP
 from tfmq_export.recipe import QuantRecipe
 
@@ -74,10 +75,12 @@ class HalfPrecision(Pass):
         return Changes(tuple(changed))
 
     def ensures(self, graph: gs.Graph) -> None:
-        for layer, node in bound_nodes(graph, self.recipe):
+        paths = [(layer.path, node) for layer, node in bound_nodes(graph, self.recipe)]
+        paths += [(product.path, node) for product, node in product_nodes(graph, self.recipe)]
+        for path, node in paths:
             for value in node.inputs:
                 if value.inputs and value.inputs[0].op == "Cast":
-                    raise PostconditionError(f"{layer.path}: a Cast stands between DequantizeLinear and the layer")
+                    raise PostconditionError(f"{path}: a Cast stands between DequantizeLinear and the layer")
 
 
 class _Casts:
@@ -142,6 +145,8 @@ def _islands(graph: gs.Graph, recipe: QuantRecipe) -> set[int]:
     """Ids of the nodes that stay in fp32."""
     inside = {id(node) for node in graph.nodes if node.op in QUANTIZERS or node.name.startswith(LOOKUP)}
     results = {name for layer in recipe.layers for name in (layer.name, f"{layer.name}{SCALED}")}
+    results |= {product.name for product in recipe.products}
+    inside |= {id(node) for _, node in product_nodes(graph, recipe)}
     for layer, node in bound_nodes(graph, recipe):
         inside |= {id(found) for found in _until_named(node, layer.name, results)}
     for node in reversed(list(graph.nodes)):  # sorted: readers come first

@@ -190,6 +190,7 @@ def lower_to_matmul(graph: gs.Graph, node: gs.Node) -> None:
     batch, heads, length, size = q.shape
     source = k.shape[2]
     name = node.name
+    scores_name = f"{y.name}_scores"  # as ``ptq.spell_attention`` calls it
     scores_shape = [batch, heads, length, source]
 
     def emit(op: str, suffix: str, inputs: list[gs.Tensor], shape: list[int | str], **attrs: object) -> gs.Variable:
@@ -200,7 +201,8 @@ def lower_to_matmul(graph: gs.Graph, node: gs.Node) -> None:
     scale = gs.Constant(f"{name}_scale", np.array(softmax_scale(node), np.float32))
     scaled = emit("Mul", "scaled_q", [q, scale], [batch, heads, length, size])
     transposed = emit("Transpose", "transposed_k", [k], [batch, heads, size, source], perm=[0, 1, 3, 2])
-    scores = emit("MatMul", "scores", [scaled, transposed], scores_shape)
+    scores = gs.Variable(scores_name, np.float32, scores_shape)
+    graph.nodes.append(gs.Node("MatMul", f"node_{scores_name}", {}, [scaled, transposed], [scores]))
     mask = attention_mask(node)
     if mask is not None and mask.dtype == np.bool_:
         hidden = gs.Constant(f"{name}_hidden", np.array(-np.inf, np.float32))

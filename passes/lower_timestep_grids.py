@@ -160,7 +160,7 @@ def _quantize(graph: gs.Graph, value: gs.Tensor, lowering: _Lowering, rows: gs.T
         value = clip(graph, value, limits, f"{prefix}.limits")
     stored = variable(f"{prefix}.codes", code_type(lowering.target))
     real = variable(f"{prefix}.dequantized", np.float32)
-    constants = grid_constants(np.asarray(lowering.step), 0, lowering.target, prefix)
+    constants = grid_constants(np.asarray(lowering.step), 0, code_type(lowering.target), prefix)
     graph.nodes += [
         gs.Node("QuantizeLinear", f"{prefix}.quantize", inputs=[value, *constants], outputs=[stored]),
         gs.Node("DequantizeLinear", f"{prefix}.dequantize", inputs=[stored, *constants], outputs=[real]),

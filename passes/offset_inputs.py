@@ -132,7 +132,7 @@ def _quantize(graph: gs.Graph, source: gs.Tensor, pads: Pads, layer: LayerRecipe
     moved = variable(f"{prefix}.moved", np.float32)
     stored = variable(f"{prefix}.codes", code_type(target))
     real = variable(f"{prefix}.dequantized", np.float32)
-    constants = grid_constants(grid.scale, 0, target, prefix)
+    constants = grid_constants(grid.scale, 0, code_type(target), prefix)
     graph.nodes += [
         gs.Node("Add", f"{prefix}.offset", inputs=[value, constant(f"{prefix}.offsets", added)], outputs=[moved]),
         gs.Node("QuantizeLinear", f"{prefix}.quantize", inputs=[moved, *constants], outputs=[stored]),

@@ -18,6 +18,7 @@ from tfmq_export.passes.name_outputs import NameOutputs
 from tfmq_export.passes.narrow_tables import NarrowTables
 from tfmq_export.passes.offset_inputs import OffsetInputs
 from tfmq_export.passes.pts_lowering import choose_form
+from tfmq_export.passes.quantize_attention import QuantizeAttention
 from tfmq_export.passes.quantize_weights import QuantizeWeights
 from tfmq_export.passes.rescale_inputs import RescaleInputs
 from tfmq_export.passes.split_exponents import SplitExponents, split_recipe
@@ -60,11 +61,13 @@ def passes_for(
         *_class_tables(recipe, sample, timestep, labels),
         *([NarrowTables(recipe.tib)] if recipe.tib.stored != "fp32" else []),
         LowerGroupNorm(),
-        *([LowerAttention("mha")] if target.attention == "mha" else []),
+        # A fused attention has no integer form, so one that is quantized is spelled out.
+        *([LowerAttention("mha")] if target.attention == "mha" and not recipe.products else []),
         LowerAttention("matmul"),  # whatever has no fused form
         RescaleInputs(recipe),
         *([SplitExponents(recipe, divided)] if divided else []),
         InsertQdq(lowered, target),
+        *([QuantizeAttention(recipe, target)] if recipe.products else []),
         LowerTimestepGrids(lowered, target, sample),
         QuantizeWeights(lowered, target, pts_lowering),
         OffsetInputs(lowered, target),

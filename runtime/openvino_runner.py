@@ -36,11 +36,13 @@ class RuntimeOperation:
         kind: Such as "Convolution" or "FullyConnected".
         kernel: Implementation and type it computes in, such as "brgconv_avx512_I8".
         origins: Its own name, and those of the nodes it says it was made of.
+        reads: Types of what it reads, such as "i8" and "f32".
     """
 
     kind: str
     kernel: str
     origins: tuple[str, ...]
+    reads: tuple[str, ...] = ()
 
 
 class OpenVinoRunner:
@@ -279,7 +281,8 @@ def _message(error: BaseException) -> str:
 def _operation(node: Any) -> RuntimeOperation:
     facts = node.get_rt_info()
     kind, kernel, origins = (_text(facts, key) for key in ("layerType", "primitiveType", "originalLayersNames"))
-    return RuntimeOperation(kind, kernel, (node.get_friendly_name(), *filter(None, origins.split(","))))
+    reads = tuple(value.get_source_output().get_element_type().get_type_name() for value in node.inputs())
+    return RuntimeOperation(kind, kernel, (node.get_friendly_name(), *filter(None, origins.split(","))), reads)
 
 
 def _text(facts: Any, key: str) -> str:

@@ -1,8 +1,9 @@
 """The receipt of OpenVINO: its runtime model names, for every operation, the nodes it was made of and its kernel.
 
 Whether a layer computes in integers is the kernel's type (``brgconv_avx512_I8``). The precision OpenVINO reports
-beside it is no proof: a MatMul on packed 4-bit weights says "i4" and multiplies in f32. The runtime model does not
-say why a layer was lost, so the reason is looked up in the graph OpenVINO was given.
+beside it is no proof: a MatMul on packed 4-bit weights says "i4" and multiplies in f32. Attention becomes one
+operation, whose kernel is named after q alone; there the proof is that every factor reaches it as integers. The runtime
+model does not say why a layer was lost, so the reason is looked up in the graph OpenVINO was given.
 """
 
 import re
@@ -17,6 +18,7 @@ from tfmq_export.runtime.operations import (
     LAYOUT_OPS,
     Operation,
     dequantizer,
+    layer_named,
     layer_of,
     operations_of,
     producers_of,
@@ -25,10 +27,13 @@ from tfmq_export.runtime.operations import (
 from tfmq_export.runtime.receipt import LayerReceipt, Receipt, total_macs
 
 PRODUCTS = frozenset({"Convolution", "FullyConnected", "MatMul", "Deconvolution"})
+FUSED = "Subgraph"
+"""Generated code for several nodes: elementwise ones, and both products of an attention."""
 
 _SOURCE_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "ConvTranspose"})
 _INTEGER = re.compile(r"_[iu]8$", re.IGNORECASE)
 
+_INTEGER_TYPES = frozenset({"i8", "u8"})
 _INT8, _UINT8 = 3, 2  # onnx.TensorProto.INT8, .UINT8
 
 
@@ -93,7 +98,17 @@ class Source:
     def products_in(self, item: RuntimeOperation) -> set[str]:
         """Products an operation was made of; usually one, but OpenVINO fuses some convolutions with the one before."""
         stems = {origin.partition("/")[0].removesuffix("_original") for origin in item.origins}
+        if item.kind == FUSED:
+            return self.products.keys() & stems  # its other nodes are there in their own right
         return self.products.keys() & {self.aliases.get(stem, stem) for stem in stems}
+
+    def runs_integers(self, item: RuntimeOperation) -> bool:
+        """Whether an operation multiplies integers, in every product it was made of."""
+        if item.kind != FUSED:
+            return _has_integer_kernel(item)
+        # (q k^T) v has a factor more than it has products; each comes in as integers, or is cast where it is read.
+        integers = sum(type_name in _INTEGER_TYPES for type_name in item.reads)
+        return _has_integer_kernel(item) and integers > len(self.products_in(item))
 
 
 def receipt_of(
@@ -105,11 +120,11 @@ def receipt_of(
     found: dict[str, list[RuntimeOperation]] = {name: [] for name in names}
     strays = []
     for item in operations:
-        for name in source.products_in(item) if item.kind in PRODUCTS else ():
+        for name in source.products_in(item) if item.kind in PRODUCTS | {FUSED} else ():
             owner = owners[name]
             if owner is not None:
                 found[owner].append(item)
-            elif not _is_integer(item) and all(source.operands(name)):
+            elif not source.runs_integers(item) and all(source.operands(name)):
                 strays.append((name, f"runs as {item.kind} ({item.kernel}) on dequantized operands"))
     rows = [
         LayerReceipt(
@@ -125,27 +140,29 @@ def receipt_of(
 def _loss(layer: LayerInfo, found: Sequence[RuntimeOperation], source: Source) -> str:
     """Why a layer is not what was asked; empty where it is."""
     if not layer.activation_bits:
-        integer = [item for item in found if _is_integer(item)]
+        integer = [item for item in found if source.runs_integers(item)]
         return f"asked to stay float, runs as {integer[0].kind} ({integer[0].kernel})" if integer else ""
     if not found:
         return f"no operation node_{layer.name} in OpenVINO's runtime model; was it renamed or folded?"
     for item in found:
-        if not _is_integer(item):
-            (name, *_) = sorted(source.products_in(item))
-            return f"runs as {item.kind} ({item.kernel}) in float: {_why_float(name, source)}"
+        if not source.runs_integers(item):
+            (name, *_) = sorted(source.products_in(item), key=lambda name: layer_named(name, (layer.name,)) is None)
+            return f"runs as {item.kind} ({item.kernel}) in float: {_why_float(name, source, item)}"
     return ""
 
 
-def _is_integer(item: RuntimeOperation) -> bool:
+def _has_integer_kernel(item: RuntimeOperation) -> bool:
     return _INTEGER.search(item.kernel) is not None
 
 
-def _why_float(name: str, source: Source) -> str:
+def _why_float(name: str, source: Source, item: RuntimeOperation) -> str:
     x, weight = source.operands(name)
+    if item.kind == FUSED and x is not None and weight is not None:
+        return "it is one with the other product of its attention, whose factors are not all integers"
     if x is None:
         return "its input does not come straight from DequantizeLinear"
     if weight is None:
-        return "its weight is not quantized"
+        return "its weight or second factor is not quantized"
     codes = source.constants.get(weight.inputs[0])
     if codes is not None and codes.data_type != _INT8:
         return f"its weight is stored as {_type_name(codes)}; store int8 codes, or packed ones behind a Cast to int8"

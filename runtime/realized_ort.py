@@ -104,7 +104,7 @@ def _why_float(
     if not dequantizer(operation.inputs[0], producers):
         return "its input is not quantized"
     if not dequantizer(operation.inputs[1], producers):
-        return "its weight is not quantized"
+        return "its weight or second factor is not quantized"
     if operation.name.endswith("/MatMulAddFusion"):
         return "its MatMul and 1-D bias were fused; give the bias the shape [1, 1, N]"
     after = [consumer.op for value in operation.outputs for consumer in consumers.get(value, ())]

@@ -74,7 +74,7 @@ class Receipt:
         return sum(row.layer.macs for row in self.rows if row.integer) / self.macs if self.macs else 0.0
 
     def counts(self, kind: str) -> tuple[int, int]:
-        """Layers of a kind ("conv", "linear") that run in integers, and those asked to."""
+        """Layers of a kind ("conv", "linear", "attention") that run in integers, and those asked to."""
         rows = [row for row in self.rows if row.layer.kind == kind and row.layer.activation_bits]
         return sum(row.integer for row in rows), len(rows)
 
@@ -95,6 +95,7 @@ class Receipt:
             "integer_share": self.integer_share,
             "convs": self.counts("conv"),
             "linears": self.counts("linear"),
+            "attention_products": self.counts("attention"),
             "layers": [
                 {
                     "name": row.layer.name,

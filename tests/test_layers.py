@@ -27,9 +27,10 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "denoiser": (TORCH, DATA),
     "models": (TORCH | {"diffusers", "numpy", "safetensors"}, DATA | MODEL_SIDE),
     "analysis": (TORCH, DATA),
-    "program": (TORCH, DATA | MODEL_SIDE | {"analysis"}),
     "blocks": (TORCH, DATA | {"analysis"}),
-    "ptq": (TORCH | {"numpy", "safetensors"}, DATA | MODEL_SIDE | {"analysis", "blocks", "program"}),
+    "attention": (TORCH, DATA | {"analysis", "blocks"}),
+    "program": (TORCH, DATA | MODEL_SIDE | {"analysis", "attention"}),
+    "ptq": (TORCH | {"numpy", "safetensors"}, DATA | MODEL_SIDE | {"analysis", "attention", "blocks", "program"}),
     "passes": (ONNX | {"numpy", "onnxruntime"}, DATA),
     # onnx only to read graphs back and to lint them; a production host never calls that.
     "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx", "openvino"}), DATA),

@@ -5,11 +5,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx_graphs import build, infer, normal
 
-from tfmq_export.recipe import LayerRecipe, QuantRecipe, SkipSplit, TemporalTable, TibRecipe, TimestepGrids
+from tfmq_export.passes.base import run_passes
+from tfmq_export.passes.graph import export_model
+from tfmq_export.passes.lower_attention import LowerAttention
+from tfmq_export.recipe import (
+    LayerRecipe,
+    ProductRecipe,
+    QuantRecipe,
+    SkipSplit,
+    TemporalTable,
+    TibRecipe,
+    TimestepGrids,
+)
 from tfmq_export.spec import QParams, QuantSpec
 from tfmq_export.target import find_target
 from tfmq_export.timesteps import TimestepSet
@@ -37,6 +49,7 @@ class Net:
         splits: Layers of the model that its recipe splits.
         split_model: The same function with those layers split by hand; ``layers`` names the halves.
         stacked: Layers whose output takes four codes.
+        length: Tokens of its attention; 0 where it has none.
     """
 
     model: onnx.ModelProto
@@ -47,6 +60,7 @@ class Net:
     splits: tuple[SkipSplit, ...] = ()
     split_model: onnx.ModelProto | None = None
     stacked: tuple[str, ...] = ()
+    length: int = 0
 
     def feeds(self, timestep: float, batch: int = 3, seed: int = 0) -> Feeds:
         shape = [dim.dim_value for dim in self.model.graph.input[0].type.tensor_type.shape.dim[1:]]
@@ -112,6 +126,35 @@ def recipe_for(net: Net, weight_bits: int = 8, activation_bits: int = 8) -> Quan
     rows = np.stack([run[net.feature][0] if net.per_sample else run[net.feature] for run in runs])
     table = TemporalTable(net.feature, f"net.{net.feature}", rows, net.per_sample)
     return replace(recipe_with(layers, [table], net.timesteps), splits=net.splits)
+
+
+def with_products(recipe: QuantRecipe, net: Net) -> QuantRecipe:
+    """Grids on the factors of the net's attention too, if it has one."""
+    if not net.length:
+        return recipe
+    graph = gs.import_onnx(net.model)
+    run_passes(graph, [LowerAttention("matmul")])
+    nodes = {item.outputs[0].name: item for item in graph.nodes}
+    products = []
+    for name, of_softmax in (("attention_scores", False), ("attention", True)):
+        factors = [value.name for value in nodes[name].inputs]
+        runs = [observe(export_model(graph), factors, net.feeds(t, seed=i)) for i, t in enumerate(net.timesteps.values)]
+        left, right = (symmetric_grid(np.concatenate([run[factor] for run in runs])) for factor in factors)
+        products.append(ProductRecipe(name, f"net.{name}", 10, softmax_grid() if of_softmax else left, right))
+    return replace(recipe, products=tuple(products))
+
+
+def symmetric_grid(values: NDArray) -> QParams:
+    """A signed grid over values, without a zero point."""
+    spec = QuantSpec(8, signed=True)
+    scale = np.asarray(HEADROOM * np.abs(values).max() / spec.qmax, np.float32)
+    return QParams(spec, scale, np.zeros((), np.int32))
+
+
+def softmax_grid() -> QParams:
+    """All of [0, 1]."""
+    spec = QuantSpec(8, signed=False)
+    return QParams(spec, np.asarray(1 / spec.qmax, np.float32), np.zeros((), np.int32))
 
 
 def scaled_recipe(net: Net, weight_bits: int, *, outputs: bool) -> QuantRecipe:
@@ -338,7 +381,7 @@ def token_net(length: int = 5, width: int = 8, heads: int = 2) -> Net:
     layers = {
         name: Layer("linear", "attended" if name == "linear_3" else "x", weight) for name, weight in weights.items()
     }
-    return Net(model, layers, "sin", False, TimestepSet((0.75, 0.5, 0.25), real=True))
+    return Net(model, layers, "sin", False, TimestepSet((0.75, 0.5, 0.25), real=True), length=length)
 
 
 def vector_net(width: int = 12, hidden: int = 16) -> Net:

@@ -5,10 +5,13 @@ A recipe is made once; each target runs what it can of it. What it cannot is ref
 
 from dataclasses import replace
 
+import numpy as np
+
 from tfmq_export.config import CompileConfig, find_preset
 from tfmq_export.errors import TargetError
 from tfmq_export.narrow_rows import narrow
-from tfmq_export.recipe import LayerRecipe, QuantRecipe, TableType
+from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe, TableType
+from tfmq_export.spec import QParams, QuantSpec
 from tfmq_export.target import Target
 
 
@@ -19,6 +22,10 @@ def check_settings(config: CompileConfig, target: Target) -> None:
         TargetError: the target cannot run what is asked for.
     """
     quantizes = find_preset(config.preset).weight_bits > 0
+    if config.method.attention == "integer":
+        if not quantizes:
+            raise TargetError(f"preset {config.preset} keeps attention in floating point; use --preset w8a8")
+        _check_products(target)
     if quantizes and not target.integers and not config.allow_precision_loss:
         raise TargetError(
             f"{target.name} has no integer kernels for QDQ graphs and runs every layer in floating point; "
@@ -33,7 +40,7 @@ def check_settings(config: CompileConfig, target: Target) -> None:
 
 
 def adapt(recipe: QuantRecipe, target: Target, tables: TableType = "fp32") -> QuantRecipe:
-    """The recipe as a target carries it out: output grids only where its kernels want them.
+    """The recipe as a target carries it out: output grids only where its kernels want them, signed codes where it must.
 
     Args:
         tables: What the rows of temporal tables are stored in, and rounded to.
@@ -44,8 +51,14 @@ def adapt(recipe: QuantRecipe, target: Target, tables: TableType = "fp32") -> Qu
     for layer in recipe.layers:
         if layer.kind in target.quantized_outputs:
             _check_output(layer, target)
-    layers = tuple(_adapted(layer, target) for layer in recipe.layers)
-    return replace(recipe, layers=layers, tib=narrow(recipe.tib, tables))
+    if recipe.products:
+        _check_products(target)
+    return replace(
+        recipe,
+        layers=tuple(_adapted(layer, target) for layer in recipe.layers),
+        products=tuple(_adapted_product(product, target) for product in recipe.products),
+        tib=narrow(recipe.tib, tables),
+    )
 
 
 def _check_tables(tables: TableType, target: Target) -> None:
@@ -73,3 +86,20 @@ def _adapted(layer: LayerRecipe, target: Target) -> LayerRecipe:
     if layer.kind in target.quantized_outputs:
         return layer
     return replace(layer, output=None, output_by_timestep=None)
+
+
+def _check_products(target: Target) -> None:
+    if not target.integers:
+        raise TargetError(
+            f"{target.name} has no integer kernels for attention products and would lose its fused attention; "
+            "use --attention float, or --target tensorrt-rtx"
+        )
+
+
+def _adapted_product(product: ProductRecipe, target: Target) -> ProductRecipe:
+    """Symmetric engines have no code above 127, so a softmax has 128 levels there in place of 256."""
+    if not target.symmetric or product.left.spec.signed:
+        return product
+    signed = QuantSpec(product.left.spec.bits, signed=True)
+    scale = product.left.scale * np.float32(product.left.spec.qmax / signed.qmax)
+    return replace(product, left=QParams(signed, np.asarray(scale, np.float32), product.left.zero_point))

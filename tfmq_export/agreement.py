@@ -28,7 +28,7 @@ from tfmq_export.passes.bind_recipe import node_name
 from tfmq_export.passes.fold_rescales import SCALED
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.simulate import Simulation
-from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 from tfmq_export.runtime.compare import sqnr_db
 from tfmq_export.runtime.ort_runner import OrtRunner
 from tfmq_export.target import find_target
@@ -111,7 +111,7 @@ class _Synchronizer:
         self.sqnr: list[float] = []
         self.differing = self.compared = 0
 
-    def __call__(self, layer: LayerRecipe, ours: Tensor) -> Tensor:
+    def __call__(self, layer: LayerRecipe | ProductRecipe, ours: Tensor) -> Tensor:
         if layer.name not in self._results:
             return ours  # the graph's output, compared by the caller
         theirs = torch.from_numpy(np.asarray(self._results[layer.name]))
@@ -123,8 +123,10 @@ class _Synchronizer:
         return theirs
 
 
-def code_step(layer: LayerRecipe) -> float:
-    """One step of a layer's result: of its own grid, or of an input code times the largest weight."""
+def code_step(layer: LayerRecipe | ProductRecipe) -> float:
+    """One step of a result: of its own grid, or of an input code times the largest weight or second factor."""
+    if isinstance(layer, ProductRecipe):
+        return float(layer.left.scale * layer.right.scale) * layer.right.spec.qmax
     if layer.output is not None:
         return float(layer.output.scale)
     largest = (np.abs(layer.weight_codes.reshape(len(layer.weight_codes), -1)).max(1) * layer.weight.scale).max()
@@ -137,7 +139,8 @@ def _watched(graph: Path, recipe: QuantRecipe, folder: Path) -> OrtRunner:
     model = onnx.load(graph, load_external_data=False)
     computed = {name for node in model.graph.node for name in node.output}
     computed -= {value.name for value in model.graph.output}
-    for name in (name for layer in recipe.layers for name in (layer.name, f"{layer.name}{SCALED}")):
+    products = [product.name for product in recipe.products]
+    for name in (*products, *(name for layer in recipe.layers for name in (layer.name, f"{layer.name}{SCALED}"))):
         if name in computed:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     path = folder / graph.name

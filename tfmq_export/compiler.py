@@ -34,7 +34,7 @@ from tfmq_export.ptq.checkpoint import Checkpoint
 from tfmq_export.ptq.effort import find_effort
 from tfmq_export.ptq.image_gain import image_gain, weights_from
 from tfmq_export.ptq.quantize import quantize, unquantized
-from tfmq_export.ptq.skip_concat import split_skip_concats
+from tfmq_export.ptq.simulate import program_for
 from tfmq_export.ptq.tib import tabulate
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.recipe_io import load_recipe
@@ -101,7 +101,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         if recipe is not None:
             made = load_recipe(recipe)
             _check_recipe(made, program, denoiser)
-            program = split_skip_concats(program, made.splits)
+            program = program_for(program, made)
         else:
             program, made = _quantize(denoiser, program, config, stages, (checkpoint_of(root), resume))
         with stages.stage("Rewriting the graph"):

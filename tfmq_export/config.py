@@ -81,6 +81,7 @@ class Method(BaseModel):
     pts_quorum: float = Field(0.85, ge=0, le=1, description="share of the votes an exponent needs (kappa)")
     pts_exponents: int = Field(4, ge=1, le=5, description="candidates: 0, -1, ...; 5 needs 4-bit weights")
     split_skips: bool = Field(True, description="one quantizer per half of a skip concatenation")
+    attention: Literal["float", "integer"] = Field("float", description="what q k^T and p v compute in")
     reconstruct: bool = Field(True, description="learn the rounding block by block")
     learned_steps: bool = Field(True, description="tune activation scales on each block's output")
 

@@ -23,6 +23,7 @@ from tfmq_export.analysis import (
     find_operations,
     find_temporal_features,
 )
+from tfmq_export.attention import AttentionProduct, find_attention
 from tfmq_export.denoiser import Denoiser
 from tfmq_export.errors import ExportError
 
@@ -45,6 +46,7 @@ class DiffusionProgram:
         macs: Of the compiled model for one sample: the temporal block, replaced by tables, is not counted.
         roles: "sample", "timestep" or "conditioning" for each input name.
         fingerprint: Hash of graph and weights.
+        attention: Products of two activations inside attention, in forward order.
     """
 
     onnx: torch.onnx.ONNXProgram
@@ -55,6 +57,7 @@ class DiffusionProgram:
     macs: int
     roles: Mapping[str, str]
     fingerprint: str
+    attention: tuple[AttentionProduct, ...] = ()
 
     def value(self, name: str) -> Tensor:
         """A weight of the graph, computed weights included (folded: they depend on no input)."""
@@ -83,14 +86,17 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     depends = dependences(module.graph, roles)
     operations, left_float = classify(find_operations(module.graph, depends), depends)
     features = find_temporal_features(module.graph, depends)
-    merged = _optimize(program, [op.name for op in operations] + [feature.name for feature in features])
+    attention = find_attention(module.graph, depends)
+    names = [op.name for op in operations] + [feature.name for feature in features]
+    merged = _optimize(program, names + [product.name for product in attention])
     _merge(module, merged)
     operations = tuple(op for op in operations if op.name not in merged)
     features = tuple(feature for feature in features if feature.name not in merged)
+    attention = tuple(product for product in attention if product.source not in merged)
     macs = count_macs(module, denoiser.example_inputs, depends)
     logger.info("captured %d nodes, %d operations to quantize", len(module.graph.nodes), len(operations))
     return DiffusionProgram(
-        program, module, operations, left_float, features, macs, roles, _fingerprint(module, exported)
+        program, module, operations, left_float, features, macs, roles, _fingerprint(module, exported), attention
     )
 
 

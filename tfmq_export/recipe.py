@@ -141,6 +141,37 @@ class LayerRecipe:
         return self.weight_codes.astype(np.int32) * self.weight_shifts
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ProductRecipe:
+    """One product of two activations inside attention: ``q k^T`` or ``p v``.
+
+    It computes ``fake_quantize(a, left) fake_quantize(b, right)``. Neither grid has a zero point: the constant part of
+    one factor would have to be multiplied by the sums of the other, at run time.
+
+    Attributes:
+        name: The value it computes in the graph.
+        path: Module path of the attention, for people.
+        macs: Multiply-accumulates for one sample.
+        left: Grid of the first factor; unsigned for a softmax.
+        right: Of the second.
+    """
+
+    name: str
+    path: str
+    macs: int
+    left: QParams
+    right: QParams
+
+    def __post_init__(self) -> None:
+        for grid in (self.left, self.right):
+            if grid.spec.axis is not None or grid.spec.codes != 1:
+                raise RecipeError(f"{self.path}: a factor of a product needs one scale and one code")
+            if grid.zero_point.any():
+                raise RecipeError(f"{self.path}: zero points of a product's factors must be 0")
+        if not self.right.spec.signed:
+            raise RecipeError(f"{self.path}: the second factor of a product needs a signed grid")
+
+
 @dataclass(frozen=True, slots=True)
 class FloatLayer:
     """A layer that computes in floating point, and why.
@@ -233,6 +264,7 @@ class QuantRecipe:
         preset: Name of the preset it was made with.
         macs: Multiply-accumulates of the whole model for one sample, attention included.
         splits: Layers on concatenations that are split.
+        products: Of attention, where both their factors are on grids.
         provenance: How it was made: versions, seed, calibration size; strings for people.
     """
 
@@ -244,11 +276,13 @@ class QuantRecipe:
     macs: int
     provenance: Mapping[str, str] = field(default_factory=dict)
     splits: tuple[SkipSplit, ...] = ()
+    products: tuple[ProductRecipe, ...] = ()
 
     @property
     def integer_share(self) -> float:
-        """Share of the multiply-accumulates that quantized layers hold."""
-        return sum(layer.macs for layer in self.layers) / self.macs if self.macs else 0.0
+        """Share of the multiply-accumulates that quantized layers and products hold."""
+        integer = sum(layer.macs for layer in self.layers) + sum(product.macs for product in self.products)
+        return integer / self.macs if self.macs else 0.0
 
     @property
     def mean_weight_bits(self) -> float:

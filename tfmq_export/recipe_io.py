@@ -13,6 +13,7 @@ from tfmq_export.errors import RecipeError, TfmqError
 from tfmq_export.recipe import (
     FloatLayer,
     LayerRecipe,
+    ProductRecipe,
     QuantRecipe,
     SkipSplit,
     TemporalTable,
@@ -22,7 +23,7 @@ from tfmq_export.recipe import (
 from tfmq_export.spec import QParams, QuantSpec
 from tfmq_export.timesteps import TimestepSet
 
-SCHEMA = 2
+SCHEMA = 3
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -40,6 +41,7 @@ def save_recipe(recipe: QuantRecipe, folder: Path) -> None:
         "splits": [{"name": x.name, "sizes": list(x.sizes)} for x in recipe.splits],
         "tables": [_save_table(table, arrays) for table in recipe.tib.tables],
         "layers": [_save_layer(layer, arrays) for layer in recipe.layers],
+        "products": [_save_product(product, arrays) for product in recipe.products],
         "kept_float": [{"name": x.name, "path": x.path, "macs": x.macs, "reason": x.reason} for x in recipe.kept_float],
     }
     try:
@@ -77,6 +79,7 @@ def load_recipe(path: Path) -> QuantRecipe:
             macs=document["macs"],
             provenance=document["provenance"],
             splits=tuple(SkipSplit(item["name"], tuple(item["sizes"])) for item in document["splits"]),
+            products=tuple(_load_product(item, arrays) for item in document["products"]),
         )
     except FileNotFoundError as error:
         missing = error.filename or folder / "recipe.safetensors"  # safetensors does not say
@@ -135,6 +138,17 @@ def _load_layer(item: dict[str, Any], arrays: Arrays) -> LayerRecipe:
         input_by_timestep=_load_timestep_grids(f"{name}.input", arrays),
         output_by_timestep=_load_timestep_grids(f"{name}.output", arrays),
     )
+
+
+def _save_product(product: ProductRecipe, arrays: Arrays) -> dict[str, object]:
+    sides = {"left": product.left, "right": product.right}
+    grids = {side: _save_grid(f"{product.name}.{side}", grid, arrays) for side, grid in sides.items()}
+    return {"name": product.name, "path": product.path, "macs": product.macs, **grids}
+
+
+def _load_product(item: dict[str, Any], arrays: Arrays) -> ProductRecipe:
+    left, right = (_load_grid(f"{item['name']}.{side}", item[side], arrays) for side in ("left", "right"))
+    return ProductRecipe(item["name"], item["path"], item["macs"], left, right)
 
 
 def _load_timestep_grids(name: str, arrays: Arrays) -> TimestepGrids | None:

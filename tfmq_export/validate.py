@@ -25,7 +25,7 @@ from tfmq_export.models.load import load, source_of
 from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.progress import Progress, Silent
 from tfmq_export.ptq.calibration import CalibrationStep, record
-from tfmq_export.ptq.skip_concat import split_skip_concats
+from tfmq_export.ptq.simulate import program_for
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.recipe_io import load_recipe
 from tfmq_export.runtime.compare import Comparison, Report, Threshold, has_ssim, psnr, sqnr_db, ssim
@@ -112,7 +112,7 @@ def subject_of(bundle: Bundle, model: Path, factory: str | None = None) -> Subje
     """
     denoiser = load(source_of(bundle, model, factory))
     recipe = load_recipe(bundle.root)
-    return Subject(denoiser, split_skip_concats(capture(denoiser), recipe.splits), recipe, bundle)
+    return Subject(denoiser, program_for(capture(denoiser), recipe), recipe, bundle)
 
 
 def validate(

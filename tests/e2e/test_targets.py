@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from tfmq_export.bundle import Bundle
-from tfmq_export.compiler import compile_model
+from tfmq_export.compiler import Compiled, compile_model
 from tfmq_export.config import CompileConfig, Method, Thresholds
 from tfmq_export.errors import BuildError, PrecisionError
 from tfmq_export.models.factory import describe
@@ -143,6 +143,42 @@ def test_a_grid_per_timestep_for_every_activation_runs_in_integers(target: str, 
     assert_proven(done.validation)
     lowered = next(item for item in done.bundle.manifest.passes if item.name == "LowerTimestepGrids")
     assert lowered.changed > 10
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_runs_in_integers_where_it_is_asked_to(target: str, attending: Callable[[str], Compiled]) -> None:
+    done = attending(target)
+
+    assert_proven(done.validation)
+    receipt = done.validation.receipt
+    module, _ = shapes.build("sd", "tiny")
+    attentions = sum(path.endswith("to_out") for path, _ in module.named_modules())
+    assert receipt.counts("attention") == (2 * attentions, 2 * attentions)
+    assert receipt.integer_share == done.bundle.manifest.integer_share > 0.99  # with products, everything that counts
+    assert {layer.kind for layer in done.bundle.manifest.layers} == {"conv", "linear", "attention"}
+
+
+@pytest.fixture(scope="module")
+def attending(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Compiled]:
+    """Compiles a latent U-Net with self and cross-attention in integers; the recipe is made once, for ort-cpu."""
+    folder = tmp_path_factory.mktemp("attention")
+
+    @cache
+    def run(target: str) -> Compiled:
+        config = config_of("w8a8", les="off", attention="integer").model_copy(update={"target": target})
+        recipe = None if target == "ort-cpu" else run("ort-cpu").bundle.root / "tfmq"
+        return compile_model(shapes.build("sd", "tiny", steps=2), folder / target, config, recipe=recipe)
+
+    return run
+
+
+def test_a_transformer_spelling_its_attention_out_runs_in_integers(tmp_path: Path) -> None:
+    config = config_of("w8a8", les="off", attention="integer").model_copy(update={"target": "tensorrt-rtx"})
+
+    done = compile_model(build_dit(), tmp_path / "out", config)
+
+    assert_proven(done.validation)
+    assert done.validation.receipt.counts("attention") == (4, 4)
 
 
 def test_a_prologue_passes_its_tables_to_an_engine(tmp_path: Path) -> None:

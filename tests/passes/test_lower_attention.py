@@ -253,3 +253,10 @@ def test_second_run_changes_nothing(form: Form) -> None:
 def test_attention_left_behind_breaks_the_promise(form: Form) -> None:
     with pytest.raises(PostconditionError, match="attention: still an Attention node"):
         LowerAttention(form).ensures(graph_of(attention_model()))
+
+
+def test_scores_are_named_after_the_result_as_in_pytorch() -> None:
+    graph = lower(attention_model(), "matmul")
+
+    products = [node for node in graph.nodes if node.op == "MatMul"]
+    assert [node.outputs[0].name for node in products] == ["attended_scores", "attended"]

@@ -28,6 +28,7 @@ from toy_nets import (
     skip_net,
     token_net,
     vector_net,
+    with_products,
 )
 
 from tfmq_export import passes as package
@@ -42,7 +43,7 @@ from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.passes.split_skips import SplitSkips
 from tfmq_export.passes.strip_qdq import StripQdq
 from tfmq_export.passes.tabulate_tib import TabulateTib
-from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 from tfmq_export.target import find_target
 
 NETS: Sequence[Callable[[], Net]] = (conv_net, token_net, vector_net, skip_net, label_net)
@@ -67,6 +68,7 @@ def chains(net: Net, widths: tuple[int, int]) -> list[tuple[QuantRecipe, list[Pa
     recipe, by_timestep = recipe_for(net, *widths), recipe_by_timestep(net)
     ort, openvino, engine = (find_target(name) for name in ("ort-cpu", "openvino", "tensorrt-rtx"))
     portable, signed = replace(ort, attention="matmul"), adapt(recipe, engine)
+    attending = with_products(recipe, net)
     names = {"sample": "sample", "timestep": "timestep", "labels": ("label",)}
     quantizing = [x for x in passes_for(recipe, ort, **names) if not isinstance(x, NameOutputs | CheckModel)]
     return [
@@ -75,6 +77,7 @@ def chains(net: Net, widths: tuple[int, int]) -> list[tuple[QuantRecipe, list[Pa
         (recipe, [*quantizing, StripQdq()]),
         (signed, passes_for(signed, engine, **names)),
         (by_timestep, passes_for(by_timestep, openvino, **names)),
+        *([(attending, passes_for(attending, ort, **names))] if attending.products else []),
     ]
 
 
@@ -158,11 +161,12 @@ def assert_quantizing(rewrite: Rewrite, row: int) -> None:
     layers = rewrite.recipe.layers
     after = feeds_of(rewrite, rewrite.after, row)
     results = {layer.name: result_name(rewrite.after, layer) for layer in layers}
+    results |= {product.name: product.name for product in rewrite.recipe.products}
     output = rewrite.after.graph.output[0].name
     actual = observe(rewrite.after, [*results.values(), output], after)
     forced = {name: actual[result] for name, result in results.items()}
 
-    severed = sever(rewrite.before, [layer.name for layer in layers])
+    severed = sever(rewrite.before, list(results))
     feeds = feeds_of(rewrite, rewrite.before, row) | forced
     expected = dict(zip([value.name for value in severed.graph.output], infer(severed, feeds), strict=True))
 
@@ -172,6 +176,9 @@ def assert_quantizing(rewrite: Rewrite, row: int) -> None:
         distance = np.moveaxis(distance, channel_axis, 0).reshape(len(layer.weight_codes), -1).max(1)
         bound = largest_error(layer, rewrite.net.layers[layer.name].weight)
         assert (distance <= bound * (1 + 1e-4)).all(), layer.name  # fp32 accumulates to less than 1e-4 of a step
+    for product in rewrite.recipe.products:
+        distance = np.abs(forced[product.name] - expected[f"{product.name}.own"])
+        assert distance.max() <= largest_product_error(product, rewrite.net.length) * (1 + 1e-4), product.name
     if output in expected:
         assert_same(actual[output], expected[output])
 
@@ -186,6 +193,13 @@ def largest_error(layer: LayerRecipe, weight: NDArray) -> NDArray:
     # Both sides of a comparison may be rounded to the output grid.
     from_output = layer.output.scale if layer.output is not None else 0.0
     return from_input + from_weight + x.scale * w / 2 + from_output
+
+
+def largest_product_error(product: ProductRecipe, length: int) -> float:
+    """Half a step of either factor for each value of the other; no product here sums over more than the tokens."""
+    left, right = product.left, product.right
+    steps = left.scale * right.scale
+    return float(length * steps * (left.spec.qmax + right.spec.qmax + 1) / 2)
 
 
 def result_name(model: onnx.ModelProto, layer: LayerRecipe) -> str:

@@ -212,7 +212,7 @@ def lost_by_a_shared_zero_point(path: Path) -> Case:
     [
         (lost_without_input_grid, "its input does not come straight from DequantizeLinear"),
         (lost_behind_a_relu, "its input does not come straight from DequantizeLinear"),
-        (lost_by_a_float_weight, "its weight is not quantized"),
+        (lost_by_a_float_weight, "its weight or second factor is not quantized"),
         (lost_by_an_offset_weight, "its weight has a zero point that is not 0"),
         (lost_by_an_unsigned_weight, "its weight is stored as uint8"),
         (lost_by_a_scale_per_channel, "its input has a scale for each channel"),

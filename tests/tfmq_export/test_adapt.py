@@ -1,6 +1,7 @@
 """What a target cannot run is refused before anything is quantized."""
 
 import pytest
+from attention_graphs import attention_recipe
 from toy_nets import conv_net, recipe_for
 
 from tfmq_export.adapt import adapt, check_settings
@@ -39,3 +40,31 @@ def test_tables_of_int8_need_a_target_that_gathers_them(name: str) -> None:
         adapt(recipe_for(conv_net()), target, "int8")
     check_settings(CompileConfig(tables="fp16"), target)
     check_settings(config, find_target("openvino"))
+
+
+def test_attention_in_integers_needs_integer_kernels() -> None:
+    asked = CompileConfig(method=Method(attention="integer"), allow_precision_loss=True)
+
+    for name in ("ort-cpu", "openvino", "tensorrt", "tensorrt-rtx"):
+        check_settings(asked, find_target(name))
+        assert adapt(attention_recipe(), find_target(name)).products
+    with pytest.raises(TargetError, match=r"ort-cuda has no integer kernels for attention .* use --attention float"):
+        check_settings(asked, find_target("ort-cuda"))
+    with pytest.raises(TargetError, match=r"ort-cuda has no integer kernels for attention"):
+        adapt(attention_recipe(), find_target("ort-cuda"))
+    with pytest.raises(TargetError, match=r"preset fp32 keeps attention in floating point; use --preset w8a8"):
+        check_settings(CompileConfig(preset="fp32", method=Method(attention="integer")), find_target("ort-cpu"))
+
+
+def test_a_symmetric_engine_reads_a_softmax_in_128_levels_of_the_same_range() -> None:
+    recipe = attention_recipe()
+    _, pv = recipe.products
+
+    scores, adapted = adapt(recipe, find_target("tensorrt-rtx")).products
+
+    assert adapted.left.spec.signed
+    assert adapted.left.scale * adapted.left.spec.qmax == pytest.approx(pv.left.scale * pv.left.spec.qmax)
+    assert float(adapted.left.scale) == pytest.approx(1 / 127)
+    assert scores.left.same_as(recipe.products[0].left)  # signed already
+    assert adapted.right.same_as(pv.right)
+    assert adapt(recipe, find_target("openvino")).products == recipe.products

@@ -127,3 +127,18 @@ def test_merging_takes_the_union() -> None:
 def test_a_range_that_is_not_finite_is_refused(bad: float) -> None:
     with pytest.raises(CalibrationError, match="NaN or infinity"):
         observe(torch.tensor([0.0, bad, 1.0]), 2, torch.Generator())
+
+
+@pytest.mark.parametrize("estimator", list(Estimator))
+def test_a_signed_grid_is_centred_on_zero_and_as_fine_as_the_values_allow(estimator: Estimator) -> None:
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(20_000, generator=generator) * 2 + 0.5
+
+    grid = activation_grid(seen(values), QuantSpec(8, signed=True), estimator)
+
+    assert grid.zero_point == 0
+    largest = values.abs().max()
+    assert 0.2 * largest < grid.scale * 127 <= largest * 1.0001
+    kept = fake_quantize(values, grid.scale, grid.zero_point, grid.spec)
+    assert (kept - values).square().mean() < 0.02 * values.square().mean()
+    assert kept.min() < -0.9 * values.min().abs().clamp_max(grid.scale * 127)  # both halves are used

@@ -2,8 +2,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from attention_graphs import product_recipes
 from onnx_graphs import normal
-from toy_nets import activation_grid, layer_recipe, recipe_with
+from toy_nets import activation_grid, layer_recipe, recipe_with, softmax_grid
 
 from tfmq_export.errors import RecipeError
 from tfmq_export.recipe import FloatLayer, TemporalTable, TibRecipe, TimestepGrids
@@ -142,3 +143,26 @@ def test_a_float_recipe_has_no_integer_share() -> None:
 
     assert recipe.integer_share == 0.0
     assert recipe.mean_weight_bits == 32.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"left": grid(QuantSpec(8, signed=False), 1.0, 3)}, "zero points of a product's factors must be 0"),
+        ({"right": grid(QuantSpec(8), 1.0, -1)}, "zero points of a product's factors must be 0"),
+        ({"right": softmax_grid()}, "the second factor of a product needs a signed grid"),
+        ({"left": grid(QuantSpec(8, axis=0), [1.0] * 2, [0] * 2)}, "needs one scale and one code"),
+        ({"left": grid(QuantSpec(8, signed=False, codes=2), 1.0, 0)}, "needs one scale and one code"),
+    ],
+)
+def test_invalid_products_cannot_exist(changes: dict[str, QParams], message: str) -> None:
+    with pytest.raises(RecipeError, match=rf"attn\[pv\]: .*{message}"):
+        replace(product_recipes()[1], **changes)
+
+
+def test_products_count_among_the_integers() -> None:
+    layer = replace(LINEAR, macs=300)
+    recipe = replace(recipe_with([layer]), macs=1000)
+
+    assert recipe.integer_share == 0.3
+    assert replace(recipe, products=product_recipes()).integer_share == 0.4

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attention_graphs import product_recipes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx_graphs import normal
@@ -57,6 +58,10 @@ def assert_same(first: QuantRecipe, second: QuantRecipe) -> None:
         assert getattr(first, field) == getattr(second, field)
     for ours, theirs in zip(first.layers, second.layers, strict=True):
         assert_same_layer(ours, theirs)
+    for one, other in zip(first.products, second.products, strict=True):
+        assert (one.name, one.path, one.macs) == (other.name, other.path, other.macs)
+        assert same_grid(one.left, other.left)
+        assert same_grid(one.right, other.right)
     assert (first.tib.timesteps, first.tib.source) == (second.tib.timesteps, second.tib.source)
     for table, other in zip(first.tib.tables, second.tib.tables, strict=True):
         assert (table.name, table.path, table.per_sample) == (other.name, other.path, other.per_sample)
@@ -69,6 +74,7 @@ def test_a_recipe_survives_saving_to_the_bit(tmp_path: Path, make: Callable, wid
     recipe = replace(
         recipe_for(make(), *widths),
         kept_float=(FloatLayer("conv_out", "net.conv_out", 7, "few channels"),),
+        products=product_recipes(),
         provenance={"model": "mod\u00e8le.pt", "seed": "0"},
     )
 
@@ -220,7 +226,7 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
         (no_document, r"recipe\.json: no such file; --recipe takes a bundle or its tfmq/ folder"),
         pytest.param(no_arrays, r"recipe\.safetensors: no such file"),
         (lambda folder: (folder / "recipe.json").write_text("[]"), "not a readable recipe"),
-        (edit(lambda d: d.update(schema=1)), "recipe schema 1, this version reads 2"),
+        (edit(lambda d: d.update(schema=1)), "recipe schema 1, this version reads 3"),
         (edit(lambda d: d.pop("layers")), "not a readable recipe"),
         (edit(lambda d: d["layers"][0].update(name="conv2d_77")), "not a readable recipe"),
         (edit(lambda d: d["layers"][0].update(kind="conv3d")), "unknown kind of layer"),
@@ -230,6 +236,7 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
         (edit(lambda d: d["layers"][0]["input"].update(codes=0)), "codes must be at least 1"),
         (edit(lambda d: d["layers"][0].pop("groups")), "not a readable recipe"),
         (edit(lambda d: d.pop("splits")), "not a readable recipe"),
+        (edit(lambda d: d.pop("products")), "not a readable recipe"),
         (edit(lambda d: d["timesteps"]["values"].pop()), "4 rows for 3 timesteps"),
         (edit(lambda d: d["timesteps"].update(values=[])), "at least one timestep"),
     ],

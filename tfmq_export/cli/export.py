@@ -61,6 +61,10 @@ def export(
     estimator: Annotated[
         str | None, typer.Option(help="Activation ranges: mse, minmax, kl or percentile.", show_default="mse")
     ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="What attention's two products compute in: float or integer.", show_default="float"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     max_memory: Annotated[
         str | None, typer.Option(help="Ceiling on cached activations, e.g. 2GiB; the rest goes to disk.")
@@ -105,6 +109,7 @@ def export(
         "method.les": les,
         "method.pts": pts,
         "method.estimator": estimator,
+        "method.attention": attention,
         "pts_lowering": pts_lowering,
         "max_memory": max_memory,
         "calibration_images": calibration_images,

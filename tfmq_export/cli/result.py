@@ -18,6 +18,8 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
     sqnr = by_name["noise-prediction SQNR per timestep (dB)"]
     cosine, agreement = by_name["temporal feature cosine"], by_name["agreement with fake-quant, lock-step (dB)"]
     convolutions, linears = receipt.counts("conv"), receipt.counts("linear")
+    products = receipt.counts("attention")
+    attention = f"{products[0]}/{products[1]} attention products, " if products[1] else ""
     emulated = sorted({row.emulated for row in receipt.rows if row.emulated})
     rows = [
         ("images", f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}, {len(psnr.values)} images"),
@@ -30,7 +32,7 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
         (
             "in integers",
             f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear layers, "
-            f"{receipt.integer_share:.1%} of the MACs",
+            f"{attention}{receipt.integer_share:.1%} of the MACs",
         ),
         *(("note", text) for text in emulated),
         ("model.onnx", _sizes(bundle)),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tfmq_export.config import Method
 from tfmq_export.progress import Step
+from tfmq_export.ptq.attention_grids import GriddedProduct, product_rules
 from tfmq_export.ptq.block_runner import BlockRunner, Compute, LayerRule
 from tfmq_export.ptq.draft import Draft, decided_grids, input_key, output_key, quantized_rules, with_nearest_codes
 from tfmq_export.ptq.effort import Effort
@@ -48,6 +49,7 @@ class BlockStage:
         inputs: Of its layers, in the full-precision network.
         unnormalized: Values that carry the residual stream; PTS looks at their readers.
         generator: Random rows; seeded for this block alone.
+        products: Of attention, on their grids.
     """
 
     runner: BlockRunner
@@ -58,6 +60,7 @@ class BlockStage:
     effort: Effort
     unnormalized: frozenset[str]
     generator: torch.Generator
+    products: tuple[GriddedProduct, ...] = ()
 
     def run(self, drafts: Sequence[Draft], progress: Step) -> tuple[Draft, ...]:
         """Quantize all layers of the block."""
@@ -167,7 +170,7 @@ class BlockStage:
             for picks in chunks(self.given.rows):
                 steps = self.given.rows.steps[picks]
                 rules = {draft.op.name: watching(draft, steps) for draft in drafts}
-                self.runner(self.given.read(self.runner, picks), rules)
+                self.runner(self.given.read(self.runner, picks), rules | product_rules(self.products))
         return tuple(
             replace(
                 draft,
@@ -193,10 +196,11 @@ class BlockStage:
 
     # -- what is learned on the block's output ------------------------------------------------
 
-    def _errors(self, rules: Callable[[Tensor], Mapping[str, LayerRule]], picks: Tensor) -> Tensor:
+    def _errors(self, rules: Callable[[Tensor], dict[str, LayerRule]], picks: Tensor) -> Tensor:
         """Squared error of the block for some rows, summed over the channels, [N]."""
         with torch.autocast(self.runner.device.type, torch.bfloat16, enabled=self.runner.low_precision):
-            written = self.runner(self.given.read(self.runner, picks), rules(self.given.rows.steps[picks]))
+            attention = product_rules(self.products, soft=True)
+            written = self.runner(self.given.read(self.runner, picks), attention | rules(self.given.rows.steps[picks]))
         target = self.wanted.read_target(self.runner, picks)
         return torch.stack([row_errors(value.float(), target[name]) for name, value in written.items()]).sum(0)
 

@@ -11,6 +11,7 @@ from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.calibration import CalibrationRows, CalibrationStep, pick_rows
 from tfmq_export.ptq.effort import Effort
 from tfmq_export.ptq.skip_concat import find_skip_concats, split_skip_concats
+from tfmq_export.ptq.spell_attention import spell_attention
 from tfmq_export.ptq.tib import tabulate
 from tfmq_export.recipe import SkipSplit, TibRecipe
 
@@ -45,7 +46,7 @@ class CalibratedModel:
     """What is quantized.
 
     Attributes:
-        program: With its skip concatenations split already.
+        program: With its skip concatenations split already, and its attention spelled out where it is quantized.
         denoiser: The model it was captured from.
         rows: Samples of the model's own trajectory.
         exact: Temporal features in full precision.
@@ -78,4 +79,6 @@ def prepare(
     exact = tabulate(program, denoiser)
     splits = find_skip_concats(program) if plan.method.split_skips else ()
     rows = pick_rows(denoiser, recorded, plan.effort.rows_per_timestep, weights)
+    if plan.method.attention == "integer":
+        program = spell_attention(program)
     return CalibratedModel(split_skip_concats(program, splits), denoiser, rows, exact, splits, provenance)

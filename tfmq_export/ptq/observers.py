@@ -60,7 +60,7 @@ def merge(parts: Sequence[Observation]) -> Observation:
 
 
 def activation_grid(observation: Observation, spec: QuantSpec, estimator: Estimator) -> Grid:
-    """An unsigned per-tensor grid; 0 is always inside its range.
+    """A per-tensor grid; 0 is always inside its range, and the middle of a signed one.
 
     ``MSE`` and ``KL`` shrink the observed range by (1 - 0.01 i), i < 80, and keep the i of least squared error, or
     of least divergence between the histograms before and after; ``PERCENTILE`` cuts 0.01 % off either end.
@@ -70,6 +70,9 @@ def activation_grid(observation: Observation, spec: QuantSpec, estimator: Estima
         ends = torch.tensor([1 - PERCENTILE, PERCENTILE])
         low, high = (float(end) for end in observation.values.quantile(ends))
         low, high = min(low, 0.0), max(high, 0.0)
+    if spec.signed:
+        high = max(-low, high)
+        low = high * spec.qmin / spec.qmax
     shrink = torch.ones(1, dtype=torch.float64)
     if estimator in (Estimator.MSE, Estimator.KL):
         shrink = 1 - 0.01 * torch.arange(SHRINK_STEPS, dtype=torch.float64)
@@ -92,14 +95,15 @@ def _divergence(values: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSp
 
     What lies outside the grid counts at its ends, where the grid, which knows only the inside, does not expect it.
     """
-    low, high = -zero_point * scale, (spec.qmax - zero_point) * scale
+    low, high = (spec.qmin - zero_point) * scale, (spec.qmax - zero_point) * scale
+    levels = spec.qmax - spec.qmin + 1
     inside = (values >= low) & (values <= high)
     bins = ((values.clamp(low, high) - low) / (high - low) * (BINS - 1)).round().long()
     given = torch.bincount(bins, minlength=BINS).double()
     known = torch.bincount(bins[inside], minlength=BINS).double()
-    level = torch.arange(BINS) * (spec.qmax + 1) // BINS
+    level = torch.arange(BINS) * levels // BINS
     occupied = (known > 0).double()
-    mass = torch.zeros(spec.qmax + 1, dtype=torch.float64).index_add_(0, level, known)
+    mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, known)
     width = torch.zeros_like(mass).index_add_(0, level, occupied)
     expected = (mass / width.clamp_min(1))[level] * occupied
     p, q = given / given.sum(), expected / expected.sum().clamp_min(1e-12)

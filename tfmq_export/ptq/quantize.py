@@ -17,6 +17,7 @@ from tfmq_export.blocks import Block, find_blocks
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.progress import Step
 from tfmq_export.ptq.activation_cache import ActivationCache
+from tfmq_export.ptq.attention_grids import GriddedProduct, lay_attention_grids, product_rules
 from tfmq_export.ptq.block_runner import BlockRunner, batch_symbol
 from tfmq_export.ptq.block_stage import BlockStage, by_input
 from tfmq_export.ptq.calibrated_model import CalibratedModel, QuantPlan
@@ -25,6 +26,7 @@ from tfmq_export.ptq.draft import Draft, quantized_rules
 from tfmq_export.ptq.flow import Flow
 from tfmq_export.ptq.input_watch import InputWatch
 from tfmq_export.ptq.observers import Estimator
+from tfmq_export.ptq.spell_attention import OFF, float_products, integer_products
 from tfmq_export.ptq.tib import (
     TemporalBlock,
     TemporalPlan,
@@ -57,10 +59,10 @@ def float_layers(program: DiffusionProgram) -> tuple[FloatLayer, ...]:
 
 def unquantized(program: DiffusionProgram, preset: str, tib: TibRecipe, provenance: Mapping[str, str]) -> QuantRecipe:
     """The recipe that leaves every layer in floating point."""
-    kept = tuple(FloatLayer(op.name, op.path, op.macs, f"preset {preset} keeps it") for op in program.operations)
-    return QuantRecipe(
-        program.fingerprint, preset, (), float_layers(program) + kept, tib, program.macs, dict(provenance)
-    )
+    reason = f"preset {preset} keeps it"
+    kept = tuple(FloatLayer(op.name, op.path, op.macs, reason) for op in program.operations)
+    kept = (*float_layers(program), *kept, *float_products(program, reason))
+    return QuantRecipe(program.fingerprint, preset, (), kept, tib, program.macs, dict(provenance))
 
 
 def quantize(
@@ -82,6 +84,7 @@ def quantize(
     blocks = walk.blocks(drafts)
     costs = [max(1, sum(drafts[name].op.macs for name in block.layers)) for block in blocks]
     decided: dict[str, Draft] = {}
+    products: list[GriddedProduct] = []
     for index, block in enumerate(blocks):
         done, own = sum(costs[:index]), costs[index]
 
@@ -90,7 +93,8 @@ def quantize(
 
         ours = [drafts[name] for name in block.layers]
         kept = checkpoint.load(f"block-{index:04d}", ours) if checkpoint is not None else None
-        finished = walk.step(index, block, ours, kept, report)
+        finished, gridded = walk.step(index, block, ours, kept, report)
+        products += gridded
         if checkpoint is not None and kept is None:
             checkpoint.save(f"block-{index:04d}", finished)
         decided |= {draft.op.name: draft for draft in finished}
@@ -105,11 +109,12 @@ def quantize(
         program.fingerprint,
         plan.preset,
         tuple(decided[op.name].to_recipe() for op in program.operations),
-        float_layers(program),
+        float_layers(program) + float_products(program, None if method.attention == "integer" else OFF),
         tib,
         program.macs,
         dict(model.provenance),
         model.splits,
+        tuple(item.to_recipe() for item in products),
     )
 
 
@@ -155,6 +160,7 @@ class Walk:
             Flow(rows, values, ActivationCache(len(rows), self._ceiling), device) for values in features
         )
         self._batch = batch_symbol(program)
+        self._integer_attention = plan.method.attention == "integer"
 
     def blocks(self, layers: Iterable[str]) -> tuple[Block, ...]:
         """The blocks to walk."""
@@ -163,31 +169,50 @@ class Walk:
 
     def step(
         self, index: int, block: Block, drafts: Sequence[Draft], kept: tuple[Draft, ...] | None, progress: Step
-    ) -> tuple[Draft, ...]:
+    ) -> tuple[tuple[Draft, ...], tuple[GriddedProduct, ...]]:
         """Quantize one block and move on behind it.
 
         Args:
-            kept: The block as an earlier run finished it.
+            kept: The layers of the block as an earlier run finished it.
         """
         runner = BlockRunner(self._program.module, block, self._batch)
+        products = self._attention_grids(index, runner)
         scaled = [group[0] for group in by_input(drafts).values()] if kept is None and self._scales else []
         with closing(InputWatch(self._wanted.rows, scaled, SCALING_ROWS, self._ceiling)) as inputs:
             self._wanted.advance(runner, inputs.rules)
-            decided = kept if kept is not None else self._decide(index, runner, inputs, drafts, progress)
-        self._given.advance(runner, lambda picks: quantized_rules(decided, self._given.rows.steps[picks]))
-        return decided
+            decided = kept if kept is not None else self._decide(index, runner, inputs, drafts, products, progress)
+        attention = product_rules(products)
+        self._given.advance(runner, lambda picks: attention | quantized_rules(decided, self._given.rows.steps[picks]))
+        return decided, products
 
     @property
     def _scales(self) -> bool:
         return self._plan.method.les != "off" or self._plan.method.pts != "off"
 
+    def _attention_grids(self, index: int, runner: BlockRunner) -> tuple[GriddedProduct, ...]:
+        if not self._integer_attention:
+            return ()
+        inside = frozenset(runner.block.nodes)
+        products = [product for product in integer_products(self._program) if product.name in inside]
+        estimator = Estimator(self._plan.method.estimator)
+        return lay_attention_grids(runner, self._given, products, estimator, self._seed(index))
+
+    def _seed(self, index: int) -> int:
+        return self._plan.seed * 1_000_003 + index
+
     def _decide(
-        self, index: int, runner: BlockRunner, inputs: InputWatch, drafts: Sequence[Draft], progress: Step
+        self,
+        index: int,
+        runner: BlockRunner,
+        inputs: InputWatch,
+        drafts: Sequence[Draft],
+        products: tuple[GriddedProduct, ...],
+        progress: Step,
     ) -> tuple[Draft, ...]:
-        generator = torch.Generator().manual_seed(self._plan.seed * 1_000_003 + index)
+        generator = torch.Generator().manual_seed(self._seed(index))
         stream = _residual_stream(self._program.module.graph, runner.block)
         method, effort = self._plan.method, self._plan.effort
-        stage = BlockStage(runner, self._wanted, self._given, inputs, method, effort, stream, generator)
+        stage = BlockStage(runner, self._wanted, self._given, inputs, method, effort, stream, generator, products)
         return stage.run(drafts, progress) if drafts else ()
 
     def forget(self, later: Iterable[Block]) -> None:

@@ -11,19 +11,20 @@ from tfmq_export.denoiser import first_tensor
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.equivalent_scaling import on_channels, scale_input_channels
 from tfmq_export.ptq.fake_quant import Grid
-from tfmq_export.ptq.skip_concat import channel_axis
+from tfmq_export.ptq.skip_concat import channel_axis, split_skip_concats
+from tfmq_export.ptq.spell_attention import spell_attention
 from tfmq_export.ptq.weights import per_output
-from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 
-AfterLayer = Callable[[LayerRecipe, Tensor], Tensor]
-"""Sees each quantized layer's result; what it returns flows on."""
+AfterLayer = Callable[[LayerRecipe | ProductRecipe, Tensor], Tensor]
+"""Sees the result of each quantized layer and product; what it returns flows on."""
 
 
 class Simulation:
     """Runs a program as its recipe says: integer weights, gridded activations, tabulated time.
 
     Args:
-        program: With the recipe's skip concatenations split.
+        program: As ``program_for`` makes it for the recipe.
         recipe: Made from this very program.
         integer_bias: Whether kernels add biases as integers, as the target says.
         rest: Type that results which are not quantized are stored in.
@@ -40,6 +41,7 @@ class Simulation:
         self.program, self.integer_bias, self.rest = program, integer_bias, rest
         self._recipe = recipe
         self.layers = {layer.name: QuantizedLayer(layer) for layer in recipe.layers}
+        self.products = {product.name: product for product in recipe.products}
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
 
     @torch.no_grad()
@@ -58,6 +60,12 @@ class Simulation:
         }
         interpreter = _Interpreter(self, features, rows, after_layer)
         return first_tensor(interpreter.run(*inputs.values()))
+
+
+def program_for(program: DiffusionProgram, recipe: QuantRecipe) -> DiffusionProgram:
+    """A captured program as a recipe sees it: skip concatenations split, attention spelled out."""
+    split = split_skip_concats(program, recipe.splits)
+    return spell_attention(split) if recipe.products else split
 
 
 class QuantizedLayer:
@@ -111,12 +119,15 @@ class _Interpreter(fx.Interpreter):
         after_layer: AfterLayer | None,
     ) -> None:
         super().__init__(simulation.program.module)
-        self.layers, self.integer_bias, self.rest = simulation.layers, simulation.integer_bias, simulation.rest
+        self.layers, self.products = simulation.layers, simulation.products
+        self.integer_bias, self.rest = simulation.integer_bias, simulation.rest
         self.features, self.rows, self.after_layer = features, rows, after_layer
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.features:
             return self._stored(self.features[n.name].to(n.meta["val"].dtype))
+        if n.name in self.products:
+            return self._run_product(n, self.products[n.name])
         layer = self.layers.get(n.name)
         if layer is None:
             # A quantized layer keeps its bias, and reads the sample, in fp32 (passes/half_precision.py).
@@ -140,3 +151,11 @@ class _Interpreter(fx.Interpreter):
         """A result as the rest of the graph reads it."""
         rounds = self.rest != torch.float32 and isinstance(value, Tensor) and value.dtype == torch.float32
         return value.to(self.rest).float() if rounds else value
+
+    def _run_product(self, n: fx.Node, product: ProductRecipe) -> Tensor:
+        factors, _ = self.fetch_args_kwargs_from_env(n)
+        grids = (Grid.of(product.left), Grid.of(product.right))
+        laid = [grid.lay_over(x, self.rows) for grid, x in zip(grids, factors, strict=True)]
+        compute: Any = n.target
+        result: Tensor = self._stored(compute(*laid))
+        return result if self.after_layer is None else self.after_layer(product, result)
