@@ -1,4 +1,4 @@
-"""The commands, one file each: tfmq-export, tfmq-validate, tfmq-sample, tfmq-bench, tfmq-pack.
+"""The commands, one file each: tfmq-export, tfmq-validate, tfmq-sample, tfmq-bench, tfmq-build, tfmq-pack.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once.
 """
@@ -40,6 +40,13 @@ def bench_main() -> None:
     from tfmq_export.cli.bench import bench
 
     _run(bench)
+
+
+def build_main() -> None:
+    """Entry point of tfmq-build."""
+    from tfmq_export.cli.build import build
+
+    _run(build)
 
 
 def pack_main() -> None:
