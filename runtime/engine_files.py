@@ -12,10 +12,12 @@ from pathlib import Path
 
 from tfmq_export.bundle import Bundle, EngineInfo, LayerInfo
 from tfmq_export.errors import BuildError, ConfigError
+from tfmq_export.runtime.cuda_driver import has_gpu
 from tfmq_export.runtime.realized_tensorrt import read_facts, receipt_of_engine
 from tfmq_export.runtime.receipt import Receipt
 from tfmq_export.runtime.trt_build import BuildOptions, EngineBuild, build_engine, engine_name
 from tfmq_export.runtime.trt_profile import Profile, step_profiles
+from tfmq_export.runtime.trtexec import write_build_script
 from tfmq_export.target import find_target
 
 AHEAD = "tensorrt-rtx"
@@ -97,9 +99,13 @@ def add_engines(
     return bundle.extended(files, [each.info for each in built]), tuple(built)
 
 
-def can_build(flavour: str) -> bool:
-    """Whether the library is there to be tried."""
-    return importlib.util.find_spec("tensorrt_rtx" if flavour == AHEAD else "tensorrt") is not None
+def add_engines_in_place(bundle: Bundle, *, allow_precision_loss: bool = False) -> Bundle:
+    """Build with TensorRT where it and a GPU are here; for other machines, put a script into the bundle."""
+    bundle = write_build_script(bundle)
+    if importlib.util.find_spec("tensorrt") is None or not has_gpu():
+        return bundle
+    request = EngineRequest("tensorrt", compute_capabilities=())
+    return add_engines(bundle, request, allow_precision_loss=allow_precision_loss)[0]
 
 
 def _build(bundle: Bundle, graph: Path, options: BuildOptions, layers: Sequence[LayerInfo]) -> BuiltEngine:

@@ -24,6 +24,7 @@ class Target:
         packed_weights: 4-bit integers may be stored packed, behind a Cast that the engine folds at load.
         float_type: What is not quantized computes in: "float32" or "float16".
         integers: Whether the backend has integer kernels for QDQ graphs at all.
+        built_in_place: Whether its engines can only be built on the GPU that runs them.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Target:
     packed_weights: bool = True
     float_type: str = "float32"
     integers: bool = True
+    built_in_place: bool = False
 
 
 _TARGETS = (
@@ -51,7 +53,14 @@ _TARGETS = (
     # Convolutions stay integers without an output grid, which spares each a rounding (docs/lowering.md).
     Target("openvino", engine="openvino"),
     # TensorRT takes precision from the graph's own types, int8 with zero point 0, and does not fold integer constants.
-    Target("tensorrt", engine="tensorrt", symmetric=True, packed_weights=False, float_type="float16"),
+    Target(
+        "tensorrt",
+        engine="tensorrt",
+        symmetric=True,
+        packed_weights=False,
+        float_type="float16",
+        built_in_place=True,
+    ),
     Target("tensorrt-rtx", engine="tensorrt", symmetric=True, packed_weights=False, float_type="float16"),
 )
 

@@ -1,12 +1,15 @@
 """tfmq-build: TensorRT engines for a bundle."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tfmq_export.cli.options import BundleFolder, Quiet
 from tfmq_export.console import bars, out, reports_errors, size, table
+
+if TYPE_CHECKING:
+    from tfmq_export.runtime.engine_files import BuiltEngine
 
 Sm = Annotated[
     list[str] | None,
@@ -56,27 +59,29 @@ def build(
         raise ConfigError("TensorRT builds for the GPU of this machine; leave --sm out, or --tensorrt")
     batches = tuple(parse_batch(text) for text in batch or ["1,2,8"])
     lists = [()] if tensorrt else [_capabilities(text) for text in sm or ["80,89,120"]]
-    rows = []
+    built: list[BuiltEngine] = []
     with bars(quiet) as progress:
         for capabilities in lists:
             flavour = "tensorrt" if tensorrt else "tensorrt-rtx"
             scratch = None if workspace is None else workspace << 20
             request = EngineRequest(flavour, capabilities, batches, scratch, timing_cache)
             with progress.stage(f"Building for {_gpus(capabilities)}"):
-                opened, built = add_engines(opened, request, allow_precision_loss=allow_precision_loss)
-            for each in built:
-                convolutions, linears = each.receipt.counts("conv"), each.receipt.counts("linear")
-                rows.append(
-                    (
-                        each.info.file,
-                        f"{convolutions[0]}/{convolutions[1]}",
-                        f"{linears[0]}/{linears[1]}",
-                        f"{each.seconds:.1f}",
-                        size(each.info.size),
-                    )
-                )
-    table(f"{bundle}: engines", rows, ("file", "int8 convs", "int8 linears", "build s", "size"))
-    out.print("run it on such a GPU: tfmq_export.runtime.load(...) takes the engine that fits")
+                opened, more = add_engines(opened, request, allow_precision_loss=allow_precision_loss)
+            built.extend(more)
+    table(f"{bundle}: engines", [_row(each) for each in built], ("graph", "GPUs", "in int8", "build", "size"))
+    for each in built:
+        out.print(f"written: {bundle / each.info.file}", highlight=False)
+
+
+def _row(built: "BuiltEngine") -> tuple[str, ...]:
+    convolutions, linears = built.receipt.counts("conv"), built.receipt.counts("linear")
+    return (
+        built.info.graph,
+        _gpus(built.info.compute_capabilities),
+        f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear",
+        f"{built.seconds:.1f} s",
+        size(built.info.size),
+    )
 
 
 def _capabilities(text: str) -> tuple[int, ...]:

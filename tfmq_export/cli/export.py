@@ -1,7 +1,7 @@
 """tfmq-export: from a model to a bundle, with its proof."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from tfmq_export.cli.options import (
 )
 from tfmq_export.cli.result import show
 from tfmq_export.console import bars, err, out, reports_errors, set_up_logging
+
+if TYPE_CHECKING:
+    from tfmq_export.bundle import Bundle
 
 
 @reports_errors
@@ -129,6 +132,21 @@ def export(
     out.print(f"\nwritten to [bold]{root}[/] in {sum(made.seconds.values()):.0f} s")
     if (root / "tfmq" / "samples.png").exists():
         out.print(f"look at it: {root / 'tfmq' / 'samples.png'}")
+    _how_to_build(made.bundle)
+
+
+def _how_to_build(bundle: "Bundle") -> None:
+    """The commands that build what could not be built here, for the machine that will run it."""
+    from tfmq_export.runtime.trtexec import SCRIPT, build_commands
+
+    if bundle.manifest.engines or not (bundle.root / SCRIPT).exists():
+        return
+    out.print("\nno engine was built: TensorRT or a GPU is not here. On the machine that will run it, either of")
+    out.print(f"  tfmq-build {bundle.root} --tensorrt")
+    out.print(f"  sh {bundle.root / SCRIPT}")
+    out.print("which runs, in the bundle's folder,")
+    for command in build_commands(bundle):
+        out.print(command, markup=False, highlight=False)
 
 
 def _name(model: Path) -> str:
