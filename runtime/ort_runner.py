@@ -148,7 +148,8 @@ class DeviceBuffers:
         for name, array in arrays.items():
             inputs[name].update_inplace(array)
         self._session.run_with_iobinding(binding, self._run_options)
-        values = [value.numpy() for value in binding.get_outputs()]  # copies
+        # On a CPU ``numpy`` looks into the buffer, which the next run fills.
+        values = [value.numpy().copy() for value in binding.get_outputs()]
         self._idle.append((shapes, binding, inputs))
         return dict(zip(self._outputs, values, strict=True))
 
