@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
 from tfmq_export.runtime.cuda_driver import CudaDevice
 from tfmq_export.runtime.runner import one_line
-from tfmq_export.runtime.trt_api import ICudaEngine, IRuntimeConfig, Runtime
+from tfmq_export.runtime.trt_api import ICudaEngine, IRuntimeCache, IRuntimeConfig, Runtime
 from tfmq_export.runtime.trt_child import FLAVOURS, RefusedError, recorder
 from tfmq_export.runtime.trt_child import load as load_library
 from tfmq_export.runtime.trt_profile import ShapeRange
@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 class TrtRunner:
     """An engine on one GPU; threads may call ``infer`` at the same time, each on an execution context of its own.
+
+    Close it when no thread is inside.
 
     Args:
         flavour: "tensorrt" or "tensorrt-rtx": the library that built the engine.
@@ -65,16 +67,19 @@ class TrtRunner:
         self._messages: deque[str] = deque(maxlen=8)
         self._logger = recorder(trt, self._note)
         self._trt = trt
+        self._cache_path = runtime_cache
+        self._runtime: Runtime | None = None
+        self._engine: ICudaEngine | None = None
+        self._config: IRuntimeConfig | None = None
+        self._cache: IRuntimeCache | None = None
         try:
             with self._device.current():
-                # The engine must not outlive the runtime.
-                self._runtime: Runtime = trt.Runtime(self._logger)
-                self._engine: ICudaEngine | None = self._open(engine_path.read_bytes())
+                self._runtime = trt.Runtime(self._logger)
+                self._engine = self._open(self._runtime, engine_path.read_bytes())
+                self._config = self._configure(self._engine)
             self._tensors = _tensors(trt, self._engine, engine_path)
-            self._cache_path = runtime_cache
-            self._config: IRuntimeConfig | None = self._configure(self._engine)
         except BaseException:
-            self._device.close()
+            self._release()
             raise
         self._idle: deque[EngineSession] = deque()
         self._lock = threading.Lock()
@@ -111,8 +116,17 @@ class TrtRunner:
             return
         while self._idle:
             self._idle.pop().close()
-        self._save_cache()
-        self._config = self._engine = None
+        try:
+            self._save_cache()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """Let go of what lives on the GPU, the youngest first, and of the GPU last."""
+        self._cache = None
+        self._config = None
+        self._engine = None
+        self._runtime = None
         self._device.close()
 
     @contextlib.contextmanager
@@ -151,8 +165,8 @@ class TrtRunner:
             messages=self._messages,
         )
 
-    def _open(self, data: bytes) -> ICudaEngine:
-        engine = self._runtime.deserialize_cuda_engine(data)
+    def _open(self, runtime: Runtime, data: bytes) -> ICudaEngine:
+        engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BuildError(
                 f"{self._path}: this is no engine that {self._trt.__name__} {self._trt.__version__} opens on "
@@ -175,7 +189,7 @@ class TrtRunner:
         return config
 
     def _save_cache(self) -> None:
-        if self._cache_path is not None:
+        if self._cache_path is not None and self._cache is not None:
             partial = self._cache_path.with_name(f".{self._cache_path.name}.partial")
             partial.write_bytes(memoryview(self._cache.serialize()))
             partial.replace(self._cache_path)

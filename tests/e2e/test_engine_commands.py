@@ -84,6 +84,14 @@ def test_what_cannot_be_built_is_one_line_and_exit_code_2(
     assert said in " ".join(result.output.split())
 
 
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_tensorrt_that_is_not_installed_is_asked_for(exported: tuple[Path, Result]) -> None:
+    result = run(build, exported[0], "--tensorrt", "-q")
+
+    assert result.exit_code == 2
+    assert "TensorRT is not installed" in " ".join(result.output.split())
+
+
 def test_a_bundle_in_two_graphs_gets_an_engine_for_each(tmp_path: Path) -> None:
     config = CompileConfig(
         target="tensorrt-rtx",

@@ -92,6 +92,30 @@ def test_each_method_that_is_called_exists_and_takes_what_it_is_given(library: s
                 assert any(accepts(each, given) for each in overloads), f"{library}: {name}.{member}{overloads}"
 
 
+def keywords(module: Any) -> set[tuple[str, str]]:
+    """Methods that are called with a keyword, and the keyword."""
+    tree = ast.parse(Path(module.__file__).read_text("utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    known = {member for protocol in protocols().values() for member in members(protocol)}
+    return {
+        (call.func.attr, word.arg)
+        for call in calls
+        for word in call.keywords
+        if isinstance(call.func, ast.Attribute) and call.func.attr in known and word.arg is not None
+    }
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_each_keyword_is_the_librarys(library: str) -> None:
+    api = LIBRARIES[library][0]()
+    used = set().union(*(keywords(module) for module in FILES))
+
+    assert ("set_timing_cache", "ignore_mismatch") in used
+    for method, word in used:
+        overloads = [each for kind in api["classes"].values() for each in kind.get(method) or []]
+        assert any(word in each.replace("=", "").split(", ") for each in overloads), f"{library}: {method}({word}=)"
+
+
 def chains(module: Any) -> set[tuple[str, ...]]:
     """``trt.A.B`` in the source of a module, as ("A", "B")."""
     tree = ast.parse(Path(module.__file__).read_text("utf-8"))
