@@ -150,7 +150,8 @@ class DeviceBuffers:
         self._session.run_with_iobinding(binding, self._run_options)
         # On a CPU ``numpy`` looks into the buffer, which the next run fills.
         values = [value.numpy().copy() for value in binding.get_outputs()]
-        self._idle.append((shapes, binding, inputs))
+        with self._lock:
+            self._idle.append((shapes, binding, inputs))
         return dict(zip(self._outputs, values, strict=True))
 
     def _new(self, arrays: Mapping[str, NDArray[np.generic]], shapes: object) -> tuple[object, Any, dict[str, Any]]:

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
 from tfmq_export.runtime.cuda_driver import CudaDevice
+from tfmq_export.runtime.engine_tensors import EngineTensors
 from tfmq_export.runtime.runner import one_line
 from tfmq_export.runtime.trt_api import ICudaEngine, IRuntimeCache, IRuntimeConfig, Runtime
 from tfmq_export.runtime.trt_child import FLAVOURS, RefusedError, recorder
 from tfmq_export.runtime.trt_child import load as load_library
 from tfmq_export.runtime.trt_profile import ShapeRange
-from tfmq_export.runtime.trt_session import EngineSession, EngineTensors
+from tfmq_export.runtime.trt_session import EngineSession
 
 _log = logging.getLogger(__name__)
 
@@ -142,13 +143,17 @@ class TrtRunner:
         try:
             yield session
         except ConfigError:
-            self._idle.append(session)  # refused before anything ran
+            self._give_back(session)  # refused before anything ran
             raise
         except BaseException:
             with contextlib.suppress(BuildError):
                 session.close()
             raise
-        self._idle.append(session)
+        self._give_back(session)
+
+    def _give_back(self, session: EngineSession) -> None:
+        with self._lock:
+            self._idle.append(session)
 
     def _new_session(self) -> EngineSession:
         if self._engine is None or self._config is None:

@@ -7,8 +7,6 @@ device too enqueues step after step and waits once, at the end.
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,48 +14,12 @@ from numpy.typing import NDArray
 from tfmq_export.errors import BuildError, ConfigError
 from tfmq_export.runtime.cuda_driver import CudaDevice
 from tfmq_export.runtime.device_array import DeviceArray, OnDevice, as_device_array
+from tfmq_export.runtime.engine_tensors import EngineTensors, Shapes
 from tfmq_export.runtime.trt_api import IExecutionContext
-from tfmq_export.runtime.trt_profile import ShapeRange
 
 _log = logging.getLogger(__name__)
 
-Shapes = Mapping[str, tuple[int, ...]]
 Value = NDArray[np.generic] | OnDevice
-
-
-@dataclass(frozen=True, slots=True)
-class EngineTensors:
-    """What an engine takes and gives.
-
-    Attributes:
-        inputs: Types by name, in order.
-        outputs: The same.
-        profiles: Shapes of every input, once per profile.
-    """
-
-    inputs: Mapping[str, np.dtype[Any]]
-    outputs: Mapping[str, np.dtype[Any]]
-    profiles: tuple[Mapping[str, ShapeRange], ...]
-
-    def profile_of(self, shapes: Shapes) -> int:
-        """The profile tuned nearest to these shapes, among those that cover them.
-
-        Raises:
-            ConfigError: names an input that no profile covers.
-        """
-        fitting = [
-            (_distance(shapes, profile), index)
-            for index, profile in enumerate(self.profiles)
-            if all(profile[name].covers(shape) for name, shape in shapes.items())
-        ]
-        if fitting:
-            return min(fitting)[1]
-        told = [
-            f"{name} {list(shape)}, built for {' and '.join(_told(each[name]) for each in self.profiles)}"
-            for name, shape in shapes.items()
-            if not any(each[name].covers(shape) for each in self.profiles)
-        ] or ["these shapes together are in no profile"]
-        raise ConfigError(f"{'; '.join(told)}; split the batch, or build an engine for it (tfmq-build --batch)")
 
 
 class EngineSession:
@@ -289,17 +251,3 @@ class EngineSession:
         self._shapes, self._addresses = {}, {}  # set them all again before the next run
         said = "; ".join(list(self._messages)[-3:])
         return BuildError(f"the engine {what}: {said or 'it gave no reason'}")
-
-
-def _distance(shapes: Shapes, profile: Mapping[str, ShapeRange]) -> float:
-    """How far shapes are from what a profile is tuned for: factors between the sizes, as logarithms."""
-    pairs = [
-        (size, usual) for name, shape in shapes.items() for size, usual in zip(shape, profile[name].usual, strict=True)
-    ]
-    return sum(abs(float(np.log(size / usual))) for size, usual in pairs)
-
-
-def _told(shapes: ShapeRange) -> str:
-    if shapes.smallest == shapes.largest:
-        return str(list(shapes.usual))
-    return f"{list(shapes.smallest)} to {list(shapes.largest)}"
