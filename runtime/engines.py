@@ -97,13 +97,12 @@ def open_graph(
             raise ConfigError(f"{backend} has no reference numerics; use the onnxruntime backend")
         return open_engine(bundle, graph, backend)
     target = find_target(bundle.manifest.target)
-    if backend == "auto" and integer and target.engine == "tensorrt" and bundle.manifest.engines:
-        for flavour in FLAVOURS:
+    if backend == "auto" and integer and target.engine == "tensorrt":
+        for flavour in dict.fromkeys(each.flavour for each in bundle.manifest.engines):
             try:
                 return open_engine(bundle, graph, flavour)
             except (ConfigError, DependencyError) as error:
-                reason = str(error)
-        _log.warning("%s: on ONNX Runtime, in floating point: %s", graph, reason)
+                _log.warning("%s: on ONNX Runtime, in floating point: %s", graph, error)
     return open_runner(graph, target.name, backend, threads=threads, integer=integer, precision=precision)
 
 
