@@ -94,7 +94,7 @@ class EngineSession:
             for name, value in values.items():
                 if isinstance(value, DeviceArray) and value.stream != self.stream:
                     raise ConfigError(f"{name}: made on another stream than the session's; give enqueue that stream")
-        stream = self._last = self.stream if stream is None else stream
+        stream = self.stream if stream is None else stream
         shapes = {name: tuple(value.shape) for name, value in values.items()}
         with self._device.current():
             self._set_shapes(context, shapes, stream)
@@ -103,6 +103,7 @@ class EngineSession:
             for name, value in values.items():
                 addresses[name] = value.address if isinstance(value, DeviceArray) else self._copied(name, value, stream)
             self._set_addresses(context, addresses)
+            self._last = stream  # what was to wait for the run before has waited
             self._run(context, stream)
         return returned
 
