@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from handwritten import build_dit
@@ -15,8 +16,12 @@ from tfmq_export.cli.build import build
 from tfmq_export.cli.export import export
 from tfmq_export.compiler import compile_model
 from tfmq_export.config import CompileConfig, Method, Thresholds
-from tfmq_export.runtime.cuda_driver import has_gpu
+from tfmq_export.errors import ConfigError
+from tfmq_export.runtime import load
+from tfmq_export.runtime.compare import sqnr_db
+from tfmq_export.runtime.cuda_driver import gpu_capability, has_gpu
 from tfmq_export.runtime.engine_files import EngineRequest, add_engines
+from tfmq_export.runtime.trt_runner import TrtRunner
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13")
 
@@ -115,3 +120,22 @@ def test_a_bundle_in_two_graphs_gets_an_engine_for_each(tmp_path: Path) -> None:
     layers = {row.layer.name for each in built for row in each.receipt.rows}
     assert layers == {layer.name for layer in bundle.manifest.layers}
     bundle.verify()
+
+
+@pytest.mark.gpu
+def test_a_bundle_runs_on_this_gpu_as_onnxruntime_computes_it(exported: tuple[Path, Result]) -> None:
+    out, _ = exported
+    result = run(build, out, "--sm", gpu_capability(), "-q")
+    assert result.exit_code == 0, result.output
+
+    with load(out, verify=True) as engine, load(out, backend="onnxruntime") as reference:
+        assert isinstance(engine.runner, TrtRunner)
+        (info,) = engine.bundle.manifest.input("sample")
+        sides = [side or 1 for side in info.shape]
+        for batch in (2, 2, 2, 1, 8):
+            noise = np.random.default_rng(batch).standard_normal((batch, *sides)).astype(np.float32)
+            for timestep in engine.bundle.manifest.timesteps.values:
+                # Codes may fall on the other side of a tie, and sums are float16.
+                assert sqnr_db(reference(noise, timestep), engine(noise, timestep)) > 30
+        with pytest.raises(ConfigError, match="split the batch"):
+            engine(np.zeros((99, *sides), np.float32), timestep)

@@ -370,4 +370,8 @@ def test_an_engine_of_this_gpu_computes_what_onnxruntime_does(tmp_path: Path) ->
             wanted, given = reference.infer({name: x}), engine.infer({name: x})
             for output in engine.outputs:
                 assert sqnr_db(wanted[output], given[output]) > 40  # float16 sums
+        with engine.session() as session:
+            enqueued = session.enqueue({name: session.upload(x)})
+            for output, value in engine.infer({name: x}).items():
+                np.testing.assert_array_equal(session.download(enqueued[output]), value)
     assert (tmp_path / "cache").stat().st_size > 0

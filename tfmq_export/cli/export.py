@@ -136,10 +136,15 @@ def export(
 
 
 def _how_to_build(bundle: "Bundle") -> None:
-    """The commands that build what could not be built here, for the machine that will run it."""
+    """The commands that build what was not built here."""
     from tfmq_export.runtime.trtexec import SCRIPT, build_commands
+    from tfmq_export.target import find_target
 
-    if bundle.manifest.engines or not (bundle.root / SCRIPT).exists():
+    target = find_target(bundle.manifest.target)
+    if target.engine != "tensorrt" or bundle.manifest.engines:
+        return
+    if not target.built_in_place:
+        out.print(f"engines for any list of GPUs, built here: tfmq-build {bundle.root}")
         return
     out.print("\nno engine was built: TensorRT or a GPU is not here. On the machine that will run it, either of")
     out.print(f"  tfmq-build {bundle.root} --tensorrt")
