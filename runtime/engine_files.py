@@ -6,6 +6,7 @@ OUT/unet/engines/unet.tensorrt-rtx-1.7.1.116.sm89.batch1-2-8.engine.json   its r
 
 import importlib.util
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from tfmq_export.bundle import Bundle, EngineInfo, LayerInfo
 from tfmq_export.errors import BuildError, ConfigError
 from tfmq_export.runtime.cuda_driver import has_gpu
 from tfmq_export.runtime.realized_tensorrt import read_facts, receipt_of_engine
-from tfmq_export.runtime.receipt import Receipt
+from tfmq_export.runtime.receipt import LayerReceipt, Receipt
 from tfmq_export.runtime.trt_build import BuildOptions, EngineBuild, build_engine, engine_name
 from tfmq_export.runtime.trt_profile import Profile, step_profiles
 from tfmq_export.runtime.trtexec import write_build_script
@@ -23,7 +24,11 @@ from tfmq_export.target import find_target
 AHEAD = "tensorrt-rtx"
 """The flavour that builds for GPUs that are not there."""
 
+UNPROVEN = "the build log lists no layers that can be read here; what runs in int8 is not proven"
+
 Batch = tuple[int, int, int]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +56,16 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """An engine that was added to a bundle."""
+    """An engine that was added to a bundle.
+
+    Attributes:
+        proven: Whether the build listed its layers. Each TensorRT may word that list in its own way.
+    """
 
     info: EngineInfo
     receipt: Receipt
     seconds: float
+    proven: bool
 
 
 def add_engines(
@@ -90,7 +100,9 @@ def add_engines(
     try:
         for graph, profiles, layers in jobs:
             built.append(_build(bundle, graph, request.options(profiles), layers))
-            if not allow_precision_loss:
+            if not built[-1].proven:
+                _log.warning("%s: %s", built[-1].info.file, UNPROVEN)
+            elif not allow_precision_loss:
                 built[-1].receipt.raise_if_lost()
     except BaseException:
         _remove(bundle, [each.info for each in built])
@@ -113,9 +125,13 @@ def _build(bundle: Bundle, graph: Path, options: BuildOptions, layers: Sequence[
     folder.mkdir(exist_ok=True)
     build = build_engine(graph, folder / ".new.engine", options)
     try:
-        if not build.layers:
+        if not build.layers and build.flavour == AHEAD:
             raise BuildError(f"{graph}: the build log of {build.flavour} {build.version} lists no layers")
-        receipt = receipt_of_engine(build.layers, layers, bundle.manifest.macs, read_facts(graph, options))
+        macs = bundle.manifest.macs
+        if build.layers:
+            receipt = receipt_of_engine(build.layers, layers, macs, read_facts(graph, options))
+        else:
+            receipt = Receipt(tuple(LayerReceipt(layer, (), UNPROVEN) for layer in layers), (), macs)
         path = folder / engine_name(graph.parent.name, build, options.profiles)
         build.path.replace(path)
     finally:
@@ -133,7 +149,7 @@ def _build(bundle: Bundle, graph: Path, options: BuildOptions, layers: Sequence[
         ),
     )
     (bundle.root / info.receipt).write_text(_account(build, receipt) + "\n", "utf-8")
-    return BuiltEngine(info, receipt, build.seconds)
+    return BuiltEngine(info, receipt, build.seconds, bool(build.layers))
 
 
 def _account(build: EngineBuild, receipt: Receipt) -> str:

@@ -12,9 +12,10 @@ from tensorrt_patterns import PatternGraph, computed_scale, plain, save, scale_o
 
 from tfmq_export.bundle import Bundle, LayerInfo, open_bundle, sha256, write_manifest
 from tfmq_export.errors import BuildError, ConfigError, LoadError, PrecisionError
-from tfmq_export.runtime import load
+from tfmq_export.runtime import engine_files, load
 from tfmq_export.runtime.cuda_driver import has_gpu
 from tfmq_export.runtime.engine_files import EngineRequest, add_engines, add_engines_in_place
+from tfmq_export.runtime.trt_build import BuildOptions, EngineBuild
 from tfmq_export.runtime.trtexec import SCRIPT
 
 Write = Callable[..., Path]
@@ -111,6 +112,29 @@ def test_a_crash_of_the_builder_leaves_the_bundle_as_it_was(tiny_bundle: Write) 
 
     assert list((root / "unet/engines").iterdir()) == []
     open_bundle(root).verify()
+
+
+def test_an_engine_whose_layers_cannot_be_read_is_kept_and_called_unproven(
+    tiny_bundle: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As TensorRT may do, which is not here: its build is told, not run."""
+    bundle = bundle_of(tiny_bundle(target="tensorrt"), plain)
+
+    def build(graph: Path, path: Path, options: BuildOptions) -> EngineBuild:
+        path.write_bytes(b"an engine")
+        return EngineBuild(path, options.flavour, "11.4.0", (89,), ({},), (), 1.0, ())
+
+    monkeypatch.setattr(engine_files, "build_engine", build)
+
+    bundle, (built,) = add_engines(bundle, EngineRequest("tensorrt", ()))
+
+    assert built.info.file == "unet/engines/unet.tensorrt-11.4.0.sm89.batch1-2-8.engine"
+    assert (built.proven, built.receipt.counts("conv")) == (False, (0, 1))
+    assert "what runs in int8 is not proven" in caplog.text
+    assert "not proven" in json.loads((bundle.root / built.info.receipt).read_text())["layers"][0]["lost"]
+    with pytest.raises(BuildError, match="lists no layers"):
+        add_engines(bundle, ONE)
+    bundle.verify()
 
 
 def test_a_bundle_for_another_engine_is_told_what_it_needs(tiny_bundle: Write) -> None:

@@ -75,10 +75,11 @@ def build(
 
 def _row(built: "BuiltEngine") -> tuple[str, ...]:
     convolutions, linears = built.receipt.counts("conv"), built.receipt.counts("linear")
+    counts = f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear"
     return (
         built.info.graph,
         _gpus(built.info.compute_capabilities),
-        f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear",
+        counts if built.proven else "not proven",
         f"{built.seconds:.1f} s",
         size(built.info.size),
     )
