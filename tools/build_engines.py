@@ -27,7 +27,8 @@ def bundle_of(root: Path, model: str, preset: str, les: str) -> Bundle:
     if not (root / "tfmq" / "manifest.json").exists():
         settings = {"preset": preset, "target": "tensorrt-rtx", "effort": "fast", "method.les": les}
         # What runs in integers is asked here, not how good the images are.
-        settings |= {"calibration_images": 1, "validation_images": 1, "thresholds.psnr": -100, "thresholds.sqnr": -100}
+        settings |= {"calibration_images": 1, "validation_images": 1}
+        settings |= {"thresholds.psnr": -100, "thresholds.sqnr": -100, "thresholds.agreement": 30}
         compile_model(Source(EXAMPLES / model / "model.pt", steps=STEPS), root, load_config(None, settings))
     return open_bundle(root)
 
