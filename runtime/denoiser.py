@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle import Bundle, InputInfo, open_bundle
 from tfmq_export.errors import ConfigError, LoadError
-from tfmq_export.runtime.engines import open_runner
+from tfmq_export.runtime.engines import open_graph
 from tfmq_export.runtime.prompt import (
     Arrays,
     LastPrompt,
@@ -55,6 +55,11 @@ class LoadedBundle:
                 raise LoadError(f"{self.bundle.root}: the manifest needs one {role} input; compile the model again")
             found += infos
         object.__setattr__(self, "sample_and_timestep", tuple(found))
+
+    @property
+    def engine(self) -> str:
+        """What runs it, with its version and what it computes in, for reports."""
+        return self.runner.engine
 
     def prepare(self, **conditioning: NDArray[np.generic]) -> PreparedPrompt:
         """Do once what the prompt decides; give the result to each call as ``prompt``.
@@ -144,26 +149,33 @@ class LoadedBundle:
 
 
 def load(
-    root: Path, *, backend: str = "auto", threads: int | None = None, integer: bool = True, verify: bool = False
+    root: Path,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    integer: bool = True,
+    verify: bool = False,
+    precision: str | None = None,
 ) -> LoadedBundle:
-    """Open a bundle on the CPU.
+    """Open a bundle.
 
     Args:
-        backend: "onnxruntime", "openvino", or "auto": the engine the bundle was compiled for where it is installed,
-            else ONNX Runtime.
-        threads: Of one inference; None leaves the choice to the engine.
+        backend: "onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt", "tensorrt-rtx", or "auto": an engine of
+            the bundle that runs on this GPU, else what the bundle was compiled for if installed, else ONNX Runtime.
+        threads: Of one inference on a CPU; None leaves the choice to the engine.
         integer: False gives the reference numerics: the same graph computed in floating point.
         verify: Compare every file with the manifest's hashes first.
+        precision: What OpenVINO computes in where nothing is quantized: "f32" (if None), "bf16" or "f16".
     Raises:
         LoadError: no bundle, an altered file, or a graph that is not the manifest's.
         BuildError: the engine refuses the graph.
-        DependencyError: the engine is not installed.
+        DependencyError: the engine is not installed, or needs a GPU that is not there.
     """
     bundle = open_bundle(Path(root))
     if verify:
         bundle.verify()
     info, manifest = bundle.manifest.prologue, bundle.manifest
-    runner = open_runner(bundle.model, manifest.target, backend, threads=threads, integer=integer)
+    runner = open_graph(bundle, bundle.model, backend, threads=threads, integer=integer, precision=precision)
     taken = {x.name for x in manifest.inputs}
     if info is not None:
         taken = {x.name for x in manifest.inputs if x.role != "conditioning" or x.name in info.direct}
@@ -171,7 +183,7 @@ def load(
     _check_graph(bundle.model, runner, taken, {manifest.output})
     if info is None or bundle.prologue is None:
         return LoadedBundle(bundle, runner)
-    prologue = open_runner(bundle.prologue, manifest.target, backend, threads=threads, integer=integer)
+    prologue = open_graph(bundle, bundle.prologue, backend, threads=threads, integer=integer, precision=precision)
     _check_graph(bundle.prologue, prologue, set(info.reads), {tensor.name for tensor in info.tensors})
     return LoadedBundle(bundle, runner, prologue)
 

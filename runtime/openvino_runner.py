@@ -96,6 +96,7 @@ class OpenVinoRunner:
         self.outputs: tuple[str, ...] = tuple(
             result.get_friendly_name().removesuffix(_SINK) for result in model.get_results()
         )
+        self.engine = f"openvino {version()}, floats in {precision}"
         self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}  # by input shapes
         self._open_graph: _Graph | None = None
         self._compiling = threading.Lock()

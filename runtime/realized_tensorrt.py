@@ -6,15 +6,16 @@ and the types it reads. Where a layer was lost, the lint of the graph gives the 
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tfmq_export.bundle import Bundle, LayerInfo, Manifest
 from tfmq_export.errors import BuildError, DependencyError
 from tfmq_export.runtime.operations import layer_named
 from tfmq_export.runtime.receipt import LayerReceipt, Receipt, total_macs
-from tfmq_export.runtime.trt_build import BuildOptions, ShapeRange, build_engine
+from tfmq_export.runtime.trt_build import BuildOptions, build_engine
 from tfmq_export.runtime.trt_layers import EngineLayer
+from tfmq_export.runtime.trt_profile import step_profiles
 
 TURING = 75
 """The one compute capability whose presence takes int8 convolutions from all the others."""
@@ -79,14 +80,8 @@ def realized_on_tensorrt(
 
 
 def build_options(manifest: Manifest) -> BuildOptions:
-    """Options for the graph of one step; the tables that a prologue passes vary on their second axis, the batch."""
-    options = BuildOptions()
-    if manifest.prologue is None:
-        return options
-    steps = len(manifest.timesteps)
-    tables = [tensor for tensor in manifest.prologue.tensors if tensor.per_timestep]
-    profile = {x.name: ShapeRange(*((steps, size, *x.shape) for size in options.batch)) for x in tables}
-    return replace(options, profile=profile)
+    """Options for the graph of one step."""
+    return BuildOptions(profiles=step_profiles(manifest))
 
 
 def receipt_of_engine(
@@ -124,7 +119,8 @@ def read_facts(path: Path, options: BuildOptions) -> GraphFacts:
     view = QdqView(model, path.parent)
     nodes = [node for node in view.nodes if node.op_type in LAYERS]
     findings: dict[str, str] = {}
-    for finding in lint_model(model, folder=path.parent, profiled=options.profile.keys()):
+    profiled = {name for profile in options.profiles for name in profile.shapes}
+    for finding in lint_model(model, folder=path.parent, profiled=profiled):
         for layer in finding.layers:
             findings.setdefault(layer, str(finding))
     return GraphFacts(

@@ -14,10 +14,12 @@ class Runner(Protocol):
     Attributes:
         inputs: Names of the graph's inputs, in order.
         outputs: Names of its outputs.
+        engine: What runs it, with its version and what it computes in, for reports.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    engine: str
 
     def infer(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """Run the graph once; keys are the names of its inputs and outputs."""

@@ -5,6 +5,7 @@ The builder may crash on a graph it does not support, and a crash must not take 
 does the work, and here is what starts it, reads its log and turns what went wrong into one error.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -13,32 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
-from tfmq_export.runtime.trt_child import BuildJob
+from tfmq_export.runtime.cuda_driver import gpu_capability
+from tfmq_export.runtime.trt_child import FLAVOURS, BuildJob
 from tfmq_export.runtime.trt_layers import EngineLayer, parse_layers
+from tfmq_export.runtime.trt_profile import Profile, ShapeRange
 
-FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 _CHILD = Path(__file__).with_name("trt_child.py")
 _WORTH_TELLING = frozenset({"INTERNAL_ERROR", "ERROR", "WARNING"})
-
-
-@dataclass(frozen=True, slots=True)
-class ShapeRange:
-    """The shapes an input may take: the engine accepts all between the ends and is tuned for the usual one."""
-
-    smallest: tuple[int, ...]
-    usual: tuple[int, ...]
-    largest: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not len(self.smallest) == len(self.usual) == len(self.largest):
-            raise ConfigError(f"the shapes of a profile differ in rank: {self.smallest} {self.usual} {self.largest}")
-        for sizes in zip(self.smallest, self.usual, self.largest, strict=True):
-            if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
-                raise ConfigError(f"a profile's sizes must grow from smallest to largest, got {sizes}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +36,14 @@ class BuildOptions:
         flavour: "tensorrt-rtx" builds ahead of time; "tensorrt" builds for the GPU of this machine.
         compute_capabilities: GPUs of a TensorRT-RTX engine, such as 89; none for TensorRT. With 75 in the list no
             convolution runs in int8 on any of them.
-        batch: Smallest, usual and largest batch, for every input that ``profile`` does not name.
-        profile: Shapes by input name; needed where more than the batch may vary.
+        profiles: The shapes it is built for, one set of kernels each.
         workspace_bytes: Limit of the scratch memory; the engine's own choice if None.
         timing_cache: File of kernel timings, read and written; TensorRT only.
     """
 
     flavour: str = "tensorrt-rtx"
     compute_capabilities: tuple[int, ...] = (80, 89, 120)
-    batch: tuple[int, int, int] = (1, 2, 8)
-    profile: Mapping[str, ShapeRange] = field(default_factory=dict)
+    profiles: tuple[Profile, ...] = (Profile(),)
     workspace_bytes: int | None = None
     timing_cache: Path | None = None
 
@@ -72,7 +57,8 @@ class BuildOptions:
             raise ConfigError("TensorRT builds for the GPU it runs on; give compute_capabilities=()")
         if ahead and self.timing_cache is not None:
             raise ConfigError("TensorRT-RTX keeps no timing cache; leave timing_cache out")
-        ShapeRange(*((size,) for size in self.batch))
+        if not self.profiles:
+            raise ConfigError("an engine needs at least one profile, such as Profile(batch=(1, 2, 8))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,31 +67,34 @@ class EngineBuild:
 
     Attributes:
         version: Of the library that built it.
+        compute_capabilities: GPUs it runs on.
+        shapes: Smallest, usual and largest shape of each input that may vary, once per profile.
         layers: As its detailed build log lists them, in order of execution.
         seconds: Wall clock, process start included.
         messages: Warnings and errors of the build.
     """
 
     path: Path
+    flavour: str
     version: str
+    compute_capabilities: tuple[int, ...]
+    shapes: tuple[Mapping[str, ShapeRange], ...]
     layers: tuple[EngineLayer, ...]
     seconds: float
     messages: tuple[str, ...]
 
 
-def engine_name(stem: str, version: str, options: BuildOptions) -> str:
+def engine_name(stem: str, build: EngineBuild, profiles: Sequence[Profile]) -> str:
     """A file name that tells engines apart that cannot stand in for each other.
 
-    ``unet.tensorrt-rtx-1.7.1.116.sm80-89-120.batch1-2-8.engine``; an input with a profile of its own adds
-    ``.text-1x77-2x77-8x77``.
+    ``unet.tensorrt-rtx-1.7.1.116.sm80-89-120.batch1-2-8.engine``; each further profile adds ``+4-8-16``, and shapes
+    beside the batch their digest.
     """
-    gpus = [f"sm{'-'.join(map(str, options.compute_capabilities))}"] if options.compute_capabilities else []
-    ranges = [
-        f"{name}-{'-'.join('x'.join(map(str, shape)) for shape in (each.smallest, each.usual, each.largest))}"
-        for name, each in sorted(options.profile.items())
-    ]
-    batch = f"batch{'-'.join(map(str, options.batch))}"
-    return ".".join([stem, f"{options.flavour}-{version}", *gpus, batch, *ranges, "engine"])
+    gpus = f"sm{'-'.join(map(str, build.compute_capabilities))}"
+    batches = "+".join("-".join(map(str, profile.batch)) for profile in profiles)
+    shapes = [sorted((name, asdict(each)) for name, each in profile.shapes.items()) for profile in profiles]
+    digest = [f"shapes-{hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]}"] if any(shapes) else []
+    return ".".join([stem, f"{build.flavour}-{build.version}", gpus, f"batch{batches}", *digest, "engine"])
 
 
 def build_engine(onnx_path: Path, engine_path: Path, options: BuildOptions | None = None) -> EngineBuild:
@@ -125,11 +114,18 @@ def build_engine(onnx_path: Path, engine_path: Path, options: BuildOptions | Non
         job = _job(onnx_path, Path(folder), options)
         code = _run(job, Path(folder))
         log = _read_log(Path(job.log))
-        version = _raise_unless_built(job, code, log)
+        result = _raise_unless_built(job, code, log)
         os.replace(job.engine, engine_path)
     return EngineBuild(
         path=engine_path,
-        version=version,
+        flavour=options.flavour,
+        version=result["version"],
+        # What TensorRT built just now it built for the GPU of this machine.
+        compute_capabilities=options.compute_capabilities or (gpu_capability(),),
+        shapes=tuple(
+            {name: ShapeRange(*map(tuple, shapes)) for name, shapes in profile.items()}
+            for profile in result["profiles"]
+        ),
         layers=parse_layers(text for _, text in log),
         seconds=time.perf_counter() - started,
         messages=tuple(text for severity, text in log if severity in _WORTH_TELLING),
@@ -146,8 +142,13 @@ def _job(onnx_path: Path, folder: Path, options: BuildOptions) -> BuildJob:
         log=str(folder / "log.jsonl"),
         result=str(folder / "result.json"),
         compute_capabilities=options.compute_capabilities,
-        profile={name: (each.smallest, each.usual, each.largest) for name, each in options.profile.items()},
-        batch=options.batch,
+        profiles=tuple(
+            {
+                "batch": profile.batch,
+                "shapes": {name: (x.smallest, x.usual, x.largest) for name, x in profile.shapes.items()},
+            }
+            for profile in options.profiles
+        ),
         workspace_bytes=options.workspace_bytes,
         timing_cache=None if cache is None else str(cache.resolve()),
     )
@@ -178,17 +179,17 @@ def _read_log(path: Path) -> list[tuple[str, str]]:
     return log
 
 
-def _raise_unless_built(job: BuildJob, code: int, log: Sequence[tuple[str, str]]) -> str:
-    """Version of the library that built the engine; the error that fits where it did not."""
+def _raise_unless_built(job: BuildJob, code: int, log: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What the child says of the engine; the error that fits where there is none."""
     library = FLAVOURS[job.flavour]
     errors = [text for severity, text in log if severity in {"INTERNAL_ERROR", "ERROR"} and "cudaError" not in text]
     if code < 0:
         last = errors or [text for _, text in log[-1:]]
         raise BuildError(
             f"{job.onnx}: the builder of {library} crashed ({signal.Signals(-code).name}); the last it said: "
-            f"{_one_line(last)}; {_rules_broken(Path(job.onnx), job.profile.keys())}"
+            f"{_one_line(last)}; {_rules_broken(Path(job.onnx), {name for each in job.profiles for name in each['shapes']})}"
         )
-    result = json.loads(Path(job.result).read_text("utf-8"))
+    result: dict[str, Any] = json.loads(Path(job.result).read_text("utf-8"))
     kind, lines = result["error"], result["lines"]
     if kind == "import":
         raise DependencyError(f"{library} is not installed ({lines[0]}); pip install 'tfmq-export[{job.flavour}]'")
@@ -199,7 +200,7 @@ def _raise_unless_built(job: BuildJob, code: int, log: Sequence[tuple[str, str]]
         raise BuildError(
             f"{job.onnx}: the {what} of {library} {result['version']} refuses this graph: {_one_line(lines or errors)}"
         )
-    return str(result["version"])
+    return result
 
 
 def _rules_broken(onnx_path: Path, profiled: Collection[str]) -> str:

@@ -11,10 +11,20 @@ TensorRT 11 removed is touched.
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from tfmq_export.runtime.trt_api import Builder, IBuilderConfig, INetworkDefinition, OnnxParser
+
+Shapes = dict[str, tuple[tuple[int, ...], ...]]
+"""Smallest, usual and largest shape by input name."""
+
+FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+"""Names of the libraries by what picks them."""
 
 STRONGLY_TYPED_ALWAYS = 11
 """Major version from which every network is strongly typed and the flag is gone."""
@@ -28,8 +38,8 @@ class BuildJob:
         flavour: "tensorrt" or "tensorrt-rtx".
         log: Where one JSON object per message goes: severity, text.
         compute_capabilities: Such as 89; TensorRT-RTX only.
-        profile: Smallest, usual and largest shape by input name.
-        batch: The same for the first axis of every other input where it may vary.
+        profiles: Of each, "shapes" (smallest, usual and largest by input name) and "batch" (the same for the first
+            axis of every other input where it may vary).
     """
 
     flavour: str
@@ -38,8 +48,7 @@ class BuildJob:
     log: str
     result: str
     compute_capabilities: tuple[int, ...]
-    profile: dict[str, tuple[tuple[int, ...], ...]]
-    batch: tuple[int, int, int]
+    profiles: tuple[dict[str, Any], ...]
     workspace_bytes: int | None
     timing_cache: str | None
 
@@ -56,12 +65,13 @@ class RefusedError(Exception):
 def main(job_path: str) -> int:
     """Do one job; the exit code is 0 wherever a result could be written."""
     job = BuildJob(**json.loads(Path(job_path).read_text("utf-8")))
-    result: dict[str, Any] = {"error": "", "lines": [], "version": ""}
+    result: dict[str, Any] = {"error": "", "lines": [], "version": "", "profiles": []}
     with Path(job.log).open("w", encoding="utf-8") as log:
         try:
             trt = load(job.flavour)
             result["version"] = trt.__version__
-            Path(job.engine).write_bytes(build(trt, job, log))
+            engine, result["profiles"] = build(trt, job, log)
+            Path(job.engine).write_bytes(engine)
         except RefusedError as refusal:
             result |= {"error": refusal.kind, "lines": refusal.lines}
     Path(job.result).write_text(json.dumps(result), "utf-8")
@@ -82,15 +92,20 @@ def load(flavour: str) -> ModuleType:
         raise RefusedError("import", str(error)) from error
 
 
-def build(trt: Any, job: BuildJob, log: TextIO) -> bytes:
-    """Parse the graph, build the engine, give its bytes."""
-    logger = recorder(trt, log)
-    builder = trt.Builder(logger)
+def build(trt: Any, job: BuildJob, log: TextIO) -> tuple[memoryview, list[Shapes]]:
+    """Parse the graph and build the engine: its bytes, and the shapes of each profile."""
+
+    def write(severity: str, text: str) -> None:
+        log.write(json.dumps({"severity": severity, "text": text}) + "\n")
+        log.flush()
+
+    logger = recorder(trt, write)
+    builder: Builder = trt.Builder(logger)
     major = int(trt.__version__.partition(".")[0])
     # TensorRT-RTX counts its own versions, is at 1, and still has the flag.
     typed = 0 if major >= STRONGLY_TYPED_ALWAYS else 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(typed)
-    parser = trt.OnnxParser(network, logger)
+    parser: OnnxParser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job.onnx):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         lines = [f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors]
@@ -103,7 +118,7 @@ def build(trt: Any, job: BuildJob, log: TextIO) -> bytes:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
     if job.flavour == "tensorrt-rtx":
         set_compute_capabilities(trt, config, job.compute_capabilities)
-    add_profile(builder, network, config, job)
+    profiles = [add_profile(builder, network, config, **profile) for profile in job.profiles]
     cache = None if job.timing_cache is None else Path(job.timing_cache)
     if cache is not None:
         known = cache.read_bytes() if cache.exists() else b""
@@ -113,24 +128,23 @@ def build(trt: Any, job: BuildJob, log: TextIO) -> bytes:
         raise RefusedError("build")
     if cache is not None:
         cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-    return bytes(engine)
+    return memoryview(engine), profiles
 
 
-def recorder(trt: Any, log: TextIO) -> Any:
-    """A TensorRT logger that writes everything down at once."""
+def recorder(trt: Any, write: Callable[[str, str], None]) -> Any:
+    """A TensorRT logger that hands on the severity and text of everything at once."""
 
     class Recorder(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, text: str) -> None:
-            log.write(json.dumps({"severity": severity.name, "text": text}) + "\n")
-            log.flush()
+            write(severity.name, text)
 
     return Recorder()
 
 
-def set_compute_capabilities(trt: Any, config: Any, capabilities: tuple[int, ...]) -> None:
+def set_compute_capabilities(trt: Any, config: "IBuilderConfig", capabilities: tuple[int, ...]) -> None:
     """Choose the GPUs that a TensorRT-RTX engine will run on."""
     known = {int(name[2:]): name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
     config.num_compute_capabilities = len(capabilities)
@@ -141,24 +155,31 @@ def set_compute_capabilities(trt: Any, config: Any, capabilities: tuple[int, ...
         config.set_compute_capability(getattr(trt.ComputeCapability, known[capability]), index)
 
 
-def add_profile(builder: Any, network: Any, config: Any, job: BuildJob) -> None:
-    """Give every input that may vary its smallest, usual and largest shape."""
+def add_profile(
+    builder: "Builder",
+    network: "INetworkDefinition",
+    config: "IBuilderConfig",
+    *,
+    batch: tuple[int, int, int],
+    shapes: Shapes,
+) -> Shapes:
+    """Give every input that may vary its smallest, usual and largest shape, and say which."""
     inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
-    stray = sorted(job.profile.keys() - inputs.keys())
+    stray = sorted(shapes.keys() - inputs.keys())
     if stray:
         raise RefusedError("option", f"the profile names {stray[0]!r}; the graph's inputs are {', '.join(inputs)}")
-    varying = {name: shape for name, shape in inputs.items() if -1 in shape}
-    if not varying:
-        return
-    profile = builder.create_optimization_profile()
-    for name, shape in varying.items():
-        shapes = job.profile.get(name)
-        if shapes is None:
-            if -1 in shape[1:]:
-                raise RefusedError("option", f"{name} {list(shape)}: more than its batch may vary; give it a profile")
-            shapes = tuple((size, *shape[1:]) for size in job.batch)
-        profile.set_shape(name, *shapes)
-    config.add_optimization_profile(profile)
+    profile, given = builder.create_optimization_profile(), {}
+    for name, shape in inputs.items():
+        if -1 not in shape:
+            continue
+        if name not in shapes and -1 in shape[1:]:
+            raise RefusedError("option", f"{name} {list(shape)}: more than its batch may vary; give it a profile")
+        given[name] = shapes.get(name) or tuple((size, *shape[1:]) for size in batch)
+        smallest, usual, largest = given[name]
+        profile.set_shape(name, tuple(smallest), tuple(usual), tuple(largest))
+    if given:
+        config.add_optimization_profile(profile)
+    return given
 
 
 if __name__ == "__main__":

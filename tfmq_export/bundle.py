@@ -3,6 +3,7 @@
     OUT/<component>/model.onnx     the denoiser (unet, transformer, or denoiser for a factory)
     OUT/<component>/config.json    the model's own configuration
     OUT/<component>_prologue/      model.onnx: what the prompt decides, run once (``--prologue``)
+    OUT/<component>*/engines/      TensorRT engines built from the graph beside them (``tfmq-build``)
     OUT/scheduler/                 the scheduler the schedule came from, where there is one
     OUT/tfmq/                      recipe, manifest, report and conditioning examples
 
@@ -14,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,37 @@ class PrologueInfo:
         )
 
 
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """A TensorRT engine and where it runs.
+
+    Attributes:
+        file: Relative path; its receipt lies beside it, see ``receipt``.
+        graph: Relative path of the graph it was built from.
+        flavour: "tensorrt" or "tensorrt-rtx".
+        version: Of the library that built it, which is the one that can open it.
+        compute_capabilities: GPUs it runs on, such as 89.
+        size: Bytes.
+        profiles: Smallest, usual and largest shape of each input that may vary, once per profile.
+    """
+
+    file: str
+    graph: str
+    flavour: str
+    version: str
+    compute_capabilities: tuple[int, ...]
+    size: int
+    profiles: tuple[Mapping[str, tuple[Shape, Shape, Shape]], ...]
+
+    @property
+    def receipt(self) -> str:
+        """Relative path of what the build said: layers and their types, warnings, seconds."""
+        return f"{self.file}.json"
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything a runtime or an auditor needs to know about a bundle.
@@ -148,6 +180,7 @@ class Manifest:
         files: SHA-256 of each file of the bundle, by relative path.
         prologue: Of a bundle in two graphs; None where one graph does it all.
         tables: What rows of temporal tables are stored in: "fp32", "fp16" or "int8".
+        engines: Built from the bundle's graphs.
     """
 
     version: str
@@ -170,6 +203,7 @@ class Manifest:
     files: Mapping[str, str]
     prologue: PrologueInfo | None = None
     tables: TableType = "fp32"
+    engines: tuple[EngineInfo, ...] = ()
     schema: int = SCHEMA
 
     def input(self, role: str) -> tuple[InputInfo, ...]:
@@ -217,12 +251,35 @@ class Bundle:
         Raises:
             LoadError: names the first file that is missing or altered.
         """
-        for name, digest in self.manifest.files.items():
-            path = self.root / name
-            if not path.is_file():
-                raise LoadError(f"{path}: missing from the bundle; compile it again")
-            if sha256(path) != digest:
-                raise LoadError(f"{path}: differs from the manifest's hash (truncated or altered); compile it again")
+        for name in self.manifest.files:
+            self.verify_file(name)
+
+    def verify_file(self, name: str) -> None:
+        """Check one file against its hash.
+
+        Args:
+            name: Relative path, listed in the manifest.
+        Raises:
+            LoadError: it is missing or altered.
+        """
+        path, again = self.root / name, "build it" if name.endswith(".engine") else "compile it"
+        if not path.is_file():
+            raise LoadError(f"{path}: missing from the bundle; {again} again")
+        if sha256(path) != self.manifest.files[name]:
+            raise LoadError(f"{path}: differs from the manifest's hash (truncated or altered); {again} again")
+
+    def extended(self, files: Iterable[str], engines: Iterable[EngineInfo] = ()) -> "Bundle":
+        """The bundle with these files, which are in the folder already, in its manifest; engines of the same name go.
+
+        Args:
+            files: Relative paths, those of the engines included.
+        """
+        hashes = {name: sha256(self.root / name) for name in files}
+        added = tuple(engines)
+        kept = tuple(x for x in self.manifest.engines if x.file not in {each.file for each in added})
+        manifest = replace(self.manifest, files={**self.manifest.files, **hashes}, engines=(*kept, *added))
+        write_manifest(self.root, manifest)
+        return Bundle(self.root, manifest)
 
 
 def prologue_folder(component: str) -> str:
@@ -262,7 +319,9 @@ def open_bundle(root: Path) -> Bundle:
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write ``OUT/tfmq/manifest.json``."""
     text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
-    (root / "tfmq" / "manifest.json").write_text(text + "\n", "utf-8")
+    partial = root / "tfmq" / ".manifest.json.partial"
+    partial.write_text(text + "\n", "utf-8")
+    partial.replace(root / "tfmq" / "manifest.json")  # a bundle that is served may be extended
 
 
 def _manifest_from(data: dict[str, Any]) -> Manifest:
@@ -280,7 +339,18 @@ def _manifest_from(data: dict[str, Any]) -> Manifest:
             "timesteps": TimestepSet(tuple(timesteps["values"]), timesteps["real"]),
             "sampler": SamplerInfo(**data["sampler"]),
             "prologue": _prologue_from(data["prologue"]) if data.get("prologue") else None,
+            "engines": tuple(_engine_from(item) for item in data.get("engines", ())),
         }
+    )
+
+
+def _engine_from(data: dict[str, Any]) -> EngineInfo:
+    profiles = [
+        {name: tuple(tuple(shape) for shape in shapes) for name, shapes in profile.items()}
+        for profile in data["profiles"]
+    ]
+    return EngineInfo(
+        **{**data, "profiles": tuple(profiles), "compute_capabilities": tuple(data["compute_capabilities"])}
     )
 
 

@@ -39,6 +39,7 @@ from tfmq_export.ptq.tib import tabulate
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.recipe_io import load_recipe
 from tfmq_export.runtime.benchmark import peak_rss_bytes
+from tfmq_export.runtime.engine_files import add_engines_in_place
 from tfmq_export.runtime.engines import require_engine
 from tfmq_export.runtime.lint_tensorrt import lint_model, raise_if_any
 from tfmq_export.target import find_target
@@ -129,6 +130,9 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         if not config.allow_precision_loss:
             validation.receipt.raise_if_lost()
         validation.report.raise_if_failed()
+        if target.built_in_place:
+            with stages.stage("Building the engine"):
+                bundle = add_engines_in_place(bundle, allow_precision_loss=config.allow_precision_loss)
         extra: dict[str, object] = {"seconds": stages.seconds, "peak_memory_bytes": peak_rss_bytes()}
         if bundle.manifest.prologue is not None:
             extra["prologue"] = asdict(bundle.manifest.prologue)

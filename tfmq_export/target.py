@@ -25,6 +25,7 @@ class Target:
         float_type: What is not quantized computes in: "float32" or "float16".
         integers: Whether the backend has integer kernels for QDQ graphs at all.
         integer_tables: Whether rows of int8 constants can be gathered.
+        built_in_place: Whether its engines can only be built on the GPU that runs them.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Target:
     float_type: str = "float32"
     integers: bool = True
     integer_tables: bool = True
+    built_in_place: bool = False
 
 
 _TARGETS = (
@@ -62,8 +64,9 @@ _TARGETS = (
             packed_weights=False,
             float_type="float16",
             integer_tables=False,
+            built_in_place=in_place,
         )
-        for name in ("tensorrt", "tensorrt-rtx")
+        for name, in_place in (("tensorrt", True), ("tensorrt-rtx", False))
     ),
 )
 

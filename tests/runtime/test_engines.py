@@ -5,9 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trt_standin
 
-from tfmq_export.errors import ConfigError
-from tfmq_export.runtime import load
+from tfmq_export.bundle import EngineInfo, open_bundle
+from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
+from tfmq_export.runtime import engines, load, openvino_runner, ort_runner
+from tfmq_export.runtime.cuda_driver import has_gpu
+from tfmq_export.runtime.engines import EngineHost, choose_engine, open_runner
 from tfmq_export.runtime.openvino_runner import OpenVinoRunner
 from tfmq_export.runtime.ort_runner import OrtRunner
 
@@ -48,7 +52,10 @@ def test_openvino_runs_only_what_was_compiled_for_it(target: str, tiny_bundle: W
 
 
 def test_an_unknown_backend_is_refused(tiny_bundle: Write) -> None:
-    with pytest.raises(ConfigError, match="backend 'tpu' is unknown; use one of auto, onnxruntime, openvino"):
+    with pytest.raises(
+        ConfigError,
+        match="backend 'tpu' is unknown; use one of auto, onnxruntime, onnx",
+    ):
         load(tiny_bundle(), backend="tpu")
 
 
@@ -60,3 +67,105 @@ def test_openvino_never_sees_a_bad_request(tiny_bundle: Write, bad: np.ndarray) 
             denoise(bad, 0)
 
         np.testing.assert_array_equal(denoise(NOISE, 0), expected)
+
+
+def engine(*capabilities: int, flavour: str = "tensorrt-rtx", version: str = "1.7.1") -> EngineInfo:
+    name = "-".join(map(str, capabilities))
+    return EngineInfo(f"unet/engines/{name}.engine", "unet/model.onnx", flavour, version, capabilities, 9, ({},))
+
+
+L4 = EngineHost("tensorrt-rtx", "1.7.1", 89)
+
+
+def test_the_engine_made_for_the_fewest_other_gpus_is_taken() -> None:
+    assert choose_engine([engine(80, 89, 120), engine(80), engine(89), engine(120)], L4) == engine(89)
+
+
+@pytest.mark.parametrize(
+    ("engines", "said"),
+    [
+        ([], "none was built"),
+        ([engine(80, 120)], r"80-120.engine: for SM 80, 120, this GPU is SM 89"),
+        ([engine(89, version="1.6.0")], "89.engine: of TensorRT-RTX 1.6.0, 1.7.1 is installed"),
+        ([engine(89, flavour="tensorrt", version="11.4")], "89.engine: for TensorRT"),
+        ([engine(80), engine(89, version="1.8")], r"80.engine: for SM 80.*; 89.engine: of TensorRT-RTX 1.8"),
+    ],
+)
+def test_each_engine_that_does_not_run_here_is_told_why(engines: list[EngineInfo], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"no engine of this bundle runs here .*{said}.*build one with tfmq-build"):
+        choose_engine(engines, L4)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_that_was_not_built_is_asked_for(tiny_bundle: Write, backend: str) -> None:
+    with pytest.raises(ConfigError, match=r"no engine for TensorRT.* was built from it; build one with tfmq-build"):
+        load(tiny_bundle(target="tensorrt-rtx"), backend=backend)
+
+
+def test_reference_numerics_are_not_an_engines(tiny_bundle: Write) -> None:
+    with pytest.raises(ConfigError, match="tensorrt has no reference numerics; use the onnxruntime backend"):
+        load(tiny_bundle(target="tensorrt"), backend="tensorrt", integer=False)
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_without_a_gpu_a_bundle_with_an_engine_runs_on_onnxruntime_and_says_why(
+    tiny_bundle: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    root = tiny_bundle(target="tensorrt-rtx")
+    path = root / "unet/engines/89.engine"
+    path.parent.mkdir()
+    path.write_bytes(b"an engine")
+    open_bundle(root).extended(["unet/engines/89.engine"], [engine(89)])
+
+    with load(root, threads=1) as denoise:
+        assert denoise(NOISE, 0).shape == NOISE.shape
+    assert isinstance(denoise.runner, OrtRunner)
+    assert "on ONNX Runtime, in floating point: no NVIDIA driver here" in caplog.text
+    with pytest.raises(DependencyError, match=r"no NVIDIA driver here|finds no GPU"):
+        load(root, backend="tensorrt-rtx")
+
+
+def test_an_engine_of_another_size_is_never_opened(
+    tiny_bundle: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the GPU everything is real; that one is a stand-in of compute capability 8.9."""
+    rtx = pytest.importorskip("tensorrt_rtx")
+    if not trt_standin.HAS_COMPILER:
+        pytest.skip("needs a C compiler")
+    driver = trt_standin.Driver(tmp_path)
+    monkeypatch.setattr(engines, "CudaDevice", driver.device)
+    root = tiny_bundle(target="tensorrt-rtx")
+    path = root / "unet/engines/89.engine"
+    path.parent.mkdir()
+    path.write_bytes(b"an engine")
+    open_bundle(root).extended(["unet/engines/89.engine"], [engine(89, version=rtx.__version__)])
+
+    path.write_bytes(b"an eng")
+    with pytest.raises(LoadError, match="6 bytes, the manifest says 9; build it again"):
+        load(root)
+    path.unlink()
+    with pytest.raises(LoadError, match="no such engine"):
+        load(root)
+
+    assert driver.held == 0
+
+
+def test_what_runs_is_told(tiny_bundle: Write) -> None:
+    with load(tiny_bundle(target="openvino"), precision="bf16") as denoise:
+        assert denoise.engine == f"openvino {openvino_runner.version()}, floats in bf16"
+    with open_runner(denoise.bundle.model, "openvino") as runner:
+        assert runner.engine.endswith("floats in f32")
+    with open_runner(denoise.bundle.model, "ort-cpu") as runner:
+        assert runner.engine == f"onnxruntime {ort_runner.version()}"
+
+
+def test_a_precision_is_openvinos_alone(tiny_bundle: Write) -> None:
+    with pytest.raises(ConfigError, match="precision 'bf16' is OpenVINO's option; onnxruntime computes in"):
+        load(tiny_bundle(), precision="bf16")
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused_and_never_replaced(tiny_bundle: Write) -> None:
+    with pytest.raises((BuildError, DependencyError), match="CUDAExecutionProvider"):
+        load(tiny_bundle(), backend="onnxruntime-cuda")

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tfmq_export.errors import BuildError, ConfigError
-from tfmq_export.runtime.ort_runner import OrtRunner
+from tfmq_export.runtime.ort_runner import DeviceBuffers, OrtRunner
 
 
 def write_gather(path: Path) -> Path:
@@ -91,3 +92,41 @@ def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
         OrtRunner(tmp_path / "g.onnx", threads=0)
     with pytest.raises(ConfigError, match="provider 'tpu'"):
         OrtRunner(tmp_path / "g.onnx", provider="tpu")
+
+
+def test_buffers_on_a_device_give_what_a_plain_run_gives(tmp_path: Path) -> None:
+    """On the CPU as the device; on CUDA the same calls keep them there."""
+    path, _ = write_quantized_matmul(tmp_path / "m.onnx")
+    with OrtRunner(path, threads=1) as runner:
+        buffers = DeviceBuffers(runner._session, runner._run_options, "cpu")
+        results, arrays = [], []
+        for turn, rows in enumerate((4, 4, 2, 4)):
+            arrays.append(np.random.default_rng(turn).standard_normal((16, rows)).astype(np.float32).T)
+            results.append(buffers.infer({"x": arrays[-1]})["y"])
+
+        for x, y in zip(arrays, results, strict=True):
+            np.testing.assert_array_equal(y, runner.infer({"x": np.ascontiguousarray(x)})["y"])
+    assert len(buffers._idle) == 2
+
+
+def test_buffers_keep_each_threads_results_apart(tmp_path: Path) -> None:
+    path, _ = write_quantized_matmul(tmp_path / "m.onnx")
+    with OrtRunner(path, threads=1) as runner:
+        buffers = DeviceBuffers(runner._session, runner._run_options, "cpu")
+
+        def call(seed: int) -> bool:
+            x = np.random.default_rng(seed).standard_normal((1 + seed % 3, 16)).astype(np.float32)
+            return bool(np.array_equal(buffers.infer({"x": x})["y"], runner.infer({"x": x})["y"]))
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(call, range(100)))
+
+
+@pytest.mark.gpu
+def test_cuda_computes_what_the_cpu_does(tmp_path: Path) -> None:
+    path, _ = write_quantized_matmul(tmp_path / "m.onnx")
+    with OrtRunner(path, integer=False) as cpu, OrtRunner(path, provider="cuda") as cuda:
+        for rows in (4, 4, 2):
+            x = np.random.default_rng(rows).standard_normal((rows, 16)).astype(np.float32)
+            np.testing.assert_allclose(cuda.infer({"x": x})["y"], cpu.infer({"x": x})["y"], rtol=1e-2, atol=1e-2)
+    assert "compute in floating point" in cuda.engine

@@ -24,7 +24,8 @@ from tensorrt_patterns import (
 )
 
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
-from tfmq_export.runtime.trt_build import BuildOptions, EngineBuild, ShapeRange, build_engine, engine_name
+from tfmq_export.runtime.trt_build import BuildOptions, EngineBuild, build_engine, engine_name
+from tfmq_export.runtime.trt_profile import Profile, ShapeRange, parse_batch
 
 has_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13")
 
@@ -131,7 +132,7 @@ def test_sizes_that_vary_need_a_profile(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"tokens\.sample \[-1, -1, 16\]: more than its batch may vary"):
         build_engine(model, tmp_path / "m.engine")
-    build = build_engine(model, tmp_path / "m.engine", BuildOptions(profile=TOKENS))
+    build = build_engine(model, tmp_path / "m.engine", BuildOptions(profiles=(Profile(shapes=TOKENS),)))
 
     assert [layer.type for layer in build.layers if layer.computes] == ["Int8"]
 
@@ -143,7 +144,7 @@ def test_a_profile_must_fit_the_graph(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"the profile names 'tokens\.sample'; the graph's inputs are linear_on_token"
     ):
-        build_engine(model, tmp_path / "m.engine", BuildOptions(profile=TOKENS))
+        build_engine(model, tmp_path / "m.engine", BuildOptions(profiles=(Profile(shapes=TOKENS),)))
 
 
 @has_rtx
@@ -183,8 +184,7 @@ def test_a_missing_graph_is_a_load_error(tmp_path: Path) -> None:
         ({"flavour": "tensorrt"}, "builds for the GPU it runs on"),
         ({"compute_capabilities": ()}, "at least one compute capability"),
         ({"timing_cache": Path("cache")}, "keeps no timing cache"),
-        ({"batch": (2, 1, 8)}, r"must grow from smallest to largest, got \(2, 1, 8\)"),
-        ({"batch": (0, 1, 8)}, "must grow"),
+        ({"profiles": ()}, "needs at least one profile"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(options: dict[str, Any], said: str) -> None:
@@ -192,22 +192,50 @@ def test_options_that_cannot_be_met_are_refused(options: dict[str, Any], said: s
         BuildOptions(**options)
 
 
-def test_shapes_of_a_profile_have_one_rank() -> None:
+def test_shapes_of_a_profile_have_one_rank_and_grow() -> None:
     with pytest.raises(ConfigError, match="differ in rank"):
         ShapeRange((1, 2), (1, 2), (1, 2, 3))
+    with pytest.raises(ConfigError, match=r"must grow from smallest to largest, got \(2, 1, 8\)"):
+        Profile((2, 1, 8))
+
+
+@pytest.mark.parametrize(("text", "batch"), [("1,2,8", (1, 2, 8)), ("4", (4, 4, 4))])
+def test_a_batch_is_written_in_one_word(text: str, batch: tuple[int, int, int]) -> None:
+    assert parse_batch(text) == batch
+
+
+@pytest.mark.parametrize(("text", "said"), [("1,8", "give smallest"), ("a", "give smallest"), ("8,2,1", "must grow")])
+def test_a_batch_that_says_nothing_is_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_batch(text)
+
+
+@has_rtx
+def test_an_engine_may_have_several_profiles(tmp_path: Path) -> None:
+    profiles = (Profile((1, 2, 4)), Profile((16, 16, 16)))
+
+    build = build_engine(save(tmp_path / "m.onnx", plain), tmp_path / "m.engine", BuildOptions(profiles=profiles))
+
+    (name,) = build.shapes[0]
+    assert [each[name].smallest[0] for each in build.shapes] == [1, 16]
+    assert [each[name].largest[0] for each in build.shapes] == [4, 16]
+    assert {layer.type for layer in build.layers if layer.computes} == {"Int8"}
 
 
 def test_engines_that_cannot_stand_in_for_each_other_have_different_names() -> None:
-    options = BuildOptions(profile=TOKENS)
+    def name(*profiles: Profile, version: str = "1.7.1", capabilities: tuple[int, ...] = (80, 89)) -> str:
+        build = EngineBuild(Path("x"), "tensorrt-rtx", version, capabilities, (), (), 0.0, ())
+        return engine_name("unet", build, profiles)
 
-    assert engine_name("unet", "1.7.1", options) == (
-        "unet.tensorrt-rtx-1.7.1.sm80-89-120.batch1-2-8.tokens.sample-1x77x16-2x77x16-8x154x16.engine"
-    )
+    assert name(Profile()) == "unet.tensorrt-rtx-1.7.1.sm80-89.batch1-2-8.engine"
+    assert name(Profile(), Profile((4, 4, 4))) == "unet.tensorrt-rtx-1.7.1.sm80-89.batch1-2-8+4-4-4.engine"
+    wider = {"tokens.sample": ShapeRange((1, 77, 16), (2, 77, 16), (8, 155, 16))}
     others = [
-        BuildOptions(),
-        BuildOptions(compute_capabilities=(89,)),
-        BuildOptions(batch=(1, 1, 1)),
-        BuildOptions(flavour="tensorrt", compute_capabilities=()),
+        name(Profile(), version="1.7.2"),
+        name(Profile(), capabilities=(89,)),
+        name(Profile((1, 1, 1))),
+        name(Profile(shapes=TOKENS)),
+        name(Profile(shapes=wider)),
     ]
-    assert len({engine_name("unet", "1.7.1", each) for each in (options, *others)}) == 5
-    assert engine_name("unet", "1.7.2", options) != engine_name("unet", "1.7.1", options)
+    assert len({name(Profile()), *others}) == 6
+    assert name(Profile(shapes=TOKENS)) == name(Profile(shapes=dict(TOKENS)))

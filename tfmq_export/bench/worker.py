@@ -57,7 +57,7 @@ class MeteredRunner:
 
     def __init__(self, inner: Runner, meter: Meter) -> None:
         self._inner = inner
-        self.inputs, self.outputs = inner.inputs, inner.outputs
+        self.inputs, self.outputs, self.engine = inner.inputs, inner.outputs, inner.engine
         self._infer = meter.timed(inner.infer)
 
     def infer(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:

@@ -36,6 +36,11 @@ def bench_main() -> None:
     app_of("bench")()
 
 
+def build_main() -> None:
+    """Entry point of tfmq-build."""
+    app_of("build")()
+
+
 def pack_main() -> None:
     """Entry point of tfmq-pack."""
     app_of("pack")()

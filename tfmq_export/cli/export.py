@@ -22,6 +22,7 @@ from tfmq_export.cli.result import show
 from tfmq_export.console import bars, err, out, reports_errors, set_up_logging
 
 if TYPE_CHECKING:
+    from tfmq_export.bundle import Bundle
     from tfmq_export.serving.options import Serving
 
 
@@ -145,6 +146,7 @@ def export(
     out.print(f"\nwritten to [bold]{root}[/] in {sum(made.seconds.values()):.0f} s")
     if (root / "tfmq" / "samples.png").exists():
         out.print(f"look at it: {root / 'tfmq' / 'samples.png'}")
+    _how_to_build(made.bundle)
     if serving is not None:
         from tfmq_export.cli.triton import add_to_repository
 
@@ -158,6 +160,25 @@ def _servable(target: str, name: str) -> "Serving":
     serving = Serving(name)
     require_servable(target, serving)
     return serving
+
+
+def _how_to_build(bundle: "Bundle") -> None:
+    """The commands that build what was not built here."""
+    from tfmq_export.runtime.trtexec import SCRIPT, build_commands
+    from tfmq_export.target import find_target
+
+    target = find_target(bundle.manifest.target)
+    if target.engine != "tensorrt" or bundle.manifest.engines:
+        return
+    if not target.built_in_place:
+        out.print(f"engines for any list of GPUs, built here: tfmq-build {bundle.root}")
+        return
+    out.print("\nno engine was built: TensorRT or a GPU is not here. On the machine that will run it, either of")
+    out.print(f"  tfmq-build {bundle.root} --tensorrt")
+    out.print(f"  sh {bundle.root / SCRIPT}")
+    out.print("which runs, in the bundle's folder,")
+    for command in build_commands(bundle):
+        out.print(command, markup=False, highlight=False)
 
 
 def _name(model: Path) -> str:

@@ -1,0 +1,99 @@
+"""tfmq-build: TensorRT engines for a bundle."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tfmq_export.cli.options import BundleFolder, Quiet
+from tfmq_export.console import bars, out, reports_errors, size, table
+
+if TYPE_CHECKING:
+    from tfmq_export.runtime.engine_files import BuiltEngine
+
+Sm = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sm",
+        help="Compute capabilities of one TensorRT-RTX engine, such as 89 or 80,89,120; repeat for an engine each.",
+        show_default="80,89,120",
+    ),
+]
+Batch = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Smallest, usual and largest batch, such as 1,2,8, or one number; repeat for a profile each.",
+        show_default="1,2,8",
+    ),
+]
+
+
+@reports_errors
+def build(
+    bundle: BundleFolder,
+    sm: Sm = None,
+    batch: Batch = None,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="TensorRT for this machine's GPU, in place of TensorRT-RTX.")
+    ] = False,
+    workspace: Annotated[int | None, typer.Option(min=1, help="Limit of the scratch memory, MiB.")] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File of kernel timings to read and write (TensorRT).")
+    ] = None,
+    allow_precision_loss: Annotated[
+        bool, typer.Option("--allow-precision-loss", help="Keep engines whose layers do not all run in integers.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build a bundle's TensorRT engines, prove that they run in integers, and list them in its manifest.
+
+    TensorRT-RTX builds for any list of GPUs on a machine that has none; TensorRT builds for the GPU it finds.
+    """
+    from tfmq_export.bundle import open_bundle
+    from tfmq_export.errors import ConfigError
+    from tfmq_export.runtime.engine_files import EngineRequest, add_engines
+    from tfmq_export.runtime.trt_profile import parse_batch
+
+    opened = open_bundle(bundle)
+    if tensorrt and sm:
+        raise ConfigError("TensorRT builds for the GPU of this machine; leave --sm out, or --tensorrt")
+    batches = tuple(parse_batch(text) for text in batch or ["1,2,8"])
+    lists = [()] if tensorrt else [_capabilities(text) for text in sm or ["80,89,120"]]
+    built: list[BuiltEngine] = []
+    with bars(quiet) as progress:
+        for capabilities in lists:
+            flavour = "tensorrt" if tensorrt else "tensorrt-rtx"
+            scratch = None if workspace is None else workspace << 20
+            request = EngineRequest(flavour, capabilities, batches, scratch, timing_cache)
+            with progress.stage(f"Building for {_gpus(capabilities)}"):
+                opened, more = add_engines(opened, request, allow_precision_loss=allow_precision_loss)
+            built.extend(more)
+    table(f"{bundle}: engines", [_row(each) for each in built], ("graph", "GPUs", "in int8", "build", "size"))
+    for each in built:
+        out.print(f"written: {bundle / each.info.file}", highlight=False)
+
+
+def _row(built: "BuiltEngine") -> tuple[str, ...]:
+    convolutions, linears = built.receipt.counts("conv"), built.receipt.counts("linear")
+    counts = f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear"
+    return (
+        built.info.graph,
+        _gpus(built.info.compute_capabilities),
+        counts if built.proven else "not proven",
+        f"{built.seconds:.1f} s",
+        size(built.info.size),
+    )
+
+
+def _capabilities(text: str) -> tuple[int, ...]:
+    """``80,89`` or ``8.0,8.9``."""
+    from tfmq_export.errors import ConfigError
+
+    try:
+        return tuple(int(part.replace(".", "").removeprefix("sm")) for part in text.lower().split(","))
+    except ValueError:
+        raise ConfigError(f"--sm {text!r}: give compute capabilities such as 89 or 80,89,120") from None
+
+
+def _gpus(capabilities: tuple[int, ...]) -> str:
+    return f"SM {', '.join(map(str, capabilities))}" if capabilities else "this GPU"
