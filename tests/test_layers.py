@@ -11,7 +11,9 @@ import pytest
 import tfmq_export
 
 ROOT = Path(tfmq_export.__file__).parent
-DATA = frozenset({"adapt", "errors", "spec", "timesteps", "recipe", "target", "config", "bundle", "progress"})
+DATA = frozenset(
+    {"adapt", "errors", "spec", "timesteps", "recipe", "target", "config", "bundle", "progress", "pipeline_folder"}
+)
 MODEL_SIDE = frozenset({"denoiser"})
 """What a loader hands to capture and calibration: torch and data."""
 TOP = frozenset({"compiler", "cli"})
@@ -31,6 +33,8 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "passes": (ONNX | {"numpy", "onnxruntime"}, DATA),
     # onnx only to read graphs back and to lint them; a production host never calls that.
     "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx", "openvino"}), DATA),
+    # In the pipelines of diffusers: beside the runtime, not in it, because it needs torch as they do.
+    "drop_in": (TORCH | {"diffusers", "numpy"}, DATA | {"runtime"}),
     "export": (TORCH | {"onnx"}, DATA | {"program"}),
 }
 ENGINES = {

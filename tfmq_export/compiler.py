@@ -25,6 +25,7 @@ from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import dump_to, export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.pictures import TemporalRow, save_comparison, save_temporal
+from tfmq_export.pipeline_folder import find_components
 from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.progress import Progress, Silent, Step
 from tfmq_export.prologue import cut_prologue
@@ -94,6 +95,8 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     check_settings(config, target)
     with stages.stage("Loading"):
         denoiser = _load(model)
+        if denoiser.pipeline is not None and config.components != "none":
+            find_components(denoiser.pipeline)
     with replaced_folder(root) as partial:
         with stages.stage("Capturing the graph"):
             program = capture(denoiser)
@@ -118,7 +121,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         if target.engine == "tensorrt":
             _lint(graphs, target.name)
         with stages.stage("Writing"):
-            bundle = emit(partial, denoiser, made, target, graphs)
+            bundle = emit(partial, denoiser, made, target, graphs, config.components)
         subject = Subject(denoiser, program, made, bundle)
         validation = validate(
             subject, config.thresholds, images=config.validation_images, seed=config.seed + 1, progress=stages

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from tfmq_export.errors import ConfigError
 from tfmq_export.target import PtsLowering
 
+Components = Literal["link", "copy", "none"]
+"""How a pipeline's other components join its bundle: large files as hard links, all copied, or not at all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Preset:
@@ -92,6 +95,7 @@ class CompileConfig(BaseModel):
     pts_lowering: PtsLowering = Field("auto", description="form of power-of-two scaling in the graph; auto: per layer")
     class_tables: bool = Field(False, description="tabulate what class label and timestep decide, where it is small")
     prologue: bool = Field(False, description="move what the prompt decides into a graph of its own, run once")
+    components: Components = Field("link", description="a pipeline's text encoder, VAE, ...: how they join the bundle")
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the names that pydantic cannot know."""

@@ -14,6 +14,7 @@ from tfmq_export.cli.options import (
     MinSsim,
     Model,
     Quiet,
+    Scheduler,
     Steps,
     Verbose,
     Version,
@@ -33,6 +34,7 @@ def export(
         str | None, typer.Option(help="ort-cpu, openvino, tensorrt-rtx, tensorrt or ort-cuda.", show_default="ort-cpu")
     ] = None,
     steps: Steps = None,
+    scheduler: Scheduler = None,
     conditioning: Conditioning = None,
     guidance_scale: Guidance = None,
     factory: Factory = None,
@@ -80,6 +82,13 @@ def export(
         bool | None,
         typer.Option("--prologue", help="Put what the prompt decides into a graph of its own, run once per prompt."),
     ] = None,
+    components: Annotated[
+        str | None,
+        typer.Option(
+            help="The other components of a pipeline folder: link (large files as hard links), copy or none.",
+            show_default="link",
+        ),
+    ] = None,
     dump_dir: Annotated[Path | None, typer.Option(help="Save the graph after every pass here.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -107,6 +116,7 @@ def export(
         "allow_precision_loss": allow_precision_loss,
         "class_tables": class_tables,
         "prologue": prologue,
+        "components": components,
     }
     settings = load_config(config, flags)
     set_up_logging(verbose)
@@ -116,7 +126,7 @@ def export(
         with progress.stage("Starting"):
             from tfmq_export.compiler import checkpoint_of, compile_model
             from tfmq_export.models.load import Source
-        source = Source(model, factory, steps, conditioning, guidance_scale)
+        source = Source(model, factory, steps, conditioning, guidance_scale, scheduler)
         try:
             made = compile_model(
                 source, root, settings, recipe=recipe, resume=resume, dump_dir=dump_dir, progress=progress

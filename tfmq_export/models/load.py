@@ -6,9 +6,10 @@ from pathlib import Path
 from tfmq_export.denoiser import Denoiser
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.checkpoint import read_checkpoint
-from tfmq_export.models.diffusers_model import PromptSet, denoiser_of
+from tfmq_export.models.diffusers_model import PromptSet, Sampling, denoiser_of
 from tfmq_export.models.factory import load_factory
 from tfmq_export.models.folder import read_folder, read_prompts
+from tfmq_export.pipeline_folder import is_pipeline
 
 DEFAULT_STEPS = 50
 
@@ -23,6 +24,8 @@ class Source:
         steps: Denoising steps; None takes 50, or what a factory's own sampler says.
         conditioning: safetensors file with prompt embeddings.
         guidance_scale: Overrides the model's own.
+        scheduler: "ddim", "euler", ..., "own" or the path of a scheduler_config.json; None takes DDIM, or the model's
+            own where it was trained by flow matching.
     """
 
     path: Path
@@ -30,6 +33,7 @@ class Source:
     steps: int | None = None
     conditioning: Path | None = None
     guidance_scale: float | None = None
+    scheduler: str | None = None
 
 
 def load(source: Source) -> Denoiser:
@@ -44,6 +48,8 @@ def load(source: Source) -> Denoiser:
     if source.factory is not None:
         if source.conditioning is not None:
             raise ConfigError("--conditioning and --factory: a factory brings its own examples in its Description")
+        if source.scheduler is not None:
+            raise ConfigError("--scheduler and --factory: a factory brings its own sampler in its Description")
         return load_factory(source.factory, source.path, source.steps)
     if not source.path.exists():
         raise LoadError(f"{source.path}: no such file or folder")
@@ -56,5 +62,7 @@ def load(source: Source) -> Denoiser:
         prompts = read_prompts(source.conditioning, prompts.guidance_scale)
     if source.guidance_scale is not None:
         prompts = replace(prompts, guidance_scale=source.guidance_scale)
-    steps = DEFAULT_STEPS if source.steps is None else source.steps
-    return denoiser_of(model, scheduler, prompts, steps=steps, where="/".join(source.path.absolute().parts[-2:]))
+    sampling = Sampling(DEFAULT_STEPS if source.steps is None else source.steps, source.scheduler)
+    where = "/".join(source.path.absolute().parts[-2:])
+    denoiser = denoiser_of(model, scheduler, prompts, sampling, where=where)
+    return replace(denoiser, pipeline=source.path if is_pipeline(source.path) else None)
