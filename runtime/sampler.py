@@ -8,7 +8,7 @@ Schedules and formulas are those of ``diffusers.DDIMScheduler``, which reads the
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -117,8 +117,13 @@ class DdimSchedule:
         left = min(int(steps * strength), steps) if 0 < strength <= 1 else 0
         if not left:
             raise ConfigError(f"strength {strength:g} of {steps} steps leaves none; give more, up to 1")
-        parts = (values[steps - left :] for values in (self.timesteps, self.alphas, self.alphas_next))
-        return DdimSchedule(*parts, self.prediction_type, self.clip)
+        begin = steps - left
+        return replace(
+            self,
+            timesteps=self.timesteps[begin:],
+            alphas=self.alphas[begin:],
+            alphas_next=self.alphas_next[begin:],
+        )
 
     def noised(self, images: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:
         """Images with the noise of the first timestep, [N, ...]: where ``sample`` begins."""

@@ -35,6 +35,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx", "openvino"}), DATA),
     # In the pipelines of diffusers: beside the runtime, not in it, because it needs torch as they do.
     "drop_in": (TORCH | {"diffusers", "numpy"}, DATA | {"runtime"}),
+    "onnx_components": (TORCH | {"diffusers", "transformers"}, DATA | {"program"}),
     "export": (TORCH | {"onnx"}, DATA | {"program"}),
 }
 ENGINES = {

@@ -20,12 +20,12 @@ from tfmq_export.errors import ConfigError, RecipeError
 from tfmq_export.export import export_onnx
 from tfmq_export.models.factory import describe
 from tfmq_export.models.load import Source, load
+from tfmq_export.onnx_components import check_components
 from tfmq_export.output import replaced_folder
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import dump_to, export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.pictures import TemporalRow, save_comparison, save_temporal
-from tfmq_export.pipeline_folder import find_components
 from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.progress import Progress, Silent, Step
 from tfmq_export.prologue import cut_prologue
@@ -95,8 +95,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     check_settings(config, target)
     with stages.stage("Loading"):
         denoiser = _load(model)
-        if denoiser.pipeline is not None and config.components != "none":
-            find_components(denoiser.pipeline)
+        check_components(denoiser.pipeline, config.components)
     with replaced_folder(root) as partial:
         with stages.stage("Capturing the graph"):
             program = capture(denoiser)

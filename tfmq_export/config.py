@@ -12,8 +12,9 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from tfmq_export.errors import ConfigError
 from tfmq_export.target import PtsLowering
 
-Components = Literal["link", "copy", "none"]
-"""How a pipeline's other components join its bundle: large files as hard links, all copied, or not at all."""
+Components = Literal["link", "copy", "onnx", "none"]
+"""How a pipeline's other components join its bundle: large files as hard links; all copied; linked, with ONNX twins of
+text encoder and VAE for optimum; or not at all."""
 
 
 @dataclass(frozen=True, slots=True)

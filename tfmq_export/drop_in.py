@@ -58,7 +58,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         self.register_to_config(**config)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, root: str | Path, *, backend: str = "auto", threads: int | None = None, verify: bool = False
     ) -> "CompiledDenoiser":
         """Open a bundle; options and errors are those of ``tfmq_export.runtime.load``."""

@@ -23,6 +23,7 @@ from tfmq_export.bundle import (
 )
 from tfmq_export.config import Components
 from tfmq_export.denoiser import Denoiser
+from tfmq_export.onnx_components import write_onnx_components
 from tfmq_export.passes.base import PassReport
 from tfmq_export.passes.graph import save_model
 from tfmq_export.passes.pipeline import OUTPUT
@@ -75,8 +76,10 @@ def emit(
         (root / "scheduler").mkdir()
         _write_json(root / "scheduler" / "scheduler_config.json", denoiser.scheduler_config)
     if denoiser.pipeline is not None and components != "none":
-        kind, link = denoiser.sampler_info.kind, components == "link"
+        kind, link = denoiser.sampler_info.kind, components != "copy"
         add_components(denoiser.pipeline, root, denoiser.component, kind, link=link)
+        if components == "onnx":
+            write_onnx_components(denoiser.pipeline, root)
     save_recipe(recipe, root / "tfmq")
     if denoiser.conditioning:
         arrays = {name: value.numpy() for name, value in denoiser.conditioning.items()}

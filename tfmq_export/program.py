@@ -125,7 +125,7 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     inputs = dict(denoiser.example_inputs)
     dynamic = {name: {0: torch.export.Dim.AUTO} if value.ndim else None for name, value in inputs.items()}
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx"):
+        with warnings.catch_warnings(), torch.no_grad(), quiet("torch.onnx"):
             warnings.simplefilter("ignore")
             exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=dynamic, strict=False)
             program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
@@ -186,7 +186,7 @@ def _merge(module: fx.GraphModule, merged: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
+def quiet(logger_name: str) -> Iterator[None]:
     """Silence a library's warnings about packages this project does not use."""
     noisy = logging.getLogger(logger_name)
     before = noisy.level

@@ -85,7 +85,8 @@ def export(
     components: Annotated[
         str | None,
         typer.Option(
-            help="The other components of a pipeline folder: link (large files as hard links), copy or none.",
+            help="A pipeline's text encoder, VAE, ...: link (large files as hard links), copy, onnx (with ONNX twins "
+            "for optimum) or none.",
             show_default="link",
         ),
     ] = None,

@@ -143,10 +143,10 @@ def _flatten(
         for option in ("addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type", "class_embed_type"):
             if config.get(option) is not None:
                 raise LoadError(f"{where}: models with {option} need their extra inputs named; use --factory")
-        shapes = {"encoder_hidden_states": ("prompts", "tokens", config["cross_attention_dim"])}
-        return flat_modules.CrossAttention(model), _checked(prompts, shapes, where)
+        text = {"encoder_hidden_states": ("prompts", "tokens", config["cross_attention_dim"])}
+        return flat_modules.CrossAttention(model), _checked(prompts, text, where)
     if isinstance(model, diffusers.SD3Transformer2DModel):
-        shapes = {
+        shapes: dict[str, tuple[object, ...]] = {
             "encoder_hidden_states": ("prompts", "tokens", config["joint_attention_dim"]),
             "pooled_projections": ("prompts", config["pooled_projection_dim"]),
         }

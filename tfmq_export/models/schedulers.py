@@ -62,7 +62,8 @@ def choose_scheduler(config: Mapping[str, Any], choice: str | None, where: str) 
 
 def scheduler_config(scheduler: SchedulerMixin) -> dict[str, object]:
     """What scheduler_config.json says of a scheduler: ``choose_scheduler`` makes the same one of it."""
-    return {**scheduler.config, "_class_name": type(scheduler).__name__}
+    config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    return {**config, "_class_name": type(scheduler).__name__}
 
 
 def _require_walkable(config: Mapping[str, Any], own: str, name: str, where: str) -> None:
@@ -90,10 +91,11 @@ def _build_from_file(path: Path) -> SchedulerMixin:
 
 
 def _build(name: str, config: Mapping[str, Any], where: str) -> SchedulerMixin:
-    found: Any = getattr(diffusers, name, None)
+    found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ConfigError(f"{where}: diffusers {diffusers.__version__} has no scheduler {name!r}; choose --scheduler")
+    known: Any = found
     try:
-        return found.from_config(dict(config))
+        return known.from_config(dict(config))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"{where}: {name} cannot run this scheduler configuration: {error}") from error
