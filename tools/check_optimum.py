@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def draw_here(bundle: Path, steps: int, prompt: str, latents: Path) -> np.ndarray:
-    """Images of the stock pipeline with the compiled denoiser, [1, H, W, 3] in 0..1; writes the latents it began from."""
+    """Images of the stock pipeline with our denoiser, [1, H, W, 3] in 0..1; writes the latents they began from."""
     import torch
     from diffusers import DiffusionPipeline
 
