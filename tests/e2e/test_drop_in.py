@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from commands import run
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -21,10 +22,8 @@ from diffusers import (
 )
 from tiny_pipelines import VOCABULARY, dit, prompt_file, stable_diffusion
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 import tfmq_export
-from tfmq_export import cli
 from tfmq_export.bundle import open_bundle
 from tfmq_export.config import CompileConfig
 from tfmq_export.drop_in import CompiledDenoiser
@@ -47,11 +46,6 @@ PLMS = PNDMScheduler(
     steps_offset=1,
 )
 LATENTS = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-
-
-def run(command: str, *arguments: object) -> Result:
-    app = cli._app(getattr(cli, command), "")
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 def settings(**more: Any) -> CompileConfig:
