@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from tiny_model import tiny_folder
 from tiny_pipelines import VOCABULARY, dit, prompt_file, stable_diffusion
 from torch import Tensor
 
@@ -283,14 +284,11 @@ def test_tfmq_sample_starts_from_a_picture(emoji: Path, tmp_path: Path) -> None:
 
 
 def test_a_flow_model_is_keyed_by_fractions_and_tfmq_sample_draws_it(tmp_path: Path) -> None:
-    model = torch.load(EXAMPLES / "emoji32" / "model.pt", weights_only=True)
     flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    model["scheduler"] = {**flow.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}
-    del model["scheduler"]["_use_default_values"]
-    torch.save(model, tmp_path / "model.pt")
+    flow.save_config(tiny_folder(tmp_path / "model"))
     root = tmp_path / "out"
 
-    tfmq_export.compile(Source(tmp_path / "model.pt", steps=3), root, settings())
+    tfmq_export.compile(Source(tmp_path / "model", steps=3), root, settings())
 
     flow.set_timesteps(3)
     timesteps = open_bundle(root).manifest.timesteps
