@@ -8,7 +8,7 @@ Schedules and formulas are those of ``diffusers.DDIMScheduler``, which reads the
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -105,6 +105,31 @@ class DdimSchedule:
             clip=float(options["clip_sample_range"]) if options["clip_sample"] else None,
         )
 
+    def last(self, strength: float) -> "DdimSchedule":
+        """The part of the walk that is left for a sample noised part of the way, as img2img pipelines count.
+
+        Args:
+            strength: Share of the walk, above 0 and up to 1.
+        Raises:
+            ConfigError: a strength that leaves no step.
+        """
+        steps = len(self.timesteps)
+        left = min(int(steps * strength), steps) if 0 < strength <= 1 else 0
+        if not left:
+            raise ConfigError(f"strength {strength:g} of {steps} steps leaves none; give more, up to 1")
+        begin = steps - left
+        return replace(
+            self,
+            timesteps=self.timesteps[begin:],
+            alphas=self.alphas[begin:],
+            alphas_next=self.alphas_next[begin:],
+        )
+
+    def noised(self, images: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Images with the noise of the first timestep, [N, ...]: where ``sample`` begins."""
+        alpha = self.alphas[0]
+        return (np.sqrt(alpha) * images + np.sqrt(1 - alpha) * noise).astype(np.float32)
+
     def step(self, index: int, sample: NDArray[np.float32], prediction: NDArray[np.float32]) -> NDArray[np.float32]:
         """Move the sample from ``timesteps[index]`` to the next timestep."""
         signal, noise = np.sqrt(self.alphas[index]), np.sqrt(1 - self.alphas[index])
@@ -138,6 +163,8 @@ def sample(
     current = noise.astype(np.float32)
     for index, timestep in enumerate(schedule.timesteps.tolist()):
         prediction = np.asarray(denoise(current, timestep), np.float32)
+        if prediction.shape[1:2] == (2 * current.shape[1],):
+            prediction = prediction[:, : current.shape[1]]  # learned variances (DiT), which DDIM does not read
         if prediction.shape != current.shape:
             raise ConfigError(f"the denoiser gave {list(prediction.shape)} for a sample of {list(current.shape)}")
         current = schedule.step(index, current, prediction)

@@ -185,9 +185,10 @@ def _raise_unless_built(job: BuildJob, code: int, log: Sequence[tuple[str, str]]
     errors = [text for severity, text in log if severity in {"INTERNAL_ERROR", "ERROR"} and "cudaError" not in text]
     if code < 0:
         last = errors or [text for _, text in log[-1:]]
+        profiled = {name for profile in job.profiles for name in profile["shapes"]}
         raise BuildError(
             f"{job.onnx}: the builder of {library} crashed ({signal.Signals(-code).name}); the last it said: "
-            f"{_one_line(last)}; {_rules_broken(Path(job.onnx), {name for each in job.profiles for name in each['shapes']})}"
+            f"{_one_line(last)}; {_rules_broken(Path(job.onnx), profiled)}"
         )
     result: dict[str, Any] = json.loads(Path(job.result).read_text("utf-8"))
     kind, lines = result["error"], result["lines"]

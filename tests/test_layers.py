@@ -12,7 +12,19 @@ import tfmq_export
 
 ROOT = Path(tfmq_export.__file__).parent
 DATA = frozenset(
-    {"adapt", "bundle", "config", "errors", "narrow_rows", "progress", "recipe", "spec", "target", "timesteps"}
+    {
+        "adapt",
+        "bundle",
+        "config",
+        "errors",
+        "narrow_rows",
+        "pipeline_folder",
+        "progress",
+        "recipe",
+        "spec",
+        "target",
+        "timesteps",
+    }
 )
 MODEL_SIDE = frozenset({"denoiser"})
 """What a loader hands to capture and calibration: torch and data."""
@@ -34,6 +46,9 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "passes": (ONNX | {"numpy", "onnxruntime"}, DATA),
     # onnx only to read graphs back and to lint them; a production host never calls that.
     "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx", "openvino"}), DATA),
+    # In the pipelines of diffusers: beside the runtime, not in it, because it needs torch as they do.
+    "drop_in": (TORCH | {"diffusers", "numpy"}, DATA | {"runtime"}),
+    "onnx_components": (TORCH | {"diffusers", "transformers"}, DATA | {"program"}),
     "export": (TORCH | {"onnx"}, DATA | {"program"}),
     # What needs torch waits in against_model.py until a gate asks for it.
     "testing": (frozenset({"numpy", "pytest"}), DATA | {"runtime", "validate"}),

@@ -20,6 +20,7 @@ from tfmq_export.errors import ConfigError, RecipeError
 from tfmq_export.export import export_onnx
 from tfmq_export.models.factory import describe
 from tfmq_export.models.load import Source, load
+from tfmq_export.onnx_components import check_components
 from tfmq_export.output import replaced_folder
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import dump_to, export_model, import_graph
@@ -96,6 +97,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     check_settings(config, target)
     with stages.stage("Loading"):
         denoiser = _load(model)
+        check_components(denoiser.pipeline, config.components)
     with replaced_folder(root) as partial:
         with stages.stage("Capturing the graph"):
             program = capture(denoiser)
@@ -122,7 +124,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         if target.engine == "tensorrt":
             _lint(graphs, target.name)
         with stages.stage("Writing"):
-            bundle = emit(partial, denoiser, made, target, graphs)
+            bundle = emit(partial, denoiser, made, target, graphs, config.components)
         subject = Subject(denoiser, program, made, bundle)
         validation = validate(
             subject, config.thresholds, images=config.validation_images, seed=config.seed + 1, progress=stages

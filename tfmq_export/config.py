@@ -13,6 +13,10 @@ from tfmq_export.errors import ConfigError
 from tfmq_export.recipe import TableType
 from tfmq_export.target import PtsLowering
 
+Components = Literal["link", "copy", "onnx", "none"]
+"""How a pipeline's other components join its bundle: large files as hard links; all copied; linked, with ONNX twins of
+text encoder and VAE for optimum; or not at all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Preset:
@@ -105,6 +109,7 @@ class CompileConfig(BaseModel):
     tables: TableType = Field("fp32", description="what rows of temporal tables are stored in: fp32, fp16 or int8")
     class_tables: bool = Field(False, description="tabulate what class label and timestep decide, where it is small")
     prologue: bool = Field(False, description="move what the prompt decides into a graph of its own, run once")
+    components: Components = Field("link", description="a pipeline's text encoder, VAE, ...: how they join the bundle")
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the names that pydantic cannot know."""

@@ -6,6 +6,7 @@ that loaders produce and every later step reads.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +78,7 @@ class Denoiser:
         config: The model's own configuration.
         scheduler_config: Of the diffusers scheduler, where there is one.
         source: Name of the file or folder it came from.
+        pipeline: The pipeline folder it came from, whose other components go into the bundle.
     """
 
     module: nn.Module
@@ -92,6 +94,7 @@ class Denoiser:
     config: Mapping[str, object]
     scheduler_config: Mapping[str, object] | None
     source: str
+    pipeline: Path | None = None
 
     def noise(self, images: int, seed: int) -> Tensor:
         """Starting noise, [images, ...]; the same for a seed on every machine."""

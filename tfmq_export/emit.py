@@ -21,10 +21,13 @@ from tfmq_export.bundle import (
     sha256,
     write_manifest,
 )
+from tfmq_export.config import Components
 from tfmq_export.denoiser import Denoiser
+from tfmq_export.onnx_components import write_onnx_components
 from tfmq_export.passes.base import PassReport
 from tfmq_export.passes.graph import save_model
 from tfmq_export.passes.pipeline import OUTPUT
+from tfmq_export.pipeline_folder import add_components
 from tfmq_export.prologue import Prologue
 from tfmq_export.recipe import QuantRecipe, TableType
 from tfmq_export.recipe_io import save_recipe
@@ -55,8 +58,13 @@ def emit(
     recipe: QuantRecipe,
     target: Target,
     graphs: Graphs,
+    components: Components = "link",
 ) -> Bundle:
-    """Write everything but the report into an existing folder."""
+    """Write everything but the report into an existing folder.
+
+    Args:
+        components: What happens to the other components of a pipeline folder.
+    """
     component = root / denoiser.component
     component.mkdir()
     (root / "tfmq").mkdir()
@@ -69,6 +77,11 @@ def emit(
     if denoiser.scheduler_config is not None:
         (root / "scheduler").mkdir()
         _write_json(root / "scheduler" / "scheduler_config.json", denoiser.scheduler_config)
+    if denoiser.pipeline is not None and components != "none":
+        kind, link = denoiser.sampler_info.kind, components != "copy"
+        add_components(denoiser.pipeline, root, denoiser.component, kind, link=link)
+        if components == "onnx":
+            write_onnx_components(denoiser.pipeline, root)
     save_recipe(recipe, root / "tfmq")
     if denoiser.conditioning:
         arrays = {name: value.numpy() for name, value in denoiser.conditioning.items()}

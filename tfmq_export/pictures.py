@@ -8,6 +8,8 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
+from tfmq_export.errors import ConfigError
+
 PER_ROW = 8
 
 
@@ -52,6 +54,28 @@ def save_rows(path: Path, rows: Sequence[tuple[str, NDArray[np.float32]]], title
         figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=100, format="png")
     plt.close(figure)
+
+
+def load_picture(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Read a PNG of the model's own size, [C, H, W] in 0..1.
+
+    Args:
+        shape: [C, H, W].
+    Raises:
+        ConfigError: no readable picture, or another size.
+    """
+    from matplotlib.image import imread
+
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ConfigError(f"{path}: the model draws {list(shape)}, not pictures; it cannot start from one")
+    try:
+        pixels = np.asarray(imread(path, format="png"), np.float32)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"{path}: not a readable PNG: {error}") from error
+    channels = np.atleast_3d(pixels)[..., : shape[0]].transpose(2, 0, 1)  # alpha is dropped
+    if channels.shape != shape:
+        raise ConfigError(f"{path}: {list(channels.shape)}, the model draws {list(shape)}; scale the picture to it")
+    return channels
 
 
 def save_comparison(path: Path, reference: NDArray[np.float32], images: NDArray[np.float32]) -> None:

@@ -1,63 +1,124 @@
 """Drawing images with a bundle, alone or beside the model it came from."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from tfmq_export.agreement import timestep_vector
 from tfmq_export.bundle import Bundle
+from tfmq_export.denoiser import Denoise
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.load import Source, load
-from tfmq_export.progress import Progress
+from tfmq_export.models.sampling import DiffusersSampler
+from tfmq_export.models.schedulers import OWN, choose_scheduler
+from tfmq_export.pictures import load_picture
+from tfmq_export.progress import Progress, Step
 from tfmq_export.ptq.calibration import record
+from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.denoiser import load as load_bundle
-from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted
-from tfmq_export.runtime.sampler import sample as run_ddim
 from tfmq_export.validate import as_images, bundle_denoise
 
 Rows = list[tuple[str, NDArray[np.float32]]]
 
 
-def draw(bundle: Bundle, images: int, seed: int, threads: int, progress: Progress) -> NDArray[np.float32]:
-    """Sample with the bundle alone, by DDIM in numpy; pictures in 0..1, [N, C, H, W].
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to draw.
+
+    Attributes:
+        images: How many.
+        seed: Of the starting noise.
+        threads: Of the engine.
+        scheduler: As ``choose_scheduler`` takes it; None for the bundle's own.
+        steps: None for those the bundle was compiled with.
+        start: A picture to begin from, in place of noise alone.
+        strength: How much of the walk is left to walk from there.
+    """
+
+    images: int
+    seed: int = 0
+    threads: int = 2
+    scheduler: str | None = None
+    steps: int | None = None
+    start: Path | None = None
+    strength: float = 0.5
+
+
+def draw(bundle: Bundle, request: Request, progress: Progress) -> NDArray[np.float32]:
+    """Sample with the bundle alone; pictures in 0..1, [N, C, H, W].
 
     Raises:
-        ConfigError: the bundle's sampler is not DDIM.
+        TimestepError: the schedule leaves the bundle's table; nothing was computed.
+        ConfigError: no scheduler of diffusers draws from this bundle.
     """
     manifest = bundle.manifest
-    if manifest.sampler.kind != "DDIMScheduler":
+    stored = {name: torch.from_numpy(value) for name, value in bundle.conditioning().items()}
+    names = [entry.name for entry in manifest.input("conditioning")]
+    sampler = _sampler(bundle, request, {name: stored.get(f"{name}.unconditional") for name in names})
+    walk = sampler.walk_from(request.strength) if request.start is not None else sampler.walk
+    kind = type(sampler.scheduler).__name__
+    manifest.timesteps.require(walk.numpy(), f"{bundle.root}: {kind} in {sampler.steps} steps")
+    (info,) = manifest.input("sample")
+    shape = tuple(int(side or 1) for side in info.shape)
+    noise = torch.from_numpy(np.random.default_rng(request.seed).standard_normal((request.images, *shape), np.float32))
+    prompts = {name: stored[name][torch.arange(request.images) % len(stored[name])] for name in names}
+    with load_bundle(bundle.root, threads=request.threads) as loaded, progress.stage("Sampling") as step:
+        denoise = _denoise(loaded, step, len(walk))
+        if request.start is None:
+            result = sampler(denoise, noise, prompts)
+        else:
+            start = torch.from_numpy(load_picture(request.start, shape) * 2 - 1).expand_as(noise)
+            result = sampler.from_images(denoise, start, noise, prompts, strength=request.strength)
+    return np.asarray((result.clamp(-1, 1) + 1) / 2, np.float32)
+
+
+def draw_against(bundle: Bundle, source: Source, request: Request, progress: Progress) -> Rows:
+    """Sample with the float model and with the bundle, from the same noise."""
+    with progress.stage("Loading"):
+        model = load(source)
+    bundle.manifest.timesteps.require(model.timesteps.array, f"{bundle.root}: {model.sampler_info.kind}")
+    noise, prompts = model.noise(request.images, request.seed), model.prompts(request.images)
+    with progress.stage("Sampling in full precision") as step:
+        _, reference = record(model, model.module_denoise(), noise, prompts, step)
+    with load_bundle(bundle.root, threads=request.threads) as loaded, progress.stage("Sampling the bundle") as step:
+        _, compiled = record(model, bundle_denoise(loaded, model), noise, prompts, step)
+    above, below, _ = as_images(reference, compiled)
+    return [("full precision", above), ("compiled", below)]
+
+
+def _sampler(bundle: Bundle, request: Request, unconditional: Mapping[str, Tensor | None]) -> DiffusersSampler:
+    info = bundle.manifest.sampler
+    if not bundle.scheduler.exists():
         raise ConfigError(
-            f"{bundle.root}: sampled with {manifest.sampler.kind}; give the model with --against to use its sampler"
+            f"{bundle.root}: its factory brought a sampler of its own; give the model with --against and --factory"
         )
     try:
         config = json.loads(bundle.scheduler.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise LoadError(f"{bundle.scheduler}: not a readable scheduler configuration ({error})") from error
-    schedule = DdimSchedule.from_config(config, manifest.sampler.steps)
-    (info,) = manifest.input("sample")
-    shape = tuple(int(side or 1) for side in info.shape)
-    noise = np.random.default_rng(seed).standard_normal((images, *shape), np.float32)
-    stored = bundle.conditioning()
-    names = [entry.name for entry in manifest.input("conditioning")]
-    conditioning = {name: stored[name][np.arange(images) % len(stored[name])] for name in names}
-    unconditional = {name: stored[f"{name}.unconditional"] for name in names if f"{name}.unconditional" in stored}
-    with load_bundle(bundle.root, threads=threads) as denoiser, progress.stage("Sampling") as step:
-        if unconditional and manifest.sampler.guidance_scale != 1.0:
-            denoise = guided(denoiser, conditioning, unconditional, manifest.sampler.guidance_scale)
-        else:
-            denoise = prompted(denoiser, conditioning)
-        result = run_ddim(denoise, noise, schedule, progress=step)
-    return np.asarray((np.clip(result, -1, 1) + 1) / 2, np.float32)
+    scheduler = choose_scheduler(config, request.scheduler or OWN, str(bundle.root))
+    empty = {name: value for name, value in unconditional.items() if value is not None}
+    return DiffusersSampler(scheduler, request.steps or info.steps, empty, info.guidance_scale)
 
 
-def draw_against(bundle: Bundle, source: Source, images: int, seed: int, threads: int, progress: Progress) -> Rows:
-    """Sample with the float model and with the bundle, from the same noise."""
-    with progress.stage("Loading"):
-        model = load(source)
-    noise, prompts = model.noise(images, seed), model.prompts(images)
-    with progress.stage("Sampling in full precision") as step:
-        _, reference = record(model, model.module_denoise(), noise, prompts, step)
-    with load_bundle(bundle.root, threads=threads) as loaded, progress.stage("Sampling the bundle") as step:
-        _, compiled = record(model, bundle_denoise(loaded, model), noise, prompts, step)
-    above, below, _ = as_images(reference, compiled)
-    return [("full precision", above), ("compiled", below)]
+def _denoise(loaded: LoadedBundle, step: Step, calls: int) -> Denoise:
+    """A bundle as a diffusers scheduler calls it."""
+    done = 0
+
+    def denoise(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
+        nonlocal done
+        arrays = {name: value.detach().numpy() for name, value in conditioning.items()}
+        steps = timestep_vector(torch.as_tensor(timestep).reshape(-1).numpy())
+        prediction = torch.from_numpy(np.asarray(loaded(sample.detach().numpy(), steps, **arrays)))
+        done += 1
+        step(done, calls)
+        return prediction
+
+    return denoise

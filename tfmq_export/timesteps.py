@@ -1,5 +1,6 @@
 """The finite, ordered set of timesteps one sampler visits."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +41,25 @@ class TimestepSet:
             raise ConfigError(f"timesteps must be numbers, got {array.dtype}")
         return cls(tuple(float(value) for value in array.astype(np.float32)), real=True)
 
+    @classmethod
+    def visited(cls, values: object) -> "TimestepSet":
+        """The timesteps of a walk, in the order of the first visit.
+
+        Multistep warm-ups and second-order schedulers repeat some; schedulers such as Euler hold whole numbers as
+        floats. Both are undone here: each once, integers where all are whole.
+        """
+        array = np.asarray(values).reshape(-1)
+        _, first = np.unique(array, return_index=True)
+        return cls.of(array[np.sort(first)]).whole()
+
     def __len__(self) -> int:
         return len(self.values)
+
+    def whole(self) -> "TimestepSet":
+        """As integers, where every value is one; else as it is."""
+        if self.real and all(value.is_integer() for value in map(float, self.values)):
+            return TimestepSet(tuple(int(value) for value in self.values))
+        return self
 
     @property
     def array(self) -> NDArray[np.int64] | NDArray[np.float32]:
@@ -71,7 +89,31 @@ class TimestepSet:
             )
         return np.asarray(hits.argmax(1), np.int64)
 
+    def require(self, timesteps: object, who: str) -> None:
+        """Refuse a walk that would leave the set, before it takes the first step.
+
+        Args:
+            timesteps: All that will be visited, in order.
+            who: Whose they are, for the message.
+        Raises:
+            TimestepError: names the first timestep that is missing, and lists the others.
+        """
+        wanted = np.asarray(timesteps).reshape(-1)
+        if self.real:
+            wanted = wanted.astype(np.float32)
+        missing = list(dict.fromkeys(wanted[~np.isin(wanted, self.array)].tolist()))
+        if missing:
+            others = f" (also {_shortened(missing[1:])})" if len(missing) > 1 else ""
+            raise TimestepError(
+                f"{who}: timestep {missing[0]:g} is not in the bundle's table of {len(self)}{others}; the table holds "
+                f"{self.describe()}; compile with the --scheduler and --steps you sample with"
+            )
+
     def describe(self) -> str:
         """A few of the values, for messages."""
-        shown = [f"{value:g}" for value in self.values]
-        return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]])
+        return _shortened(self.values)
+
+
+def _shortened(values: Iterable[float]) -> str:
+    shown = [f"{value:g}" for value in values]
+    return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]])

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run
 from diffusers import UNet2DModel
 from tiny_model import spawn, tiny_folder
-from typer.testing import CliRunner, Result
 
-from tfmq_export import cli
 from tfmq_export.bundle import open_bundle
 from tfmq_export.console import INTERRUPTED
 from tfmq_export.runtime import load
@@ -22,11 +21,6 @@ from tfmq_export.runtime.compare import sqnr_db
 
 SIZES = ["--calibration-images", "2", "--validation-images", "2", "--steps", "3", "--effort", "fast"]
 NO_GATE = ["--min-psnr", "-100", "--min-sqnr", "-100"]  # random weights draw nothing worth comparing
-
-
-def run(command: str, *arguments: object) -> Result:
-    app = cli.app_of(command)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +210,11 @@ def test_unreadable_input_is_one_line_and_code_3(packed: Path, tmp_path: Path, w
         (["--max-memory", "1KiB"], "max_memory"),
         (["--calibration-images", "0"], "calibration_images"),
         (["--factory", "nothing:build"], "nothing"),
+        (["--factory", "nothing:build", "--scheduler", "ddim"], "a factory brings its own sampler"),
+        (["--scheduler", "eulr"], "use ddim, ddpm"),
+        (["--scheduler", "flow"], "trained on a noise schedule"),
+        (["--components", "all"], "components"),
+        (["--components", "onnx"], "comes from no pipeline folder"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_code_2(packed: Path, tmp_path: Path, arguments: list[str], says: str) -> None:

@@ -161,6 +161,41 @@ def test_a_prediction_of_another_shape_is_refused() -> None:
         sample(lambda x, _: x[:1], NOISE, DdimSchedule.from_config(EMOJI, 3))
 
 
+@pytest.mark.parametrize(("steps", "strength"), [(10, 0.4), (7, 0.5), (10, 1.0)])
+def test_a_partial_walk_is_that_of_diffusers(steps: int, strength: float) -> None:
+    images = np.random.default_rng(1).uniform(-1, 1, NOISE.shape).astype(np.float32)
+    scheduler = DDIMScheduler.from_config(EMOJI_COND)
+    scheduler.set_timesteps(steps)
+    walked = scheduler.timesteps[steps - int(steps * strength) :]
+    current = scheduler.add_noise(torch.from_numpy(images), torch.from_numpy(NOISE), walked[:1])
+    start = current.numpy()
+    for timestep in walked:
+        prediction = torch.from_numpy(predict(current.numpy(), int(timestep)))
+        current = scheduler.step(prediction, timestep, current).prev_sample
+
+    schedule = DdimSchedule.from_config(EMOJI_COND, steps).last(strength)
+
+    np.testing.assert_array_equal(schedule.timesteps, walked.numpy())
+    np.testing.assert_allclose(schedule.noised(images, NOISE), start, rtol=1e-5, atol=1e-6)
+    drawn = sample(predict, schedule.noised(images, NOISE), schedule)
+    np.testing.assert_allclose(drawn, current.numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0, 0.05, 1.01, float("nan")])
+def test_a_partial_walk_of_no_step_is_refused(strength: float) -> None:
+    with pytest.raises(ConfigError, match="leaves none"):
+        DdimSchedule.from_config(EMOJI, 10).last(strength)
+
+
+def test_predicted_variances_are_dropped() -> None:
+    schedule = DdimSchedule.from_config(EMOJI, 5)
+
+    def with_variance(x: np.ndarray, timestep: int) -> np.ndarray:
+        return np.concatenate([predict(x, timestep), np.full_like(x, 0.5)], 1)
+
+    np.testing.assert_array_equal(sample(with_variance, NOISE, schedule), sample(predict, NOISE, schedule))
+
+
 LABELS = np.asarray([[1.0], [2.0]], np.float32)
 NULL = np.asarray([0.25], np.float32)
 

@@ -75,3 +75,34 @@ def test_long_schedules_are_described_in_short() -> None:
     assert TimestepSet((3, 2, 1, 0)).describe() == "3, 2, 1, 0"
     assert TimestepSet((4, 3, 2, 1, 0)).describe() == "4, 3, ..., 0"
     assert TimestepSet((0.5, 0.25), real=True).describe() == "0.5, 0.25"
+
+
+def test_a_walk_is_keyed_by_its_first_visits() -> None:
+    # As PLMS walks: the second timestep twice, and as floats, the way Euler holds them.
+    walk = TimestepSet.visited(np.asarray([900.0, 800.0, 800.0, 700.0], np.float32))
+
+    assert walk == TimestepSet((900, 800, 700))
+
+
+def test_one_fraction_keeps_the_whole_walk_real() -> None:
+    walk = TimestepSet.visited(np.asarray([900.0, 834.2375, 834.2375], np.float32))
+
+    assert walk == TimestepSet((900.0, float(np.float32(834.2375))), real=True)
+
+
+@given(reals, st.data())
+def test_a_walk_inside_the_set_is_let_pass(values: list[float], data: st.DataObject) -> None:
+    schedule = TimestepSet.of(np.asarray(values, np.float64))
+
+    schedule.require(data.draw(st.lists(st.sampled_from(values))), "sampler")
+
+
+def test_a_walk_that_leaves_the_set_is_refused_with_what_is_missing() -> None:
+    schedule = TimestepSet((900, 600, 300))
+
+    with pytest.raises(
+        TimestepError, match=r"^Euler: timestep 750 is not in the bundle's table of 3; the table holds 900"
+    ):
+        schedule.require(np.asarray([900, 750, 300]), "Euler")
+    with pytest.raises(TimestepError, match=r"timestep 850 is not .* \(also 850.5, 0\)"):
+        schedule.require(np.asarray([850, 900, 850.5, 850, 0]), "Euler")

@@ -14,6 +14,7 @@ from tfmq_export.cli.options import (
     MinSsim,
     Model,
     Quiet,
+    Scheduler,
     Steps,
     Verbose,
     Version,
@@ -37,6 +38,7 @@ def export(
         str | None, typer.Option(help="ort-cpu, openvino, tensorrt-rtx, tensorrt or ort-cuda.", show_default="ort-cpu")
     ] = None,
     steps: Steps = None,
+    scheduler: Scheduler = None,
     conditioning: Conditioning = None,
     guidance_scale: Guidance = None,
     factory: Factory = None,
@@ -94,6 +96,14 @@ def export(
     triton: Annotated[
         str | None, typer.Option(metavar="NAME", help="Add it as this model to the Triton repository beside OUT.")
     ] = None,
+    components: Annotated[
+        str | None,
+        typer.Option(
+            help="A pipeline's text encoder, VAE, ...: link (large files as hard links), copy, onnx (with ONNX twins "
+            "for optimum) or none.",
+            show_default="link",
+        ),
+    ] = None,
     dump_dir: Annotated[Path | None, typer.Option(help="Save the graph after every pass here.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -123,6 +133,7 @@ def export(
         "tables": tables,
         "class_tables": class_tables,
         "prologue": prologue,
+        "components": components,
     }
     settings = load_config(config, flags)
     set_up_logging(verbose)
@@ -133,7 +144,7 @@ def export(
         with progress.stage("Starting"):
             from tfmq_export.compiler import checkpoint_of, compile_model
             from tfmq_export.models.load import Source
-        source = Source(model, factory, steps, conditioning, guidance_scale)
+        source = Source(model, factory, steps, conditioning, guidance_scale, scheduler)
         try:
             made = compile_model(
                 source, root, settings, recipe=recipe, resume=resume, dump_dir=dump_dir, progress=progress

@@ -16,6 +16,14 @@ Model = Annotated[Path, typer.Argument(help="model.pt, a diffusers folder, or th
 BundleFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A bundle made by tfmq-export.")]
 Factory = Annotated[str | None, typer.Option(help="package.module:build that returns (module, Description).")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps the bundle serves.", show_default="50")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="ddim, plms, pndm, dpm++, unipc, euler, euler-a, heun, ddpm, flow, own (the model's), or a "
+        "scheduler_config.json.",
+        show_default="ddim; own for flow matching",
+    ),
+]
 Conditioning = Annotated[Path | None, typer.Option(help="Prompt embeddings to calibrate with (safetensors).")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.", show_default="the model's")]
 Against = Annotated[Path, typer.Option(help="The full-precision model the bundle came from.")]

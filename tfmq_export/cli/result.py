@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from tfmq_export.bundle import prologue_folder
 from tfmq_export.console import out, size, table
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
         *(("note", text) for text in emulated),
         ("model.onnx", _sizes(bundle)),
         *_prologue_row(bundle),
+        *_pipeline_row(bundle),
     ]
     table(f"{manifest.source}: {manifest.preset} for {manifest.target}", rows)
     kept = [layer for layer in manifest.layers if layer.activation_bits == 0]
@@ -70,6 +72,17 @@ def _prologue_row(bundle: "Bundle") -> list[tuple[str, str]]:
             f"passes {memory} per sample; equal to the single graph {proof}",
         )
     ]
+
+
+def _pipeline_row(bundle: "Bundle") -> list[tuple[str, str]]:
+    """What came along from a pipeline folder; large files are links, where the file system allows."""
+    files = bundle.manifest.files
+    if "model_index.json" not in files:
+        return []
+    ours = {bundle.manifest.component, prologue_folder(bundle.manifest.component), "scheduler", "tfmq"}
+    others = [name for name in files if "/" in name and name.partition("/")[0] not in ours]
+    names = sorted({name.partition("/")[0] for name in others})
+    return [("pipeline", f"{', '.join(names)}: {size(sum((bundle.root / name).stat().st_size for name in others))}")]
 
 
 def _sizes(bundle: "Bundle") -> str:

@@ -16,6 +16,15 @@ def sample(
     images: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     threads: Threads = 2,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Another scheduler over the same timesteps, as in tfmq-export.", show_default="the bundle's"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Fewer steps over the same timesteps.", show_default="the bundle's")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Begin from this picture (PNG) of the model's size.")] = None,
+    strength: Annotated[float, typer.Option(help="With --image: the share of the steps that is walked.")] = 0.5,
     against: Annotated[
         Path | None, typer.Option(help="Draw the full-precision model above, from the same noise.")
     ] = None,
@@ -24,18 +33,20 @@ def sample(
 ) -> None:
     """Draw images with a bundle; with --against, full precision above and compiled below."""
     from tfmq_export.bundle import open_bundle
+    from tfmq_export.errors import ConfigError
     from tfmq_export.pictures import is_picture, save_rows
-    from tfmq_export.sampling import draw, draw_against
+    from tfmq_export.sampling import Request, draw, draw_against
 
     opened = open_bundle(bundle)
+    if against is not None and (image, scheduler, steps) != (None, None, None):
+        raise ConfigError("--against draws as the bundle was compiled; leave out --image, --scheduler and --steps")
+    request = Request(images, seed, threads, scheduler, steps, image, strength)
     with bars(quiet) as progress:
         if against is None:
-            rows = [("compiled", draw(opened, images, seed, threads, progress))]
+            rows = [("compiled", draw(opened, request, progress))]
         else:
-            rows = draw_against(opened, source_of(opened, against, factory), images, seed, threads, progress)
+            rows = draw_against(opened, source_of(opened, against, factory), request, progress)
     if not is_picture(rows[0][1]):
-        from tfmq_export.errors import ConfigError
-
         raise ConfigError(
             f"{bundle}: draws latents {list(rows[0][1].shape[1:])}, not pictures; decode them with the VAE"
         )

@@ -1,23 +1,35 @@
-"""diffusers U-Nets: which classes load, and how their ``forward`` becomes one flat tensor function."""
+"""diffusers denoisers: which classes load, and how their ``forward`` becomes one flat tensor function."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from tfmq_export.bundle import SamplerInfo
 from tfmq_export.denoiser import Conditioning, Denoiser
 from tfmq_export.errors import LoadError
-from tfmq_export.models.sampling import DiffusersSampler, ddim_from_config
+from tfmq_export.models import flat_modules
+from tfmq_export.models.sampling import DiffusersSampler
+from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
 
-ARCHITECTURES: Mapping[str, type[Any]] = {
-    "UNet2DModel": UNet2DModel,
-    "UNet2DConditionModel": UNet2DConditionModel,
+UNET, TRANSFORMER = "unet", "transformer"
+ARCHITECTURES: Mapping[str, str] = {
+    "UNet2DModel": UNET,
+    "UNet2DConditionModel": UNET,
+    "DiTTransformer2DModel": TRANSFORMER,
+    "SD3Transformer2DModel": TRANSFORMER,
 }
+"""Classes of diffusers that load, and their folder in a pipeline."""
+
+SAMPLE_OF: Mapping[str, str] = {UNET: "sample", TRANSFORMER: "hidden_states"}
+"""What each kind calls its noisy sample."""
+
+DIT_GUIDANCE = 4.0
+"""Of diffusers' DiTPipeline, where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +47,31 @@ class PromptSet:
     guidance_scale: float | None = None
 
 
-class _Unconditional(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How images will be drawn.
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return self.model(sample, timestep, return_dict=False)[0]
+    Attributes:
+        steps: Denoising steps.
+        scheduler: As ``choose_scheduler`` takes it; None for the default.
+    """
+
+    steps: int
+    scheduler: str | None = None
 
 
-class _ClassConditional(_Unconditional):
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:  # type: ignore[override]  # one more
-        return self.model(sample, timestep, class_labels, return_dict=False)[0]
+def class_of(architecture: str, where: str | Path) -> Any:
+    """A diffusers class by its name.
 
-
-class _CrossAttention(_Unconditional):
-    def forward(  # type: ignore[override]  # one more
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
-    ) -> Tensor:
-        return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+    Raises:
+        LoadError: none of those that load.
+    """
+    if architecture not in ARCHITECTURES:
+        raise LoadError(
+            f"{where}: cannot load {architecture!r}, only {', '.join(ARCHITECTURES)}; "
+            "for any other module use --factory package.module:build"
+        )
+    return getattr(diffusers, architecture)
 
 
 def build(architecture: str, config: Mapping[str, Any], where: str | Path) -> nn.Module:
@@ -62,77 +80,107 @@ def build(architecture: str, config: Mapping[str, Any], where: str | Path) -> nn
     Raises:
         LoadError: the class is unknown or the configuration is not one of its own.
     """
-    if architecture not in ARCHITECTURES:
-        raise LoadError(
-            f"{where}: cannot load {architecture!r}, only {' and '.join(ARCHITECTURES)}; "
-            "for any other module use --factory package.module:build"
-        )
+    known = class_of(architecture, where)
     try:
-        model: nn.Module = ARCHITECTURES[architecture].from_config(dict(config))
+        model: nn.Module = known.from_config(dict(config))
     except (TypeError, ValueError, KeyError) as error:
         raise LoadError(f"{where}: not a configuration of {architecture}: {error}") from error
     return model
 
 
 def denoiser_of(
-    model: nn.Module, scheduler: Mapping[str, Any], prompts: PromptSet, *, steps: int, where: str
+    model: nn.Module, scheduler: Mapping[str, Any], prompts: PromptSet, sampling: Sampling, *, where: str
 ) -> Denoiser:
     """Describe a loaded diffusers model.
 
+    Args:
+        scheduler: Configuration of the scheduler it came with.
     Raises:
         LoadError: the model needs conditioning and ``prompts`` has none that fits.
+        ConfigError: the scheduler cannot draw from this model.
     """
     settings: Any = model.config  # of diffusers, which torch's types do not know
     config: dict[str, Any] = {**settings}
-    module, examples = _flatten(model, config, prompts, where)
+    module, prompts = _flatten(model, config, prompts, where)
     guidance = prompts.guidance_scale if prompts.guidance_scale is not None and prompts.unconditional else 1.0
-    sampler = DiffusersSampler(ddim_from_config(scheduler, where), steps, prompts.unconditional, guidance)
+    chosen = choose_scheduler(scheduler, sampling.scheduler, where)
+    sampler = DiffusersSampler(chosen, sampling.steps, prompts.unconditional, guidance)
     size = config["sample_size"]
     if size is None:
         raise LoadError(f"{where}: config.json has no sample_size; add the height and width the model was trained on")
     height, width = (size, size) if isinstance(size, int) else size
+    architecture = type(model).__name__
+    component = ARCHITECTURES[architecture]
     timesteps = sampler.timesteps
     inputs = {
-        "sample": torch.randn(2, config["in_channels"], height, width, generator=torch.Generator().manual_seed(0)),
-        "timestep": torch.tensor([timesteps.values[0], timesteps.values[-1]]),
-        **{name: value[torch.arange(2) % len(value)] for name, value in examples.items()},
+        SAMPLE_OF[component]: torch.randn(
+            2, config["in_channels"], height, width, generator=torch.Generator().manual_seed(0)
+        ),
+        "timestep": torch.from_numpy(timesteps.array[[0, -1]]),
+        **{name: value[torch.arange(2) % len(value)] for name, value in prompts.examples.items()},
     }
     return Denoiser(
         module=module.eval().float().requires_grad_(False),
         example_inputs=inputs,
-        sample="sample",
+        sample=SAMPLE_OF[component],
         timestep="timestep",
         timesteps=timesteps,
         sampler=sampler,
-        sampler_info=SamplerInfo("DDIMScheduler", steps, guidance),
-        conditioning=examples,
+        sampler_info=SamplerInfo(type(chosen).__name__, sampling.steps, guidance),
+        conditioning=prompts.examples,
         unconditional=prompts.unconditional,
-        component="unet",
-        config={key: value for key, value in config.items() if key != "_name_or_path"},
-        scheduler_config={**sampler.scheduler.config, "_class_name": "DDIMScheduler"},
+        component=component,
+        config={key: value for key, value in config.items() if key != "_name_or_path"} | {"_class_name": architecture},
+        scheduler_config=scheduler_config(chosen),
         source=where,
     )
 
 
 def _flatten(
     model: nn.Module, config: Mapping[str, Any], prompts: PromptSet, where: str
-) -> tuple[nn.Module, dict[str, Tensor]]:
+) -> tuple[nn.Module, PromptSet]:
     """The wrapper with the right arguments, and conditioning examples for them."""
-    for option in ("addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type", "class_embed_type"):
-        if config.get(option) is not None and isinstance(model, UNet2DConditionModel):
-            raise LoadError(f"{where}: models with {option} need their extra inputs named; use --factory")
-    if isinstance(model, UNet2DConditionModel):
-        width = config["cross_attention_dim"]
-        given = prompts.examples.get("encoder_hidden_states")
-        if given is None or given.ndim != 3 or (isinstance(width, int) and given.shape[2] != width):
-            shape = "none" if given is None else str(list(given.shape))
-            raise LoadError(
-                f"{where}: calibration needs real prompt embeddings, encoder_hidden_states [prompts, tokens, {width}], "
-                f"got {shape}; give a safetensors file with --conditioning"
-            )
-        return _CrossAttention(model), {"encoder_hidden_states": given.float()}
+    if isinstance(model, diffusers.UNet2DConditionModel):
+        for option in ("addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type", "class_embed_type"):
+            if config.get(option) is not None:
+                raise LoadError(f"{where}: models with {option} need their extra inputs named; use --factory")
+        text = {"encoder_hidden_states": ("prompts", "tokens", config["cross_attention_dim"])}
+        return flat_modules.CrossAttention(model), _checked(prompts, text, where)
+    if isinstance(model, diffusers.SD3Transformer2DModel):
+        shapes: dict[str, tuple[object, ...]] = {
+            "encoder_hidden_states": ("prompts", "tokens", config["joint_attention_dim"]),
+            "pooled_projections": ("prompts", config["pooled_projection_dim"]),
+        }
+        return flat_modules.PromptTransformer(model), _checked(prompts, shapes, where)
+    if isinstance(model, diffusers.DiTTransformer2DModel):
+        classes = config["num_embeds_ada_norm"]
+        scale = DIT_GUIDANCE if prompts.guidance_scale is None else prompts.guidance_scale
+        labels = {"class_labels": torch.arange(classes)}
+        return flat_modules.ClassTransformer(model), PromptSet(labels, {"class_labels": torch.tensor(classes)}, scale)
     if config.get("num_class_embeds"):
-        return _ClassConditional(model), {"class_labels": torch.arange(config["num_class_embeds"])}
+        labels = {"class_labels": torch.arange(config["num_class_embeds"])}
+        return flat_modules.ClassConditional(model), replace(prompts, examples=labels)
     if prompts.examples:
         raise LoadError(f"{where}: {type(model).__name__} takes no conditioning, got {', '.join(prompts.examples)}")
-    return _Unconditional(model), {}
+    return flat_modules.Unconditional(model), prompts
+
+
+def _checked(prompts: PromptSet, shapes: Mapping[str, tuple[object, ...]], where: str) -> PromptSet:
+    """The prompts as float32, if they have every input in its shape; words stand for sizes that may vary."""
+    examples: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        given = prompts.examples.get(name)
+        if given is None or not _fits(tuple(given.shape), shape):
+            got = "none" if given is None else str(list(given.shape))
+            raise LoadError(
+                f"{where}: calibration needs real prompt embeddings, {name} [{', '.join(map(str, shape))}], "
+                f"got {got}; give a safetensors file with --conditioning"
+            )
+        examples[name] = given.float()
+    return replace(prompts, examples=examples)
+
+
+def _fits(given: tuple[int, ...], shape: tuple[object, ...]) -> bool:
+    return len(given) == len(shape) and all(
+        not isinstance(size, int) or size == actual for size, actual in zip(shape, given, strict=True)
+    )

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from safetensors import SafetensorError
@@ -19,6 +20,7 @@ from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.checkpoint import load_weights, read_tensors
 from tfmq_export.models.folder import first_line
 from tfmq_export.models.sampling import DiffusersSampler
+from tfmq_export.models.schedulers import scheduler_config
 from tfmq_export.timesteps import TimestepSet
 
 
@@ -128,15 +130,14 @@ def _sampler(
         scale = description.guidance_scale if description.unconditional else 1.0
         sampler = DiffusersSampler(given, wanted, description.unconditional, scale)
         timesteps = sampler.timesteps
-        if not torch.as_tensor(description.example_inputs[description.timestep]).is_floating_point():
-            timesteps = _as_integers(timesteps)
+        if torch.as_tensor(description.example_inputs[description.timestep]).is_floating_point():
+            timesteps = TimestepSet.of(timesteps.array.astype(np.float32))
         if listed is not None and set(listed.values) != set(timesteps.values):
             raise ConfigError(
                 f"Description.timesteps ({listed.describe()}) are not the ones "
                 f"{type(given).__name__} visits in {wanted} steps ({timesteps.describe()}); leave them out"
             )
-        config = {**given.config, "_class_name": type(given).__name__}
-        return timesteps, sampler, SamplerInfo(type(given).__name__, wanted, scale), config
+        return timesteps, sampler, SamplerInfo(type(given).__name__, wanted, scale), scheduler_config(given)
     if not callable(given):
         raise ConfigError(
             "Description.sampler must be a diffusers scheduler or (denoise, noise, conditioning) -> image"
@@ -146,11 +147,6 @@ def _sampler(
     if steps is not None and steps != len(listed):
         raise ConfigError(f"--steps {steps}, but your own sampler's schedule has {len(listed)} timesteps")
     return listed, given, SamplerInfo("function", len(listed)), None
-
-
-def _as_integers(timesteps: TimestepSet) -> TimestepSet:
-    """Schedulers such as Euler hold whole timesteps as floats."""
-    return TimestepSet(tuple(int(value) for value in timesteps.values)) if timesteps.real else timesteps
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

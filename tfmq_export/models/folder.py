@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tfmq_export.errors import LoadError
-from tfmq_export.models.diffusers_model import ARCHITECTURES, PromptSet
+from tfmq_export.models.diffusers_model import TRANSFORMER, UNET, PromptSet, class_of
+from tfmq_export.pipeline_folder import is_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -22,20 +23,18 @@ def read_folder(root: Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         LoadError: names the file that is missing, unreadable or unsafe.
     """
-    component = root / "unet" if (root / "model_index.json").is_file() else root
+    component = root
+    if is_pipeline(root):
+        component = root / (TRANSFORMER if (root / TRANSFORMER).is_dir() else UNET)
     config = read_json(component / "config.json")
     name = str(config.get("_class_name"))
-    if name not in ARCHITECTURES:
-        raise LoadError(
-            f"{component}: cannot load {name!r}, only {' and '.join(ARCHITECTURES)}; "
-            "for any other module use --factory package.module:build"
-        )
+    known = class_of(name, component)
     if not any(component.glob("diffusion_pytorch_model*.safetensors")):
         pickled = any(component.glob("*.bin"))
         why = "only pickled weights, which could run code" if pickled else f"no {WEIGHTS}"
         raise LoadError(f"{component}: {why}; save the model with save_pretrained(safe_serialization=True)")
     try:
-        model: nn.Module = ARCHITECTURES[name].from_pretrained(
+        model: nn.Module = known.from_pretrained(
             component, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:

@@ -7,9 +7,10 @@ from tfmq_export.bundle import Bundle
 from tfmq_export.denoiser import Denoiser
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.checkpoint import read_checkpoint
-from tfmq_export.models.diffusers_model import PromptSet, denoiser_of
+from tfmq_export.models.diffusers_model import PromptSet, Sampling, denoiser_of
 from tfmq_export.models.factory import load_factory
 from tfmq_export.models.folder import read_folder, read_prompts
+from tfmq_export.pipeline_folder import is_pipeline
 
 DEFAULT_STEPS = 50
 
@@ -24,6 +25,8 @@ class Source:
         steps: Denoising steps; None takes 50, or what a factory's own sampler says.
         conditioning: safetensors file with prompt embeddings.
         guidance_scale: Overrides the model's own.
+        scheduler: "ddim", "euler", ..., "own" or the path of a scheduler_config.json; None takes DDIM, or the model's
+            own where it was trained by flow matching.
     """
 
     path: Path
@@ -31,16 +34,17 @@ class Source:
     steps: int | None = None
     conditioning: Path | None = None
     guidance_scale: float | None = None
+    scheduler: str | None = None
 
 
 def source_of(bundle: Bundle, model: Path, factory: str | None = None) -> Source:
     """The float model of a bundle, sampled the way the bundle is."""
     sampler = bundle.manifest.sampler
-    if factory is not None:
+    if factory is not None or not bundle.scheduler.exists():
         return Source(model, factory, sampler.steps)
     stored = bundle.root / "tfmq" / "conditioning.npz"
-    conditioning = stored if stored.exists() and bundle.manifest.component == "unet" else None
-    return Source(model, None, sampler.steps, conditioning, sampler.guidance_scale)
+    conditioning = stored if stored.exists() else None
+    return Source(model, None, sampler.steps, conditioning, sampler.guidance_scale, str(bundle.scheduler))
 
 
 def load(source: Source) -> Denoiser:
@@ -55,6 +59,8 @@ def load(source: Source) -> Denoiser:
     if source.factory is not None:
         if source.conditioning is not None:
             raise ConfigError("--conditioning and --factory: a factory brings its own examples in its Description")
+        if source.scheduler is not None:
+            raise ConfigError("--scheduler and --factory: a factory brings its own sampler in its Description")
         return load_factory(source.factory, source.path, source.steps)
     if not source.path.exists():
         raise LoadError(f"{source.path}: no such file or folder")
@@ -67,5 +73,7 @@ def load(source: Source) -> Denoiser:
         prompts = read_prompts(source.conditioning, prompts.guidance_scale)
     if source.guidance_scale is not None:
         prompts = replace(prompts, guidance_scale=source.guidance_scale)
-    steps = DEFAULT_STEPS if source.steps is None else source.steps
-    return denoiser_of(model, scheduler, prompts, steps=steps, where="/".join(source.path.absolute().parts[-2:]))
+    sampling = Sampling(DEFAULT_STEPS if source.steps is None else source.steps, source.scheduler)
+    where = "/".join(source.path.absolute().parts[-2:])
+    denoiser = denoiser_of(model, scheduler, prompts, sampling, where=where)
+    return replace(denoiser, pipeline=source.path if is_pipeline(source.path) else None)

@@ -2,13 +2,11 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from tfmq_export.denoiser import Conditioning, Denoise
@@ -31,6 +29,54 @@ class DiffusersSampler:
     unconditional: Conditioning
     guidance_scale: float = 1.0
 
+    @property
+    def walk(self) -> Tensor:
+        """The timestep of each model call of a whole run, [calls]; warm-ups repeat some."""
+        calls: Tensor = self._fresh().timesteps
+        return calls
+
+    def walk_from(self, strength: float) -> Tensor:
+        """The timestep of each model call of a run that starts part of the way, [calls].
+
+        Raises:
+            ConfigError: a strength that leaves no step, or a scheduler that cannot start there.
+        """
+        scheduler = self._fresh()
+        calls: Tensor = scheduler.timesteps[self._begin(scheduler, strength) :]
+        return calls
+
+    @property
+    def timesteps(self) -> TimestepSet:
+        """The timesteps a run visits, each once."""
+        return TimestepSet.visited(self.walk.numpy())
+
+    @torch.no_grad()
+    def __call__(self, denoise: Denoise, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        """Denoise ``noise`` [N, ...] to images, conditional and unconditional halves in one batch."""
+        scheduler = self._fresh()
+        # Flow matching starts from the noise itself and has no such factor.
+        return self._run(scheduler, 0, denoise, noise * getattr(scheduler, "init_noise_sigma", 1.0), conditioning)
+
+    @torch.no_grad()
+    def from_images(
+        self, denoise: Denoise, images: Tensor, noise: Tensor, conditioning: Conditioning, *, strength: float
+    ) -> Tensor:
+        """Noise images part of the way and denoise them again, as diffusers' img2img pipelines do.
+
+        Args:
+            images: As the model was trained on them, [N, ...].
+            noise: Standard normal, [N, ...].
+            strength: Share of the walk, above 0 and up to 1; its last timesteps are visited, which the table holds.
+        """
+        scheduler = self._fresh()
+        begin = self._begin(scheduler, strength)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        start = scheduler.timesteps[begin : begin + 1].expand(len(images))
+        noisy = getattr(scheduler, "scale_noise", None)
+        sample = scheduler.add_noise(images, noise, start) if noisy is None else noisy(images, start, noise)
+        return self._run(scheduler, begin, denoise, sample, conditioning)
+
     def _fresh(self) -> Any:
         scheduler = copy.deepcopy(self.scheduler)
         try:
@@ -39,43 +85,45 @@ class DiffusersSampler:
             raise ConfigError(f"{type(scheduler).__name__} cannot run {self.steps} steps: {error}") from error
         return scheduler
 
-    @property
-    def timesteps(self) -> TimestepSet:
-        """The timesteps a run visits, each once (multistep schedulers repeat some)."""
-        visited = self._fresh().timesteps.numpy()
-        _, first = np.unique(visited, return_index=True)
-        return TimestepSet.of(visited[np.sort(first)])
+    def _begin(self, scheduler: Any, strength: float) -> int:
+        """The first model call of a partial run, as diffusers' img2img pipelines count."""
+        left = min(int(self.steps * strength), self.steps) if 0 < strength <= 1 else 0
+        if not left:
+            raise ConfigError(f"strength {strength:g} of {self.steps} steps leaves none; give more, up to 1")
+        begin: int = (self.steps - left) * scheduler.order
+        if begin and scheduler.config.get("skip_prk_steps") is False:
+            raise ConfigError(f"{type(scheduler).__name__}: its Runge-Kutta warm-up starts at the top only; use plms")
+        return begin
 
-    def __call__(self, denoise: Denoise, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Denoise ``noise`` [N, ...] to images, conditional and unconditional halves in one batch."""
-        scheduler = self._fresh()
+    def _run(self, scheduler: Any, begin: int, denoise: Denoise, sample: Tensor, conditioning: Conditioning) -> Tensor:
         options = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             options["generator"] = torch.Generator().manual_seed(0)
         guided = self.guidance_scale != 1.0 and bool(self.unconditional)
         if guided:
             conditioning = {
-                name: torch.cat([self.unconditional[name].expand(len(noise), *value.shape[1:]), value])
+                name: torch.cat([self.unconditional[name].expand(len(sample), *value.shape[1:]), value])
                 for name, value in conditioning.items()
             }
-        sample = noise * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(sample, timestep)
+        scaled_for = getattr(scheduler, "scale_model_input", _as_it_is)
+        for timestep in scheduler.timesteps[begin:]:
+            scaled = scaled_for(sample, timestep)
             if guided:
                 without, given = denoise(torch.cat([scaled, scaled]), timestep, **conditioning).chunk(2)
                 prediction = without + self.guidance_scale * (given - without)
             else:
                 prediction = denoise(scaled, timestep, **conditioning)
+            prediction = without_variance(prediction, sample, scheduler.config.get("variance_type"))
             sample = scheduler.step(prediction, timestep, sample, **options).prev_sample
         return sample
 
 
-def ddim_from_config(config: Mapping[str, object], where: str) -> DDIMScheduler:
-    """The DDIM scheduler over the noise schedule a model was trained with."""
-    known = {"num_train_timesteps", "beta_schedule", "trained_betas"}
-    if not known & set(config):
-        raise ConfigError(f"{where}: no noise schedule that DDIM can run; pass a sampler with --factory")
-    try:
-        return DDIMScheduler.from_config(dict(config))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{where}: DDIM cannot run this scheduler configuration: {error}") from error
+def without_variance(prediction: Tensor, sample: Tensor, variance_type: object) -> Tensor:
+    """The first half of the channels, where a model predicts variances too and the scheduler reads none (DiT)."""
+    if prediction.shape[1] != 2 * sample.shape[1] or variance_type in ("learned", "learned_range"):
+        return prediction
+    return prediction[:, : sample.shape[1]]
+
+
+def _as_it_is(sample: Tensor, timestep: Tensor) -> Tensor:
+    return sample

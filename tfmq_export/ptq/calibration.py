@@ -64,7 +64,7 @@ def record(
         prediction = denoise(sample, timestep, **given)
         inputs = denoiser.inputs(sample, timestep, given)
         steps.append(CalibrationStep({name: value.clone() for name, value in inputs.items()}, prediction))
-        progress(len(steps), len(denoiser.timesteps))
+        progress(len(steps), max(len(steps), len(denoiser.timesteps)))  # warm-ups visit some timesteps twice
         return prediction
 
     images = denoiser.sampler(recorded, noise, conditioning)
