@@ -153,6 +153,8 @@ def _vae(folder: Path) -> dict[str, Part]:
 
 
 def _export(part: Part, path: Path) -> None:
+    for old in path.parent.glob(f"{path.name}*"):
+        old.unlink()  # may be a hard link into the source, which would be written through
     free = dict.fromkeys((0, *part.varying), torch.export.Dim.AUTO)
     try:
         with warnings.catch_warnings(), torch.no_grad(), quiet_logger("torch.onnx"):
@@ -170,4 +172,4 @@ def _export(part: Part, path: Path) -> None:
             )
     except Exception as error:  # torch.export has no common base
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"{path.parent.name}: cannot be captured: {first}; leave out --onnx-components") from error
+        raise ExportError(f"{path.parent.name}: cannot be captured: {first}; take --components link") from error

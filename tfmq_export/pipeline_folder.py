@@ -46,12 +46,14 @@ def find_components(source: Path) -> dict[str, Path]:
     """Folders of the components that a pipeline really has, by name; optional ones are [null, null] in its index.
 
     Raises:
-        LoadError: a folder is missing.
+        LoadError: a folder is missing, or a name leads out of the pipeline.
     """
     found = {}
     for name, value in read_index(source).items():
         if name.startswith("_") or not isinstance(value, list) or value[:1] == [None]:
             continue
+        if Path(name).name != name or name == "..":
+            raise LoadError(f"{source}: {INDEX} lists {name!r}, which is no folder of the pipeline; correct it")
         found[name] = source / name
         if not found[name].is_dir():
             raise LoadError(f"{source}: {INDEX} lists {name}, but there is no such folder; complete the pipeline")

@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
 
+import onnx
 import pytest
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from tfmq_export.config import Components
 from tfmq_export.errors import ConfigError, ExportError, LoadError
-from tfmq_export.onnx_components import check_components
+from tfmq_export.onnx_components import check_components, write_onnx_components
 from tfmq_export.pipeline_folder import LINKED_FROM, add_components, find_components, is_pipeline
 
 INDEX = {
@@ -86,6 +88,15 @@ def test_a_component_without_a_folder_is_named(source: Path) -> None:
         find_components(source)
 
 
+@pytest.mark.parametrize("name", ["../private", "vae/../../private", ".."])
+def test_a_component_outside_the_pipeline_is_refused(source: Path, name: str) -> None:
+    (source.parent / "private").mkdir()
+    (source / "model_index.json").write_text(json.dumps({**INDEX, name: ["diffusers", "AutoencoderKL"]}))
+
+    with pytest.raises(LoadError, match="no folder of the pipeline"):
+        find_components(source)
+
+
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_an_unreadable_index_is_refused(source: Path, text: str) -> None:
     (source / "model_index.json").write_text(text)
@@ -110,6 +121,26 @@ def test_what_has_no_onnx_export_is_refused_before_the_work(source: Path, name: 
     check_components(source, "link")
     with pytest.raises(ExportError, match=f"no ONNX export for {name}, a {kind}"):
         check_components(source, "onnx")
+
+
+def test_onnx_twins_are_not_written_through_links_into_the_source(tmp_path: Path) -> None:
+    """Published pipelines hold ONNX twins of their own, large enough to be linked."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 4}
+    config = CLIPTextConfig(**sizes, num_hidden_layers=1, num_attention_heads=1, bos_token_id=0, eos_token_id=1)
+    CLIPTextModel(config).save_pretrained(source / "text_encoder")
+    theirs = source / "text_encoder/model.onnx"
+    theirs.write_bytes(b"o" * LINKED_FROM)
+    (source / "model_index.json").write_text(json.dumps({"text_encoder": INDEX["text_encoder"]}))
+    out.mkdir()
+    add_components(source, out, "unet", "DDIMScheduler", link=True)
+    assert (out / "text_encoder/model.onnx").samefile(theirs)
+
+    write_onnx_components(source, out)
+
+    assert theirs.read_bytes() == b"o" * LINKED_FROM
+    assert not (out / "text_encoder/model.onnx").samefile(theirs)
+    onnx.checker.check_model(out / "text_encoder/model.onnx")
 
 
 def test_a_single_model_has_no_components_to_export() -> None:
