@@ -127,7 +127,9 @@ def build(trt: Any, job: BuildJob, log: TextIO) -> tuple[memoryview, list[Shapes
     if engine is None:
         raise RefusedError("build")
     if cache is not None:
-        cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        partial = cache.with_name(f".{cache.name}.partial")
+        partial.write_bytes(bytes(config.get_timing_cache().serialize()))
+        partial.replace(cache)  # builds may share it
     return memoryview(engine), profiles
 
 
