@@ -96,19 +96,24 @@ def add_engines(
     if bundle.prologue is not None:
         plain = tuple(Profile(batch) for batch in request.batches)
         jobs.append((bundle.prologue, plain, [x for x in manifest.layers if x.name in once]))
-    built: list[BuiltEngine] = []
+    finished: list[tuple[EngineBuild, BuiltEngine]] = []
     try:
         for graph, profiles, layers in jobs:
-            built.append(_build(bundle, graph, request.options(profiles), layers))
-            if not built[-1].proven:
-                _log.warning("%s: %s", built[-1].info.file, UNPROVEN)
+            finished.append(_build(bundle, graph, request.options(profiles), layers))
+            built = finished[-1][1]
+            if not built.proven:
+                _log.warning("%s: %s", built.info.file, UNPROVEN)
             elif not allow_precision_loss:
-                built[-1].receipt.raise_if_lost()
-    except BaseException:
-        _remove(bundle, [each.info for each in built])
-        raise
-    files = [name for each in built for name in (each.info.file, each.info.receipt)]
-    return bundle.extended(files, [each.info for each in built]), tuple(built)
+                built.receipt.raise_if_lost()
+        # An engine of the same name stays what the manifest says until all of the new ones are proven.
+        for build, built in finished:
+            _place(bundle, build, built)
+    finally:
+        for build, _ in finished:
+            build.path.unlink(missing_ok=True)
+    added = tuple(built for _, built in finished)
+    files = [name for each in added for name in (each.info.file, each.info.receipt)]
+    return bundle.extended(files, [each.info for each in added]), added
 
 
 def add_engines_in_place(bundle: Bundle, *, allow_precision_loss: bool = False) -> Bundle:
@@ -120,7 +125,10 @@ def add_engines_in_place(bundle: Bundle, *, allow_precision_loss: bool = False) 
     return add_engines(bundle, request, allow_precision_loss=allow_precision_loss)[0]
 
 
-def _build(bundle: Bundle, graph: Path, options: BuildOptions, layers: Sequence[LayerInfo]) -> BuiltEngine:
+def _build(
+    bundle: Bundle, graph: Path, options: BuildOptions, layers: Sequence[LayerInfo]
+) -> tuple[EngineBuild, BuiltEngine]:
+    """Build an engine under a temporary name, and say what it will be in the bundle."""
     folder = graph.parent / "engines"
     folder.mkdir(exist_ok=True)
     build = build_engine(graph, folder / ".new.engine", options)
@@ -132,24 +140,34 @@ def _build(bundle: Bundle, graph: Path, options: BuildOptions, layers: Sequence[
             receipt = receipt_of_engine(build.layers, layers, macs, read_facts(graph, options))
         else:
             receipt = Receipt(tuple(LayerReceipt(layer, (), UNPROVEN) for layer in layers), (), macs)
-        path = folder / engine_name(graph.parent.name, build, options.profiles)
-        build.path.replace(path)
-    finally:
+        size = build.path.stat().st_size
+    except BaseException:
         build.path.unlink(missing_ok=True)
+        raise
     info = EngineInfo(
-        file=path.relative_to(bundle.root).as_posix(),
+        file=(folder / engine_name(graph.parent.name, build, options.profiles)).relative_to(bundle.root).as_posix(),
         graph=graph.relative_to(bundle.root).as_posix(),
         flavour=build.flavour,
         version=build.version,
         compute_capabilities=build.compute_capabilities,
-        size=path.stat().st_size,
+        size=size,
         profiles=tuple(
             {name: (each.smallest, each.usual, each.largest) for name, each in shapes.items()}
             for shapes in build.shapes
         ),
     )
-    (bundle.root / info.receipt).write_text(_account(build, receipt) + "\n", "utf-8")
-    return BuiltEngine(info, receipt, build.seconds, bool(build.layers))
+    return build, BuiltEngine(info, receipt, build.seconds, bool(build.layers))
+
+
+def _place(bundle: Bundle, build: EngineBuild, built: BuiltEngine) -> None:
+    """Give an engine and its receipt their names."""
+    receipt = build.path.with_name(".new.engine.json")
+    try:
+        receipt.write_text(_account(build, built.receipt) + "\n", "utf-8")
+        receipt.replace(bundle.root / built.info.receipt)
+    finally:
+        receipt.unlink(missing_ok=True)
+    build.path.replace(bundle.root / built.info.file)
 
 
 def _account(build: EngineBuild, receipt: Receipt) -> str:
@@ -167,12 +185,3 @@ def _account(build: EngineBuild, receipt: Receipt) -> str:
         "messages": list(build.messages),
     }
     return json.dumps(account, indent=1, ensure_ascii=False)
-
-
-def _remove(bundle: Bundle, engines: Sequence[EngineInfo]) -> None:
-    """Take back what was written, but not an engine that the manifest listed before."""
-    listed = {each.file for each in bundle.manifest.engines}
-    for engine in engines:
-        if engine.file not in listed:
-            (bundle.root / engine.file).unlink(missing_ok=True)
-            (bundle.root / engine.receipt).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from tfmq_export.runtime import engine_files, load
 from tfmq_export.runtime.cuda_driver import has_gpu
 from tfmq_export.runtime.engine_files import EngineRequest, add_engines, add_engines_in_place
 from tfmq_export.runtime.trt_build import BuildOptions, EngineBuild
+from tfmq_export.runtime.trt_layers import EngineLayer
 from tfmq_export.runtime.trtexec import SCRIPT
 
 Write = Callable[..., Path]
@@ -135,6 +136,31 @@ def test_an_engine_whose_layers_cannot_be_read_is_kept_and_called_unproven(
     with pytest.raises(BuildError, match="lists no layers"):
         add_engines(bundle, ONE)
     bundle.verify()
+
+
+def test_a_build_that_loses_layers_leaves_the_engine_of_that_name_as_it_was(
+    tiny_bundle: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT's build is told, not run: first one without a list of layers, then one whose layers are others."""
+    bundle = bundle_of(tiny_bundle(target="tensorrt"), plain)
+    listed: tuple[EngineLayer, ...] = ()
+
+    def build(graph: Path, path: Path, options: BuildOptions) -> EngineBuild:
+        path.write_bytes(f"an engine of {len(listed)} layers".encode())
+        return EngineBuild(path, options.flavour, "11.4.0", (89,), ({},), listed, 1.0, ())
+
+    monkeypatch.setattr(engine_files, "build_engine", build)
+    bundle, (first,) = add_engines(bundle, EngineRequest("tensorrt", ()))
+    listed = (EngineLayer("float", "correlation", ("Half",), ("Half",), ("Half",), ("node_plain",)),)
+
+    with pytest.raises(PrecisionError):
+        add_engines(bundle, EngineRequest("tensorrt", ()))
+
+    open_bundle(bundle.root).verify()
+    assert {path.name for path in (bundle.root / "unet/engines").iterdir()} == {
+        Path(first.info.file).name,
+        Path(first.info.receipt).name,
+    }
 
 
 def test_a_bundle_for_another_engine_is_told_what_it_needs(tiny_bundle: Write) -> None:
