@@ -11,6 +11,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from small_bundle import small_bundle
+
+from tfmq_export.testing import make_golden, write_golden
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "tfmq_export.testing.plugin"
@@ -59,6 +62,16 @@ def test_a_failure_is_the_report_and_nothing_else(gate_file: Callable[..., Path]
     assert re.search(r"  timestep 666: SQNR [-\d.]+ dB, asked >= 30", done.stdout)
     assert "next: compare with the float model" in done.stdout
     assert "checks.py" not in done.stdout
+
+
+def test_images_that_cannot_be_compared_are_skipped_not_passed(gate_file: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "out")  # brings no scheduler
+    write_golden(make_golden(bundle), tmp_path / "small.golden.json")
+
+    done = gate(gate_file(f'file = "{tmp_path / "small.golden.json"}"', bundle=bundle.root))
+
+    assert "tiny.gate.toml::images SKIPPED" in done.stdout
+    assert "3 passed, 1 skipped" in done.stdout
 
 
 def test_a_float_model_without_torch_says_what_is_missing(gate_file: Callable[..., Path]) -> None:

@@ -20,9 +20,12 @@ def golden(
     from tfmq_export.bundle import open_bundle
     from tfmq_export.testing.golden import make_golden, write_golden
 
-    made = make_golden(open_bundle(bundle), samples=samples, seed=seed)
+    opened = open_bundle(bundle)
+    made = make_golden(opened, samples=samples, seed=seed)
     write_golden(made, output)
     out.print(
         f"written to [bold]{output}[/] ({size(output.stat().st_size)}): {len(made.predictions)} timesteps, "
         f"{len(made.images)} images"
     )
+    if not made.images:
+        out.print(f"no images: gates draw with DDIM in numpy only; its sampler is {opened.manifest.sampler.kind}")

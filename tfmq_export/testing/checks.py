@@ -30,12 +30,14 @@ class Result:
         summary: What was measured, in a line.
         problems: Each bound that was missed: where, measured against asked. None where the check passed.
         advice: What to do about them.
+        skipped: Whether nothing could be compared; the summary says why.
     """
 
     check: str
     summary: str
     problems: tuple[str, ...] = ()
     advice: str = ""
+    skipped: bool = False
 
     @property
     def passed(self) -> bool:
@@ -133,10 +135,15 @@ def _predictions(gate: Gate, bundle: Bundle) -> Result:
 
 def _images(gate: Gate, bundle: Bundle) -> Result:
     golden, bounds, probe = _asked(gate, bundle)
+    if not golden.images:
+        return Result(
+            "images",
+            f"not compared: {bounds.file.name} has none, for gates draw with DDIM in numpy only, "
+            f"and this bundle's sampler is {bundle.manifest.sampler.kind}",
+            skipped=True,
+        )
     with load(bundle.root) as loaded:
         drawn = images(loaded, probe)
-    if not golden.images:
-        return Result("images", f"not compared: {bounds.file.name} has none, for want of a DDIM schedule")
     if drawn is None:
         raise AccuracyError(f"{bundle.root} has no DDIM schedule to draw the golden's images with; compile it again")
     found = [old.psnr_to(Sketch.of(image), golden.peak) for old, image in zip(golden.images, drawn, strict=True)]

@@ -17,7 +17,6 @@ from tfmq_export import __version__
 from tfmq_export.bundle import Bundle
 from tfmq_export.errors import AccuracyError, ConfigError, LoadError
 from tfmq_export.runtime.denoiser import load
-from tfmq_export.runtime.engines import engine_version
 from tfmq_export.testing.probe import images, predictions, probe_of
 from tfmq_export.testing.sketch import Sketch
 from tfmq_export.timesteps import TimestepSet
@@ -65,13 +64,13 @@ def make_golden(bundle: Bundle, *, samples: int = 2, seed: int = 0) -> Golden:
     manifest, probe = bundle.manifest, probe_of(bundle, samples, seed)
     with load(bundle.root) as loaded:
         answers = predictions(loaded, probe)
-        drawn = images(loaded, probe)
+        drawn, engine = images(loaded, probe), loaded.engine
     for timestep, answer in zip(manifest.timesteps.values, answers, strict=True):
         if not np.isfinite(answer).all():
             raise AccuracyError(f"{bundle.root}: predicts NaN or infinity at timestep {timestep:g}; compile it again")
     picture = drawn is None or (drawn.min() >= 0 and drawn.max() <= 1)
     return Golden(
-        origin=f"tfmq-export {__version__}, {engine_version(manifest.target)}, {manifest.preset} for {manifest.target}",
+        origin=f"tfmq-export {__version__}, {engine}, {manifest.preset} for {manifest.target}",
         source=manifest.source,
         fingerprint=manifest.fingerprint,
         timesteps=manifest.timesteps,
@@ -86,7 +85,7 @@ def make_golden(bundle: Bundle, *, samples: int = 2, seed: int = 0) -> Golden:
 
 
 def write_golden(golden: Golden, path: Path) -> None:
-    """Write it as JSON."""
+    """Write it as JSON; a file that is there is replaced in one step."""
     data = {
         "schema": SCHEMA,
         "origin": golden.origin,
@@ -104,7 +103,12 @@ def write_golden(golden: Golden, path: Path) -> None:
         ],
         "images": [sketch.to_json() for sketch in golden.images],
     }
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_golden(path: Path) -> Golden:

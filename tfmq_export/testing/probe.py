@@ -1,7 +1,7 @@
 """The fixed questions a bundle is asked: one batch at every timestep, and images from one noise.
 
-At timestep t the sample is ``signal_t * picture + noise_t * noise``, as on a sampling trajectory, where the bundle's
-scheduler tells the two levels; else it is noise. Pictures, noise and conditioning are the same on every machine.
+At timestep t the sample is ``signal_t * picture + noise_t * noise``, as on a sampling trajectory, where the bundle
+samples with DDIM; with any other scheduler it is noise. Pictures, noise and conditioning are the same on every machine.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.bundle import Bundle
-from tfmq_export.errors import ConfigError
+from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample
 
@@ -32,7 +32,7 @@ class Probe:
         picture: [N, ...], in -1..1.
         levels: Share of picture and of noise at each timestep, [T, 2].
         conditioning: [N, ...] by name.
-        schedule: How images are drawn; None where the bundle's sampler is not DDIM.
+        schedule: How images are drawn; None where the bundle's sampler is not DDIM as numpy knows it.
     """
 
     noise: NDArray[np.float32]
@@ -112,7 +112,12 @@ def _ddim(bundle: Bundle) -> DdimSchedule | None:
     manifest = bundle.manifest
     if manifest.sampler.kind != "DDIMScheduler" or not bundle.scheduler.is_file():
         return None
-    schedule = DdimSchedule.from_config(json.loads(bundle.scheduler.read_text("utf-8")), manifest.sampler.steps)
+    try:
+        schedule = DdimSchedule.from_config(json.loads(bundle.scheduler.read_text("utf-8")), manifest.sampler.steps)
+    except ConfigError:
+        return None  # an option that DDIM in numpy does not have, such as thresholding
+    except ValueError as error:
+        raise LoadError(f"{bundle.scheduler}: not a readable scheduler configuration ({error})") from error
     return schedule if tuple(schedule.timesteps.tolist()) == manifest.timesteps.values else None
 
 
