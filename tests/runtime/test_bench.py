@@ -1,6 +1,7 @@
 """tfmq-bench: candidates in processes of their own, turns on three clocks, reasons for what cannot run."""
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from tfmq_export.bench.report import COSTS, LATENCY, BenchReport, Missing, Row, 
 from tfmq_export.bench.run import Plan, bench
 from tfmq_export.bench.worker import Meter, open_candidate, sampling_run, timed_turn
 from tfmq_export.bench.workshop import Workshop
-from tfmq_export.bundle import Bundle, open_bundle, write_manifest
+from tfmq_export.bundle import Bundle, EngineInfo, open_bundle, write_manifest
 from tfmq_export.cli.bench import BASELINES
 from tfmq_export.errors import BuildError, ConfigError
 from tfmq_export.progress import Silent
@@ -140,8 +141,26 @@ def test_what_cannot_be_compared_is_refused(bundle: Bundle) -> None:
         Plan(threads=(0,))
     gpu = replace(bundle.manifest, target="tensorrt-rtx")
     write_manifest(bundle.root, gpu)
-    with pytest.raises(BuildError, match="integers run on a GPU only"):
+    with pytest.raises(BuildError, match=r"to run on a GPU, through .*; build an engine with tfmq-build"):
         run(open_bundle(bundle.root), Plan(), "none")
+
+
+def test_a_bundle_for_gpus_is_timed_on_its_engine_or_not_at_all(bundle: Bundle) -> None:
+    engine = EngineInfo("unet/engines/a.engine", "unet/model.onnx", "tensorrt", "11.4.0", (89,), 1, ())
+    built = replace(bundle, manifest=replace(bundle.manifest, target="tensorrt-rtx", engines=(engine,)))
+    cuda = replace(bundle, manifest=replace(bundle.manifest, target="ort-cuda"))
+    jobs = {"auto": built, "tensorrt": built, "onnxruntime-cuda": cuda}
+
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(bundle, None, Path(folder), 1, False)
+        for backend, each in jobs.items():
+            (candidate,) = candidates_of([each], [backend], [])
+            assert candidate.make(workshop, 1).backend == ("tensorrt" if each is built else backend)
+        for backend in ("onnxruntime", "tensorrt-rtx"):
+            with pytest.raises(ConfigError, match=r"through tensorrt-rtx or tensorrt$"):
+                candidates_of([built], [backend], [])[0].make(workshop, 1)
+        with pytest.raises(ConfigError, match="it has none"):
+            candidates_of([cuda], ["auto"], [TWIN])[0].make(workshop, 1)
 
 
 def test_scratch_files_do_not_reach_the_working_directory() -> None:

@@ -11,6 +11,7 @@ from tfmq_export.bench.peers import nncf_quantize, quantize_static
 from tfmq_export.bench.workshop import Workshop
 from tfmq_export.bundle import Bundle
 from tfmq_export.errors import ConfigError, DependencyError
+from tfmq_export.runtime.trt_child import FLAVOURS
 from tfmq_export.target import find_target
 
 TWIN = "twin"
@@ -122,22 +123,38 @@ def candidates_of(bundles: Sequence[Bundle], backends: Sequence[str], baselines:
 
 
 def _bundle(workshop: Workshop, threads: int, *, bundle: Bundle, backend: str) -> Job:
-    _require_cpu(bundle)
-    return workshop.job("bundle", bundle.root, threads, backend=backend)
+    return workshop.job("bundle", bundle.root, threads, backend=_backend_of(bundle, backend))
 
 
 def _twin(workshop: Workshop, threads: int, *, bundle: Bundle) -> Job:
-    _require_cpu(bundle)
+    if _gpu_backends(bundle):
+        raise ConfigError(f"it has none, because {bundle.manifest.target} runs engines or a GPU, not the graph alone")
     return workshop.job("bundle", workshop.float_twin(bundle), threads)
 
 
-def _require_cpu(bundle: Bundle) -> None:
+def _backend_of(bundle: Bundle, backend: str) -> str:
+    """The backend by name, where "auto" might fall back to a CPU and time something else than the bundle is for."""
+    target, known = bundle.manifest.target, _gpu_backends(bundle)
+    if not known:
+        return backend
+    built = {engine.flavour for engine in bundle.manifest.engines}
+    runnable = [name for name in known if name not in FLAVOURS or name in built]
+    if backend == "auto" and runnable:
+        return runnable[0]
+    if backend in runnable:
+        return backend
+    raise ConfigError(
+        f"{bundle.root}: compiled for {target}, to run on a GPU, through {' or '.join(known)}"
+        + ("" if runnable else f"; build an engine with tfmq-build {bundle.root}")
+    )
+
+
+def _gpu_backends(bundle: Bundle) -> tuple[str, ...]:
+    """What runs a bundle on a GPU, the first choice first; nothing for CPU targets."""
     target = find_target(bundle.manifest.target)
-    if target.engine == "tensorrt" or not target.integers:
-        raise ConfigError(
-            f"{bundle.root}: compiled for {target.name}, whose integers run on a GPU only; compile it for "
-            "ort-cpu or openvino to time it here"
-        )
+    if target.engine == "tensorrt":
+        return tuple(sorted(FLAVOURS, key=lambda flavour: flavour != target.name))
+    return () if target.integers else ("onnxruntime-cuda",)
 
 
 def _names(bundles: Sequence[Bundle]) -> list[str]:

@@ -29,6 +29,8 @@ from tfmq_export.runtime.ort_runner import OrtRunner
 from tfmq_export.runtime.ort_runner import version as ort_version
 from tfmq_export.runtime.runner import ReportsSettings, Runner, one_line
 from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample
+from tfmq_export.runtime.trt_child import FLAVOURS
+from tfmq_export.runtime.trt_runner import import_tensorrt
 
 Denoise = Callable[..., NDArray[Any]]
 """``denoise(sample, timestep, **conditioning) -> prediction``."""
@@ -161,6 +163,8 @@ def import_libraries(job: Job) -> None:
         engine_version(bundle.open_bundle(Path(job.path)).manifest.target)
     elif job.backend == "openvino":
         openvino_version()
+    elif job.backend in FLAVOURS:
+        import_tensorrt(job.backend)
     else:
         ort_version()
 
@@ -227,7 +231,7 @@ def open_torch(job: Job, meter: Meter) -> Opened:
 
 def settings_of(runner: Runner) -> Mapping[str, str]:
     """The engine's own account, where it gives one."""
-    return runner.settings() if isinstance(runner, ReportsSettings) else {"engine": type(runner).__name__}
+    return runner.settings() if isinstance(runner, ReportsSettings) else {"engine": runner.engine}
 
 
 if __name__ == "__main__":

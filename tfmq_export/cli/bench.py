@@ -23,7 +23,9 @@ def bench(
     baselines: Annotated[
         str | None, typer.Option(help=f"Of {BASELINES}; with commas, or all, or none.", show_default="those at hand")
     ] = None,
-    backends: Annotated[str, typer.Option(help="Engines of the bundles: auto, onnxruntime, openvino.")] = "auto",
+    backends: Annotated[
+        str, typer.Option(help="What runs the bundles: auto or names, as runtime.load takes them.")
+    ] = "auto",
     threads: Annotated[str, typer.Option(help="Threads of one inference, such as 1,2.")] = "1",
     batch: Annotated[str, typer.Option(help="Samples per call, or images per sampling run, such as 1,4.")] = "1",
     sampling: Annotated[bool, typer.Option("--sampling", help="Time whole sampling runs, prompt included.")] = False,
