@@ -23,6 +23,7 @@ from tfmq_export.bundle import Bundle, EngineInfo, open_bundle, write_manifest
 from tfmq_export.cli.bench import BASELINES
 from tfmq_export.errors import BuildError, ConfigError
 from tfmq_export.progress import Silent
+from tfmq_export.runtime import load
 from tfmq_export.runtime.benchmark import Timing
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
@@ -161,6 +162,19 @@ def test_a_bundle_for_gpus_is_timed_on_its_engine_or_not_at_all(bundle: Bundle) 
                 candidates_of([built], [backend], [])[0].make(workshop, 1)
         with pytest.raises(ConfigError, match="it has none"):
             candidates_of([cuda], ["auto"], [TWIN])[0].make(workshop, 1)
+
+
+def test_a_twin_is_made_once_and_without_the_rest_of_a_pipeline(bundle: Bundle, tmp_path: Path) -> None:
+    (bundle.root / "vae").mkdir()
+    (bundle.root / "vae/weights").write_text("gigabytes")
+    workshop = Workshop(bundle, None, tmp_path / "work", 1, False)
+
+    twin = workshop.float_twin(bundle)
+
+    assert workshop.float_twin(bundle) == twin
+    assert {path.name for path in twin.iterdir()} == {"unet", "tfmq"}
+    with load(twin) as loaded:
+        assert loaded.runner.inputs
 
 
 def test_scratch_files_do_not_reach_the_working_directory() -> None:

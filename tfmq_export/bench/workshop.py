@@ -159,12 +159,23 @@ class Workshop:
         """
         if any(item.name == "LowerTimestepGrids" and item.changed for item in bundle.manifest.passes):
             raise ConfigError("it has none, because its grids per timestep are part of the graph")
-        folder = self.folder / "twins" / f"{len(list(self.folder.glob('twins/*')))}"
-        shutil.copytree(bundle.root, folder)
+        if (folder := self._twins.get(bundle.root)) is not None:
+            return folder
+        folder = self.folder / "twins" / f"{len(self._twins)}"
+        # Not the components of a pipeline, which may be gigabytes.
+        graphs = [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]
+        for part in (bundle.root / "tfmq", *(graph.parent for graph in graphs)):
+            shutil.copytree(part, folder / part.name)
         graph = import_graph(onnx.load(bundle.model))
         run_passes(graph, [StripQdq()])
         save_model(export_model(graph), folder / bundle.model.relative_to(bundle.root))
+        self._twins[bundle.root] = folder
         return folder
+
+    @cached_property
+    def _twins(self) -> dict[Path, Path]:
+        """Those that were made, by the bundle's folder."""
+        return {}
 
     def _sampling_job(self) -> SamplingJob:
         info = self.bundle.manifest.sampler
