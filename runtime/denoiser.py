@@ -7,6 +7,7 @@ Requests are checked against the manifest before the engine sees them, so that a
 nothing, names what is wrong, and leaves the engine as it was.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -143,9 +144,11 @@ class LoadedBundle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.runner.__exit__(kind, error, traceback)
-        if self.prologue is not None:
-            self.prologue.__exit__(kind, error, traceback)
+        try:
+            self.runner.__exit__(kind, error, traceback)
+        finally:
+            if self.prologue is not None:
+                self.prologue.__exit__(kind, error, traceback)
 
 
 def load(
@@ -175,17 +178,24 @@ def load(
     if verify:
         bundle.verify()
     info, manifest = bundle.manifest.prologue, bundle.manifest
-    runner = open_graph(bundle, bundle.model, backend, threads=threads, integer=integer, precision=precision)
     taken = {x.name for x in manifest.inputs}
     if info is not None:
         taken = {x.name for x in manifest.inputs if x.role != "conditioning" or x.name in info.direct}
         taken |= {tensor.name for tensor in info.tensors}
-    _check_graph(bundle.model, runner, taken, {manifest.output})
-    if info is None or bundle.prologue is None:
-        return LoadedBundle(bundle, runner)
-    prologue = open_graph(bundle, bundle.prologue, backend, threads=threads, integer=integer, precision=precision)
-    _check_graph(bundle.prologue, prologue, set(info.reads), {tensor.name for tensor in info.tensors})
-    return LoadedBundle(bundle, runner, prologue)
+    with contextlib.ExitStack() as opened:  # a graph that is refused gives back what the others hold
+        runner = open_graph(bundle, bundle.model, backend, threads=threads, integer=integer, precision=precision)
+        opened.push(runner)
+        _check_graph(bundle.model, runner, taken, {manifest.output})
+        prologue = None
+        if info is not None and bundle.prologue is not None:
+            prologue = open_graph(
+                bundle, bundle.prologue, backend, threads=threads, integer=integer, precision=precision
+            )
+            opened.push(prologue)
+            _check_graph(bundle.prologue, prologue, set(info.reads), {tensor.name for tensor in info.tensors})
+        loaded = LoadedBundle(bundle, runner, prologue)
+        opened.pop_all()
+    return loaded
 
 
 def _check_graph(path: Path, runner: Runner, inputs: set[str], outputs: set[str]) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from tfmq_export.errors import BuildError, ConfigError, LoadError, TimestepError
 from tfmq_export.runtime import load
+from tfmq_export.runtime.ort_runner import OrtRunner
 
 Write = Callable[..., Path]
 
@@ -93,14 +94,20 @@ def test_an_altered_graph_is_found_on_request(tiny_bundle: Write) -> None:
         load(root, verify=True)
 
 
-def test_a_graph_with_other_inputs_than_the_manifest_is_refused(tiny_bundle: Write) -> None:
+def test_a_graph_with_other_inputs_than_the_manifest_is_refused(
+    tiny_bundle: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tiny_bundle()
     model = onnx.load(root / "unet" / "model.onnx")
     model.graph.input[0].name = model.graph.node[0].input[0] = "pixels"
     onnx.save(model, root / "unet" / "model.onnx")
 
+    closed: list[OrtRunner] = []
+    monkeypatch.setattr(OrtRunner, "__exit__", lambda self, *error: closed.append(self))
+
     with pytest.raises(LoadError, match="takes pixels, timestep and gives prediction, the manifest says"):
         load(root)
+    assert len(closed) == 1  # what was opened gives back what it holds
 
 
 def test_a_missing_graph_and_a_broken_one_are_told_apart(tiny_bundle: Write) -> None:
