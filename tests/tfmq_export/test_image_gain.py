@@ -4,6 +4,7 @@ from handwritten import denoiser_of, probe, silent
 from torch import Tensor, nn
 
 from tfmq_export.denoiser import Conditioning, Denoise
+from tfmq_export.errors import CalibrationError
 from tfmq_export.ptq.calibration import calibrate, pick_rows, shares
 from tfmq_export.ptq.image_gain import image_gain, weights_from
 
@@ -87,6 +88,14 @@ def test_a_timestep_visited_twice_has_the_mean_of_its_gains() -> None:
     denoiser = probe(Same(), timesteps=[3, 1], sampler=twice)
 
     assert image_gain(denoiser, seed=0, progress=silent).tolist() == pytest.approx([5.0, 4.0], rel=1e-3)
+
+
+def test_images_that_are_not_finite_are_refused_with_a_way_out() -> None:
+    def wild(denoise: Denoise, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        return factors(denoise, noise, conditioning) * float("inf")
+
+    with pytest.raises(CalibrationError, match='timestep_weights = "uniform"'):
+        image_gain(probe(Same(), timesteps=[7, 5, 3, 1], sampler=wild), seed=0, progress=silent)
 
 
 def test_weights_have_mean_one_and_forget_no_timestep() -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_export.denoiser import Denoise, Denoiser
+from tfmq_export.errors import CalibrationError
 from tfmq_export.progress import Step
 from tfmq_export.ptq.calibration import CalibrationStep, record
 from tfmq_export.ptq.weights import nearest_codes, per_output, search_weight_scale
@@ -42,6 +43,8 @@ def image_gain(
     Args:
         images: Trajectories to disturb.
         windows: Runs of neighbouring steps that are disturbed together; each costs the rest of a run.
+    Raises:
+        CalibrationError: disturbed images are not finite.
     """
     noise, prompts, plain = denoiser.noise(images, seed), denoiser.prompts(images), denoiser.module_denoise()
     coarse = replace(denoiser, module=coarsened(denoiser.module)).module_denoise()
@@ -56,6 +59,11 @@ def image_gain(
             moved = (denoiser.sampler(disturbed, noise, prompts) - reference).double().square().flatten(1).mean(1)
             logs.append(float((moved / max(disturbed.power, 1e-30)).clamp_min(1e-30).log().mean()))
             progress(number + 1, len(edges) - 1)
+    if not np.isfinite(logs).all():
+        raise CalibrationError(
+            "errors of 5-bit weights drive the images to NaN or infinity, so no timestep can be weighed by them; set "
+            'timestep_weights = "uniform" in [method]'
+        )
     middles = (edges[:-1] + edges[1:] - 1) / 2
     gains = torch.from_numpy(np.exp(np.interp(np.arange(len(calls)), middles, logs)))
     visited = np.concatenate([call.inputs[denoiser.timestep].reshape(-1)[:1].numpy() for call in calls])
