@@ -1,19 +1,16 @@
 """Engines as a user asks for them: tfmq-export --target tensorrt, then tfmq-build."""
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
+from commands import run
 from handwritten import build_dit
 from tiny_model import tiny_folder
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from tfmq_export.bundle import open_bundle
-from tfmq_export.cli.build import build
-from tfmq_export.cli.export import export
 from tfmq_export.compiler import compile_model
 from tfmq_export.config import CompileConfig, Method, Thresholds
 from tfmq_export.errors import ConfigError
@@ -29,17 +26,11 @@ SIZES = ["--calibration-images", "1", "--validation-images", "1", "--steps", "2"
 NO_GATE = ["--min-psnr", "-100", "--min-sqnr", "-100"]
 
 
-def run(command: Callable[..., None], *arguments: object) -> Result:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(command)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     folder = tmp_path_factory.mktemp("engines")
     out = folder / "out"
-    return out, run(export, tiny_folder(folder / "unet"), "-o", out, "--target", "tensorrt", "-q", *SIZES, *NO_GATE)
+    return out, run("export", tiny_folder(folder / "unet"), "-o", out, "--target", "tensorrt", "-q", *SIZES, *NO_GATE)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None and has_gpu(), reason="TensorRT builds here")
@@ -57,7 +48,7 @@ def test_where_tensorrt_is_missing_export_says_how_to_build(exported: tuple[Path
 def test_build_makes_an_engine_for_each_list_of_gpus(exported: tuple[Path, Result]) -> None:
     out, _ = exported
 
-    result = run(build, out, "--sm", "8.9", "--sm", "80,120", "--batch", "1,1,4", "--batch", "8", "-q")
+    result = run("build", out, "--sm", "8.9", "--sm", "80,120", "--batch", "1,1,4", "--batch", "8", "-q")
 
     assert result.exit_code == 0, result.output
     bundle = open_bundle(out)
@@ -83,7 +74,7 @@ def test_build_makes_an_engine_for_each_list_of_gpus(exported: tuple[Path, Resul
 def test_what_cannot_be_built_is_one_line_and_exit_code_2(
     exported: tuple[Path, Result], options: list[str], said: str
 ) -> None:
-    result = run(build, exported[0], "-q", *options)
+    result = run("build", exported[0], "-q", *options)
 
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
@@ -91,7 +82,7 @@ def test_what_cannot_be_built_is_one_line_and_exit_code_2(
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
 def test_tensorrt_that_is_not_installed_is_asked_for(exported: tuple[Path, Result]) -> None:
-    result = run(build, exported[0], "--tensorrt", "-q")
+    result = run("build", exported[0], "--tensorrt", "-q")
 
     assert result.exit_code == 2
     assert "TensorRT is not installed" in " ".join(result.output.split())
@@ -125,7 +116,7 @@ def test_a_bundle_in_two_graphs_gets_an_engine_for_each(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_a_bundle_runs_on_this_gpu_as_onnxruntime_computes_it(exported: tuple[Path, Result]) -> None:
     out, _ = exported
-    result = run(build, out, "--sm", gpu_capability(), "-q")
+    result = run("build", out, "--sm", gpu_capability(), "-q")
     assert result.exit_code == 0, result.output
 
     with load(out, verify=True) as engine, load(out, backend="onnxruntime") as reference:
