@@ -127,7 +127,7 @@ def find_preset(name: str) -> Preset:
         ConfigError: there is none of that name; suggests the nearest.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.4)
+        near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(PRESETS)}"
         raise ConfigError(f"unknown preset {name!r}; {hint}")
     return PRESETS[name]
