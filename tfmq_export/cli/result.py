@@ -83,6 +83,8 @@ def _pipeline_row(bundle: "Bundle") -> list[tuple[str, str]]:
     ours = {bundle.manifest.component, prologue_folder(bundle.manifest.component), "scheduler", "tfmq"}
     others = [name for name in files if "/" in name and name.partition("/")[0] not in ours]
     names = sorted({name.partition("/")[0] for name in others})
+    if not names:  # a pipeline of denoiser and scheduler alone
+        return []
     return [("pipeline", f"{', '.join(names)}: {size(sum((bundle.root / name).stat().st_size for name in others))}")]
 
 
