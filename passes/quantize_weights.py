@@ -34,6 +34,10 @@ from tfmq_export.passes.rescale_inputs import scale_input_channels
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.target import PtsLowering, Target
 
+STEP = 1 + 1e-4
+"""A step as float32 measures it: a weight that lies on the grid and was rounded to the next code is one step away, give
+or take the last bits of 127 steps."""
+
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
@@ -117,7 +121,7 @@ def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
     qmin, qmax = layer.weight.spec.qmin, layer.weight.spec.qmax
     clipped = (codes == qmin) & (weight < scale * qmin) | (codes == qmax) & (weight > scale * qmax)
     distance = np.abs(weight - scale * codes)
-    if (distance[~clipped] > np.broadcast_to(scale, codes.shape)[~clipped]).any():
+    if (distance > STEP * scale)[~clipped].any():
         raise PostconditionError(
             f"{layer.path}: the recipe's integers are not a rounding of this weight; made from another model?"
         )

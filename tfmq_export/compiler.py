@@ -95,14 +95,15 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     target = find_target(config.target)
     require_engine(target)
     check_settings(config, target)
+    given = None if recipe is None else _load_recipe(recipe, config)
     with stages.stage("Loading"):
         denoiser = _load(model)
         check_components(denoiser.pipeline, config.components)
     with replaced_folder(root) as partial:
         with stages.stage("Capturing the graph"):
             program = capture(denoiser)
-        if recipe is not None:
-            made = load_recipe(recipe)
+        if given is not None:
+            made = given
             _check_recipe(made, program, denoiser)
             program = program_for(program, made)
         else:
@@ -226,6 +227,20 @@ def _check_recipe(recipe: QuantRecipe, program: DiffusionProgram, denoiser: Deno
             f"the recipe is for {len(recipe.tib.timesteps)} steps ({recipe.tib.timesteps.describe()}), "
             f"--steps asks for {len(denoiser.timesteps)} ({denoiser.timesteps.describe()})"
         )
+
+
+def _load_recipe(path: Path, config: CompileConfig) -> QuantRecipe:
+    """Read a recipe, and refuse what was asked for by name and is otherwise in it: it is quantized already."""
+    recipe = load_recipe(path)
+    asked = config.model_dump(include={"preset", "effort"}, exclude_unset=True)
+    asked |= config.method.model_dump(exclude_unset=True)
+    made = {**recipe.provenance, "preset": recipe.preset}
+    for name, value in asked.items():
+        if str(value) != made.get(name, str(value)):
+            raise ConfigError(
+                f"{name} {value}: the recipe was made with {made[name]}; leave it out, or quantize without --recipe"
+            )
+    return recipe
 
 
 class _Timed:

@@ -119,6 +119,20 @@ class CompileConfig(BaseModel):
 TABLES: Mapping[str, type[BaseModel]] = {"thresholds": Thresholds, "method": Method}
 """Tables of a TOML file, and prefixes of flags."""
 
+ONLY_OPTIONS = (
+    "output",
+    "steps",
+    "scheduler",
+    "conditioning",
+    "guidance_scale",
+    "factory",
+    "recipe",
+    "resume",
+    "dump_dir",
+    "triton",
+)
+"""Options of tfmq-export that say which model, how it is sampled and where to, and are no settings."""
+
 
 def find_preset(name: str) -> Preset:
     """Look a preset up.
@@ -127,7 +141,7 @@ def find_preset(name: str) -> Preset:
         ConfigError: there is none of that name; suggests the nearest.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.4)
+        near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(PRESETS)}"
         raise ConfigError(f"unknown preset {name!r}; {hint}")
     return PRESETS[name]
@@ -143,7 +157,9 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> CompileConfig:
     if path is not None:
         try:
             values = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not readable TOML: {error}") from error
     tables = {name: values.pop(name, {}) for name in TABLES}
     for name, table in tables.items():
@@ -165,8 +181,11 @@ def _explain(error: ValidationError, path: Path | None) -> str:
     key = ".".join(str(part) for part in ([table] if table else []) + list(first["loc"]))
     where = f"{path}: " if path is not None else ""
     if first["type"] == "extra_forbidden":
-        inner = (f"{name}.{field}" for name, model in TABLES.items() for field in model.model_fields)
-        known = [*CompileConfig.model_fields, *inner]
-        near = difflib.get_close_matches(key, known, 1)
+        if key in ONLY_OPTIONS:
+            flag = key.replace("_", "-")
+            return f"{where}unknown setting {key!r}; it belongs to one run: give it as --{flag}"
+        inner = {f"{name}.{field}": field for name, model in TABLES.items() for field in model.model_fields}
+        near = [name for name, field in inner.items() if field == key.removeprefix("min_")]  # as the flag is called
+        near += difflib.get_close_matches(key, [*CompileConfig.model_fields, *inner], 1)
         return f"{where}unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     return f"{where}{key}: {first['msg']}, got {first['input']!r}"

@@ -121,4 +121,6 @@ def table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] |
 
 def size(count: int) -> str:
     """Bytes for people."""
+    if count < 1e5:
+        return f"{count / 1e3:.1f} kB"
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

@@ -49,6 +49,23 @@ def test_export_says_what_was_realized(packed: Path, tmp_path: Path) -> None:
     assert f"{len(convolutions)}/{len(convolutions)} convolutions" in result.output
 
 
+def test_a_recipe_decides_the_name_and_refuses_to_be_another(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = run("export", packed, "-o", "made", "--preset", "w4a8", "-q", *SIZES, *NO_GATE)
+
+    again = run("export", packed, "--recipe", "made", "-q", *SIZES, *NO_GATE)
+    other = run("export", packed, "--recipe", "made", "--preset", "w8a8", "-q", *SIZES)
+    scaled = run("export", packed, "--recipe", "made", "--les", "off", "-q", *SIZES)
+
+    assert (made.exit_code, again.exit_code) == (0, 0), made.output + again.output
+    assert [path.name for path in Path("out").iterdir()] == [f"{packed.parent.name}-w4a8"]
+    assert (other.exit_code, scaled.exit_code) == (2, 2)
+    assert "preset w8a8: the recipe was made with w4a8" in other.output
+    assert "les off: the recipe was made with uniform" in scaled.output
+
+
 def test_a_bundle_for_openvino_runs_in_its_integers_and_on_onnxruntime(packed: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     out = tmp_path / "out"

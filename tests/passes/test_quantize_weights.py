@@ -194,6 +194,23 @@ def test_a_weight_two_steps_from_its_integer_is_refused() -> None:
         run_passes(graph, [rewrite])
 
 
+@pytest.mark.parametrize("code", [-127, -100, -7, 6, 99, 126])
+def test_a_weight_on_the_grid_may_be_rounded_to_the_next_integer(code: int) -> None:
+    # Learned rounding does; in float32 that is some last bits more or less than a step.
+    scale = np.linspace(0.01, 0.02, 50, dtype=np.float32)
+    weight = np.nextafter(scale * np.float32(code), np.float32(-np.inf)).reshape(-1, 1, 1, 1).repeat(2, 1)
+    codes = np.full(weight.shape, code + 1, np.int8)
+    zero_points = np.zeros(len(scale), np.int32)
+    layer = layer_recipe("conv2d", "conv", weight, grid(0.03, 0), grid(0.1, 0))
+    layer = replace(layer, weight=replace(layer.weight, scale=scale, zero_point=zero_points), weight_codes=codes)
+
+    graph, rewrite = bound_graph(layer, weight)
+
+    assert (weight < scale.reshape(-1, 1, 1, 1) * code).all()
+    (report,) = run_passes(graph, [rewrite])
+    assert report.changed == ("net.conv2d",)
+
+
 def test_a_weight_beyond_the_grid_may_lie_at_its_end() -> None:
     shrunk = replace(LAYER.weight, scale=LAYER.weight.scale / 2)
     ends = np.clip(np.round(WEIGHT / shrunk.scale.reshape(-1, 1, 1, 1)), -128, 127).astype(np.int8)

@@ -43,8 +43,14 @@ def test_flags_of_the_method_win_over_its_table(tmp_path: Path) -> None:
         ("sed = 1", "unknown setting 'sed'; did you mean 'seed'?"),
         ("calibration_image = 1", "unknown setting 'calibration_image'; did you mean 'calibration_images'?"),
         ("[thresholds]\npsn = 1.0", "psn'; did you mean 'thresholds.psnr'?"),
+        ('les = "off"', "unknown setting 'les'; did you mean 'method.les'?"),
+        ("min_psnr = 30", "unknown setting 'min_psnr'; did you mean 'thresholds.psnr'?"),
+        ("steps = 25", "unknown setting 'steps'; it belongs to one run: give it as --steps"),
+        ("guidance_scale = 2", "give it as --guidance-scale"),
         ("zzzzzz = 1", "unknown setting 'zzzzzz'"),
         ('preset = "w8a9"', "unknown preset 'w8a9'; did you mean 'w8a8'?"),
+        ('preset = "int4"', "unknown preset 'int4'; there is w8a8, w4a8, w4a6, fp32"),
+        ('preset = "w3a3"', "unknown preset 'w3a3'; there is w8a8"),
         ("seed = -1", "seed: Input should be greater than or equal to 0, got -1"),
         ("calibration_images = 0", "calibration_images: "),
         ('seed = "many"', "seed: "),
@@ -75,14 +81,14 @@ def test_an_error_names_the_file(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
-def test_an_unreadable_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tfmq.toml"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(b"\xff\xfe")
 
     with pytest.raises(ConfigError, match="not readable TOML"):
         load_config(path, {})
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file or directory$"):
+        load_config(tmp_path / "none.toml", {})
 
 
 def test_a_flag_out_of_range_is_refused() -> None:

@@ -24,6 +24,7 @@ from tfmq_export.console import bars, err, out, reports_errors, set_up_logging
 
 if TYPE_CHECKING:
     from tfmq_export.bundle import Bundle
+    from tfmq_export.config import CompileConfig
     from tfmq_export.serving.options import Serving
 
 
@@ -137,7 +138,7 @@ def export(
     }
     settings = load_config(config, flags)
     set_up_logging(verbose)
-    root = output or Path("out") / f"{_name(model)}-{settings.preset}"
+    root = output or Path("out") / f"{_name(model)}-{_preset(settings, recipe)}"
     serving = None if triton is None else _servable(settings.target, triton)
 
     with bars(quiet) as progress:
@@ -190,6 +191,15 @@ def _how_to_build(bundle: "Bundle") -> None:
     out.print("which runs, in the bundle's folder,")
     for command in build_commands(bundle):
         out.print(command, markup=False, highlight=False)
+
+
+def _preset(settings: "CompileConfig", recipe: Path | None) -> str:
+    """What the bundle will be: a recipe has its own preset."""
+    if recipe is None:
+        return settings.preset
+    from tfmq_export.recipe_io import load_recipe
+
+    return load_recipe(recipe).preset
 
 
 def _name(model: Path) -> str:

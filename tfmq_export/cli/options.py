@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from tfmq_export.bundle import Bundle
     from tfmq_export.models.load import Source
 
-Model = Annotated[Path, typer.Argument(help="model.pt, a diffusers folder, or the weights of --factory.")]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="model.pt, a diffusers folder, or the weights of --factory.")
+]
 BundleFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A bundle made by tfmq-export.")]
 Factory = Annotated[str | None, typer.Option(help="package.module:build that returns (module, Description).")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps the bundle serves.", show_default="50")]
@@ -28,7 +30,9 @@ Conditioning = Annotated[Path | None, typer.Option(help="Prompt embeddings to ca
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.", show_default="the model's")]
 Against = Annotated[Path, typer.Option(help="The full-precision model the bundle came from.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log each step (-vv: each layer).")]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Log each step (-vv: each layer).")
+]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of the engine.")]
 MinPsnr = Annotated[float | None, typer.Option(help="Fail below this mean PSNR of the images, dB.")]
 MinSsim = Annotated[float | None, typer.Option(help="Fail below this mean SSIM of the images.")]

@@ -11,7 +11,7 @@ from tfmq_export.console import out, reports_errors, size
 
 @reports_errors
 def pack(
-    folder: Annotated[Path, typer.Argument(help="A diffusers model or pipeline folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A diffusers model or pipeline folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     conditioning: Conditioning = None,
     guidance_scale: Guidance = None,

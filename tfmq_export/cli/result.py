@@ -44,7 +44,8 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
     kept = [layer for layer in manifest.layers if layer.activation_bits == 0]
     for reason in sorted({layer.reason for layer in kept}):
         paths = [layer.path for layer in kept if layer.reason == reason]
-        shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+        names = list(dict.fromkeys(paths))  # the two products of an attention share its name
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         out.print(f"in floating point: {len(paths)} layers ({shown}): {reason}")
 
 
@@ -82,6 +83,8 @@ def _pipeline_row(bundle: "Bundle") -> list[tuple[str, str]]:
     ours = {bundle.manifest.component, prologue_folder(bundle.manifest.component), "scheduler", "tfmq"}
     others = [name for name in files if "/" in name and name.partition("/")[0] not in ours]
     names = sorted({name.partition("/")[0] for name in others})
+    if not names:  # a pipeline of denoiser and scheduler alone
+        return []
     return [("pipeline", f"{', '.join(names)}: {size(sum((bundle.root / name).stat().st_size for name in others))}")]
 
 
