@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
+from tfmq_export.replaced import replaced_file
 from tfmq_export.runtime.cuda_driver import CudaDevice
 from tfmq_export.runtime.engine_tensors import EngineTensors
 from tfmq_export.runtime.runner import one_line
@@ -195,9 +196,8 @@ class TrtRunner:
 
     def _save_cache(self) -> None:
         if self._cache_path is not None and self._cache is not None:
-            partial = self._cache_path.with_name(f".{self._cache_path.name}.partial")
-            partial.write_bytes(memoryview(self._cache.serialize()))
-            partial.replace(self._cache_path)
+            with replaced_file(self._cache_path) as partial:
+                partial.write_bytes(memoryview(self._cache.serialize()))
 
     def _note(self, severity: str, text: str) -> None:
         if severity in ("INTERNAL_ERROR", "ERROR"):

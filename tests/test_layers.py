@@ -21,6 +21,7 @@ DATA = frozenset(
         "pipeline_folder",
         "progress",
         "recipe",
+        "replaced",
         "spec",
         "target",
         "timesteps",

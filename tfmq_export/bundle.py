@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.recipe import TableType
+from tfmq_export.replaced import replaced_file
 from tfmq_export.timesteps import TimestepSet
 
 SCHEMA = 1
@@ -319,9 +320,8 @@ def open_bundle(root: Path) -> Bundle:
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write ``OUT/tfmq/manifest.json``."""
     text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
-    partial = root / "tfmq" / ".manifest.json.partial"
-    partial.write_text(text + "\n", "utf-8")
-    partial.replace(root / "tfmq" / "manifest.json")  # a bundle that is served may be extended
+    with replaced_file(root / "tfmq" / "manifest.json") as partial:  # a bundle that is served may be extended
+        partial.write_text(text + "\n", "utf-8")
 
 
 def _manifest_from(data: dict[str, Any]) -> Manifest:

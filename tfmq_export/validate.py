@@ -28,6 +28,7 @@ from tfmq_export.ptq.calibration import CalibrationStep, record
 from tfmq_export.ptq.simulate import program_for
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.recipe_io import load_recipe
+from tfmq_export.replaced import replaced_file
 from tfmq_export.runtime.compare import Comparison, Report, Threshold, has_ssim, psnr, sqnr_db, ssim
 from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.denoiser import load as load_bundle
@@ -63,7 +64,8 @@ class Validation:
 
     def write(self, path: Path, extra: Mapping[str, object] | None = None) -> None:
         """Write report.json."""
-        path.write_text(json.dumps({**self.to_json(), **(extra or {})}, indent=1) + "\n", "utf-8")
+        with replaced_file(path) as partial:
+            partial.write_text(json.dumps({**self.to_json(), **(extra or {})}, indent=1) + "\n", "utf-8")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

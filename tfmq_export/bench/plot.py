@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 
 from tfmq_export.bench.report import BenchReport, Row, Setting
+from tfmq_export.replaced import replaced_file
 
 OURS, BASE, OTHER = "#2b6cb0", "#4a5568", "#a0aec0"
 
@@ -27,7 +28,8 @@ def save_bars(path: Path, report: BenchReport) -> None:
         _panel(axis, setting)
     axes[-1, 0].set_xlabel(f"milliseconds per {report.unit}: median, p10 to p90")
     figure.suptitle(report.about["processor"], fontsize=10)
-    figure.savefig(path, dpi=110, format="png")
+    with replaced_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
 
 

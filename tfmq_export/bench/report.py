@@ -11,6 +11,7 @@ import numpy as np
 from tfmq_export.bench.job import Ready, Turn
 from tfmq_export.bench.machine import features, processor, versions
 from tfmq_export.bundle import Bundle
+from tfmq_export.replaced import replaced_file
 from tfmq_export.runtime.benchmark import Timing
 
 LATENCY = ("", "median ms", "p10", "p90", "p99", "speed", "per s")
@@ -173,9 +174,8 @@ class BenchReport:
 
     def write(self, path: Path) -> None:
         """Write the figures as JSON; a file that is there is replaced in one step."""
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")
-        partial.replace(path)
+        with replaced_file(path) as partial:
+            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")
 
 
 def _short(value: float) -> str:

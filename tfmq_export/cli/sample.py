@@ -35,6 +35,7 @@ def sample(
     from tfmq_export.bundle import open_bundle
     from tfmq_export.errors import ConfigError
     from tfmq_export.pictures import is_picture, save_rows
+    from tfmq_export.replaced import replaced_file
     from tfmq_export.sampling import Request, draw, draw_against
 
     opened = open_bundle(bundle)
@@ -50,10 +51,6 @@ def sample(
         raise ConfigError(
             f"{bundle}: draws latents {list(rows[0][1].shape[1:])}, not pictures; decode them with the VAE"
         )
-    partial = output.with_name(f".{output.name}.partial")
-    try:
+    with replaced_file(output) as partial:
         save_rows(partial, rows)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
     out.print(f"written to [bold]{output}[/]")

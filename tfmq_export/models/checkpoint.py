@@ -1,6 +1,5 @@
 """``model.pt``: one ``torch.save``d dict of plain data, read without running anything in it."""
 
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from tfmq_export.errors import LoadError
 from tfmq_export.models.diffusers_model import PromptSet, build
+from tfmq_export.replaced import replaced_file
 
 FORMAT = "tfmq-export model"
 VERSION = 1
@@ -95,12 +95,8 @@ def write_checkpoint(path: Path, model: nn.Module, scheduler: dict[str, Any], pr
             "guidance_scale": prompts.guidance_scale,
         },
     }
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replaced_file(path) as partial:
         torch.save(document, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

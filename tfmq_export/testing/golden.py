@@ -16,6 +16,7 @@ import numpy as np
 from tfmq_export import __version__
 from tfmq_export.bundle import Bundle
 from tfmq_export.errors import AccuracyError, ConfigError, LoadError
+from tfmq_export.replaced import replaced_file
 from tfmq_export.runtime.denoiser import load
 from tfmq_export.testing.probe import images, predictions, probe_of
 from tfmq_export.testing.sketch import Sketch
@@ -103,12 +104,8 @@ def write_golden(golden: Golden, path: Path) -> None:
         ],
         "images": [sketch.to_json() for sketch in golden.images],
     }
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replaced_file(path) as partial:
         partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_golden(path: Path) -> Golden:
