@@ -176,11 +176,11 @@ def gpu_capability(ordinal: int = 0) -> int:
         device.close()
 
 
-def has_gpu() -> bool:
-    """Whether there is a driver and a GPU it knows."""
+def has_gpu(*, library: str | None = None) -> bool:
+    """Whether there is a driver and a GPU that works: a broken one cannot build or run anything."""
     try:
-        CudaDevice().close()
-    except DependencyError:
+        CudaDevice(library=library).close()
+    except (DependencyError, BuildError):
         return False
     return True
 

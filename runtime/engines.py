@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tfmq_export.bundle import Bundle, EngineInfo
-from tfmq_export.errors import ConfigError, DependencyError, LoadError
+from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
 from tfmq_export.runtime import openvino_runner, ort_runner
 from tfmq_export.runtime.cuda_driver import CudaDevice, has_gpu
 from tfmq_export.runtime.openvino_runner import OpenVinoRunner
@@ -101,7 +101,7 @@ def open_graph(
         for flavour in dict.fromkeys(each.flavour for each in bundle.manifest.engines):
             try:
                 return open_engine(bundle, graph, flavour)
-            except (ConfigError, DependencyError) as error:
+            except (ConfigError, DependencyError, BuildError) as error:
                 _log.warning("%s: on ONNX Runtime, in floating point: %s", graph, error)
     return open_runner(graph, target.name, backend, threads=threads, integer=integer, precision=precision)
 

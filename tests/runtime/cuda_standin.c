@@ -7,12 +7,13 @@
 typedef int CUresult;
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_CONTEXT = 201 };
 
-static int started, depth, streams, retained, devices = 1, capturing;
+static int started, depth, streams, retained, devices = 1, capturing, broken;
 static size_t blocks, limit = (size_t)1 << 30;
 static void (*on_launch)(intptr_t);
 static intptr_t graphs;
 
 void standin_devices(int count) { devices = count; }
+void standin_broken(int value) { broken = value; }
 void standin_memory(size_t bytes) { limit = bytes; }
 void standin_on_launch(void (*callback)(intptr_t)) { on_launch = callback; }
 int standin_capturing(void) { return capturing; }
@@ -36,7 +37,12 @@ CUresult cuDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == 75 ? 8 : 9;
   return attribute == 75 || attribute == 76 ? OK : INVALID_VALUE;
 }
-CUresult cuDevicePrimaryCtxRetain(void **context, int device) { retained++; *context = &retained; return OK; }
+CUresult cuDevicePrimaryCtxRetain(void **context, int device) {
+  if (broken) return OUT_OF_MEMORY;
+  retained++;
+  *context = &retained;
+  return OK;
+}
 CUresult cuDevicePrimaryCtxRelease_v2(int device) { retained--; return OK; }
 CUresult cuCtxPushCurrent_v2(void *context) { if (context != &retained) return INVALID_VALUE; depth++; return OK; }
 CUresult cuCtxPopCurrent_v2(void **context) { if (!depth) return NO_CONTEXT; depth--; *context = &retained; return OK; }

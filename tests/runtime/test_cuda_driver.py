@@ -96,6 +96,18 @@ def test_a_gpu_that_is_not_there_is_refused(driver: Driver) -> None:
         driver.library.standin_devices(1)
 
 
+@has_compiler
+def test_a_gpu_that_does_not_answer_counts_as_none(driver: Driver) -> None:
+    assert has_gpu(library=driver.path)
+    driver.library.standin_broken(1)
+    try:
+        with pytest.raises(BuildError, match="out of memory"):
+            driver.device()
+        assert not has_gpu(library=driver.path)
+    finally:
+        driver.library.standin_broken(0)
+
+
 def test_a_machine_without_a_driver_says_so() -> None:
     if has_gpu():
         pytest.skip("there is a GPU")
