@@ -107,6 +107,21 @@ def test_validate_passes_and_gates(packed: Path, bundle: Path, tmp_path: Path) -
     assert "asked >= 200" in missed.output
 
 
+@pytest.mark.parametrize(
+    ("command", "option"), [("sample", "-o"), ("golden", "-o"), ("validate", "--json"), ("bench", "--plot")]
+)
+def test_a_file_without_its_folder_is_refused_before_the_work(
+    packed: Path, bundle: Path, tmp_path: Path, command: str, option: str
+) -> None:
+    against = ["--against", packed] if command == "validate" else []
+
+    result = run(command, bundle, *against, option, tmp_path / "none" / "file")
+
+    assert result.exit_code == 4
+    assert result.output.startswith(f"error: {tmp_path / 'none' / 'file'}: no folder")
+    assert result.output.count("\n") == 1
+
+
 def test_validate_refuses_another_model(bundle: Path, tmp_path: Path) -> None:
     other = UNet2DModel.from_pretrained(tiny_folder(tmp_path / "other"))
     with torch.no_grad():

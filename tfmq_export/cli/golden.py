@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tfmq_export.cli.options import BundleFolder
+from tfmq_export.cli.options import BundleFolder, require_folder_of
 from tfmq_export.console import out, reports_errors, size
 
 
@@ -20,6 +20,7 @@ def golden(
     from tfmq_export.bundle import open_bundle
     from tfmq_export.testing.golden import make_golden, write_golden
 
+    require_folder_of(output)
     made = make_golden(open_bundle(bundle), samples=samples, seed=seed)
     write_golden(made, output)
     out.print(

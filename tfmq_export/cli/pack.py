@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tfmq_export.cli.options import Conditioning, Guidance
+from tfmq_export.cli.options import Conditioning, Guidance, require_folder_of
 from tfmq_export.console import out, reports_errors, size
 
 
@@ -21,6 +21,7 @@ def pack(
     from tfmq_export.models.diffusers_model import PromptSet
     from tfmq_export.models.folder import read_folder, read_prompts
 
+    require_folder_of(output)
     model, scheduler = read_folder(folder)
     prompts = PromptSet() if conditioning is None else read_prompts(conditioning, guidance_scale)
     write_checkpoint(output, model, scheduler, prompts)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tfmq_export.cli.options import BundleFolder, Factory, Quiet, Threads, source_of
+from tfmq_export.cli.options import BundleFolder, Factory, Quiet, Threads, require_folder_of, source_of
 from tfmq_export.console import bars, out, reports_errors
 
 
@@ -37,6 +37,7 @@ def sample(
     from tfmq_export.pictures import is_picture, save_rows
     from tfmq_export.sampling import Request, draw, draw_against
 
+    require_folder_of(output)
     opened = open_bundle(bundle)
     if against is not None and (image, scheduler, steps) != (None, None, None):
         raise ConfigError("--against draws as the bundle was compiled; leave out --image, --scheduler and --steps")
