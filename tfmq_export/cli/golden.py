@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from tfmq_export.cli.options import BundleFolder, require_folder_of
 from tfmq_export.console import out, reports_errors, size
@@ -24,6 +25,6 @@ def golden(
     made = make_golden(open_bundle(bundle), samples=samples, seed=seed)
     write_golden(made, output)
     out.print(
-        f"written to [bold]{output}[/] ({size(output.stat().st_size)}): {len(made.predictions)} timesteps, "
-        f"{len(made.images)} images"
+        f"written to [bold]{escape(str(output))}[/] ({size(output.stat().st_size)}): "
+        f"{len(made.predictions)} timesteps, {len(made.images)} images"
     )

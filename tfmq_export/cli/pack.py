@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from tfmq_export.cli.options import Conditioning, Guidance, require_folder_of
 from tfmq_export.console import out, reports_errors, size
@@ -25,4 +26,4 @@ def pack(
     model, scheduler = read_folder(folder)
     prompts = PromptSet() if conditioning is None else read_prompts(conditioning, guidance_scale)
     write_checkpoint(output, model, scheduler, prompts)
-    out.print(f"packed {type(model).__name__} into [bold]{output}[/] ({size(output.stat().st_size)})")
+    out.print(f"packed {type(model).__name__} into [bold]{escape(str(output))}[/] ({size(output.stat().st_size)})")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from tfmq_export.cli.options import BundleFolder, Factory, Quiet, Threads, require_folder_of, source_of
 from tfmq_export.console import bars, out, reports_errors
@@ -57,4 +58,4 @@ def sample(
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
-    out.print(f"written to [bold]{output}[/]")
+    out.print(f"written to [bold]{escape(str(output))}[/]")
