@@ -12,6 +12,7 @@ from typing import ParamSpec
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -110,12 +111,12 @@ def bars(quiet: bool) -> Iterator[Bars | Lines]:
 
 
 def table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None) -> None:
-    """Print rows; numbers are the caller's strings."""
-    grid = Table(title=title, title_justify="left", show_header=header is not None, box=None, pad_edge=False)
+    """Print rows as they are; numbers are the caller's strings."""
+    grid = Table(title=escape(title), title_justify="left", show_header=header is not None, box=None, pad_edge=False)
     for column in header or rows[0]:
         grid.add_column(column if header else "")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*(escape(cell) for cell in row))
     out.print(grid)
 
 

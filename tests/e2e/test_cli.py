@@ -40,6 +40,17 @@ def bundle(packed: Path) -> Path:
     return out
 
 
+def test_a_default_folder_is_beside_those_of_other_targets(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for target in ("ort-cpu", "openvino"):
+        result = run("export", packed, "--preset", "fp32", "--target", target, "-q", *SIZES, *NO_GATE)
+        assert result.exit_code == 0, result.output
+
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tiny-fp32", "tiny-fp32-openvino"]
+
+
 def test_export_says_what_was_realized(packed: Path, tmp_path: Path) -> None:
     result = run("export", packed, "-o", tmp_path / "out", "--preset", "w4a6", "-q", *SIZES, *NO_GATE)
 
@@ -105,6 +116,21 @@ def test_validate_passes_and_gates(packed: Path, bundle: Path, tmp_path: Path) -
     assert '"passed": true' in report.read_text()
     assert missed.exit_code == 6
     assert "asked >= 200" in missed.output
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("sample", "-o"), ("golden", "-o"), ("validate", "--json"), ("bench", "--plot")]
+)
+def test_a_file_without_its_folder_is_refused_before_the_work(
+    packed: Path, bundle: Path, tmp_path: Path, command: str, option: str
+) -> None:
+    against = ["--against", packed] if command == "validate" else []
+
+    result = run(command, bundle, *against, option, tmp_path / "none" / "file")
+
+    assert result.exit_code == 4
+    assert result.output.startswith(f"error: {tmp_path / 'none' / 'file'}: no folder")
+    assert result.output.count("\n") == 1
 
 
 def test_validate_refuses_another_model(bundle: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tfmq_export.cli.options import Factory, Quiet, source_of
+from tfmq_export.cli.options import Factory, Quiet, require_folder_of, source_of
 from tfmq_export.console import bars, out, reports_errors, table
 from tfmq_export.errors import ConfigError
 
@@ -46,6 +46,7 @@ def bench(
     from tfmq_export.bench.workshop import Model
     from tfmq_export.bundle import open_bundle
 
+    require_folder_of(json, plot)
     opened = [open_bundle(folder) for folder in bundles]
     plan = Plan(_numbers("--threads", threads), _numbers("--batch", batch), rounds, seconds or math.inf, sampling)
     model = None if against is None else Model(source_of(opened[0], against, factory))

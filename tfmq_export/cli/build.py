@@ -70,7 +70,7 @@ def build(
             built.extend(more)
     table(f"{bundle}: engines", [_row(each) for each in built], ("graph", "GPUs", "in int8", "build", "size"))
     for each in built:
-        out.print(f"written: {bundle / each.info.file}", highlight=False)
+        out.print(f"written: {bundle / each.info.file}", markup=False, highlight=False)
 
 
 def _row(built: "BuiltEngine") -> tuple[str, ...]:

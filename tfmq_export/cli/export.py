@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from tfmq_export.cli.options import (
     Conditioning,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 def export(
     model: Model,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default="out/MODEL-PRESET")
+        Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default="out/MODEL-PRESET[-TARGET]")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="w8a8, w4a8, w4a6 or fp32.", show_default="w8a8")] = None,
     target: Annotated[
@@ -138,7 +139,7 @@ def export(
     }
     settings = load_config(config, flags)
     set_up_logging(verbose)
-    root = output or Path("out") / f"{_name(model)}-{_preset(settings, recipe)}"
+    root = output or Path("out") / "-".join([_name(model), _preset(settings, recipe), *_other_target(settings.target)])
     serving = None if triton is None else _servable(settings.target, triton)
 
     with bars(quiet) as progress:
@@ -152,12 +153,13 @@ def export(
             )
         except (KeyboardInterrupt, SystemExit):
             if checkpoint_of(root).exists():
-                err.print(f"finished blocks are kept in {checkpoint_of(root)}: the same command with --resume goes on")
+                kept = escape(str(checkpoint_of(root)))
+                err.print(f"finished blocks are kept in {kept}: the same command with --resume goes on")
             raise
     show(made.bundle, made.validation)
-    out.print(f"\nwritten to [bold]{root}[/] in {sum(made.seconds.values()):.0f} s")
+    out.print(f"\nwritten to [bold]{escape(str(root))}[/] in {sum(made.seconds.values()):.0f} s")
     if (root / "tfmq" / "samples.png").exists():
-        out.print(f"look at it: {root / 'tfmq' / 'samples.png'}")
+        out.print(f"look at it: {root / 'tfmq' / 'samples.png'}", markup=False)
     _how_to_build(made.bundle)
     if serving is not None:
         from tfmq_export.cli.triton import add_to_repository
@@ -183,11 +185,11 @@ def _how_to_build(bundle: "Bundle") -> None:
     if target.engine != "tensorrt" or bundle.manifest.engines:
         return
     if not target.built_in_place:
-        out.print(f"engines for any list of GPUs, built here: tfmq-build {bundle.root}")
+        out.print(f"engines for any list of GPUs, built here: tfmq-build {bundle.root}", markup=False)
         return
     out.print("\nno engine was built: TensorRT or a GPU is not here. On the machine that will run it, either of")
-    out.print(f"  tfmq-build {bundle.root} --tensorrt")
-    out.print(f"  sh {bundle.root / SCRIPT}")
+    out.print(f"  tfmq-build {bundle.root} --tensorrt", markup=False)
+    out.print(f"  sh {bundle.root / SCRIPT}", markup=False)
     out.print("which runs, in the bundle's folder,")
     for command in build_commands(bundle):
         out.print(command, markup=False, highlight=False)
@@ -200,6 +202,13 @@ def _preset(settings: "CompileConfig", recipe: Path | None) -> str:
     from tfmq_export.recipe_io import load_recipe
 
     return load_recipe(recipe).preset
+
+
+def _other_target(target: str) -> list[str]:
+    """In a default name: beside the bundle its recipe came from, not over it."""
+    from tfmq_export.config import CompileConfig
+
+    return [] if target == CompileConfig.model_fields["target"].default else [target]
 
 
 def _name(model: Path) -> str:

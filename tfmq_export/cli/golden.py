@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from tfmq_export.cli.options import BundleFolder
+from tfmq_export.cli.options import BundleFolder, require_folder_of
 from tfmq_export.console import out, reports_errors, size
 
 
@@ -20,12 +21,13 @@ def golden(
     from tfmq_export.bundle import open_bundle
     from tfmq_export.testing.golden import make_golden, write_golden
 
+    require_folder_of(output)
     opened = open_bundle(bundle)
     made = make_golden(opened, samples=samples, seed=seed)
     write_golden(made, output)
     out.print(
-        f"written to [bold]{output}[/] ({size(output.stat().st_size)}): {len(made.predictions)} timesteps, "
-        f"{len(made.images)} images"
+        f"written to [bold]{escape(str(output))}[/] ({size(output.stat().st_size)}): "
+        f"{len(made.predictions)} timesteps, {len(made.images)} images"
     )
     if not made.images:
         out.print(f"no images: gates draw with DDIM in numpy only; its sampler is {opened.manifest.sampler.kind}")

@@ -7,6 +7,7 @@ import typer
 
 from tfmq_export import __version__
 from tfmq_export.console import out
+from tfmq_export.errors import OutputError
 
 if TYPE_CHECKING:
     from tfmq_export.bundle import Bundle
@@ -46,6 +47,17 @@ def _version(value: bool) -> None:
 
 
 Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+
+
+def require_folder_of(*files: Path | None) -> None:
+    """Refuse a file that cannot be written for want of its folder, now and not after the work.
+
+    Raises:
+        OutputError: its folder is not there.
+    """
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise OutputError(f"{file}: no folder {file.parent}; make it, or choose another place")
 
 
 def source_of(bundle: "Bundle", against: Path, factory: str | None) -> "Source":

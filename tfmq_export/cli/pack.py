@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from tfmq_export.cli.options import Conditioning, Guidance
+from tfmq_export.cli.options import Conditioning, Guidance, require_folder_of
 from tfmq_export.console import out, reports_errors, size
 
 
@@ -21,7 +22,8 @@ def pack(
     from tfmq_export.models.diffusers_model import PromptSet
     from tfmq_export.models.folder import read_folder, read_prompts
 
+    require_folder_of(output)
     model, scheduler = read_folder(folder)
     prompts = PromptSet() if conditioning is None else read_prompts(conditioning, guidance_scale)
     write_checkpoint(output, model, scheduler, prompts)
-    out.print(f"packed {type(model).__name__} into [bold]{output}[/] ({size(output.stat().st_size)})")
+    out.print(f"packed {type(model).__name__} into [bold]{escape(str(output))}[/] ({size(output.stat().st_size)})")

@@ -44,9 +44,8 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
     kept = [layer for layer in manifest.layers if layer.activation_bits == 0]
     for reason in sorted({layer.reason for layer in kept}):
         paths = [layer.path for layer in kept if layer.reason == reason]
-        names = list(dict.fromkeys(paths))  # the two products of an attention share its name
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        out.print(f"in floating point: {len(paths)} layers ({shown}): {reason}")
+        shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+        out.print(f"in floating point: {len(paths)} layers ({shown}): {reason}", markup=False, highlight=False)
 
 
 def _tables(validation: "Validation") -> str:

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from tfmq_export.cli.options import BundleFolder, Factory, Quiet, Threads, source_of
+from tfmq_export.cli.options import BundleFolder, Factory, Quiet, Threads, require_folder_of, source_of
 from tfmq_export.console import bars, out, reports_errors
 
 
@@ -38,6 +39,7 @@ def sample(
     from tfmq_export.replaced import replaced_file
     from tfmq_export.sampling import Request, draw, draw_against
 
+    require_folder_of(output)
     opened = open_bundle(bundle)
     if against is not None and (image, scheduler, steps) != (None, None, None):
         raise ConfigError("--against draws as the bundle was compiled; leave out --image, --scheduler and --steps")
@@ -53,4 +55,4 @@ def sample(
         )
     with replaced_file(output) as partial:
         save_rows(partial, rows)
-    out.print(f"written to [bold]{output}[/]")
+    out.print(f"written to [bold]{escape(str(output))}[/]")

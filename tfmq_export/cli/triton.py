@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from tfmq_export.cli.options import BundleFolder
 from tfmq_export.console import out, reports_errors
@@ -55,7 +56,7 @@ def add_to_repository(bundle: "Bundle", repository: Path, serving: "Serving") ->
 
     for served in write_repository(bundle, repository, serving):
         batching = f"batches of up to {served.max_batch}" if served.max_batch else "no batching by the server"
-        out.print(f"written to [bold]{served.folder}[/], version {served.version}, {batching}")
+        out.print(f"written to [bold]{escape(str(served.folder))}[/], version {served.version}, {batching}")
 
 
 def _engines(words: list[str] | None) -> dict[str, Path]:

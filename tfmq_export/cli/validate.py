@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tfmq_export.cli.options import Against, BundleFolder, Factory, MinPsnr, MinSqnr, MinSsim, Quiet
+from tfmq_export.cli.options import Against, BundleFolder, Factory, MinPsnr, MinSqnr, MinSsim, Quiet, require_folder_of
 from tfmq_export.cli.result import show
 from tfmq_export.console import bars, reports_errors
 
@@ -35,6 +35,7 @@ def validate(
     ).thresholds
     opened = open_bundle(bundle)
     opened.verify()
+    require_folder_of(json)
     with bars(quiet) as progress:
         with progress.stage("Loading and capturing the model"):
             from tfmq_export.validate import subject_of
