@@ -48,7 +48,8 @@ def test_a_default_folder_is_beside_those_of_other_targets(
         result = run("export", packed, "--preset", "fp32", "--target", target, "-q", *SIZES, *NO_GATE)
         assert result.exit_code == 0, result.output
 
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tiny-fp32", "tiny-fp32-openvino"]
+    name = packed.parent.name
+    assert sorted(path.name for path in Path("out").iterdir()) == [f"{name}-fp32", f"{name}-fp32-openvino"]
 
 
 def test_export_says_what_was_realized(packed: Path, tmp_path: Path) -> None:
