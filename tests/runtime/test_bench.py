@@ -17,7 +17,7 @@ from tfmq_export.bench.peers import scratch
 from tfmq_export.bench.plot import save_bars
 from tfmq_export.bench.report import COSTS, LATENCY, BenchReport, Missing, Row, Setting
 from tfmq_export.bench.run import Plan, bench
-from tfmq_export.bench.worker import Meter, open_candidate, sampling_run, timed_turn
+from tfmq_export.bench.worker import Meter, open_candidate, sampling_run, single_call, timed_turn
 from tfmq_export.bench.workshop import Workshop
 from tfmq_export.bundle import Bundle, EngineInfo, open_bundle, write_manifest
 from tfmq_export.cli.bench import BASELINES
@@ -79,6 +79,29 @@ def test_a_sampling_run_takes_all_steps(bundle: Bundle, tmp_path: Path) -> None:
     assert meter.seconds > 0
     with pytest.raises(ConfigError, match="is not in this schedule"):
         sampling_run(opened.denoise, replace(job, sampling=SamplingJob(SCHEDULER, 5, 1.0)), inputs)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_first_call_is_as_large_as_those_of_the_run(scale: float) -> None:
+    job = Job("graph", "m.onnx", "i.npz", "x", "t", 1, sampling=SamplingJob(SCHEDULER, 2, scale))
+    prompt = np.ones((1, 3), np.float32)
+    inputs = {
+        "x": np.zeros((1, 2), np.float32),
+        "t": np.array([3]),
+        "prompt": prompt,
+        "prompt.unconditional": prompt[0],
+    }
+    sizes: list[tuple[int, int]] = []
+
+    def denoise(x: np.ndarray, timestep: object, /, prompt: np.ndarray) -> np.ndarray:
+        sizes.append((len(x), len(prompt)))
+        return x
+
+    single_call(denoise, job, inputs)()
+    sampling_run(denoise, job, inputs)
+
+    assert set(sizes) == {(int(scale), int(scale))}  # graphs with a fixed batch take no other
+    assert len(sizes) == 3
 
 
 def test_a_worker_that_cannot_run_tells_why_and_leaves_no_process(bundle: Bundle, tmp_path: Path) -> None:

@@ -129,9 +129,11 @@ def timed_turn(turn: Callable[[], object], meter: Meter) -> Turn:
 
 
 def single_call(denoise: Denoise, job: Job, inputs: Mapping[str, NDArray[Any]]) -> Callable[[], object]:
-    """One prediction at the first timestep; the prompt is prepared before."""
-    step = prompted(denoise, conditioning_of(job, inputs))
-    return partial(step, inputs[job.sample], inputs[job.timestep].item())
+    """One prediction at the first timestep, as large as the turns will ask for; the prompt is prepared before."""
+    halves = 2 if guidance_of(job, inputs) != 1 else 1  # a plain export has its batch fixed
+    conditioning = {name: np.concatenate([value] * halves) for name, value in conditioning_of(job, inputs).items()}
+    step = prompted(denoise, conditioning)
+    return partial(step, np.concatenate([inputs[job.sample]] * halves), inputs[job.timestep].item())
 
 
 def sampling_run(denoise: Denoise, job: Job, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -140,9 +142,15 @@ def sampling_run(denoise: Denoise, job: Job, inputs: Mapping[str, NDArray[Any]])
     schedule = DdimSchedule.from_config(job.sampling.scheduler, job.sampling.steps)
     conditioning = conditioning_of(job, inputs)
     null = {name: inputs[f"{name}.unconditional"] for name in conditioning if f"{name}.unconditional" in inputs}
-    scale = job.sampling.guidance_scale if null else 1.0
+    scale = guidance_of(job, inputs)
     step = prompted(denoise, conditioning) if scale == 1 else guided(denoise, conditioning, null, scale)
     return sample(step, inputs[job.sample], schedule)
+
+
+def guidance_of(job: Job, inputs: Mapping[str, NDArray[Any]]) -> float:
+    """The scale of a whole run; 1 without guidance, and for single calls."""
+    has_null = any(name.endswith(".unconditional") for name in inputs)
+    return job.sampling.guidance_scale if job.sampling is not None and has_null else 1.0
 
 
 def conditioning_of(job: Job, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
