@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tfmq_export.agreement import timestep_vector
 from tfmq_export.bundle import Bundle
 from tfmq_export.denoiser import Denoise
 from tfmq_export.errors import ConfigError, LoadError
@@ -21,7 +20,6 @@ from tfmq_export.models.schedulers import OWN, choose_scheduler
 from tfmq_export.pictures import load_picture
 from tfmq_export.progress import Progress, Step
 from tfmq_export.ptq.calibration import record
-from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.denoiser import load as load_bundle
 from tfmq_export.validate import as_images, bundle_denoise
 
@@ -70,7 +68,7 @@ def draw(bundle: Bundle, request: Request, progress: Progress) -> NDArray[np.flo
     noise = torch.from_numpy(np.random.default_rng(request.seed).standard_normal((request.images, *shape), np.float32))
     prompts = {name: stored[name][torch.arange(request.images) % len(stored[name])] for name in names}
     with load_bundle(bundle.root, threads=request.threads) as loaded, progress.stage("Sampling") as step:
-        denoise = _denoise(loaded, step, len(walk))
+        denoise = _counted(bundle_denoise(loaded), step, len(walk))
         if request.start is None:
             result = sampler(denoise, noise, prompts)
         else:
@@ -88,7 +86,7 @@ def draw_against(bundle: Bundle, source: Source, request: Request, progress: Pro
     with progress.stage("Sampling in full precision") as step:
         _, reference = record(model, model.module_denoise(), noise, prompts, step)
     with load_bundle(bundle.root, threads=request.threads) as loaded, progress.stage("Sampling the bundle") as step:
-        _, compiled = record(model, bundle_denoise(loaded, model), noise, prompts, step)
+        _, compiled = record(model, bundle_denoise(loaded), noise, prompts, step)
     above, below, _ = as_images(reference, compiled)
     return [("full precision", above), ("compiled", below)]
 
@@ -108,17 +106,15 @@ def _sampler(bundle: Bundle, request: Request, unconditional: Mapping[str, Tenso
     return DiffusersSampler(scheduler, request.steps or info.steps, empty, info.guidance_scale)
 
 
-def _denoise(loaded: LoadedBundle, step: Step, calls: int) -> Denoise:
-    """A bundle as a diffusers scheduler calls it."""
+def _counted(denoise: Denoise, step: Step, calls: int) -> Denoise:
+    """The same denoiser, which tells how far its walk is."""
     done = 0
 
-    def denoise(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
+    def counted(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
         nonlocal done
-        arrays = {name: value.detach().numpy() for name, value in conditioning.items()}
-        steps = timestep_vector(torch.as_tensor(timestep).reshape(-1).numpy())
-        prediction = torch.from_numpy(np.asarray(loaded(sample.detach().numpy(), steps, **arrays)))
+        prediction = denoise(sample, timestep, **conditioning)
         done += 1
         step(done, calls)
         return prediction
 
-    return denoise
+    return counted

@@ -132,7 +132,7 @@ def validate(
         trajectory, reference = record(denoiser, denoiser.module_denoise(), noise, prompts, step)
     with load_bundle(subject.bundle.root) as loaded:
         with progress.stage("Sampling in integers") as step:
-            _, compiled = record(denoiser, bundle_denoise(loaded, denoiser), noise, prompts, step)
+            _, compiled = record(denoiser, bundle_denoise(loaded), noise, prompts, step)
         with progress.stage("Comparing step by step") as step:
             per_step = []
             for done, recorded in enumerate(trajectory, start=1):
@@ -182,21 +182,22 @@ def _or_one(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values.reshape(-1) if values.size else np.ones(1)
 
 
-def bundle_denoise(loaded: LoadedBundle, denoiser: Denoiser) -> Denoise:
+def bundle_denoise(loaded: LoadedBundle) -> Denoise:
     """A compiled graph that stands in for the module in any sampler."""
 
     def denoise(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
-        inputs = {denoiser.sample: sample, denoiser.timestep: torch.as_tensor(timestep).reshape(-1), **conditioning}
-        return torch.from_numpy(run_bundle(loaded, denoiser, inputs))
+        arrays = {name: value.detach().numpy() for name, value in conditioning.items()}
+        steps = timestep_vector(torch.as_tensor(timestep).numpy())
+        return torch.from_numpy(np.asarray(loaded(sample.detach().numpy(), steps, **arrays)))
 
     return denoise
 
 
-def run_bundle(loaded: LoadedBundle, denoiser: Denoiser, inputs: Any) -> NDArray[Any]:
+def run_bundle(loaded: LoadedBundle, denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> NDArray[Any]:
     """One prediction of a compiled graph on recorded model inputs."""
-    arrays = {name: value.detach().numpy() for name, value in inputs.items()}
-    sample, timestep = arrays.pop(denoiser.sample), arrays.pop(denoiser.timestep)
-    return np.asarray(loaded(sample, timestep_vector(timestep), **arrays))
+    conditioning = dict(inputs)
+    sample, timestep = conditioning.pop(denoiser.sample), conditioning.pop(denoiser.timestep)
+    return bundle_denoise(loaded)(sample, timestep, **conditioning).numpy()
 
 
 def as_images(reference: Tensor, compiled: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:

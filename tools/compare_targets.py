@@ -107,7 +107,7 @@ def drawn_by(subject: Subject, canvas: Canvas) -> Iterator[tuple[str, Drawn]]:
 
     def drawn(loaded: LoadedBundle, receipt: Receipt, rest: torch.dtype | None = None) -> Drawn:
         twin = twin_of(subject, rest)
-        images = canvas.draw(bundle_denoise(loaded, subject.denoiser))
+        images = canvas.draw(bundle_denoise(loaded))
         return Drawn(receipt, images, canvas.draw(twin), canvas.draw(twin, NUDGE))
 
     with load_bundle(bundle.root) as loaded:

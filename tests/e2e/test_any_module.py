@@ -86,7 +86,7 @@ def test_the_bundle_predicts_what_the_module_predicts(name: str, preset: str, fl
     sample, conditioning = denoiser.noise(3, 9), denoiser.prompts(3)
 
     with load(out, threads=1, verify=True) as loaded:
-        predict = bundle_denoise(loaded, denoiser)
+        predict = bundle_denoise(loaded)
         for t in denoiser.timesteps.values:
             expected = denoiser.module_denoise()(sample, t, **conditioning)
             got = predict(sample, t, **conditioning)
@@ -100,7 +100,7 @@ def test_the_users_own_sampler_draws_from_the_bundle() -> None:
     reference = denoiser.sampler(denoiser.module_denoise(), noise, conditioning)
 
     with load(out, threads=1) as loaded:
-        images = denoiser.sampler(bundle_denoise(loaded, denoiser), noise, conditioning)
+        images = denoiser.sampler(bundle_denoise(loaded), noise, conditioning)
 
     assert torch.isfinite(images).all()
     assert sqnr_db(reference.numpy(), images.numpy()) > 20  # as one prediction: errors are not amplified here

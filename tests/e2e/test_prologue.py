@@ -200,8 +200,7 @@ def test_a_bundle_in_two_graphs_is_written_proved_and_samples(preset: str) -> No
     assert any(row.layer.activation_bits for row in moved) == (preset != "fp32")
     with load_bundle(root, threads=1, verify=True) as two, load_bundle(compiled(preset, False)[1].bundle.root) as one:
         images = [
-            denoiser.sampler(bundle_denoise(loaded, denoiser), denoiser.noise(3, 5), denoiser.prompts(3))
-            for loaded in (one, two)
+            denoiser.sampler(bundle_denoise(loaded), denoiser.noise(3, 5), denoiser.prompts(3)) for loaded in (one, two)
         ]
     assert torch.equal(*images)
 
@@ -275,5 +274,5 @@ def test_class_tables_leave_one_graph_without_modulation_layers(tmp_path: Path) 
     with load_bundle(tmp_path / "out", threads=1) as loaded:
         for t in denoiser.timesteps.values:
             wanted = denoiser.module_denoise()(sample, t, **labels)
-            got = bundle_denoise(loaded, denoiser)(sample, t, **labels)
+            got = bundle_denoise(loaded)(sample, t, **labels)
             assert sqnr_db(wanted.numpy(), got.numpy()) > 80  # fp32 rounding and nothing else

@@ -19,6 +19,7 @@ from torch import Tensor
 from tfmq_export.errors import ConfigError, OutputError
 from tfmq_export.ptq.draft import Draft
 from tfmq_export.ptq.fake_quant import Grid
+from tfmq_export.replaced import replaced_file
 
 KEY = "settings.json"
 FIELDS = ("tau", "exponent", "scale", "codes")
@@ -66,10 +67,9 @@ class Checkpoint:
         for draft in drafts:
             arrays |= _stored(draft)
         path = self._path(name)
-        partial = path.with_suffix(".partial")
         try:
-            save_file(arrays, partial)
-            partial.replace(path)
+            with replaced_file(path) as partial:
+                save_file(arrays, partial)
         except SafetensorError as error:  # a full disk
             raise OSError(f"{path}: {error}") from error
 
