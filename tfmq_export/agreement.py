@@ -32,6 +32,7 @@ from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 from tfmq_export.runtime.compare import sqnr_db
 from tfmq_export.runtime.ort_runner import OrtRunner
 from tfmq_export.target import find_target
+from tfmq_export.timesteps import timestep_vector
 
 ROUNDING = 1e-3  # of a code step: what fp32 arithmetic in another order may leave
 
@@ -171,9 +172,3 @@ def _feeds(inputs: Mapping[str, Tensor], timestep: str) -> dict[str, NDArray[Any
     feeds = {name: value.numpy() for name, value in inputs.items()}
     feeds[timestep] = timestep_vector(feeds[timestep])
     return feeds
-
-
-def timestep_vector(timesteps: NDArray[Any]) -> NDArray[Any]:
-    """Timesteps as graphs take them: [1] where all samples share one, which gathers one table row; else [N]."""
-    steps = timesteps.reshape(-1)
-    return steps[:1] if (steps == steps[0]).all() else steps

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.runtime.denoiser import LoadedBundle, load
+from tfmq_export.timesteps import timestep_vector
 
 
 class CompiledDenoiser(ModelMixin, ConfigMixin):
@@ -117,7 +118,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
                 )
         prediction = self.loaded(
             _array(sample, "float32"),
-            _timesteps(timestep),
+            timestep_vector(torch.as_tensor(timestep).numpy(force=True)),
             **{name: _array(value, self._conditioning[name]) for name, value in conditioning.items()},
         )
         found = torch.from_numpy(np.asarray(prediction)).to(sample.device, sample.dtype)
@@ -130,9 +131,3 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
 
 def _array(value: Tensor, dtype: str) -> NDArray[np.generic]:
     return np.asarray(value.numpy(force=True), dtype)
-
-
-def _timesteps(timestep: Any) -> NDArray[np.generic]:
-    """As graphs take them: [1] where all samples share one, which gathers one table row; else [N]."""
-    steps = torch.as_tensor(timestep).numpy(force=True).reshape(-1)
-    return steps[:1] if (steps == steps[0]).all() else steps

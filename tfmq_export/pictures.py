@@ -80,7 +80,7 @@ def load_picture(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 def save_comparison(path: Path, reference: NDArray[np.float32], images: NDArray[np.float32]) -> None:
     """Full precision above, compiled below; nothing for latents, which are no pictures."""
-    if is_picture(reference):
+    if is_picture(reference.shape):
         save_rows(path, [("full precision", reference[:PER_ROW]), ("compiled", images[:PER_ROW])])
 
 
@@ -109,9 +109,9 @@ def save_temporal(path: Path, timesteps: Sequence[float], rows: Sequence[Tempora
     plt.close(figure)
 
 
-def is_picture(images: NDArray[np.float32]) -> bool:
-    """Whether a batch can be looked at."""
-    return images.ndim == 4 and images.shape[1] in (1, 3)
+def is_picture(shape: Sequence[int | None]) -> bool:
+    """Whether a batch of this shape can be looked at."""
+    return len(shape) == 4 and shape[1] in (1, 3)
 
 
 def _strip(images: NDArray[np.float32], width: int) -> NDArray[np.float32]:

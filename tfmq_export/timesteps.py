@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,3 +118,9 @@ class TimestepSet:
 def _shortened(values: Iterable[float]) -> str:
     shown = [f"{value:g}" for value in values]
     return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]])
+
+
+def timestep_vector(timesteps: NDArray[Any]) -> NDArray[Any]:
+    """Timesteps as graphs take them: [1] where all samples share one, which gathers one table row; else [N]."""
+    steps = timesteps.reshape(-1)
+    return steps[:1] if (steps == steps[0]).all() else steps

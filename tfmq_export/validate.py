@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tfmq_export.adapt import adapt
-from tfmq_export.agreement import Agreement, LockStep, timestep_vector
+from tfmq_export.agreement import Agreement, LockStep
 from tfmq_export.bundle import Bundle
 from tfmq_export.config import Thresholds
 from tfmq_export.denoiser import Denoise, Denoiser
@@ -36,6 +36,7 @@ from tfmq_export.runtime.realized import realized_by_target
 from tfmq_export.runtime.receipt import Receipt
 from tfmq_export.target import find_target
 from tfmq_export.temporal_features import TemporalErrors, compare_temporal
+from tfmq_export.timesteps import timestep_vector
 
 IMAGE_CHANNELS = (1, 3)
 

@@ -40,7 +40,12 @@ def sample(
     from tfmq_export.sampling import Request, draw, draw_against
 
     require_folder_of(output)
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"{output}: pictures are written as PNG; name it {output.with_suffix('.png').name}")
     opened = open_bundle(bundle)
+    (sample,) = opened.manifest.input("sample")
+    if not is_picture((None, *sample.shape)):
+        raise ConfigError(f"{bundle}: draws latents {list(sample.shape)}, not pictures; decode them with the VAE")
     if against is not None and (image, scheduler, steps) != (None, None, None):
         raise ConfigError("--against draws as the bundle was compiled; leave out --image, --scheduler and --steps")
     request = Request(images, seed, threads, scheduler, steps, image, strength)
@@ -49,10 +54,6 @@ def sample(
             rows = [("compiled", draw(opened, request, progress))]
         else:
             rows = draw_against(opened, source_of(opened, against, factory), request, progress)
-    if not is_picture(rows[0][1]):
-        raise ConfigError(
-            f"{bundle}: draws latents {list(rows[0][1].shape[1:])}, not pictures; decode them with the VAE"
-        )
     with replaced_file(output) as partial:
         save_rows(partial, rows)
     out.print(f"written to [bold]{escape(str(output))}[/]")
