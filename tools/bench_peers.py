@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--presets", nargs="+", default=["w8a8", "w4a8", "w4a6"])
     parser.add_argument("--effort", default="fast", help="of our quantization; the peers have no such knob")
     parser.add_argument("--les", default="uniform", help="smoothquant gives the same graph in a tenth of the time")
+    parser.add_argument("--attention", nargs="+", choices=["float", "integer"], default=["float"], help="ours")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--images", type=int, default=4, help="trajectories to calibrate with, and as many held out")
     parser.add_argument("--ort-only", action="store_true", help="without OpenVINO and NNCF")
@@ -136,9 +137,11 @@ def graphs(args: argparse.Namespace, denoiser: Denoiser, rows: Rows, folder: Pat
     yield Graph(BASELINE, source, (ORT, OV_F32, OV_BF16), partial(export_float, denoiser, source, args.batch))
     for target, engines in TARGETS.items():
         for preset in ("fp32", *args.presets) if target == "ort-cpu" else args.presets:
-            root = folder / f"{preset}-{target}"
-            make = partial(compile_ours, args, root, preset, target, console)
-            yield Graph(f"{preset} for {target}", root / denoiser.component / "model.onnx", engines, make, bundle=True)
+            for attention in args.attention if preset != "fp32" else ["float"]:
+                name = f"{preset} for {target}" + ", integer attention" * (attention == "integer")
+                root = folder / f"{preset}-{target}{'-attention' * (attention == 'integer')}"
+                make = partial(compile_ours, args, root, preset, target, attention, console)
+                yield Graph(name, root / denoiser.component / "model.onnx", engines, make, bundle=True)
     path = folder / "quantize_static" / "model.onnx"
     yield Graph("quantize_static", path, (ORT,), partial(quantize_static, source, path, rows))
     for name, transformer in (("nncf", False), ("nncf, transformer", True)):
@@ -147,13 +150,15 @@ def graphs(args: argparse.Namespace, denoiser: Denoiser, rows: Rows, folder: Pat
         yield Graph(name, path, (OV_F32, OV_BF16), make)
 
 
-def compile_ours(args: argparse.Namespace, root: Path, preset: str, target: str, console: Console) -> None:
+def compile_ours(
+    args: argparse.Namespace, root: Path, preset: str, target: str, attention: str, console: Console
+) -> None:
     """Through the compiler's front door; what an engine makes of the graph is what is measured here."""
     config = CompileConfig(
         preset=preset,
         target=target,
         effort=args.effort,
-        method=Method(les=args.les),
+        method=Method(les=args.les, attention=attention),
         calibration_images=args.images,
         validation_images=1,
         thresholds=NO_GATE,
