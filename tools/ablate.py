@@ -9,11 +9,13 @@ a run that was interrupted goes on behind the last finished row. Writes ablation
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from torch import Tensor
 
 from tfmq_export.config import Method, find_preset
 from tfmq_export.denoiser import Denoiser
+from tfmq_export.device import find_device, module_on, repeatable
 from tfmq_export.models.load import Source, load
-from tfmq_export.program import capture
+from tfmq_export.program import capture, program_on
+from tfmq_export.progress import Step
 from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.calibration import CalibrationStep, calibrate, record
 from tfmq_export.ptq.effort import find_effort
@@ -33,6 +37,7 @@ from tfmq_export.ptq.image_gain import image_gain, weights_from
 from tfmq_export.ptq.quantize import quantize
 from tfmq_export.ptq.simulate import Simulation
 from tfmq_export.recipe import QuantRecipe
+from tfmq_export.recipe_io import save_recipe
 from tfmq_export.runtime.compare import psnr, sqnr_db, ssim
 from tfmq_export.target import find_target
 from tfmq_export.temporal_features import compare_temporal
@@ -109,7 +114,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu", help="where rows are computed")
     parser.add_argument("--output", type=Path, default=Path("out/ablation"))
+    parser.add_argument("--keep", action="store_true", help="leave each row's recipe beside its numbers")
     parser.add_argument("--metrics", type=Path, help="Inception weights: also FID, sFID, KID and IS")
     parser.add_argument("--reference", type=Path, help="real images for --metrics (npz)")
     parser.add_argument("--row", nargs=5, metavar=("PRESET", "EFFORT", "GROUP", "NAME", "SEED"), help=argparse.SUPPRESS)
@@ -147,8 +154,9 @@ def _path(args: argparse.Namespace, row: tuple[str, ...]) -> Path:
 
 def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, name: str, seed: str) -> None:
     """Quantize, sample, compare; write the row's JSON."""
-    denoiser = load(Source(args.model, steps=args.steps))
-    recorded, reference, gain = _full_precision(args, denoiser)
+    denoiser, device = load(Source(args.model, steps=args.steps)), find_device(args.device)
+    there = replace(denoiser, module=module_on(denoiser.module, device))
+    recorded, reference, gain = _full_precision(args, there, find_effort(effort).images)
     widths, method = find_preset(preset), Method(**GROUPS[group][name])
     outputs = find_target("ort-cpu").quantized_outputs
     plan = QuantPlan(
@@ -157,10 +165,12 @@ def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, nam
     start = time.perf_counter()
     weights = weights_from(gain) if method.timestep_weights == "image" else None
     subject = prepare(capture(denoiser), denoiser, recorded, plan, {}, weights)
-    recipe = quantize(subject, plan, lambda done, total: None)
+    program = program_on(subject.program, device)
+    with repeatable(device):
+        recipe = quantize(replace(subject, program=program), plan, _tell(seed))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    simulation = Simulation(subject.program, recipe)
+    simulation = Simulation(program, recipe)
 
     def denoise(sample: Tensor, timestep: object, /, **given: Tensor) -> Tensor:
         return simulation(denoiser.inputs(sample, timestep, given))
@@ -172,6 +182,7 @@ def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, nam
     result = {
         "preset": preset,
         "effort": effort,
+        "device": device.type,
         "group": group,
         "name": name,
         "seed": int(seed),
@@ -182,6 +193,10 @@ def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, nam
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak,
     }
+    if args.keep:
+        folder = _path(args, (preset, effort, group, name, seed)).with_suffix("")
+        folder.mkdir(exist_ok=True)
+        save_recipe(recipe, folder)
     if args.metrics:
         result |= inception_metrics(found, args.reference, args.metrics)
     partial = _path(args, (preset, effort, group, name, seed)).with_suffix(".partial")
@@ -189,22 +204,43 @@ def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, nam
     partial.replace(partial.with_suffix(".json"))
 
 
-def _full_precision(args: argparse.Namespace, denoiser: Denoiser) -> tuple[tuple[CalibrationStep, ...], Tensor, Tensor]:
-    """The calibration trajectory, the reference images and each timestep's gain, computed once per model."""
-    path = args.output / f"full-precision-{args.images}.pt"
+def _full_precision(
+    args: argparse.Namespace, denoiser: Denoiser, images: int
+) -> tuple[tuple[CalibrationStep, ...], Tensor, Tensor]:
+    """The calibration trajectory, the reference images and each timestep's gain, computed once per model.
+
+    Args:
+        images: To record.
+    """
+    path = args.output / f"full-precision-{images}-{args.images}.pt"
     if not path.exists():
-        steps = calibrate(denoiser, images=16, seed=0, progress=lambda done, total: None)
+        steps = calibrate(denoiser, images=images, seed=0, progress=lambda done, total: None)
         noise, prompts = denoiser.noise(args.images, 1), denoiser.prompts(args.images)
-        images = denoiser.sampler(denoiser.module_denoise(), noise, prompts)
+        drawn = denoiser.sampler(denoiser.module_denoise(), noise, prompts)
         gain = image_gain(denoiser, seed=0, progress=lambda done, total: None)
         calls = [(dict(step.inputs), step.prediction) for step in steps]
-        torch.save({"steps": calls, "images": images, "gain": gain}, path)
+        partial = path.with_suffix(f".{os.getpid()}")
+        torch.save({"steps": calls, "images": drawn, "gain": gain}, partial)
+        partial.replace(path)
     kept = torch.load(path, weights_only=True)
     return tuple(CalibrationStep(*step) for step in kept["steps"]), kept["images"], kept["gain"]
 
 
 def _first(step: CalibrationStep, denoiser: Denoiser) -> dict[str, Tensor]:
     return {name: value if value.ndim == 0 else value[:8] for name, value in step.inputs.items()}
+
+
+def _tell(seed: str) -> Step:
+    """Progress in a log: a line for every twentieth part."""
+    last, start = -1, time.perf_counter()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        if 20 * done // total > last:
+            last = 20 * done // total
+            print(f"  seed {seed}: {5 * last} %, {time.perf_counter() - start:.0f} s", flush=True)
+
+    return tell
 
 
 def _temporal(recipe: QuantRecipe, denoiser: Denoiser) -> dict[str, object]:

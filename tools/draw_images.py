@@ -1,0 +1,85 @@
+"""Many images of one model under several recipes, from the same noise, for metrics over distributions.
+
+    python tools/draw_images.py MODEL RECIPE... [--images 1024] [--device auto] [--output DIR]
+
+A recipe is a folder that ``tools/ablate.py --keep`` left, or a bundle. Draws in PyTorch fake-quant and writes an npz of
+bytes [N, H, W, 3] for each, named like it, and ``full-precision.npz``. ``tools/ablation_metrics.py`` judges them.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from ablation_metrics import as_bytes
+from torch import Tensor
+
+from tfmq_export.denoiser import Denoise, Denoiser
+from tfmq_export.device import find_device, module_on, repeatable
+from tfmq_export.models.load import Source, load
+from tfmq_export.program import capture, program_on
+from tfmq_export.ptq.simulate import Simulation, program_for
+from tfmq_export.recipe_io import load_recipe
+
+BATCH = 256
+SEED = 1  # as the images of tools/ablate.py
+
+
+def main() -> None:
+    """Draw with the model, then under each recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("recipes", type=Path, nargs="*")
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--output", type=Path, default=Path("out/images"))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    denoiser, device = load(Source(args.model, steps=args.steps)), find_device(args.device)
+    with repeatable(device):
+        for name, denoise in denoisers(denoiser, args.recipes, device):
+            images = draw(denoiser, denoise, args.images)
+            np.savez_compressed(args.output / f"{name}.npz", images=as_bytes(images).transpose(0, 2, 3, 1))
+            print(f"{name}: {len(images)} images", flush=True)
+
+
+def denoisers(denoiser: Denoiser, recipes: list[Path], device: torch.device) -> Iterator[tuple[str, Denoise]]:
+    """The model itself, then each recipe carried out."""
+    yield "full-precision", replace(denoiser, module=module_on(denoiser.module, device)).module_denoise()
+    program = capture(denoiser)
+    for path in recipes:
+        recipe = load_recipe(path)
+        moved = program_on(program_for(program, recipe), device)
+        missing = {layer.name for layer in recipe.layers} - {node.name for node in moved.module.graph.nodes}
+        if missing:
+            raise SystemExit(f"{path}: made from another model or by another PyTorch: no {sorted(missing)[0]} here")
+        simulation = Simulation(moved, recipe)
+
+        def quantized(
+            sample: Tensor, timestep: object, /, simulation: Simulation = simulation, **given: Tensor
+        ) -> Tensor:
+            return simulation(denoiser.inputs(sample, timestep, given))
+
+        yield path.name, quantized
+
+
+def draw(denoiser: Denoiser, denoise: Denoise, count: int) -> np.ndarray:
+    """Pictures in 0..1, [count, 3, H, W], in batches."""
+    noise, prompts = denoiser.noise(count, SEED), denoiser.prompts(count)
+    torch.manual_seed(SEED)
+    parts = [
+        denoiser.sampler(
+            denoise,
+            noise[first : first + BATCH],
+            {name: value[first : first + BATCH] for name, value in prompts.items()},
+        )
+        for first in range(0, count, BATCH)
+    ]
+    return ((torch.cat(parts).clamp(-1, 1) + 1) / 2).numpy()
+
+
+if __name__ == "__main__":
+    main()
