@@ -27,7 +27,7 @@ DATA = frozenset(
         "timesteps",
     }
 )
-MODEL_SIDE = frozenset({"denoiser"})
+MODEL_SIDE = frozenset({"denoiser", "device"})
 """What a loader hands to capture and calibration: torch and data."""
 TOP = frozenset({"compiler", "cli"})
 TORCH = frozenset({"torch"})
@@ -37,7 +37,8 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # part: (third-party packages it may import, parts of tfmq_export it may import besides itself)
     **dict.fromkeys(DATA, (frozenset({"numpy", "pydantic"}), DATA)),
     "recipe_io": (frozenset({"numpy", "safetensors"}), DATA),
-    "denoiser": (TORCH, DATA),
+    "device": (TORCH, DATA),
+    "denoiser": (TORCH, DATA | {"device"}),
     "models": (TORCH | {"diffusers", "numpy", "safetensors"}, DATA | MODEL_SIDE),
     "analysis": (TORCH, DATA),
     "blocks": (TORCH, DATA | {"analysis"}),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tfmq_export.config import CompileConfig, find_preset
+from tfmq_export.config import CompileConfig, Method, find_preset
 from tfmq_export.errors import TargetError
 from tfmq_export.narrow_rows import narrow
 from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe, TableType
@@ -37,6 +37,13 @@ def check_settings(config: CompileConfig, target: Target) -> None:
             'set fsc = "tib" in [method], or use --target openvino'
         )
     _check_tables(config.tables, target)
+
+
+def settle(method: Method, target: Target) -> Method:
+    """The method with what it leaves to the target decided."""
+    if method.attention != "auto":
+        return method
+    return method.model_copy(update={"attention": "integer" if target.integer_attention else "float"})
 
 
 def adapt(recipe: QuantRecipe, target: Target, tables: TableType = "fp32") -> QuantRecipe:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from torch import nn
 
-from tfmq_export.adapt import adapt, check_settings
+from tfmq_export.adapt import adapt, check_settings, settle
 from tfmq_export.bundle import Bundle
 from tfmq_export.config import CompileConfig, find_preset
 from tfmq_export.denoiser import Denoiser, Description
+from tfmq_export.device import find_device, module_on, repeatable
 from tfmq_export.emit import Graphs, emit
 from tfmq_export.errors import ConfigError, RecipeError
 from tfmq_export.export import export_onnx
@@ -26,7 +27,7 @@ from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import dump_to, export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.pictures import TemporalRow, save_comparison, save_temporal
-from tfmq_export.program import DiffusionProgram, capture
+from tfmq_export.program import DiffusionProgram, capture, program_on
 from tfmq_export.progress import Progress, Silent, Step
 from tfmq_export.prologue import cut_prologue
 from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
@@ -176,12 +177,14 @@ def _quantize(
     Args:
         keep: Folder of the checkpoint, and whether to go on from it.
     """
-    preset, method, effort = find_preset(config.preset), config.method, find_effort(config.effort)
-    images = config.calibration_images or effort.images
+    preset, effort = find_preset(config.preset), find_effort(config.effort)
+    method = settle(config.method, find_target(config.target))
+    images, device = config.calibration_images or effort.images, find_device(config.device)
     provenance = {
         "model": denoiser.source,
         "seed": str(config.seed),
         "effort": config.effort,
+        "device": device.type,
         "calibration_images": str(images),
         **{name: str(value) for name, value in method.model_dump().items()},
         "python": platform.python_version(),
@@ -202,19 +205,21 @@ def _quantize(
     settings = {"fingerprint": program.fingerprint, "preset": config.preset, **provenance}
     settings |= {"timesteps": f"{len(denoiser.timesteps)}: {denoiser.timesteps.describe()}"}
     settings |= {"quantized outputs": ", ".join(sorted(plan.quantized_outputs)) or "none"}
-    with Checkpoint(keep[0], settings, resume=keep[1]) as checkpoint:
+    with Checkpoint(keep[0], settings, resume=keep[1]) as checkpoint, repeatable(device):
+        there = replace(denoiser, module=module_on(denoiser.module, device))
         with stages.stage("Recording the model's own trajectory") as step:
-            recorded = calibrate(denoiser, images=images, seed=config.seed, progress=step)
+            recorded = calibrate(there, images=images, seed=config.seed, progress=step)
         weights = None
         if method.timestep_weights == "image":
             with stages.stage("Weighing the timesteps") as step:
-                gain = image_gain(denoiser, seed=config.seed, progress=step)
+                gain = image_gain(there, seed=config.seed, progress=step)
             provenance["image_gain"] = " ".join(f"{value:.3g}" for value in gain.tolist())
             weights = weights_from(gain)
         with stages.stage("Tabulating the timesteps"):
             subject = prepare(program, denoiser, recorded, plan, provenance, weights)
         with stages.stage("Quantizing") as step:
-            return subject.program, quantize(subject, plan, step, checkpoint)
+            moved = replace(subject, program=program_on(subject.program, device))
+            return subject.program, quantize(moved, plan, step, checkpoint)
 
 
 def _check_recipe(recipe: QuantRecipe, program: DiffusionProgram, denoiser: Denoiser) -> None:
@@ -236,7 +241,7 @@ def _load_recipe(path: Path, config: CompileConfig) -> QuantRecipe:
     asked |= config.method.model_dump(exclude_unset=True)
     made = {**recipe.provenance, "preset": recipe.preset}
     for name, value in asked.items():
-        if str(value) != made.get(name, str(value)):
+        if value != "auto" and str(value) != made.get(name, str(value)):
             raise ConfigError(
                 f"{name} {value}: the recipe was made with {made[name]}; leave it out, or quantize without --recipe"
             )

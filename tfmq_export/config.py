@@ -85,7 +85,9 @@ class Method(BaseModel):
     pts_quorum: float = Field(0.85, ge=0, le=1, description="share of the votes an exponent needs (kappa)")
     pts_exponents: int = Field(4, ge=1, le=5, description="candidates: 0, -1, ...; 5 needs 4-bit weights")
     split_skips: bool = Field(True, description="one quantizer per half of a skip concatenation")
-    attention: Literal["float", "integer"] = Field("float", description="what q k^T and p v compute in")
+    attention: Literal["auto", "float", "integer"] = Field(
+        "auto", description="what q k^T and p v compute in; auto: integers where the target gains from them"
+    )
     reconstruct: bool = Field(True, description="learn the rounding block by block")
     learned_steps: bool = Field(True, description="tune activation scales on each block's output")
 
@@ -99,6 +101,9 @@ class CompileConfig(BaseModel):
     target: str = "ort-cpu"
     effort: Literal["fast", "standard", "paper"] = "standard"
     method: Method = Method.model_construct()
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where quantization computes; auto: a GPU where there is one"
+    )
     max_memory: ByteSize | None = Field(None, ge=1 << 20, description="for cached activations; the rest goes to disk")
     calibration_images: int | None = Field(None, ge=1, description="trajectories to record; the effort decides")
     validation_images: int = Field(16, ge=1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tfmq_export.bundle import SamplerInfo
+from tfmq_export.device import device_of
 from tfmq_export.errors import ConfigError, ExportError
 from tfmq_export.timesteps import TimestepSet
 
@@ -125,11 +126,14 @@ class Denoiser:
         return {name: given[name] for name in self.example_inputs}
 
     def module_denoise(self) -> Denoise:
-        """The full-precision module as a sampler calls it."""
+        """The full-precision module as a sampler calls it, wherever the module lives."""
+        device = device_of(self.module)
 
         @torch.no_grad()
         def denoise(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
-            return first_tensor(self.module(**self.inputs(sample, timestep, conditioning)))
+            given = self.inputs(sample, timestep, conditioning)
+            found = first_tensor(self.module(**{name: value.to(device) for name, value in given.items()}))
+            return found.to(sample.device)
 
         return denoise
 

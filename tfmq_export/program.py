@@ -1,15 +1,17 @@
 """The model captured once, as a graph that PyTorch runs and ONNX shares."""
 
+import copy
 import hashlib
 import logging
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tfmq_export.analysis import (
     CONDITIONING,
@@ -25,6 +27,7 @@ from tfmq_export.analysis import (
 )
 from tfmq_export.attention import AttentionProduct, find_attention
 from tfmq_export.denoiser import Denoiser
+from tfmq_export.device import device_of
 from tfmq_export.errors import ExportError
 
 logger = logging.getLogger(__name__)
@@ -98,6 +101,20 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     return DiffusionProgram(
         program, module, operations, left_float, features, macs, roles, _fingerprint(module, exported), attention
     )
+
+
+def program_on(program: DiffusionProgram, device: torch.device) -> DiffusionProgram:
+    """A program whose graph computes on a device, weights and what the graph makes itself included."""
+    if device_of(program.module) == device:
+        return program
+    graph = copy.deepcopy(program.module.graph)
+    held: dict[str, nn.Parameter] = {}
+    for node in graph.nodes:
+        node.args, node.kwargs = tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(program.module).detach().to(device)
+            held[str(node.target)] = nn.Parameter(value, requires_grad=False)
+    return replace(program, module=fx.GraphModule(held, graph))
 
 
 def evaluate(

@@ -24,6 +24,7 @@ class Target:
         packed_weights: 4-bit integers may be stored packed, behind a Cast that the engine folds at load.
         float_type: What is not quantized computes in: "float32" or "float16".
         integers: Whether the backend has integer kernels for QDQ graphs at all.
+        integer_attention: Whether attention's products are faster in integers (docs/targets.md).
         integer_tables: Whether rows of int8 constants can be gathered.
         built_in_place: Whether its engines can only be built on the GPU that runs them.
     """
@@ -37,6 +38,7 @@ class Target:
     packed_weights: bool = True
     float_type: str = "float32"
     integers: bool = True
+    integer_attention: bool = False
     integer_tables: bool = True
     built_in_place: bool = False
 
@@ -53,7 +55,7 @@ _TARGETS = (
     # The CUDA provider has no integer kernels for QDQ: right numbers, no int8 speed.
     Target("ort-cuda", engine="onnxruntime", attention="mha", integers=False),
     # Convolutions stay integers without an output grid, which spares each a rounding (docs/lowering.md).
-    Target("openvino", engine="openvino"),
+    Target("openvino", engine="openvino", integer_attention=True),
     # TensorRT takes precision from the graph's own types, int8 with zero point 0; it neither folds nor gathers integer
     # constants.
     *(

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -123,6 +124,9 @@ def test_buffers_keep_each_threads_results_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu"
+)
 def test_cuda_computes_what_the_cpu_does(tmp_path: Path) -> None:
     path, _ = write_quantized_matmul(tmp_path / "m.onnx")
     with OrtRunner(path, integer=False) as cpu, OrtRunner(path, provider="cuda") as cuda:

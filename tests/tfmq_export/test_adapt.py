@@ -4,7 +4,7 @@ import pytest
 from attention_graphs import attention_recipe
 from toy_nets import conv_net, recipe_for
 
-from tfmq_export.adapt import adapt, check_settings
+from tfmq_export.adapt import adapt, check_settings, settle
 from tfmq_export.config import CompileConfig, Method
 from tfmq_export.errors import TargetError
 from tfmq_export.target import find_target
@@ -54,6 +54,16 @@ def test_attention_in_integers_needs_integer_kernels() -> None:
         adapt(attention_recipe(), find_target("ort-cuda"))
     with pytest.raises(TargetError, match=r"preset fp32 keeps attention in floating point; use --preset w8a8"):
         check_settings(CompileConfig(preset="fp32", method=Method(attention="integer")), find_target("ort-cpu"))
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("openvino", "integer"), ("ort-cpu", "float"), ("ort-cuda", "float")])
+def test_attention_is_left_to_the_target_unless_it_is_asked_for(name: str, chosen: str) -> None:
+    target = find_target(name)
+
+    assert settle(Method(), target).attention == chosen
+    assert settle(Method(les="off"), target) == Method(les="off", attention=chosen)
+    for asked in (Method(attention="float"), Method(attention="integer")):
+        assert settle(asked, target) is asked
 
 
 def test_a_symmetric_engine_reads_a_softmax_in_128_levels_of_the_same_range() -> None:

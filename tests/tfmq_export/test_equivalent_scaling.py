@@ -18,6 +18,7 @@ from tfmq_export.ptq.equivalent_scaling import (
     scaling_losses,
     smooth_scaling,
 )
+from tfmq_export.ptq.learning import Batch
 from tfmq_export.spec import QuantSpec
 
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -217,12 +218,12 @@ def test_the_gradient_of_log_tau_points_downhill() -> None:
     assert downhill < before.detach() < uphill
 
 
-def draw_from(x: Tensor, timesteps: int, seed: int = 0) -> Callable[[], tuple[Tensor, Tensor]]:
+def draw_from(x: Tensor, timesteps: int, seed: int = 0) -> Callable[[], Batch]:
     generator = torch.Generator().manual_seed(seed)
 
-    def draw() -> tuple[Tensor, Tensor]:
+    def draw() -> Batch:
         picks = torch.randint(len(x), (16,), generator=generator)
-        return x[picks], picks % timesteps
+        return {"x": x[picks], "steps": picks % timesteps}
 
     return draw
 
@@ -278,9 +279,12 @@ def test_learning_stops_early_when_the_loss_has_settled() -> None:
     x, layer = outlier_layer()
     draws = []
 
-    def draw() -> tuple[Tensor, Tensor]:
+    def draw() -> Batch:
         draws.append(1)
-        return x, torch.arange(len(x)) % 4  # always the same batch, and a learning rate too small to matter
+        return {
+            "x": x,
+            "steps": torch.arange(len(x)) % 4,
+        }  # always the same batch, and a learning rate too small to matter
 
     schedule = ScalingSchedule(500, 64, 1e-9, patience=10)
     learn_scaling(draw, [layer], ACTIVATION, TimestepWeights(Weighting.UNIFORM, 4), schedule, torch.ones(CHANNELS))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.learned_steps import LearnedGrid, learn_steps
+from tfmq_export.ptq.learning import Batch
 from tfmq_export.spec import QuantSpec
 
 SPEC = QuantSpec(4, signed=False)
@@ -95,10 +96,10 @@ def test_the_zero_points_gradient_is_its_slope_where_values_clip() -> None:
 def test_learning_lowers_the_error_of_a_badly_laid_grid(scale: float, zero_point: float) -> None:
     x, start = sample(), grid(scale, zero_point)
 
-    def loss(grids: Mapping[str, Grid]) -> Tensor:
+    def loss(grids: Mapping[str, Grid], batch: Batch) -> Tensor:
         return (grids["x"].lay_softly(x, ALL) - x).square().mean()
 
-    learned = learn_steps(loss, {"x": start}, 200, 2e-2)["x"]
+    learned = learn_steps(dict, loss, {"x": start}, 200, 2e-2)["x"]
 
     # Too wide, too narrow, too far up: each costs at least twice what the best grid does.
     assert error(learned, x) < 0.5 * error(start, x)
@@ -108,10 +109,10 @@ def test_learning_lowers_the_error_of_a_badly_laid_grid(scale: float, zero_point
 def test_the_scale_stays_positive_under_steps_that_would_overshoot_zero() -> None:
     x = sample()
 
-    def loss(grids: Mapping[str, Grid]) -> Tensor:
+    def loss(grids: Mapping[str, Grid], batch: Batch) -> Tensor:
         return (grids["x"].lay_softly(x, ALL) - 0 * x).square().mean()  # wants a grid of no width at all
 
-    learned = learn_steps(loss, {"x": grid(0.4, 7)}, 30, 1.0)["x"]
+    learned = learn_steps(dict, loss, {"x": grid(0.4, 7)}, 30, 1.0)["x"]
 
     assert 0 < learned.scale < 1e-3
     assert SPEC.qmin <= learned.zero_point <= SPEC.qmax
@@ -121,10 +122,10 @@ def test_the_scale_stays_positive_under_steps_that_would_overshoot_zero() -> Non
 def test_zero_points_stay_inside_the_grid() -> None:
     x = -sample().abs() * 10  # far below what the zero point can reach
 
-    def loss(grids: Mapping[str, Grid]) -> Tensor:
+    def loss(grids: Mapping[str, Grid], batch: Batch) -> Tensor:
         return (grids["x"].lay_softly(x, ALL) - x).square().mean()
 
-    learned = learn_steps(loss, {"x": grid(0.1, 14)}, 60, 2e-2)["x"]
+    learned = learn_steps(dict, loss, {"x": grid(0.1, 14)}, 60, 2e-2)["x"]
 
     assert 14 < learned.zero_point <= SPEC.qmax
     learned.to_qparams()
@@ -135,10 +136,10 @@ def test_a_finite_set_learns_each_timestep_on_its_own_rows() -> None:
     x = torch.randn(2, 2000, generator=torch.Generator().manual_seed(1))
     start = Grid(SPEC, torch.tensor([2.0, 2.0, 2.0]), torch.tensor([7.0, 7.0, 7.0]))
 
-    def loss(grids: Mapping[str, Grid]) -> Tensor:
+    def loss(grids: Mapping[str, Grid], batch: Batch) -> Tensor:
         return (grids["x"].lay_softly(x, steps) - x).square().mean()
 
-    learned = learn_steps(loss, {"x": start}, 100, 2e-2)["x"]
+    learned = learn_steps(dict, loss, {"x": start}, 100, 2e-2)["x"]
 
     assert (learned.scale[[0, 2]] < 1.0).all()
     torch.testing.assert_close(learned.scale[1], start.scale[1])
@@ -148,7 +149,9 @@ def test_grids_that_no_loss_depends_on_stay() -> None:
     start = {"x": grid(2.0, 7), "y": grid(0.3, 2)}
     x = sample()
 
-    learned = learn_steps(lambda grids: (grids["x"].lay_softly(x, ALL) - x).square().mean(), start, 20, 2e-2)
+    learned = learn_steps(
+        dict, lambda grids, batch: (grids["x"].lay_softly(x, ALL) - x).square().mean(), start, 20, 2e-2
+    )
 
     torch.testing.assert_close(learned["y"].scale, start["y"].scale)
     assert learned["y"].zero_point == 2

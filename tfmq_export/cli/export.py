@@ -68,7 +68,11 @@ def export(
     ] = None,
     attention: Annotated[
         str | None,
-        typer.Option(help="What attention's two products compute in: float or integer.", show_default="float"),
+        typer.Option(help="What attention's two products compute in: float, integer or auto.", show_default="auto"),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where to quantize: cpu, cuda, or auto: a GPU if there is one.", show_default="auto"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     max_memory: Annotated[
@@ -124,6 +128,7 @@ def export(
         "method.estimator": estimator,
         "method.attention": attention,
         "pts_lowering": pts_lowering,
+        "device": device,
         "max_memory": max_memory,
         "calibration_images": calibration_images,
         "validation_images": validation_images,

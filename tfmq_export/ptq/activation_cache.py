@@ -1,7 +1,8 @@
-"""Activations of many samples between two blocks, in memory or on disk.
+"""Activations of many samples between two blocks: on the GPU, in memory or on disk.
 
 Reconstruction walks the network once: what a block needs was computed when the blocks before it were
-done. A ceiling on memory is kept by writing further values to files, and reading rows back as needed.
+done. A ceiling on memory is kept by writing further values to files, and reading rows back as needed; a GPU
+gives half of the memory that is free.
 """
 
 import tempfile
@@ -13,6 +14,8 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
+
+from tfmq_export.device import CPU
 
 
 class _OnDisk:
@@ -27,7 +30,7 @@ class _OnDisk:
 
     def write(self, start: int, rows: Tensor) -> None:
         self._file.seek(start * self.row_bytes)
-        self._file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._file.write(rows.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def read(self, rows: Tensor) -> Tensor:
         block = np.empty((len(rows), self.row_bytes), np.uint8)
@@ -47,10 +50,12 @@ class ActivationCache:
     Args:
         rows: Samples of every value.
         ceiling: Bytes to hold in memory; what comes on top goes to a temporary folder.
+        device: Where the values are computed.
     """
 
-    def __init__(self, rows: int, ceiling: int | None = None) -> None:
+    def __init__(self, rows: int, ceiling: int | None = None, device: torch.device = CPU) -> None:
         self.rows = rows
+        self._device = device
         self._ceiling = ceiling
         self._held: dict[str, Tensor | _OnDisk] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -71,7 +76,8 @@ class ActivationCache:
     @property
     def resident_bytes(self) -> int:
         """Bytes of the values in memory."""
-        return sum(value.numel() * value.element_size() for value in self._held.values() if isinstance(value, Tensor))
+        resident = [value for value in self._held.values() if isinstance(value, Tensor) and not value.is_cuda]
+        return sum(value.numel() * value.element_size() for value in resident)
 
     def write(self, name: str, start: int, rows: Tensor) -> None:
         """Store some rows of a value; its first rows decide where all of them live."""
@@ -90,7 +96,7 @@ class ActivationCache:
             rows: int64, [n].
         """
         held = self._held[name]
-        return held[rows] if isinstance(held, Tensor) else held.read(rows)
+        return held[rows.to(held.device)] if isinstance(held, Tensor) else held.read(rows)
 
     def keep(self, names: Iterable[str]) -> None:
         """Forget every other value."""
@@ -102,6 +108,9 @@ class ActivationCache:
 
     def _room(self, name: str, row: Tensor) -> Tensor | _OnDisk:
         needed = self.rows * row.numel() * row.element_size()
+        if self._device.type == "cuda" and needed <= torch.cuda.mem_get_info(self._device)[0] // 2:
+            return row.new_empty((self.rows, *row.shape), device=self._device)
+        row = row.cpu()
         if self._ceiling is None or self.resident_bytes + needed <= self._ceiling:
             return row.new_empty((self.rows, *row.shape))
         if self._folder is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tfmq_export.attention import AttentionProduct
 from tfmq_export.ptq.block_runner import BlockRunner, Compute, LayerRule
 from tfmq_export.ptq.fake_quant import Grid
-from tfmq_export.ptq.flow import Flow, chunks
+from tfmq_export.ptq.flow import Flow
 from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, merge, observe
 from tfmq_export.recipe import ProductRecipe
 from tfmq_export.spec import QuantSpec
@@ -81,7 +81,7 @@ def lay_attention_grids(
 
     rules: Mapping[str, LayerRule] = {item.name: watching(item.name) for item in products}
     with torch.no_grad():
-        for picks in chunks(given.rows):
+        for picks in given.chunks():
             runner(given.read(runner, picks), rules)
     device = runner.device
     return tuple(
@@ -96,4 +96,4 @@ def lay_attention_grids(
 
 def _grid(seen: Sequence[Observation], spec: QuantSpec, estimator: Estimator, device: torch.device) -> Grid:
     grid = activation_grid(merge(seen), spec, estimator)
-    return Grid(spec, grid.scale.to(device), grid.zero_point.to(device))
+    return grid.on(device)

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 from tfmq_export.analysis import SAMPLE
 from tfmq_export.blocks import Block, constant_nodes, rows_per_sample
+from tfmq_export.device import device_of
 from tfmq_export.program import DiffusionProgram
 
 Compute = Callable[..., Tensor]
@@ -28,9 +29,7 @@ class BlockRunner:
     """
 
     def __init__(self, module: fx.GraphModule, block: Block, batch: Any) -> None:
-        self.device = next(module.parameters()).device
-        # On CPUs with AVX512-BF16 autocast gains nothing at these batch sizes (docs/algorithms.md).
-        self.low_precision = self.device.type == "cuda"
+        self.device = device_of(module)
         by_name = {node.name: node for node in module.graph.nodes}
         self.block = block
         self._nodes = [by_name[name] for name in block.nodes]

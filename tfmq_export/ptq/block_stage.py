@@ -22,9 +22,10 @@ from tfmq_export.ptq.equivalent_scaling import (
 )
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.finite_set import calibrate_finite_set
-from tfmq_export.ptq.flow import Flow, chunks, draw_rows
+from tfmq_export.ptq.flow import Flow, draw_rows
 from tfmq_export.ptq.input_watch import InputWatch
 from tfmq_export.ptq.learned_steps import learn_steps
+from tfmq_export.ptq.learning import Batch
 from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, merge, observe
 from tfmq_export.ptq.power_of_two import channel_errors, least_error_exponents, vote_exponents
 from tfmq_export.ptq.reconstruct import learn_rounding
@@ -36,6 +37,12 @@ VALUES_PER_STEP = 512  # remembered of each activation at each timestep
 CONTAINER_BITS = 8
 STEP_LEARNING_RATE = 2e-3
 TOKENS_RANK = 3
+STEPS = "timestep's position"  # in a batch, beside the values the block reads; no name of the graph has a space
+
+
+def target_of(name: str) -> str:
+    """Key of a written value's target in a batch."""
+    return f"target of {name}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,12 +107,13 @@ class BlockStage:
             ScaledLayer(self._compute(draft), draft.plain, draft.op.groups, axis, draft.weight_spec) for draft in drafts
         ]
 
-        def draw() -> tuple[Tensor, Tensor]:
+        def draw() -> Batch:
             picks = torch.randint(len(self.inputs.steps), (schedule.batch,), generator=self.generator)
             x = self.inputs.read(value, picks).to(self.runner.device)
-            return x, self.inputs.steps[picks].repeat_interleave(len(x) // len(picks))
+            steps = self.inputs.steps[picks].repeat_interleave(len(x) // len(picks))
+            return {"x": x, "steps": steps.to(self.runner.device)}
 
-        weights = TimestepWeights(Weighting(method.les), self.wanted.rows.timesteps)
+        weights = TimestepWeights(Weighting(method.les), self.wanted.rows.timesteps, self.runner.device)
         start = drafts[0].plain.new_ones(drafts[0].plain.shape[1] * drafts[0].op.groups)
         return learn_scaling(draw, layers, drafts[0].input_spec, weights, schedule, start)
 
@@ -119,8 +127,10 @@ class BlockStage:
         spatial = rows.flatten(2) if rows.ndim > 2 else rows.unsqueeze(2)
         errors = channel_errors(spatial, grid.scale, grid.zero_point, draft.input_spec, exponents)
         if self.method.pts == "mse":
-            return least_error_exponents(errors, exponents)
-        return vote_exponents(errors, exponents, self.method.pts_quorum)
+            chosen = least_error_exponents(errors, exponents)
+        else:
+            chosen = vote_exponents(errors, exponents, self.method.pts_quorum)
+        return chosen.to(self.runner.device)
 
     def _may_shift(self, drafts: Sequence[Draft]) -> bool:
         room = all(draft.weight_spec.bits + self.method.pts_exponents - 1 <= CONTAINER_BITS for draft in drafts)
@@ -167,7 +177,7 @@ class BlockStage:
             return rule
 
         with torch.no_grad():
-            for picks in chunks(self.given.rows):
+            for picks in self.given.chunks():
                 steps = self.given.rows.steps[picks]
                 rules = {draft.op.name: watching(draft, steps) for draft in drafts}
                 self.runner(self.given.read(self.runner, picks), rules | product_rules(self.products))
@@ -191,31 +201,34 @@ class BlockStage:
         # Several codes resolve the ranges of all timesteps already.
         per_timestep = spec.codes == 1 and (self.method.fsc == "all" or (is_temporal and self.method.fsc == "tib"))
         grid = calibrate_finite_set(merged, spec, Estimator(self.method.estimator), per_timestep=per_timestep)
-        device = self.runner.device
-        return replace(grid, scale=grid.scale.to(device), zero_point=grid.zero_point.to(device))
+        return grid.on(self.runner.device)
 
     # -- what is learned on the block's output ------------------------------------------------
 
-    def _errors(self, rules: Callable[[Tensor], dict[str, LayerRule]], picks: Tensor) -> Tensor:
-        """Squared error of the block for some rows, summed over the channels, [N]."""
-        with torch.autocast(self.runner.device.type, torch.bfloat16, enabled=self.runner.low_precision):
-            attention = product_rules(self.products, soft=True)
-            written = self.runner(self.given.read(self.runner, picks), attention | rules(self.given.rows.steps[picks]))
-        target = self.wanted.read_target(self.runner, picks)
-        return torch.stack([row_errors(value.float(), target[name]) for name, value in written.items()]).sum(0)
+    def _errors(self, rules: Callable[[Tensor], dict[str, LayerRule]], batch: Batch) -> Tensor:
+        """Squared error of the block for a batch, summed over the channels, [N]."""
+        attention = product_rules(self.products, soft=True)
+        written = self.runner(batch, attention | rules(batch[STEPS]))
+        return torch.stack([row_errors(value, batch[target_of(name)]) for name, value in written.items()]).sum(0)
 
-    def _draw(self) -> Tensor:
-        return draw_rows(self.given.rows, self.effort.rounding.batch, self.generator)
+    def _batch(self, picks: Tensor) -> Batch:
+        """Everything the block's error at some rows depends on."""
+        targets = {target_of(name): value for name, value in self.wanted.read_target(self.runner, picks).items()}
+        steps = self.given.rows.steps[picks].to(self.runner.device)
+        return self.given.read(self.runner, picks) | targets | {STEPS: steps}
+
+    def _draw(self) -> Batch:
+        return self._batch(draw_rows(self.given.rows, self.effort.rounding.batch, self.generator))
 
     def _round(self, drafts: Sequence[Draft], progress: Step) -> tuple[Draft, ...]:
         grids = decided_grids(drafts)
 
-        def loss(weights: Mapping[str, Tensor]) -> Tensor:
+        def loss(weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
             return self._errors(
-                lambda steps: quantized_rules(drafts, steps, weights=weights, grids=grids), self._draw()
+                lambda steps: quantized_rules(drafts, steps, weights=weights, grids=grids), batch
             ).mean()
 
-        return learn_rounding(drafts, loss, self.effort.rounding, progress)
+        return learn_rounding(drafts, self._draw, loss, self.effort.rounding, progress)
 
     def _tune_steps(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
         """Tune the grids; keep the result only where it helps.
@@ -224,12 +237,11 @@ class BlockStage:
         """
         before = self._errors_by_timestep(drafts)
 
-        def loss(soft: Mapping[str, Grid]) -> Tensor:
-            picks = self._draw()
-            errors = self._errors(lambda steps: quantized_rules(drafts, steps, grids=soft), picks)
-            return (errors / before[self.given.rows.steps[picks]]).mean()
+        def loss(soft: Mapping[str, Grid], batch: Batch) -> Tensor:
+            errors = self._errors(lambda steps: quantized_rules(drafts, steps, grids=soft), batch)
+            return (errors / before[batch[STEPS]]).mean()
 
-        learned = learn_steps(loss, decided_grids(drafts), self.effort.step_iterations, STEP_LEARNING_RATE)
+        learned = learn_steps(self._draw, loss, decided_grids(drafts), self.effort.step_iterations, STEP_LEARNING_RATE)
         tuned = tuple(
             replace(draft, input=learned[input_key(draft)], output=learned.get(output_key(draft))) for draft in drafts
         )
@@ -242,7 +254,10 @@ class BlockStage:
         """The block's mean error at each timestep, with everything rounded, [T]."""
         rows = self.given.rows
         errors = torch.cat(
-            [self._errors(lambda steps: quantized_rules(drafts, steps), picks) for picks in chunks(rows)]
+            [
+                self._errors(lambda steps: quantized_rules(drafts, steps), self._batch(picks))
+                for picks in self.given.chunks()
+            ]
         )
         steps = rows.steps.to(errors.device)
         total = errors.new_zeros(rows.timesteps).index_add_(0, steps, errors)

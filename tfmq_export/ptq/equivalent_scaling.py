@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tfmq_export.ptq.fake_quant import round_through
+from tfmq_export.ptq.learning import Batch, GradientStep, adam
 from tfmq_export.spec import QuantSpec
 
 MOMENTUM = 0.95
@@ -41,9 +42,9 @@ class TimestepWeights:
         timesteps: T, in sampling order.
     """
 
-    def __init__(self, kind: Weighting, timesteps: int) -> None:
+    def __init__(self, kind: Weighting, timesteps: int, device: torch.device | None = None) -> None:
         self._kind = kind
-        self._mean_loss = torch.zeros(timesteps, dtype=torch.float64)
+        self._mean_loss = torch.zeros(timesteps, dtype=torch.float64, device=device)
 
     def __call__(self, steps: Tensor, losses: Tensor) -> Tensor:
         """Weights for a batch, [N]; learns from its losses.
@@ -58,17 +59,19 @@ class TimestepWeights:
         if self._kind is not Weighting.ADAPTIVE:
             power = 1 if self._kind is Weighting.LINEAR else 2
             return (((steps + 1) / count) ** power).to(losses)
-        steps = steps.cpu()
-        self._update(steps, losses.detach().double().cpu())
-        if (self._mean_loss > 0).sum() <= 1:  # nothing to weigh one timestep against
-            return torch.ones_like(losses)
+        self._update(steps, losses.detach().double())
         share = self._mean_loss / self._mean_loss.sum()
-        return ((1 - share) ** FOCUS)[steps].to(losses)
+        weights = ((1 - share) ** FOCUS)[steps].to(losses)
+        alone = (self._mean_loss > 0).sum() <= 1  # nothing to weigh one timestep against
+        return torch.where(alone, torch.ones_like(losses), weights)
 
     def _update(self, steps: Tensor, losses: Tensor) -> None:
-        for step in set(steps.tolist()):
-            mean = losses[steps == step].mean()
-            self._mean_loss[step] = MOMENTUM * self._mean_loss[step] + (1 - MOMENTUM) * mean
+        """Move the means of the timesteps in this batch; without a look at the values, so that CUDA can record it."""
+        zeros = torch.zeros_like(self._mean_loss)
+        count = zeros.index_add(0, steps, torch.ones_like(losses))
+        mean = zeros.index_add(0, steps, losses) / count.clamp_min(1)
+        moved = MOMENTUM * self._mean_loss + (1 - MOMENTUM) * mean
+        self._mean_loss.copy_(torch.where(count > 0, moved, self._mean_loss))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +160,7 @@ class ScalingSchedule:
 
 
 def learn_scaling(
-    draw: Callable[[], tuple[Tensor, Tensor]],
+    draw: Callable[[], Batch],
     layers: Sequence[ScaledLayer],
     input_spec: QuantSpec,
     weights: TimestepWeights,
@@ -167,26 +170,30 @@ def learn_scaling(
     """Learn tau of a value that ``layers`` read.
 
     Args:
-        draw: A batch of the value, [N, ...], and the position of each sample's timestep, [N].
+        draw: A batch of the value, ``x`` [N, ...], and the position of each sample's timestep, ``steps`` [N].
         start: First tau, [in].
     Returns:
         tau, [in].
     """
     log_tau = start.log().requires_grad_()
-    optimizer = torch.optim.Adam([log_tau], lr=schedule.learning_rate)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.iterations)
+    optimizers = [adam([log_tau], schedule.learning_rate)]
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], schedule.iterations)
+    latest = torch.zeros_like(start[0])
+
+    def loss(batch: Batch) -> Tensor:
+        losses = scaling_losses(batch["x"], layers, log_tau.exp(), input_spec)
+        latest.copy_(losses.detach().mean())
+        return (weights(batch["steps"], losses) * losses).mean()
+
+    step = GradientStep(draw, loss, optimizers)
     history: list[float] = []
     for _ in range(schedule.iterations):
-        x, steps = draw()
-        losses = scaling_losses(x, layers, log_tau.exp(), input_spec)
-        loss = (weights(steps, losses) * losses).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
-        optimizer.step()
+        step()
         cosine.step()
-        history.append(float(losses.detach().mean()))
-        if has_settled(history, schedule.patience):
-            break
+        if schedule.patience:
+            history.append(float(latest))
+            if has_settled(history, schedule.patience):
+                break
     return log_tau.detach().exp()
 
 

@@ -1,6 +1,6 @@
 """Quantize and dequantize in floating point, rounding as ONNX does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,10 @@ class Grid:
         scale, zero_point = np.asarray(source.scale), np.asarray(source.zero_point)
         return cls(grid.spec, torch.from_numpy(scale), torch.from_numpy(zero_point).float())
 
+    def on(self, device: torch.device) -> "Grid":
+        """The grid, for activations that live there."""
+        return replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
+
     def to_qparams(self) -> QParams:
         """One grid for all timesteps: of a finite set, the one with the widest range."""
         widest = int(self.scale.argmax()) if self.scale.ndim else ...
@@ -75,8 +79,9 @@ class Grid:
     def _for(self, x: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         if not self.scale.ndim:
             return self.scale, self.zero_point
+        steps = steps.to(self.scale.device)
         if len(steps) == 1:
-            return self.scale[steps[0]], self.zero_point[steps[0]]
-        rows = steps.repeat_interleave(len(x) // len(steps)).to(self.scale.device)
+            return self.scale[steps], self.zero_point[steps]
+        rows = steps.repeat_interleave(len(x) // len(steps))
         shape = (-1, *[1] * (x.ndim - 1))
         return self.scale[rows].reshape(shape), self.zero_point[rows].reshape(shape)

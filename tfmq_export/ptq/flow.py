@@ -9,7 +9,8 @@ from tfmq_export.ptq.activation_cache import ActivationCache
 from tfmq_export.ptq.block_runner import BlockRunner, LayerRule
 from tfmq_export.ptq.calibration import CalibrationRows
 
-CHUNK = 16  # rows of one call
+CHUNK = 16  # rows of one call; a CPU's caches hold no more
+CHUNK_ON_GPU = 64
 
 Rules = Callable[[Tensor], Mapping[str, LayerRule]]
 """Rules for the layers of a block, given the rows of a batch."""
@@ -42,10 +43,21 @@ class Flow:
     @torch.no_grad()
     def advance(self, runner: BlockRunner, rules: Rules) -> None:
         """Run a block on all rows."""
-        for picks in chunks(self.rows):
+        for picks in self.chunks():
             written = runner(self.read(runner, picks), rules(picks))
             for name, value in written.items():
-                self._cache.write(name, int(picks[0]), value.cpu())
+                self._cache.write(name, int(picks[0]), value)
+
+    def chunks(self) -> Iterator[Tensor]:
+        """All rows in order, a few at a time; one timestep at a time where the model demands it."""
+        rows, start = self.rows, 0
+        while start < len(rows):
+            stop = min(start + (CHUNK if self._device.type == "cpu" else CHUNK_ON_GPU), len(rows))
+            if rows.one_timestep:
+                same = rows.steps[start:stop] == rows.steps[start]
+                stop = start + int(same.sum())
+            yield torch.arange(start, stop)
+            start = stop
 
     def keep(self, names: set[str]) -> None:
         """Forget what no later block reads."""
@@ -57,18 +69,6 @@ class Flow:
         if name in self.rows.inputs:
             return self.rows.inputs[name][picks]
         return self._cache.read(name, picks)
-
-
-def chunks(rows: CalibrationRows) -> Iterator[Tensor]:
-    """All rows in order, a few at a time; one timestep at a time where the model demands it."""
-    start = 0
-    while start < len(rows):
-        stop = min(start + CHUNK, len(rows))
-        if rows.one_timestep:
-            same = rows.steps[start:stop] == rows.steps[start]
-            stop = start + int(same.sum())
-        yield torch.arange(start, stop)
-        start = stop
 
 
 def draw_rows(rows: CalibrationRows, count: int, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tfmq_export.device import CPU
 from tfmq_export.ptq.activation_cache import ActivationCache
 from tfmq_export.ptq.block_runner import Compute, LayerRule
 from tfmq_export.ptq.calibration import CalibrationRows
@@ -18,14 +19,17 @@ class InputWatch:
         drafts: One layer for each value to be noted.
         most: Rows to note; they are spread evenly over all rows.
         ceiling: Bytes to hold in memory.
+        device: Where the block runs.
     """
 
-    def __init__(self, rows: CalibrationRows, drafts: Iterable[Draft], most: int, ceiling: int | None) -> None:
+    def __init__(
+        self, rows: CalibrationRows, drafts: Iterable[Draft], most: int, ceiling: int | None, device: torch.device = CPU
+    ) -> None:
         stride = -(-len(rows) // most)
         self._chosen = torch.arange(0, len(rows), stride)
         self._stride = stride
         self._drafts = tuple(drafts)
-        self._cache = ActivationCache(len(self._chosen), ceiling)
+        self._cache = ActivationCache(len(self._chosen), ceiling, device)
         self.steps = rows.steps[self._chosen]
         """Position of each noted row's timestep in the schedule, [rows]."""
 
@@ -39,7 +43,7 @@ class InputWatch:
         def noting(name: str) -> LayerRule:
             def rule(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
                 rows = operands[0].reshape(len(picks), -1, *operands[0].shape[1:])  # several rows per sample, maybe
-                self._cache.write(name, first, rows[chosen.to(rows.device)].cpu())
+                self._cache.write(name, first, rows[chosen.to(rows.device)])
                 return compute(*operands)
 
             return rule

@@ -4,13 +4,14 @@ Runs after the weights are rounded. Gradients are the straight-through ones; sca
 their logarithm is learned.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tfmq_export.ptq.fake_quant import Grid, round_through
+from tfmq_export.ptq.learning import Batch, GradientStep, adam
 
 
 class LearnedGrid:
@@ -43,27 +44,28 @@ class LearnedGrid:
 
 
 def learn_steps(
-    loss: Callable[[Mapping[str, Grid]], Tensor], grids: Mapping[str, Grid], iterations: int, learning_rate: float
+    draw: Callable[[], Batch],
+    loss: Callable[[Mapping[str, Grid], Batch], Tensor],
+    grids: Mapping[str, Grid],
+    iterations: int,
+    learning_rate: float,
 ) -> dict[str, Grid]:
     """Tune the grids of one block.
 
     Args:
-        loss: Of the block on a fresh batch, under these grids.
+        draw: A fresh batch.
+        loss: Of the block on a batch, under these grids.
     """
     learned = {name: LearnedGrid(grid) for name, grid in grids.items()}
-    scales = [grid.log_scale for grid in learned.values()]
-    offsets = [grid.zero_point for grid in learned.values()]
     # An offset moves in units of codes, a scale in units of itself.
-    groups: Sequence[dict[str, object]] = [
-        {"params": scales, "lr": learning_rate},
-        {"params": offsets, "lr": learning_rate * 50},
+    optimizers = [
+        adam((grid.log_scale for grid in learned.values()), learning_rate),
+        adam((grid.zero_point for grid in learned.values()), learning_rate * 50),
     ]
-    optimizer = torch.optim.Adam(groups)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    cosines = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) for optimizer in optimizers]
+    step = GradientStep(draw, lambda batch: loss({name: x.soft() for name, x in learned.items()}, batch), optimizers)
     for _ in range(iterations):
-        value = loss({name: grid.soft() for name, grid in learned.items()})
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]  # torch has no types here
-        optimizer.step()
-        cosine.step()
+        step()
+        for cosine in cosines:
+            cosine.step()
     return {name: grid.hard() for name, grid in learned.items()}

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from tfmq_export.analysis import LAYOUT, SAMPLE, Operation, dependences
 from tfmq_export.blocks import Block, find_blocks
+from tfmq_export.device import device_of
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.progress import Step
 from tfmq_export.ptq.activation_cache import ActivationCache
@@ -153,11 +154,11 @@ class Walk:
         self._program, self._plan = program, plan
         # Full-precision activations, quantized ones, and the inputs inside one block.
         self._ceiling = None if plan.max_memory is None else plan.max_memory // 3
-        device = next(program.module.parameters()).device
+        device = device_of(program.module)
         features = [{} if inside else _features(program, tib) for tib in (model.exact, served)]
         self._served = frozenset(features[1])
         self._wanted, self._given = (
-            Flow(rows, values, ActivationCache(len(rows), self._ceiling), device) for values in features
+            Flow(rows, values, ActivationCache(len(rows), self._ceiling, device), device) for values in features
         )
         self._batch = batch_symbol(program)
         self._integer_attention = plan.method.attention == "integer"
@@ -178,7 +179,7 @@ class Walk:
         runner = BlockRunner(self._program.module, block, self._batch)
         products = self._attention_grids(index, runner)
         scaled = [group[0] for group in by_input(drafts).values()] if kept is None and self._scales else []
-        with closing(InputWatch(self._wanted.rows, scaled, SCALING_ROWS, self._ceiling)) as inputs:
+        with closing(InputWatch(self._wanted.rows, scaled, SCALING_ROWS, self._ceiling, runner.device)) as inputs:
             self._wanted.advance(runner, inputs.rules)
             decided = kept if kept is not None else self._decide(index, runner, inputs, drafts, products, progress)
         attention = product_rules(products)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tfmq_export.progress import Step
 from tfmq_export.ptq.draft import Draft
 from tfmq_export.ptq.effort import RoundingSchedule
+from tfmq_export.ptq.learning import Batch, GradientStep, adam
 from tfmq_export.ptq.rounding import (
     beta_at,
     hard_codes,
@@ -29,17 +30,18 @@ from tfmq_export.ptq.weights import per_output
 REGULARIZER_WEIGHT = 0.01
 CHECK_EVERY = 25
 
-Loss = Callable[[Mapping[str, Tensor]], Tensor]
-"""Reconstruction loss of a fresh batch, with these weights by layer."""
+Loss = Callable[[Mapping[str, Tensor], Batch], Tensor]
+"""Reconstruction loss of a batch, with these weights by layer."""
 
 
 def learn_rounding(
-    drafts: Sequence[Draft], loss: Loss, schedule: RoundingSchedule, progress: Step
+    drafts: Sequence[Draft], draw: Callable[[], Batch], loss: Loss, schedule: RoundingSchedule, progress: Step
 ) -> tuple[Draft, ...]:
     """Decide the rounding of all layers of a block.
 
     Args:
         drafts: With their scales; codes are the result.
+        draw: A fresh batch.
         loss: Mean squared error of the block's output, summed over channels.
     """
     by_name = {draft.op.name: draft for draft in drafts}
@@ -49,21 +51,27 @@ def learn_rounding(
         scales[name] = per_output(draft.scale, draft.weight)
         floors[name] = (draft.weight / scales[name]).floor()
         logits[name] = rounding_logits(draft.weight, scales[name]).requires_grad_()
-    optimizer = torch.optim.Adam(logits.values(), lr=schedule.learning_rate)
+    specs = {name: draft.weight_spec for name, draft in by_name.items()}
+    beta = drafts[0].plain.new_zeros(())
+
+    def reconstruction(batch: Batch) -> Tensor:
+        weights = {name: soft_weight(floors[name], scales[name], logits[name], spec) for name, spec in specs.items()}
+        return loss(weights, batch)
+
+    def regularized(batch: Batch) -> Tensor:
+        return reconstruction(batch) + REGULARIZER_WEIGHT * sum(rounding_regularizer(x, beta) for x in logits.values())
+
+    optimizers = [adam(logits.values(), schedule.learning_rate)]
+    fit, settle = (GradientStep(draw, goal, optimizers) for goal in (reconstruction, regularized))
     for iteration in range(schedule.iterations):
-        weights = {
-            name: soft_weight(floors[name], scales[name], logits[name], draft.weight_spec)
-            for name, draft in by_name.items()
-        }
-        value = loss(weights)
-        beta = beta_at(iteration / schedule.iterations)
-        if beta is not None:
-            value = value + REGULARIZER_WEIGHT * sum(rounding_regularizer(x, beta) for x in logits.values())
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]  # torch has no types here
-        optimizer.step()
+        now = beta_at(iteration / schedule.iterations)
+        if now is None:
+            fit()
+        else:
+            beta.fill_(now)
+            settle()
         progress(iteration + 1, schedule.iterations)
-        if beta is not None and iteration % CHECK_EVERY == 0:
+        if now is not None and iteration % CHECK_EVERY == 0:
             with torch.no_grad():
                 if all(undecided(x) == 0 for x in logits.values()):
                     break  # every weight is decided; nothing can change any more

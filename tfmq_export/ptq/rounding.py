@@ -52,7 +52,7 @@ def undecided(logits: Tensor) -> Tensor:
     return ((h > 0) & (h < 1)).float().mean()
 
 
-def rounding_regularizer(logits: Tensor, beta: float) -> Tensor:
+def rounding_regularizer(logits: Tensor, beta: float | Tensor) -> Tensor:
     """``sum(1 - |2 h - 1| ** beta)``: 0 where every weight is decided."""
     return (1 - (2 * rectified_sigmoid(logits) - 1).abs().pow(beta)).sum()
 

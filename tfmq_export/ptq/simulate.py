@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from tfmq_export.analysis import TIMESTEP
 from tfmq_export.denoiser import first_tensor
+from tfmq_export.device import CPU, device_of
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.equivalent_scaling import on_channels, scale_input_channels
 from tfmq_export.ptq.fake_quant import Grid
@@ -40,7 +41,8 @@ class Simulation:
     ) -> None:
         self.program, self.integer_bias, self.rest = program, integer_bias, rest
         self._recipe = recipe
-        self.layers = {layer.name: QuantizedLayer(layer) for layer in recipe.layers}
+        self._device = device_of(program.module)
+        self.layers = {layer.name: QuantizedLayer(layer, self._device) for layer in recipe.layers}
         self.products = {product.name: product for product in recipe.products}
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
 
@@ -49,17 +51,17 @@ class Simulation:
         """Predict.
 
         Args:
-            inputs: Every graph input by name, in the program's order.
+            inputs: Every graph input by name, in the program's order; on the CPU, as the prediction will be.
         Raises:
             TimestepError: a timestep is not in the recipe's schedule.
         """
         rows = torch.from_numpy(self._recipe.tib.timesteps.rows(inputs[self._timestep].numpy()))
         features = {
-            table.name: torch.from_numpy(table.rows)[rows if table.per_sample else rows[0]]
+            table.name: torch.from_numpy(table.rows)[rows if table.per_sample else rows[0]].to(self._device)
             for table in self._recipe.tib.tables
         }
         interpreter = _Interpreter(self, features, rows, after_layer)
-        return first_tensor(interpreter.run(*inputs.values()))
+        return first_tensor(interpreter.run(*(value.to(self._device) for value in inputs.values()))).cpu()
 
 
 def program_for(program: DiffusionProgram, recipe: QuantRecipe) -> DiffusionProgram:
@@ -76,18 +78,19 @@ class QuantizedLayer:
         output: None where the result stays in floating point.
     """
 
-    def __init__(self, recipe: LayerRecipe) -> None:
+    def __init__(self, recipe: LayerRecipe, device: torch.device = CPU) -> None:
         self.recipe = recipe
         factor = recipe.input_factor
-        self.factor = None if factor is None else torch.from_numpy(factor)
+        self.factor = None if factor is None else torch.from_numpy(factor).to(device)
         codes = torch.from_numpy(recipe.weight_codes).float()
-        self.weight = codes * per_output(torch.from_numpy(recipe.weight.scale), codes)
-        self.step = torch.from_numpy(recipe.input.scale * recipe.weight_step)  # of the accumulator
+        weight = codes * per_output(torch.from_numpy(recipe.weight.scale), codes)
         if recipe.pts_exponent is not None:
             shift = torch.exp2(torch.from_numpy(recipe.pts_exponent).float())
-            self.weight = scale_input_channels(self.weight, shift, recipe.groups)
-        self.input = Grid.of(recipe.input, recipe.input_by_timestep)
-        self.output = None if recipe.output is None else Grid.of(recipe.output, recipe.output_by_timestep)
+            weight = scale_input_channels(weight, shift, recipe.groups)
+        self.weight = weight.to(device)
+        self.step = torch.from_numpy(recipe.input.scale * recipe.weight_step).to(device)  # of the accumulator
+        self.input = Grid.of(recipe.input, recipe.input_by_timestep).on(device)
+        self.output = None if recipe.output is None else Grid.of(recipe.output, recipe.output_by_timestep).on(device)
 
     def scale_input(self, x: Tensor) -> Tensor:
         """``x / (tau 2^d)``."""
@@ -155,7 +158,7 @@ class _Interpreter(fx.Interpreter):
     def _run_product(self, n: fx.Node, product: ProductRecipe) -> Tensor:
         factors, _ = self.fetch_args_kwargs_from_env(n)
         grids = (Grid.of(product.left), Grid.of(product.right))
-        laid = [grid.lay_over(x, self.rows) for grid, x in zip(grids, factors, strict=True)]
+        laid = [grid.on(x.device).lay_over(x, self.rows) for grid, x in zip(grids, factors, strict=True)]
         compute: Any = n.target
         result: Tensor = self._stored(compute(*laid))
         return result if self.after_layer is None else self.after_layer(product, result)

@@ -27,6 +27,7 @@ from tfmq_export.ptq.effort import RoundingSchedule
 from tfmq_export.ptq.fake_quant import fake_quantize
 from tfmq_export.ptq.finite_set import calibrate_finite_set
 from tfmq_export.ptq.flow import Rules
+from tfmq_export.ptq.learning import Batch
 from tfmq_export.ptq.observers import Estimator, Observation, activation_grid
 from tfmq_export.ptq.reconstruct import learn_rounding
 from tfmq_export.recipe import TemporalTable, TibRecipe
@@ -108,12 +109,13 @@ class TemporalBlock:
 
     def __call__(self, rules: Rules) -> dict[str, Tensor]:
         """Every feature at every timestep, [T, ...] by name."""
+        device = self._runner.device
         if all(feature.per_sample for feature in self._features.values()):
-            return self._runner(self._inputs, rules(torch.arange(len(self._schedule))))
+            return self._runner(self._inputs, rules(torch.arange(len(self._schedule), device=device)))
         found: dict[str, list[Tensor]] = {}
         for row in range(len(self._schedule)):  # the model takes one timestep per call
             feeds = {name: value[row : row + 1] for name, value in self._inputs.items()}
-            for name, value in self._runner(feeds, rules(torch.tensor([row]))).items():
+            for name, value in self._runner(feeds, rules(torch.tensor([row], device=device))).items():
                 found.setdefault(name, []).append(value if self._features[name].per_sample else value.unsqueeze(0))
         return {name: torch.cat(values) for name, values in found.items()}
 
@@ -123,9 +125,10 @@ class TemporalBlock:
         for name in block.reads:
             example = denoiser.example_inputs[name]
             if name == denoiser.timestep:
-                feeds[name] = torch.from_numpy(self._schedule.array.copy()).to(example.dtype)
+                rows = torch.from_numpy(self._schedule.array.copy()).to(example.dtype)
             else:
-                feeds[name] = example[:1].expand(count, *example.shape[1:])
+                rows = example[:1].expand(count, *example.shape[1:])
+            feeds[name] = rows.to(self._runner.device)
         return feeds
 
 
@@ -162,12 +165,12 @@ def reconstruct_temporal(
     if plan.schedule.iterations:
         grids = decided_grids(ready)
 
-        def loss(weights: Mapping[str, Tensor]) -> Tensor:
+        def loss(weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
             found = block(lambda steps: quantized_rules(ready, steps, weights=weights, grids=grids))
             errors = [(found[name] - value).square().flatten(1).sum(1).mean() for name, value in wanted.items()]
             return torch.stack(errors).sum()
 
-        ready = learn_rounding(ready, loss, plan.schedule, progress)
+        ready = learn_rounding(ready, dict, loss, plan.schedule, progress)
     return ready
 
 
@@ -223,5 +226,5 @@ def _with_grids(block: TemporalBlock, drafts: Sequence[Draft], plan: TemporalPla
         observed = seen[input_key(draft)]
         ordered = [observed[step] for step in sorted(observed)]
         grid = calibrate_finite_set(ordered, draft.input_spec, plan.estimator, per_timestep=plan.per_timestep)
-        ready.append(replace(draft, input=grid))
+        ready.append(replace(draft, input=grid.on(draft.plain.device)))
     return tuple(ready)
