@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,23 @@ def test_soft_and_hard_grids_compute_the_same() -> None:
     # x + (round(x) - x) is not quite round(x) in fp32.
     torch.testing.assert_close(soft, hard, rtol=0, atol=1e-5)
     assert learned.hard().zero_point == 8
+
+
+def test_a_grid_that_stands_still_passes_the_gradient_where_nothing_is_clipped() -> None:
+    start, weights = grid(0.21, 5), torch.linspace(-1, 1, 4000)
+    x = (1.5 * sample()).requires_grad_()  # clipped on both sides
+    edges = torch.tensor([[-5 * 0.21, 10 * 0.21, -5.4 * 0.21, 10.4 * 0.21, 10.6 * 0.21]], requires_grad=True)
+
+    still = start.lay_softly(x, ALL)
+    (found,) = torch.autograd.grad((still * weights).sum(), x)
+    learned = replace(start, scale=start.scale.clone().requires_grad_()).lay_softly(x, ALL)
+    (wanted,) = torch.autograd.grad((learned * weights).sum(), x)
+    (at_edges,) = torch.autograd.grad(start.lay_softly(edges, ALL).sum(), edges)
+
+    assert torch.equal(still, start.lay_over(x, ALL))
+    torch.testing.assert_close(found, wanted)
+    assert 0 < (found == 0).float().mean() < 0.5
+    assert at_edges.tolist() == [[1, 1, 1, 1, 0]]  # what rounds to the last code is inside
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.21])

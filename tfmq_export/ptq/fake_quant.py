@@ -1,6 +1,7 @@
 """Quantize and dequantize in floating point, rounding as ONNX does."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,26 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
 def round_through(x: Tensor) -> Tensor:
     """Round; the gradient passes as if nothing had happened (straight-through)."""
     return x + (x.round() - x).detach()
+
+
+class _FixedGrid(torch.autograd.Function):
+    """``fake_quantize`` whose gradient passes straight through where nothing is clipped.
+
+    What autograd makes of ``round_through`` and clamp is the same gradient, with three times the passes over memory;
+    rounding is learned on grids that stand still, and half of its time went there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+        codes = (x / scale).round_().add_(zero_point)
+        kept = codes.clamp(spec.qmin, spec.qmax)
+        ctx.save_for_backward(kept == codes)
+        return kept.sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None, None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,8 +92,10 @@ class Grid:
         return fake_quantize(x, *self._for(x, steps), self.spec)
 
     def lay_softly(self, x: Tensor, steps: Tensor) -> Tensor:
-        """The same with gradients for ``x`` and ``scale`` (LSQ, section 2.1)."""
+        """The same with gradients for ``x`` and, where they are learned, scale and zero point (LSQ, section 2.1)."""
         scale, zero_point = self._for(x, steps)
+        if not (scale.requires_grad or zero_point.requires_grad):
+            return _FixedGrid.apply(x, scale, zero_point, self.spec)  # type: ignore[no-any-return,no-untyped-call]
         codes = (round_through(x / scale) + zero_point).clamp(self.spec.qmin, self.spec.qmax)
         return (codes - zero_point) * scale
 
