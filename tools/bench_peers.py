@@ -29,6 +29,7 @@ from torch import nn
 
 from tfmq_export.bench.machine import processor
 from tfmq_export.bench.peers import OPSET, Rows, batches_of, export_float, nncf_quantize, quantize_static
+from tfmq_export.bench.report import setting_title
 from tfmq_export.compiler import compile_model
 from tfmq_export.config import CompileConfig, Method, Thresholds
 from tfmq_export.denoiser import Denoiser, Description
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace, folder: Path, console: Console) -> Comparison:
             candidates += [Candidate(graph, engine) for engine in engines]
     results: list[Result] = []
     for threads in args.threads:
-        console.print(f"{len(candidates)} candidates, {threads} thread(s), {args.rounds} rounds")
+        console.print(f"{len(candidates)} candidates, {setting_title(threads, args.batch)}, {args.rounds} rounds")
         results += measure(candidates, held_out, Rounds(threads, args.rounds, args.seconds), failures)
     about = {
         "model": f"{args.model}, {args.size}" if args.model in shapes.SHAPES else args.model,

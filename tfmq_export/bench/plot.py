@@ -49,7 +49,7 @@ def _panel(axis: "matplotlib.axes.Axes", setting: Setting) -> None:
         axis.annotate(f"{row.speedup:.2f}x", (end, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(places, [row.name for row in rows], fontsize=8)
     axis.set_xlim(0, high.max() * 1.12)
-    axis.set_title(f"batch {setting.batch}, {setting.threads} thread(s)", fontsize=9, loc="left")
+    axis.set_title(setting.title, fontsize=9, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
 
 

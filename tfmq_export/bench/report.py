@@ -100,6 +100,11 @@ class Row:
         return ", ".join(value if key == "engine" else f"{key} {value}" for key, value in self.ready.ran.items())
 
 
+def setting_title(threads: int, batch: int) -> str:
+    """What all candidates of a setting have in common, in words."""
+    return f"batch {batch}, {threads} thread{'s' * (threads != 1)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """All candidates with one number of threads and one batch size.
@@ -113,6 +118,11 @@ class Setting:
     base: str
     rows: tuple[Row, ...]
     missing: tuple[Missing, ...]
+
+    @property
+    def title(self) -> str:
+        """What its candidates have in common, in words."""
+        return setting_title(self.threads, self.batch)
 
     @property
     def rounds(self) -> int:

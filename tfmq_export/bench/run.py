@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tfmq_export.bench.candidates import Candidate
 from tfmq_export.bench.lockstep import Worker
-from tfmq_export.bench.report import BenchReport, Missing, Row, Setting
+from tfmq_export.bench.report import BenchReport, Missing, Row, Setting, setting_title
 from tfmq_export.bench.workshop import Model, Workshop
 from tfmq_export.bundle import Bundle
 from tfmq_export.errors import BuildError, ConfigError, TfmqError
@@ -95,7 +95,7 @@ def _setting(
     workshop: Workshop, candidates: Sequence[Candidate], threads: int, plan: Plan, seconds: float, progress: Progress
 ) -> Setting:
     missing: list[Missing] = []
-    title = f"batch {workshop.batch}, {threads} thread(s)"
+    title = setting_title(threads, workshop.batch)
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         with progress.stage(f"Loading, {title}") as step:

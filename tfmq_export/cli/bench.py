@@ -60,7 +60,7 @@ def bench(
     with bars(quiet) as progress:
         report = run_bench(opened, model, candidates, plan, progress, keep=keep)
     for setting in report.settings:
-        title = f"batch {setting.batch}, {setting.threads} thread(s), {setting.rounds} rounds, per {report.unit}"
+        title = f"{setting.title}, {setting.rounds} rounds, per {report.unit}"
         table(f"{title}; speed 1 is {setting.base}", [row.latency(setting.batch) for row in setting.rows], LATENCY)
         table("", [row.costs() for row in setting.rows], COSTS)
         for ran, runners in setting.ran().items():
