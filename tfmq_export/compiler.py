@@ -96,6 +96,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     target = find_target(config.target)
     require_engine(target)
     check_settings(config, target)
+    find_device(config.device)
     given = None if recipe is None else _load_recipe(recipe, config)
     with stages.stage("Loading"):
         denoiser = _load(model)

@@ -244,6 +244,7 @@ def test_unreadable_input_is_one_line_and_code_3(packed: Path, tmp_path: Path, w
         (["--preset", "w8a9"], "did you mean 'w8a8'?"),
         (["--target", "tpu"], "unknown target 'tpu'"),
         (["--target", "openvin"], "did you mean 'openvino'?"),
+        (["--device", "gpu"], "device: Input should be 'auto', 'cpu' or 'cuda'"),
         (["--steps", "0"], "at least 1"),
         (["--steps", "100000"], "cannot run 100000 steps"),
         (["--estimator", "median"], "estimator: "),
@@ -268,6 +269,14 @@ def test_a_wrong_option_is_one_line_and_code_2(packed: Path, tmp_path: Path, arg
     assert says in result.output
     assert result.output.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_of_another_format_is_refused_before_the_work(bundle: Path, tmp_path: Path) -> None:
+    result = run("sample", bundle, "-o", tmp_path / "images.jpg")
+
+    assert result.exit_code == 2
+    assert "pictures are written as PNG; name it images.png" in result.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missed_threshold_leaves_the_older_bundle(packed: Path, bundle: Path) -> None:
