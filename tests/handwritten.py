@@ -326,7 +326,9 @@ def quantized(
     """Calibrate on two images and quantize with the least effort."""
     denoiser, program = captured(name)
     steps = calibrate(denoiser, images=2, seed=seed, progress=silent)
-    plan = QuantPlan("test", weight_bits, activation_bits, method, find_effort("fast"), frozenset({"conv"}), seed=seed)
+    plan = QuantPlan(
+        "test", weight_bits, activation_bits, method, find_effort("fast", weight_bits), frozenset({"conv"}), seed=seed
+    )
     subject = prepare(own_copy(program), denoiser, steps, plan, {})
     return Quantized(denoiser, subject.program, steps, quantize(subject, plan, progress))
 

@@ -178,7 +178,8 @@ def _quantize(
     Args:
         keep: Folder of the checkpoint, and whether to go on from it.
     """
-    preset, effort = find_preset(config.preset), find_effort(config.effort)
+    preset = find_preset(config.preset)
+    effort = find_effort(config.effort, preset.weight_bits)
     method = settle(config.method, find_target(config.target))
     images, device = config.calibration_images or effort.images, find_device(config.device)
     provenance = {

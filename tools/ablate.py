@@ -156,12 +156,12 @@ def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, nam
     """Quantize, sample, compare; write the row's JSON."""
     denoiser, device = load(Source(args.model, steps=args.steps)), find_device(args.device)
     there = replace(denoiser, module=module_on(denoiser.module, device))
-    recorded, reference, gain = _full_precision(args, there, find_effort(effort).images)
-    widths, method = find_preset(preset), Method(**GROUPS[group][name])
+    widths = find_preset(preset)
+    schedule = find_effort(effort, widths.weight_bits)
+    recorded, reference, gain = _full_precision(args, there, schedule.images)
+    method = Method(**GROUPS[group][name])
     outputs = find_target("ort-cpu").quantized_outputs
-    plan = QuantPlan(
-        preset, widths.weight_bits, widths.activation_bits, method, find_effort(effort), outputs, int(seed)
-    )
+    plan = QuantPlan(preset, widths.weight_bits, widths.activation_bits, method, schedule, outputs, int(seed))
     start = time.perf_counter()
     weights = weights_from(gain) if method.timestep_weights == "image" else None
     subject = prepare(capture(denoiser), denoiser, recorded, plan, {}, weights)

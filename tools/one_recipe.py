@@ -53,7 +53,9 @@ def quantize_once(model: Captured, config: CompileConfig) -> Quantized:
     """Make a recipe that every target can take: with grids on the outputs of convolutions, as ort-cpu wants them."""
     preset, outputs = find_preset(config.preset), find_target("ort-cpu").quantized_outputs
     widths = preset.weight_bits, preset.activation_bits
-    plan = QuantPlan(config.preset, *widths, config.method, find_effort(config.effort), outputs, config.seed)
+    plan = QuantPlan(
+        config.preset, *widths, config.method, find_effort(config.effort, preset.weight_bits), outputs, config.seed
+    )
     # Splitting skip concatenations changes a program in place.
     own = replace(model.program, module=copy.deepcopy(model.program.module))
     subject = prepare(own, model.denoiser, model.recorded, plan, {"effort": config.effort})

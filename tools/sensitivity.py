@@ -17,7 +17,7 @@ import torch
 from one_recipe import capture_once, quantize_once
 from torch import Tensor, fx
 
-from tfmq_export.config import CompileConfig
+from tfmq_export.config import CompileConfig, find_preset
 from tfmq_export.denoiser import first_tensor
 from tfmq_export.models.load import Source, load
 from tfmq_export.program import DiffusionProgram
@@ -70,7 +70,8 @@ def main() -> None:
     args = parser.parse_args()
 
     denoiser = load(Source(args.model, steps=args.steps))
-    captured = capture_once(denoiser, images=find_effort(args.effort).images)
+    images = find_effort(args.effort, find_preset(args.preset).weight_bits).images
+    captured = capture_once(denoiser, images=images)
     made = quantize_once(captured, CompileConfig(preset=args.preset, effort=args.effort))
     program, recipe, recorded = made.program, made.recipe, captured.recorded
 

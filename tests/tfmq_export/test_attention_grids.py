@@ -93,7 +93,7 @@ def test_a_coarser_factor_is_a_larger_error(side: str) -> None:
 
 def test_a_resumed_run_lays_the_same_grids(tmp_path: Path) -> None:
     made = with_attention()
-    plan = QuantPlan("test", 8, 8, method(attention="integer"), find_effort("fast"), frozenset({"conv"}))
+    plan = QuantPlan("test", 8, 8, method(attention="integer"), find_effort("fast", 8), frozenset({"conv"}))
     subject = prepare(own_copy(captured("dit")[1]), made.denoiser, made.steps, plan, {})
 
     for resume in (False, True):

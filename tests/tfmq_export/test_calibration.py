@@ -76,7 +76,7 @@ def test_ranges_are_those_of_the_models_own_trajectory() -> None:
     denoiser = probe(Wide(), sampler=between_the_ends)
     steps = calibrate(denoiser, images=2, seed=0, progress=silent)
     plan = QuantPlan(
-        "w8a8", 8, 8, PLAIN.model_copy(update={"estimator": "minmax"}), find_effort("fast"), frozenset({"conv"})
+        "w8a8", 8, 8, PLAIN.model_copy(update={"estimator": "minmax"}), find_effort("fast", 8), frozenset({"conv"})
     )
 
     recipe = quantize(prepare(capture(denoiser), denoiser, steps, plan, {}), plan, silent)

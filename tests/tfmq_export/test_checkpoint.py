@@ -25,7 +25,7 @@ from tfmq_export.spec import QParams, QuantSpec
 
 SETTINGS = {"preset": "w4a8", "seed": "0"}
 EFFORT: Effort = replace(
-    find_effort("fast"),
+    find_effort("fast", 8),
     rows_per_timestep=4,
     scaling=ScalingSchedule(6, 4, 1e-2),
     rounding=RoundingSchedule(10, 4, 1e-2),

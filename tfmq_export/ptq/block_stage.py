@@ -228,8 +228,7 @@ class BlockStage:
                 lambda steps: quantized_rules(drafts, steps, weights=weights, grids=grids), batch
             ).mean()
 
-        schedule = self.effort.rounding.for_bits(min(draft.weight_spec.bits for draft in drafts))
-        return learn_rounding(drafts, self._draw, loss, schedule, progress)
+        return learn_rounding(drafts, self._draw, loss, self.effort.rounding, progress)
 
     def _tune_steps(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
         """Tune the grids; keep the result only where it helps.

@@ -6,28 +6,14 @@ from dataclasses import dataclass, replace
 from tfmq_export.errors import ConfigError
 from tfmq_export.ptq.equivalent_scaling import ScalingSchedule
 
-NARROW_BITS = 4
-
 
 @dataclass(frozen=True, slots=True)
 class RoundingSchedule:
-    """How long to learn the rounding of one block; 0 iterations round to nearest.
-
-    Attributes:
-        iterations: For weights of up to 4 bits.
-        iterations_8bit: For finer ones, whose rounding decides less; None is as many.
-    """
+    """How long to learn the rounding of one block; 0 iterations round to nearest."""
 
     iterations: int
     batch: int
     learning_rate: float
-    iterations_8bit: int | None = None
-
-    def for_bits(self, bits: int) -> "RoundingSchedule":
-        """The schedule of a block whose narrowest weights have so many bits."""
-        if bits <= NARROW_BITS or self.iterations_8bit is None:
-            return self
-        return replace(self, iterations=self.iterations_8bit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +50,11 @@ EFFORTS: Mapping[str, Effort] = {
     ),
     "standard": Effort(
         "standard",
-        images=32,
-        rows_per_timestep=16,
+        images=16,
+        rows_per_timestep=8,
         scaling=ScalingSchedule(60, 8, 1e-2, patience=20),
-        rounding=RoundingSchedule(600, 8, 3e-2, iterations_8bit=200),
-        step_iterations=100,
+        rounding=RoundingSchedule(200, 8, 5e-2),
+        step_iterations=40,
         temporal=RoundingSchedule(1500, 0, 1e-2),
     ),
     "paper": Effort(
@@ -83,7 +69,20 @@ EFFORTS: Mapping[str, Effort] = {
 }
 
 
-def find_effort(name: str) -> Effort:
+NARROW_BITS = 4
+NARROW: Mapping[str, Effort] = {
+    "standard": replace(
+        EFFORTS["standard"],
+        images=32,
+        rows_per_timestep=16,
+        rounding=RoundingSchedule(600, 8, 3e-2),
+        step_iterations=100,
+    ),
+}
+"""For weights of up to ``NARROW_BITS``, whose rounding decides more; at 8 bits the longer schedule gains nothing."""
+
+
+def find_effort(name: str, weight_bits: int) -> Effort:
     """Look an effort up.
 
     Raises:
@@ -91,4 +90,4 @@ def find_effort(name: str) -> Effort:
     """
     if name not in EFFORTS:
         raise ConfigError(f"unknown effort {name!r}; there is {', '.join(EFFORTS)}")
-    return EFFORTS[name]
+    return NARROW.get(name, EFFORTS[name]) if 0 < weight_bits <= NARROW_BITS else EFFORTS[name]
