@@ -59,7 +59,10 @@ def learn_rounding(
         return loss(weights, batch)
 
     def regularized(batch: Batch) -> Tensor:
-        return reconstruction(batch) + REGULARIZER_WEIGHT * sum(rounding_regularizer(x, beta) for x in logits.values())
+        # A recorded step reads the exponent on the GPU; on the CPU a power with a number is the faster one.
+        exponent = beta if beta.is_cuda else beta.item()
+        penalty = sum(rounding_regularizer(x, exponent) for x in logits.values())
+        return reconstruction(batch) + REGULARIZER_WEIGHT * penalty
 
     optimizers = [adam(logits.values(), schedule.learning_rate)]
     fit, settle = (GradientStep(draw, goal, optimizers) for goal in (reconstruction, regularized))
