@@ -5,6 +5,7 @@ it goes to JSON and decides nothing it does not show.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -29,6 +30,11 @@ def psnr(a: NDArray[np.generic], b: NDArray[np.generic], peak: float) -> NDArray
     error = np.square(x - y).reshape(len(x), -1).mean(1)  # [N]
     with np.errstate(divide="ignore"):
         return np.asarray(10 * np.log10(peak**2 / error))
+
+
+def is_picture(shape: Sequence[int | None]) -> bool:
+    """Whether a batch of this shape can be looked at."""
+    return len(shape) == 4 and shape[1] in (1, 3)
 
 
 def has_ssim(images: NDArray[np.generic]) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.errors import ConfigError
+from tfmq_export.runtime.compare import is_picture
 
 PER_ROW = 8
 
@@ -107,11 +108,6 @@ def save_temporal(path: Path, timesteps: Sequence[float], rows: Sequence[Tempora
     below.invert_xaxis()
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
-
-
-def is_picture(shape: Sequence[int | None]) -> bool:
-    """Whether a batch of this shape can be looked at."""
-    return len(shape) == 4 and shape[1] in (1, 3)
 
 
 def _strip(images: NDArray[np.float32], width: int) -> NDArray[np.float32]:

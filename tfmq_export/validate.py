@@ -29,7 +29,7 @@ from tfmq_export.ptq.simulate import program_for
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.recipe_io import load_recipe
 from tfmq_export.replaced import replaced_file
-from tfmq_export.runtime.compare import Comparison, Report, Threshold, has_ssim, psnr, sqnr_db, ssim
+from tfmq_export.runtime.compare import Comparison, Report, Threshold, has_ssim, is_picture, psnr, sqnr_db, ssim
 from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.denoiser import load as load_bundle
 from tfmq_export.runtime.realized import realized_by_target
@@ -37,8 +37,6 @@ from tfmq_export.runtime.receipt import Receipt
 from tfmq_export.target import find_target
 from tfmq_export.temporal_features import TemporalErrors, compare_temporal
 from tfmq_export.timesteps import timestep_vector
-
-IMAGE_CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,7 +201,7 @@ def run_bundle(loaded: LoadedBundle, denoiser: Denoiser, inputs: Mapping[str, Te
 
 def as_images(reference: Tensor, compiled: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
     """Both batches as pictures in 0..1, or as they are where they are latents; and the peak for PSNR."""
-    if reference.ndim == 4 and reference.shape[1] in IMAGE_CHANNELS:
+    if is_picture(reference.shape):
         both = [((batch.clamp(-1, 1) + 1) / 2).numpy() for batch in (reference, compiled)]
         return both[0], both[1], 1.0
     span = float(reference.max() - reference.min())

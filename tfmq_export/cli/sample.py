@@ -35,8 +35,9 @@ def sample(
     """Draw images with a bundle; with --against, full precision above and compiled below."""
     from tfmq_export.bundle import open_bundle
     from tfmq_export.errors import ConfigError
-    from tfmq_export.pictures import is_picture, save_rows
+    from tfmq_export.pictures import save_rows
     from tfmq_export.replaced import replaced_file
+    from tfmq_export.runtime.compare import is_picture
     from tfmq_export.sampling import Request, draw, draw_against
 
     require_folder_of(output)
