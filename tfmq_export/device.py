@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tfmq_export.errors import ConfigError
 
@@ -34,6 +34,11 @@ def device_of(module: nn.Module) -> torch.device:
 def module_on(module: nn.Module, device: torch.device) -> nn.Module:
     """A module on a device: itself where it is there already, else a copy."""
     return module if device_of(module) == device else copy.deepcopy(module).to(device)
+
+
+def sent(rows: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on a device, without waiting for what that still computes."""
+    return rows if device.type == "cpu" else rows.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tfmq_export.ptq.equivalent_scaling import (
     scaling_losses,
     smooth_scaling,
 )
-from tfmq_export.ptq.learning import Batch
+from tfmq_export.ptq.learning import Batch, Draw
 from tfmq_export.spec import QuantSpec
 
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -234,7 +234,7 @@ def test_learning_lowers_the_loss_under_a_huge_channel_and_keeps_tau_positive(ki
     start = torch.ones(CHANNELS)
 
     tau = learn_scaling(
-        draw_from(x, 4), [layer], ACTIVATION, TimestepWeights(kind, 4), ScalingSchedule(200, 16, 5e-2), start
+        Draw(draw_from(x, 4)), [layer], ACTIVATION, TimestepWeights(kind, 4), ScalingSchedule(200, 16, 5e-2), start
     )
 
     before, after = (float(scaling_losses(x, [layer], each, ACTIVATION).mean()) for each in (start, tau))
@@ -250,7 +250,7 @@ def test_tau_stays_positive_under_a_learning_rate_that_would_overshoot_zero() ->
     x, layer = outlier_layer()
 
     tau = learn_scaling(
-        draw_from(x, 4),
+        Draw(draw_from(x, 4)),
         [layer],
         ACTIVATION,
         TimestepWeights(Weighting.UNIFORM, 4),
@@ -268,7 +268,7 @@ def test_learning_starts_where_it_is_told_and_depends_on_the_draws_alone() -> No
 
     def learn(iterations: int, seed: int) -> Tensor:
         weights, schedule = TimestepWeights(Weighting.ADAPTIVE, 4), ScalingSchedule(iterations, 16, 1e-2)
-        return learn_scaling(draw_from(x, 4, seed), [layer], ACTIVATION, weights, schedule, start)
+        return learn_scaling(Draw(draw_from(x, 4, seed)), [layer], ACTIVATION, weights, schedule, start)
 
     torch.testing.assert_close(learn(0, 0), start)
     assert torch.equal(learn(5, 0), learn(5, 0))
@@ -287,7 +287,9 @@ def test_learning_stops_early_when_the_loss_has_settled() -> None:
         }  # always the same batch, and a learning rate too small to matter
 
     schedule = ScalingSchedule(500, 64, 1e-9, patience=10)
-    learn_scaling(draw, [layer], ACTIVATION, TimestepWeights(Weighting.UNIFORM, 4), schedule, torch.ones(CHANNELS))
+    learn_scaling(
+        Draw(draw), [layer], ACTIVATION, TimestepWeights(Weighting.UNIFORM, 4), schedule, torch.ones(CHANNELS)
+    )
 
     assert len(draws) == 20
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.learned_steps import LearnedGrid, learn_steps
-from tfmq_export.ptq.learning import Batch
+from tfmq_export.ptq.learning import Batch, Draw
 from tfmq_export.spec import QuantSpec
 
 SPEC = QuantSpec(4, signed=False)
@@ -117,7 +117,7 @@ def test_learning_lowers_the_error_of_a_badly_laid_grid(scale: float, zero_point
     def loss(grids: Mapping[str, Grid], batch: Batch) -> Tensor:
         return (grids["x"].lay_softly(x, ALL) - x).square().mean()
 
-    learned = learn_steps(dict, loss, {"x": start}, 200, 2e-2)["x"]
+    learned = learn_steps(Draw(dict), loss, {"x": start}, 200, 2e-2)["x"]
 
     # Too wide, too narrow, too far up: each costs at least twice what the best grid does.
     assert error(learned, x) < 0.5 * error(start, x)
@@ -130,7 +130,7 @@ def test_the_scale_stays_positive_under_steps_that_would_overshoot_zero() -> Non
     def loss(grids: Mapping[str, Grid], batch: Batch) -> Tensor:
         return (grids["x"].lay_softly(x, ALL) - 0 * x).square().mean()  # wants a grid of no width at all
 
-    learned = learn_steps(dict, loss, {"x": grid(0.4, 7)}, 30, 1.0)["x"]
+    learned = learn_steps(Draw(dict), loss, {"x": grid(0.4, 7)}, 30, 1.0)["x"]
 
     assert 0 < learned.scale < 1e-3
     assert SPEC.qmin <= learned.zero_point <= SPEC.qmax
@@ -143,7 +143,7 @@ def test_zero_points_stay_inside_the_grid() -> None:
     def loss(grids: Mapping[str, Grid], batch: Batch) -> Tensor:
         return (grids["x"].lay_softly(x, ALL) - x).square().mean()
 
-    learned = learn_steps(dict, loss, {"x": grid(0.1, 14)}, 60, 2e-2)["x"]
+    learned = learn_steps(Draw(dict), loss, {"x": grid(0.1, 14)}, 60, 2e-2)["x"]
 
     assert 14 < learned.zero_point <= SPEC.qmax
     learned.to_qparams()
@@ -157,7 +157,7 @@ def test_a_finite_set_learns_each_timestep_on_its_own_rows() -> None:
     def loss(grids: Mapping[str, Grid], batch: Batch) -> Tensor:
         return (grids["x"].lay_softly(x, steps) - x).square().mean()
 
-    learned = learn_steps(dict, loss, {"x": start}, 100, 2e-2)["x"]
+    learned = learn_steps(Draw(dict), loss, {"x": start}, 100, 2e-2)["x"]
 
     assert (learned.scale[[0, 2]] < 1.0).all()
     torch.testing.assert_close(learned.scale[1], start.scale[1])
@@ -168,7 +168,7 @@ def test_grids_that_no_loss_depends_on_stay() -> None:
     x = sample()
 
     learned = learn_steps(
-        dict, lambda grids, batch: (grids["x"].lay_softly(x, ALL) - x).square().mean(), start, 20, 2e-2
+        Draw(dict), lambda grids, batch: (grids["x"].lay_softly(x, ALL) - x).square().mean(), start, 20, 2e-2
     )
 
     torch.testing.assert_close(learned["y"].scale, start["y"].scale)

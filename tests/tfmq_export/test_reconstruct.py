@@ -9,7 +9,7 @@ from torch.nn import functional
 from tfmq_export.analysis import Operation
 from tfmq_export.ptq.draft import Draft
 from tfmq_export.ptq.effort import RoundingSchedule
-from tfmq_export.ptq.learning import Batch
+from tfmq_export.ptq.learning import Batch, Draw
 from tfmq_export.ptq.reconstruct import learn_rounding
 from tfmq_export.ptq.weights import nearest_codes, search_weight_scale
 from tfmq_export.spec import QuantSpec
@@ -61,7 +61,7 @@ def learned(given: Sequence[Draft], schedule: RoundingSchedule = SCHEDULE, seed:
     def loss(weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
         return (block(batch["x"], weights) - batch["target"]).square().sum(1).mean()
 
-    return learn_rounding(given, draw, loss, schedule, silent)
+    return learn_rounding(given, Draw(draw), loss, schedule, silent)
 
 
 def error(given: Sequence[Draft], x: Tensor) -> float:
@@ -140,7 +140,7 @@ def test_progress_is_told_and_learning_ends_once_every_weight_is_decided() -> No
     # A loss that is flat: the regulariser alone decides, quickly.
     learn_rounding(
         given,
-        dict,
+        Draw(dict),
         lambda weights, batch: sum((weight * 0).sum() for weight in weights.values()),
         RoundingSchedule(4000, 1, 1e-1),
         lambda done, total: steps.append((done, total)),

@@ -8,6 +8,7 @@ from tfmq_export.ptq.rounding import (
     rectified_sigmoid,
     rounding_logits,
     rounding_regularizer,
+    sides,
     soft_weight,
     undecided,
 )
@@ -42,7 +43,8 @@ def test_the_soft_weight_starts_as_the_float_weight_inside_the_grid(bits: int) -
     steps = weight / scale
     inside = (steps >= spec.qmin) & (steps <= spec.qmax)
 
-    soft = soft_weight(steps.floor(), scale, rounding_logits(weight, scale), spec)
+    down, up = sides(weight, scale, spec)
+    soft = soft_weight(down * scale, up * scale, rounding_logits(weight, scale))
 
     # A millionth of a step is what the logits cost, and at most 128 steps of fp32 come on top.
     assert ((soft - weight).abs() / scale)[inside].max() < 2e-5
@@ -57,11 +59,13 @@ def test_the_soft_weight_starts_as_the_float_weight_inside_the_grid(bits: int) -
 def test_hard_rounding_decides_every_weight_for_floor_or_ceil_inside_the_grid(bits: int, spread: float) -> None:
     weight, scale, spec = layer(bits)
     floor = (weight / scale).floor()
+    down, up = sides(weight, scale, spec)
     logits = spread * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
 
-    codes = hard_codes(floor, logits, spec)
+    codes = hard_codes(down, up, logits)
 
-    down, up = (side.clamp(spec.qmin, spec.qmax) for side in (floor, floor + 1))
+    assert torch.equal(down, floor.clamp(spec.qmin, spec.qmax))
+    assert torch.equal(up, (floor + 1).clamp(spec.qmin, spec.qmax))
     assert torch.equal(codes, codes.round())
     assert ((codes == down) | (codes == up)).all()
     assert torch.equal(codes, torch.where(logits >= 0, up, down))
@@ -73,7 +77,7 @@ def test_untouched_logits_round_to_nearest() -> None:
     weight, scale, spec = layer(4)
     steps = weight / scale
 
-    codes = hard_codes(steps.floor(), rounding_logits(weight, scale), spec)
+    codes = hard_codes(*sides(weight, scale, spec), rounding_logits(weight, scale))
 
     assert torch.equal(codes, steps.round().clamp(spec.qmin, spec.qmax))
 
@@ -110,17 +114,15 @@ def test_the_regularizers_gradient_is_its_slope(beta: float) -> None:
 
 
 def test_the_soft_weights_gradient_is_its_slope() -> None:
-    spec = QuantSpec(4, axis=0)
-    floor = torch.tensor([-8.0, -3.0, 0.0, 6.0, 2.0, -1.0, 5.0, 3.0], dtype=torch.float64)
-    scale = torch.tensor(0.37, dtype=torch.float64)
+    low = 0.37 * torch.tensor([-8.0, -3.0, 0.0, 6.0, 2.0, -1.0, 5.0, 3.0], dtype=torch.float64)
 
-    assert torch.autograd.gradcheck(lambda a: soft_weight(floor, scale, a, spec), LOGITS.clone().requires_grad_())
+    assert torch.autograd.gradcheck(lambda a: soft_weight(low, low + 0.37, a), LOGITS.clone().requires_grad_())
 
 
 def test_weights_outside_the_grid_pull_at_no_logit() -> None:
-    spec, logits = QuantSpec(4, axis=0), torch.zeros(3, requires_grad=True)
+    logits, weight = torch.zeros(3, requires_grad=True), torch.tensor([-20.0, 2.3, 20.0])
 
-    soft_weight(torch.tensor([-20.0, 2.0, 20.0]), torch.tensor(1.0), logits, spec).sum().backward()
+    soft_weight(*sides(weight, torch.tensor(1.0), QuantSpec(4, axis=0)), logits).sum().backward()
 
     assert logits.grad is not None
     assert (logits.grad != 0).tolist() == [False, True, False]

@@ -73,6 +73,11 @@ class ActivationCache:
     def __contains__(self, name: str) -> bool:
         return name in self._held
 
+    def is_at_hand(self, name: str) -> bool:
+        """Whether a value lies in the memory of the device that computes it."""
+        held = self._held[name]
+        return isinstance(held, Tensor) and held.device.type == self._device.type
+
     @property
     def resident_bytes(self) -> int:
         """Bytes of the values in memory."""
@@ -96,7 +101,7 @@ class ActivationCache:
             rows: int64, [n].
         """
         held = self._held[name]
-        return held[rows.to(held.device)] if isinstance(held, Tensor) else held.read(rows)
+        return held[rows.to(held.device)] if isinstance(held, Tensor) else held.read(rows.cpu())
 
     def keep(self, names: Iterable[str]) -> None:
         """Forget every other value."""

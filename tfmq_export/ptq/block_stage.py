@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq_export.config import Method
+from tfmq_export.device import sent
 from tfmq_export.progress import Step
 from tfmq_export.ptq.attention_grids import GriddedProduct, product_rules
 from tfmq_export.ptq.block_runner import BlockRunner, Compute, LayerRule
@@ -25,7 +26,7 @@ from tfmq_export.ptq.finite_set import calibrate_finite_set
 from tfmq_export.ptq.flow import Flow, draw_rows
 from tfmq_export.ptq.input_watch import InputWatch
 from tfmq_export.ptq.learned_steps import learn_steps
-from tfmq_export.ptq.learning import Batch
+from tfmq_export.ptq.learning import Batch, Draw
 from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, merge, observe
 from tfmq_export.ptq.power_of_two import channel_errors, least_error_exponents, vote_exponents
 from tfmq_export.ptq.reconstruct import learn_rounding
@@ -107,12 +108,15 @@ class BlockStage:
             ScaledLayer(self._compute(draft), draft.plain, draft.op.groups, axis, draft.weight_spec) for draft in drafts
         ]
 
-        def draw() -> Batch:
+        def pick() -> Tensor:
             picks = torch.randint(len(self.inputs.steps), (schedule.batch,), generator=self.generator)
-            x = self.inputs.read(value, picks).to(self.runner.device)
-            steps = self.inputs.steps[picks].repeat_interleave(len(x) // len(picks))
-            return {"x": x, "steps": steps.to(self.runner.device)}
+            return sent(picks, self.runner.device)
 
+        def read(picks: Tensor) -> Batch:
+            x, steps = self.inputs.read(value, picks).to(self.runner.device), self.inputs.steps[picks]
+            return {"x": x, "steps": steps.repeat_interleave(len(x) // len(picks), output_size=len(x))}
+
+        draw = Draw.rows(pick, read, at_hand=self.inputs.is_at_hand(value))
         weights = TimestepWeights(Weighting(method.les), self.wanted.rows.timesteps, self.runner.device)
         start = drafts[0].plain.new_ones(drafts[0].plain.shape[1] * drafts[0].op.groups)
         return learn_scaling(draw, layers, drafts[0].input_spec, weights, schedule, start)
@@ -214,11 +218,16 @@ class BlockStage:
     def _batch(self, picks: Tensor) -> Batch:
         """Everything the block's error at some rows depends on."""
         targets = {target_of(name): value for name, value in self.wanted.read_target(self.runner, picks).items()}
-        steps = self.given.rows.steps[picks].to(self.runner.device)
-        return self.given.read(self.runner, picks) | targets | {STEPS: steps}
+        return self.given.read(self.runner, picks) | targets | {STEPS: self.given.steps[picks]}
 
-    def _draw(self) -> Batch:
-        return self._batch(draw_rows(self.given.rows, self.effort.rounding.batch, self.generator))
+    @property
+    def _draw(self) -> Draw:
+        def pick() -> Tensor:
+            return sent(draw_rows(self.given.rows, self.effort.rounding.batch, self.generator), self.runner.device)
+
+        block = self.runner.block
+        at_hand = self.given.is_at_hand(block.reads) and self.wanted.is_at_hand(block.writes)
+        return Draw.rows(pick, self._batch, at_hand=at_hand)
 
     def _round(self, drafts: Sequence[Draft], progress: Step) -> tuple[Draft, ...]:
         grids = decided_grids(drafts)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tfmq_export.ptq.fake_quant import round_through
-from tfmq_export.ptq.learning import Batch, GradientStep, adam
+from tfmq_export.ptq.learning import Batch, Draw, GradientStep, adam, anneal
 from tfmq_export.spec import QuantSpec
 
 MOMENTUM = 0.95
@@ -160,7 +160,7 @@ class ScalingSchedule:
 
 
 def learn_scaling(
-    draw: Callable[[], Batch],
+    draw: Draw,
     layers: Sequence[ScaledLayer],
     input_spec: QuantSpec,
     weights: TimestepWeights,
@@ -170,14 +170,13 @@ def learn_scaling(
     """Learn tau of a value that ``layers`` read.
 
     Args:
-        draw: A batch of the value, ``x`` [N, ...], and the position of each sample's timestep, ``steps`` [N].
+        draw: Batches of the value, ``x`` [N, ...], and the position of each sample's timestep, ``steps`` [N].
         start: First tau, [in].
     Returns:
         tau, [in].
     """
     log_tau = start.log().requires_grad_()
-    optimizers = [adam([log_tau], schedule.learning_rate)]
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], schedule.iterations)
+    optimizer = adam([log_tau], schedule.learning_rate)
     latest = torch.zeros_like(start[0])
 
     def loss(batch: Batch) -> Tensor:
@@ -185,11 +184,11 @@ def learn_scaling(
         latest.copy_(losses.detach().mean())
         return (weights(batch["steps"], losses) * losses).mean()
 
-    step = GradientStep(draw, loss, optimizers)
+    step = GradientStep(draw, loss, [optimizer])
     history: list[float] = []
-    for _ in range(schedule.iterations):
+    for iteration in range(schedule.iterations):
+        anneal(optimizer, schedule.learning_rate, iteration / schedule.iterations)
         step()
-        cosine.step()
         if schedule.patience:
             history.append(float(latest))
             if has_settled(history, schedule.patience):

@@ -1,6 +1,6 @@
 """Activations at the frontier of the walk over the blocks: of the full-precision network, or of the quantized one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -30,7 +30,16 @@ class Flow:
         self, rows: CalibrationRows, features: Mapping[str, Tensor], cache: ActivationCache, device: torch.device
     ) -> None:
         self.rows = rows
-        self._features, self._cache, self._device = features, cache, device
+        self._cache, self._device = cache, device
+        self.steps = rows.steps.to(device)
+        """Position of each row's timestep in the schedule, on the device, [R]."""
+        self._features, self._inputs = (
+            {name: value.to(device) for name, value in values.items()} for values in (features, rows.inputs)
+        )
+
+    def is_at_hand(self, names: Iterable[str]) -> bool:
+        """Whether values can be read without leaving the device."""
+        return all(name in self._features or name in self._inputs or self._cache.is_at_hand(name) for name in names)
 
     def read(self, runner: BlockRunner, picks: Tensor) -> dict[str, Tensor]:
         """What a block reads, for the rows ``picks`` [N]."""
@@ -65,9 +74,9 @@ class Flow:
 
     def _value(self, name: str, picks: Tensor) -> Tensor:
         if name in self._features:
-            return self._features[name][self.rows.steps[picks]]
-        if name in self.rows.inputs:
-            return self.rows.inputs[name][picks]
+            return self._features[name][self.steps[picks]]
+        if name in self._inputs:
+            return self._inputs[name][picks]
         return self._cache.read(name, picks)
 
 

@@ -30,7 +30,7 @@ class InputWatch:
         self._stride = stride
         self._drafts = tuple(drafts)
         self._cache = ActivationCache(len(self._chosen), ceiling, device)
-        self.steps = rows.steps[self._chosen]
+        self.steps = rows.steps[self._chosen].to(device)
         """Position of each noted row's timestep in the schedule, [rows]."""
 
     def rules(self, picks: Tensor) -> Mapping[str, LayerRule]:
@@ -54,6 +54,10 @@ class InputWatch:
         """Noted rows of a value as the layer sees them; all of them, or ``picks``."""
         rows = self._cache.read(value, torch.arange(len(self._chosen)) if picks is None else picks)
         return rows.flatten(0, 1)
+
+    def is_at_hand(self, value: str) -> bool:
+        """Whether a value can be read without leaving the device."""
+        return self._cache.is_at_hand(value)
 
     def close(self) -> None:
         """Forget everything."""

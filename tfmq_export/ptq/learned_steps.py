@@ -7,11 +7,12 @@ their logarithm is learned.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from tfmq_export.ptq.fake_quant import Grid, round_through
-from tfmq_export.ptq.learning import Batch, GradientStep, adam
+from tfmq_export.ptq.learning import Batch, Draw, GradientStep, adam, anneal
+
+OFFSET_RATE = 50  # times the scale's: an offset moves in units of codes, a scale in units of itself
 
 
 class LearnedGrid:
@@ -44,7 +45,7 @@ class LearnedGrid:
 
 
 def learn_steps(
-    draw: Callable[[], Batch],
+    draw: Draw,
     loss: Callable[[Mapping[str, Grid], Batch], Tensor],
     grids: Mapping[str, Grid],
     iterations: int,
@@ -53,19 +54,16 @@ def learn_steps(
     """Tune the grids of one block.
 
     Args:
-        draw: A fresh batch.
         loss: Of the block on a batch, under these grids.
     """
     learned = {name: LearnedGrid(grid) for name, grid in grids.items()}
-    # An offset moves in units of codes, a scale in units of itself.
-    optimizers = [
-        adam((grid.log_scale for grid in learned.values()), learning_rate),
-        adam((grid.zero_point for grid in learned.values()), learning_rate * 50),
-    ]
-    cosines = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) for optimizer in optimizers]
-    step = GradientStep(draw, lambda batch: loss({name: x.soft() for name, x in learned.items()}, batch), optimizers)
-    for _ in range(iterations):
+    scales = adam((grid.log_scale for grid in learned.values()), learning_rate)
+    offsets = adam((grid.zero_point for grid in learned.values()), OFFSET_RATE * learning_rate)
+    step = GradientStep(
+        draw, lambda batch: loss({name: x.soft() for name, x in learned.items()}, batch), [scales, offsets]
+    )
+    for iteration in range(iterations):
+        anneal(scales, learning_rate, iteration / iterations)
+        anneal(offsets, OFFSET_RATE * learning_rate, iteration / iterations)
         step()
-        for cosine in cosines:
-            cosine.step()
     return {name: grid.hard() for name, grid in learned.items()}

@@ -7,7 +7,7 @@ All layers of a block learn together how to round, so that the block's output co
 ``x`` is the block's full-precision input, ``x^`` what the network quantized so far makes of it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor
 from tfmq_export.progress import Step
 from tfmq_export.ptq.draft import Draft
 from tfmq_export.ptq.effort import RoundingSchedule
-from tfmq_export.ptq.learning import Batch, GradientStep, adam
+from tfmq_export.ptq.learning import Batch, Draw, GradientStep, adam
 from tfmq_export.ptq.rounding import (
     beta_at,
     hard_codes,
     rounding_logits,
     rounding_regularizer,
+    sides,
     soft_weight,
     undecided,
 )
@@ -35,33 +36,31 @@ Loss = Callable[[Mapping[str, Tensor], Batch], Tensor]
 
 
 def learn_rounding(
-    drafts: Sequence[Draft], draw: Callable[[], Batch], loss: Loss, schedule: RoundingSchedule, progress: Step
+    drafts: Sequence[Draft], draw: Draw, loss: Loss, schedule: RoundingSchedule, progress: Step
 ) -> tuple[Draft, ...]:
     """Decide the rounding of all layers of a block.
 
     Args:
         drafts: With their scales; codes are the result.
-        draw: A fresh batch.
         loss: Mean squared error of the block's output, summed over channels.
     """
-    by_name = {draft.op.name: draft for draft in drafts}
-    floors, scales, logits = {}, {}, {}
-    for name, draft in by_name.items():
-        assert draft.scale is not None
-        scales[name] = per_output(draft.scale, draft.weight)
-        floors[name] = (draft.weight / scales[name]).floor()
-        logits[name] = rounding_logits(draft.weight, scales[name]).requires_grad_()
-    specs = {name: draft.weight_spec for name, draft in by_name.items()}
-    beta = drafts[0].plain.new_zeros(())  # a tensor, because a recorded step reads it anew
+    # All weights of the block in one row: a step passes over them once, however many layers there are.
+    scales = [per_output(_known(draft.scale), draft.weight) for draft in drafts]
+    codes = [sides(draft.weight, scale, draft.weight_spec) for draft, scale in zip(drafts, scales, strict=True)]
+    low, high = (
+        _row(side * scale for side, scale in zip(part, scales, strict=True)) for part in zip(*codes, strict=True)
+    )
+    logits = _row(rounding_logits(draft.weight, scale) for draft, scale in zip(drafts, scales, strict=True))
+    logits.requires_grad_()
+    beta = low.new_zeros(())  # a tensor, because a recorded step reads it anew
 
     def reconstruction(batch: Batch) -> Tensor:
-        weights = {name: soft_weight(floors[name], scales[name], logits[name], spec) for name, spec in specs.items()}
-        return loss(weights, batch)
+        return loss(_by_layer(soft_weight(low, high, logits), drafts), batch)
 
     def regularized(batch: Batch) -> Tensor:
-        return reconstruction(batch) + REGULARIZER_WEIGHT * sum(rounding_regularizer(x, beta) for x in logits.values())
+        return reconstruction(batch) + REGULARIZER_WEIGHT * rounding_regularizer(logits, beta)
 
-    optimizers = [adam(logits.values(), schedule.learning_rate)]
+    optimizers = [adam([logits], schedule.learning_rate)]
     fit, settle = (GradientStep(draw, goal, optimizers) for goal in (reconstruction, regularized))
     for iteration in range(schedule.iterations):
         now = beta_at(iteration / schedule.iterations)
@@ -71,11 +70,24 @@ def learn_rounding(
             beta.fill_(now)
             settle()
         progress(iteration + 1, schedule.iterations)
-        if now is not None and iteration % CHECK_EVERY == 0:
-            with torch.no_grad():
-                if all(undecided(x) == 0 for x in logits.values()):
-                    break  # every weight is decided; nothing can change any more
+        if now is not None and iteration % CHECK_EVERY == 0 and undecided(logits.detach()) == 0:
+            break  # every weight is decided; nothing can change any more
+    decided = _by_layer(logits.detach(), drafts)
     return tuple(
-        replace(draft, codes=hard_codes(floors[name], logits[name].detach(), draft.weight_spec))
-        for name, draft in by_name.items()
+        replace(draft, codes=hard_codes(*each, decided[draft.op.name]))
+        for draft, each in zip(drafts, codes, strict=True)
     )
+
+
+def _known(scale: Tensor | None) -> Tensor:
+    assert scale is not None
+    return scale
+
+
+def _row(weights: Iterable[Tensor]) -> Tensor:
+    return torch.cat([weight.flatten() for weight in weights])
+
+
+def _by_layer(row: Tensor, drafts: Sequence[Draft]) -> dict[str, Tensor]:
+    parts = torch.split(row, [draft.plain.numel() for draft in drafts])
+    return {draft.op.name: part.view_as(draft.plain) for draft, part in zip(drafts, parts, strict=True)}

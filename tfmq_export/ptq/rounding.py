@@ -32,18 +32,24 @@ def rounding_logits(weight: Tensor, scale: Tensor) -> Tensor:
     return -torch.log((STRETCH_HIGH - STRETCH_LOW) / (fraction - STRETCH_LOW) - 1)
 
 
-def soft_weight(floor: Tensor, scale: Tensor, logits: Tensor, spec: QuantSpec) -> Tensor:
-    """The weight while its rounding is being learned.
+def sides(weight: Tensor, scale: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The two codes a weight may get, down and up, float; beyond the grid both are its edge.
 
     Args:
-        floor: ``floor(weight / scale)``.
+        scale: Broadcasts against ``weight``.
     """
-    return (floor + rectified_sigmoid(logits)).clamp(spec.qmin, spec.qmax) * scale
+    floor = (weight / scale).floor()
+    return floor.clamp(spec.qmin, spec.qmax), (floor + 1).clamp(spec.qmin, spec.qmax)
 
 
-def hard_codes(floor: Tensor, logits: Tensor, spec: QuantSpec) -> Tensor:
+def soft_weight(low: Tensor, high: Tensor, logits: Tensor) -> Tensor:
+    """The weight while its rounding is being learned, from ``low`` where ``h`` is 0 to ``high`` where it is 1."""
+    return torch.lerp(low, high, rectified_sigmoid(logits))
+
+
+def hard_codes(down: Tensor, up: Tensor, logits: Tensor) -> Tensor:
     """The integers the logits decided on, float."""
-    return (floor + (logits >= 0)).clamp(spec.qmin, spec.qmax)
+    return torch.where(logits >= 0, up, down)
 
 
 def undecided(logits: Tensor) -> Tensor:

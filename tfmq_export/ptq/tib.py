@@ -27,7 +27,7 @@ from tfmq_export.ptq.effort import RoundingSchedule
 from tfmq_export.ptq.fake_quant import fake_quantize
 from tfmq_export.ptq.finite_set import calibrate_finite_set
 from tfmq_export.ptq.flow import Rules
-from tfmq_export.ptq.learning import Batch
+from tfmq_export.ptq.learning import Batch, Draw
 from tfmq_export.ptq.observers import Estimator, Observation, activation_grid
 from tfmq_export.ptq.reconstruct import learn_rounding
 from tfmq_export.recipe import TemporalTable, TibRecipe
@@ -170,7 +170,7 @@ def reconstruct_temporal(
             errors = [(found[name] - value).square().flatten(1).sum(1).mean() for name, value in wanted.items()]
             return torch.stack(errors).sum()
 
-        ready = learn_rounding(ready, dict, loss, plan.schedule, progress)
+        ready = learn_rounding(ready, Draw(dict), loss, plan.schedule, progress)
     return ready
 
 
