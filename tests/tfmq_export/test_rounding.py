@@ -26,15 +26,36 @@ def layer(bits: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
     return weight, per_output(search_weight_scale(weight, spec), weight), spec
 
 
+def nearest(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    return (weight / scale).round().clamp(spec.qmin, spec.qmax)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_h_starts_at_the_fractional_part(bits: int) -> None:
-    weight, scale, _ = layer(bits)
+    weight, scale, spec = layer(bits)
     steps = weight / scale
+    codes = nearest(weight, scale, spec)
+    inside = (steps >= spec.qmin) & (steps <= spec.qmax)
 
-    h = rectified_sigmoid(rounding_logits(weight, scale))
+    h = rectified_sigmoid(rounding_logits(weight, scale, codes))
 
     # Sigmoid and logarithm in fp32, one after the other.
-    torch.testing.assert_close(h, steps - steps.floor(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(h[inside], (steps - steps.floor())[inside], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.5, 1.0])
+def test_learning_starts_on_the_way_from_the_code_to_the_value(pull: float) -> None:
+    weight, scale = torch.tensor([2.3, 2.3, -1.7, 2.3, 2.3]), torch.tensor(1.0)
+    codes = torch.tensor([2.0, 3.0, -2.0, 1.0, 4.0])  # two of them further away than a step
+    spec = QuantSpec(4, axis=0)
+
+    down, up = sides(weight, scale, codes, spec)
+    soft = soft_weight(down, up, rounding_logits(weight, scale, codes, pull))
+
+    assert down.tolist() == [2, 2, -2, 1, 3]
+    assert up.tolist() == [3, 3, -1, 2, 4]
+    expected = codes + (pull * (weight - codes)).clamp(-1, 1)
+    torch.testing.assert_close(soft, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -43,8 +64,9 @@ def test_the_soft_weight_starts_as_the_float_weight_inside_the_grid(bits: int) -
     steps = weight / scale
     inside = (steps >= spec.qmin) & (steps <= spec.qmax)
 
-    down, up = sides(weight, scale, spec)
-    soft = soft_weight(down * scale, up * scale, rounding_logits(weight, scale))
+    codes = nearest(weight, scale, spec)
+    down, up = sides(weight, scale, codes, spec)
+    soft = soft_weight(down * scale, up * scale, rounding_logits(weight, scale, codes))
 
     # A millionth of a step is what the logits cost, and at most 128 steps of fp32 come on top.
     assert ((soft - weight).abs() / scale)[inside].max() < 2e-5
@@ -59,7 +81,7 @@ def test_the_soft_weight_starts_as_the_float_weight_inside_the_grid(bits: int) -
 def test_hard_rounding_decides_every_weight_for_floor_or_ceil_inside_the_grid(bits: int, spread: float) -> None:
     weight, scale, spec = layer(bits)
     floor = (weight / scale).floor()
-    down, up = sides(weight, scale, spec)
+    down, up = sides(weight, scale, nearest(weight, scale, spec), spec)
     logits = spread * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
 
     codes = hard_codes(down, up, logits)
@@ -77,7 +99,8 @@ def test_untouched_logits_round_to_nearest() -> None:
     weight, scale, spec = layer(4)
     steps = weight / scale
 
-    codes = hard_codes(*sides(weight, scale, spec), rounding_logits(weight, scale))
+    start = nearest(weight, scale, spec)
+    codes = hard_codes(*sides(weight, scale, start, spec), rounding_logits(weight, scale, start))
 
     assert torch.equal(codes, steps.round().clamp(spec.qmin, spec.qmax))
 
@@ -122,7 +145,8 @@ def test_the_soft_weights_gradient_is_its_slope() -> None:
 def test_weights_outside_the_grid_pull_at_no_logit() -> None:
     logits, weight = torch.zeros(3, requires_grad=True), torch.tensor([-20.0, 2.3, 20.0])
 
-    soft_weight(*sides(weight, torch.tensor(1.0), QuantSpec(4, axis=0)), logits).sum().backward()
+    one, spec = torch.tensor(1.0), QuantSpec(4, axis=0)
+    soft_weight(*sides(weight, one, nearest(weight, one, spec), spec), logits).sum().backward()
 
     assert logits.grad is not None
     assert (logits.grad != 0).tolist() == [False, True, False]

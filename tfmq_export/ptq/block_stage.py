@@ -21,6 +21,7 @@ from tfmq_export.ptq.equivalent_scaling import (
     learn_scaling,
     smooth_scaling,
 )
+from tfmq_export.ptq.error_feedback import SAMPLES, InputProducts, feedback_codes
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.finite_set import calibrate_finite_set
 from tfmq_export.ptq.flow import Flow, draw_rows
@@ -75,7 +76,9 @@ class BlockStage:
         drafts = tuple(part for group in by_input(drafts).values() for part in self._scale(group))
         candidates = SHRINK_STEPS if self.method.weight_range == "search" else 1
         drafts = tuple(with_nearest_codes(draft, candidates) for draft in drafts)
-        drafts = self._lay_grids(drafts)
+        products = self._input_products(drafts)
+        drafts = self._lay_grids(drafts, products)
+        drafts = tuple(self._feed_back(draft, products) for draft in drafts)
         if self.method.reconstruct and self.effort.rounding.iterations:
             drafts = self._round(drafts, progress)
         if self.method.learned_steps and self.effort.step_iterations:
@@ -152,8 +155,12 @@ class BlockStage:
 
     # -- grids --------------------------------------------------------------------------------
 
-    def _lay_grids(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
-        """Observe every activation of the block where the quantized network feeds it."""
+    def _lay_grids(self, drafts: Sequence[Draft], products: Mapping[str, InputProducts]) -> tuple[Draft, ...]:
+        """Observe every activation of the block where the quantized network feeds it.
+
+        Args:
+            products: Of the inputs, by layer; summed up on the way.
+        """
         timesteps = self.given.rows.timesteps
         inputs: dict[str, list[list[Observation]]] = {}
         outputs: dict[str, list[list[Observation]]] = {}
@@ -173,7 +180,11 @@ class BlockStage:
                 x = draft.scale_input(operands[0])
                 if firsts[input_key(draft)] == draft.op.name:
                     look(inputs, input_key(draft), x, steps)
-                y = compute(draft.shift_back(x), draft.weight)
+                shifted = draft.shift_back(x)
+                if draft.op.name in products:
+                    most = -(-SAMPLES * len(steps) // len(self.given.rows))
+                    products[draft.op.name].add(shifted, most, sampler)
+                y = compute(shifted, draft.weight)
                 if draft.output_spec is not None:
                     look(outputs, output_key(draft), y, steps)
                 return y
@@ -195,6 +206,26 @@ class BlockStage:
             )
             for draft in drafts
         )
+
+    def _input_products(self, drafts: Sequence[Draft]) -> dict[str, InputProducts]:
+        """What error feedback needs to know of each layer, before anything was seen."""
+        if not (self.method.reconstruct and self.effort.error_feedback):
+            return {}
+        return {
+            draft.op.name: InputProducts(self.runner.node(draft.op.name), draft.plain, draft.op.groups)
+            for draft in drafts
+        }
+
+    def _feed_back(self, draft: Draft, products: Mapping[str, InputProducts]) -> Draft:
+        if draft.op.name not in products:
+            return draft
+        assert draft.input is not None
+        assert draft.scale is not None
+        step = draft.input.scale.square().mean().sqrt().expand(draft.plain.shape[1] * draft.op.groups)
+        if draft.exponent is not None:
+            step = step * torch.exp2(draft.exponent.to(step))
+        pieces = products[draft.op.name].pieces(step.square() / 12)  # what rounding adds to a value, on average
+        return replace(draft, codes=feedback_codes(draft.weight, draft.scale, draft.weight_spec, pieces))
 
     @property
     def _rows_of_a_step(self) -> int:

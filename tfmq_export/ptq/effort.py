@@ -9,11 +9,16 @@ from tfmq_export.ptq.equivalent_scaling import ScalingSchedule
 
 @dataclass(frozen=True, slots=True)
 class RoundingSchedule:
-    """How long to learn the rounding of one block; 0 iterations round to nearest."""
+    """How long to learn the rounding of one block; 0 iterations take the codes it would start from.
+
+    Attributes:
+        pull: Where it starts, from 0 at those codes to 1 at the float weights, as AdaRound does.
+    """
 
     iterations: int
     batch: int
     learning_rate: float
+    pull: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,7 @@ class Effort:
         scaling: LES, per value.
         step_iterations: Learned activation steps, per block.
         temporal: TIAR.
+        error_feedback: Whether rounding starts from GPTQ's codes, or from the nearest ones as in the papers.
     """
 
     name: str
@@ -36,6 +42,7 @@ class Effort:
     rounding: RoundingSchedule
     step_iterations: int
     temporal: RoundingSchedule
+    error_feedback: bool = True
 
 
 EFFORTS: Mapping[str, Effort] = {
@@ -65,6 +72,7 @@ EFFORTS: Mapping[str, Effort] = {
         rounding=RoundingSchedule(20000, 32, 1e-3),
         step_iterations=5000,
         temporal=RoundingSchedule(20000, 0, 1e-3),
+        error_feedback=False,
     ),
 }
 

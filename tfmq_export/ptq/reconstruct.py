@@ -41,16 +41,23 @@ def learn_rounding(
     """Decide the rounding of all layers of a block.
 
     Args:
-        drafts: With their scales; codes are the result.
+        drafts: With their scales, and the codes to start from.
         loss: Mean squared error of the block's output, summed over channels.
     """
     # All weights of the block in one row: a step passes over them once, however many layers there are.
     scales = [per_output(_known(draft.scale), draft.weight) for draft in drafts]
-    codes = [sides(draft.weight, scale, draft.weight_spec) for draft, scale in zip(drafts, scales, strict=True)]
+    starts = [_known(draft.codes) for draft in drafts]
+    codes = [
+        sides(draft.weight, scale, start, draft.weight_spec)
+        for draft, scale, start in zip(drafts, scales, starts, strict=True)
+    ]
     low, high = (
         _row(side * scale for side, scale in zip(part, scales, strict=True)) for part in zip(*codes, strict=True)
     )
-    logits = _row(rounding_logits(draft.weight, scale) for draft, scale in zip(drafts, scales, strict=True))
+    logits = _row(
+        rounding_logits(draft.weight, scale, start, schedule.pull)
+        for draft, scale, start in zip(drafts, scales, starts, strict=True)
+    )
     logits.requires_grad_()
     beta = low.new_zeros(())  # a tensor, because a recorded step reads it anew
 
@@ -79,9 +86,9 @@ def learn_rounding(
     )
 
 
-def _known(scale: Tensor | None) -> Tensor:
-    assert scale is not None
-    return scale
+def _known(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
 
 
 def _row(weights: Iterable[Tensor]) -> Tensor:

@@ -2,8 +2,8 @@
 
     W_q = s * clamp(floor(W / s) + h(a), qmin, qmax)        h(a) = clip(1.2 sigmoid(a) - 0.1, 0, 1)
 
-``h`` starts at the fractional part of ``W / s``, so that the soft weight is the float weight; a
-regulariser drives it to 0 or 1. ``a >= 0`` decides what is left between.
+``h`` starts at the fractional part of ``W / s``, so that the soft weight is the float weight, or on the way to it from
+codes that are better than the nearest ones; a regulariser drives it to 0 or 1. ``a >= 0`` decides what is left between.
 """
 
 import torch
@@ -21,25 +21,28 @@ def rectified_sigmoid(logits: Tensor) -> Tensor:
     return ((STRETCH_HIGH - STRETCH_LOW) * logits.sigmoid() + STRETCH_LOW).clamp(0, 1)
 
 
-def rounding_logits(weight: Tensor, scale: Tensor) -> Tensor:
-    """Logits whose ``rectified_sigmoid`` is the fractional part of ``weight / scale``.
+def sides(weight: Tensor, scale: Tensor, codes: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The two codes a weight may get, down and up: the one it has and the next towards its value.
+
+    From nearest codes these are floor and ceil; beyond the grid both are its edge.
 
     Args:
         scale: Broadcasts against ``weight``.
     """
-    steps = weight / scale
-    fraction = steps - steps.floor()
-    return -torch.log((STRETCH_HIGH - STRETCH_LOW) / (fraction - STRETCH_LOW) - 1)
+    down = torch.where(weight / scale >= codes, codes, codes - 1)
+    return down.clamp(spec.qmin, spec.qmax), (down + 1).clamp(spec.qmin, spec.qmax)
 
 
-def sides(weight: Tensor, scale: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The two codes a weight may get, down and up, float; beyond the grid both are its edge.
+def rounding_logits(weight: Tensor, scale: Tensor, codes: Tensor, pull: float = 1.0) -> Tensor:
+    """Logits that start the soft weight between its code and its value.
 
     Args:
         scale: Broadcasts against ``weight``.
+        pull: 0 starts at the code, 1 at the value, as far as the two sides reach.
     """
-    floor = (weight / scale).floor()
-    return floor.clamp(spec.qmin, spec.qmax), (floor + 1).clamp(spec.qmin, spec.qmax)
+    gap = weight / scale - codes
+    h = torch.where(gap >= 0, pull * gap, 1 + pull * gap).clamp(0, 1)
+    return -torch.log((STRETCH_HIGH - STRETCH_LOW) / (h - STRETCH_LOW) - 1)
 
 
 def soft_weight(low: Tensor, high: Tensor, logits: Tensor) -> Tensor:

@@ -1,0 +1,181 @@
+"""Error feedback: the windows, the sums and the columns, each against its definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from tfmq_export.ptq import error_feedback
+from tfmq_export.ptq.error_feedback import DAMPING, InputProducts, feedback_codes
+from tfmq_export.ptq.weights import nearest_codes, per_output, search_weight_scale
+from tfmq_export.spec import QuantSpec
+
+SPEC = QuantSpec(4, axis=0)
+EVERYTHING = 1 << 30
+
+
+def captured(layer: nn.Module, x: Tensor) -> fx.Node:
+    """The layer as a node of a captured graph."""
+    graph = torch.export.export(nn.Sequential(layer), (x,)).run_decompositions({}).graph
+    (node,) = (node for node in graph.nodes if node.op == "call_function")
+    return node
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def products_of(layer: nn.Conv2d | nn.Linear, x: Tensor) -> InputProducts:
+    products = InputProducts(captured(layer, x), layer.weight.detach(), getattr(layer, "groups", 1))
+    products.add(x, EVERYTHING, torch.Generator())
+    return products
+
+
+def quadratic(difference: Tensor, pieces: list[Tensor]) -> float:
+    """``tr D H D^T``."""
+    rows = difference.reshape(len(pieces[0]), -1, sum(piece.shape[-1] for piece in pieces))
+    (whole,) = pieces
+    return float(((rows @ whole) * rows).sum())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    dimensions=st.integers(1, 3),
+    size=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.sampled_from([0, 1, 2, "same", "valid"]),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2, 4]),
+)
+def test_the_sums_predict_the_error_of_a_convolution(
+    dimensions: int, size: int, stride: int, padding: int | str, dilation: int, groups: int
+) -> None:
+    if padding == "same":
+        stride = 1  # as PyTorch demands
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    kernel = tuple(size + axis % 2 for axis in range(dimensions))
+    conv = kind(4, 8, kernel, stride, padding, dilation, groups, bias=False).requires_grad_(requires_grad=False)  # type: ignore[arg-type]
+    x = normal(3, 4, *(9 - axis for axis in range(dimensions)))
+    products = InputProducts(captured(conv, x), conv.weight, groups)
+    products.add(x, EVERYTHING, torch.Generator())
+    difference = normal(*conv.weight.shape, seed=1)
+
+    predicted = quadratic(difference, products.pieces(torch.zeros(4)))
+
+    conv.weight.copy_(difference)
+    assert predicted == pytest.approx(float(conv(x).square().sum()), rel=1e-4)
+
+
+def test_the_sums_predict_the_error_of_a_linear_layer_on_tokens() -> None:
+    layer, x, difference = nn.Linear(6, 5), normal(3, 7, 6), normal(5, 6, seed=1)
+
+    predicted = quadratic(difference, products_of(layer, x).pieces(torch.zeros(6)))
+
+    assert predicted == pytest.approx(float((x @ difference.T).square().sum()), rel=1e-5)
+
+
+def test_a_sample_of_the_positions_stands_for_all() -> None:
+    conv, x = nn.Conv2d(2, 3, 3, padding=1), normal(8, 2, 16, 16)
+    sampled = InputProducts(captured(conv, x), conv.weight.detach(), 1)
+
+    sampled.add(x, 500, torch.Generator().manual_seed(0))
+
+    (all_,), (some,) = products_of(conv, x).pieces(torch.zeros(2)), sampled.pieces(torch.zeros(2))
+    mean, estimate = all_ / (8 * 16 * 16), some / 500
+    assert (mean - estimate).abs().max() < 0.3  # of variances near 1: four standard errors
+
+
+def test_the_grid_adds_its_own_error_to_the_squares() -> None:
+    conv, x = nn.Conv2d(2, 3, 3, padding=1), normal(2, 2, 4, 4)
+    products = products_of(conv, x)
+
+    (plain,), (gridded,) = products.pieces(torch.zeros(2)), products.pieces(torch.tensor([1.0, 2.0]))
+
+    added = gridded - plain
+    assert torch.equal(added, torch.diag_embed(added.diagonal(dim1=-2, dim2=-1)))
+    torch.testing.assert_close(added[0].diagonal(), 32 * torch.tensor([1.0] * 9 + [2.0] * 9), rtol=1e-4, atol=1e-3)
+
+
+def one_by_one(steps: Tensor, products: Tensor) -> Tensor:
+    """The definition: round a weight, then let all that are left make up for what was lost, by least squares."""
+    wide = products.double()
+    wide = wide + DAMPING * wide.diagonal().mean() * torch.eye(len(wide), dtype=torch.float64)
+    order = products.diagonal().argsort(descending=True, stable=True).tolist()
+    codes, left = torch.zeros_like(steps).double(), steps.double().clone()
+    for turn, column in enumerate(order):
+        codes[:, column] = left[:, column].round().clamp(SPEC.qmin, SPEC.qmax)
+        fixed, free = order[: turn + 1], order[turn + 1 :]
+        lost = codes[:, fixed] - steps[:, fixed].double()
+        pull = torch.linalg.solve(wide[free][:, free], wide[free][:, fixed] @ lost.T)
+        left[:, free] = steps[:, free].double() - pull.T
+    return codes.float()
+
+
+@pytest.mark.parametrize("inputs", [5, 150, 300])  # in one panel, and in several
+def test_columns_are_rounded_as_the_definition_says(inputs: int) -> None:
+    x = normal(4 * inputs, 8) @ normal(8, inputs, seed=1) + 0.3 * normal(4 * inputs, inputs, seed=2)
+    steps, products = 3 * normal(6, inputs, seed=3), x.T @ x
+
+    found = feedback_codes(steps, torch.ones(6), SPEC, [products[None]])
+
+    # What lies on the edge between two codes may fall to either side in fp32, and takes others along.
+    assert (found == one_by_one(steps, products)).float().mean() > 0.99
+
+
+def test_inputs_that_have_nothing_in_common_are_rounded_to_nearest() -> None:
+    weight = normal(6, 20)
+    scale = search_weight_scale(weight, SPEC)
+
+    found = feedback_codes(weight, scale, SPEC, [torch.diag(torch.rand(20) + 0.1)[None]])
+
+    assert torch.equal(found, nearest_codes(weight, scale, SPEC))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_errors_cancel_where_inputs_are_alike(groups: int) -> None:
+    conv = nn.Conv2d(16, 32, 3, padding=1, groups=groups, bias=False).requires_grad_(requires_grad=False)
+    mixing = normal(16, 2, seed=1)
+    x, unseen = (
+        torch.einsum("cd,ndhw->nchw", mixing, normal(16, 2, 8, 8, seed=seed)) + 0.1 * normal(16, 16, 8, 8, seed=seed)
+        for seed in (2, 3)
+    )
+    scale = search_weight_scale(conv.weight, SPEC)
+    wanted, exact = conv(unseen), conv.weight.clone()
+
+    codes = feedback_codes(exact, scale, SPEC, products_of(conv, x).pieces(torch.zeros(16)))
+
+    errors = []
+    for each in (nearest_codes(exact, scale, SPEC), codes):
+        conv.weight.copy_(each * per_output(scale, each))
+        errors.append(float((conv(unseen) - wanted).square().mean()))
+    assert errors[1] < 0.5 * errors[0]
+    assert torch.equal(codes, codes.round().clamp(SPEC.qmin, SPEC.qmax))
+
+
+def test_a_wide_layer_is_taken_in_pieces_of_whole_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(error_feedback, "WIDEST", 20)
+    conv, x = nn.Conv2d(5, 4, 3, bias=False), normal(8, 5, 6, 6)
+    scale = search_weight_scale(conv.weight.detach(), SPEC)
+
+    pieces = products_of(conv, x).pieces(torch.zeros(5))
+    codes = feedback_codes(conv.weight.detach(), scale, SPEC, pieces)
+
+    assert [piece.shape[-1] for piece in pieces] == [18, 18, 9]
+    for start, piece in zip((0, 2, 4), pieces, strict=True):
+        part = conv.weight.detach()[:, start : start + 2]
+        assert torch.equal(codes[:, start : start + 2], feedback_codes(part, scale, SPEC, [piece]))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_inputs_too_few_or_all_zero_leave_finite_codes(rows: int) -> None:
+    layer, x = nn.Linear(40, 6), torch.zeros(4, 40)
+    x[:rows] = normal(rows, 40)
+    weight = layer.weight.detach()
+    scale = search_weight_scale(weight, SPEC)
+
+    codes = feedback_codes(weight, scale, SPEC, products_of(layer, x).pieces(torch.zeros(40)))
+
+    assert torch.equal(codes, codes.round().clamp(SPEC.qmin, SPEC.qmax))
+    if not rows:
+        assert torch.equal(codes, nearest_codes(weight, scale, SPEC))

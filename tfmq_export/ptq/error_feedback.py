@@ -1,0 +1,174 @@
+"""Rounding with error feedback (GPTQ, section 3): what one weight loses, those not yet rounded make up for.
+
+    min || x (W - W^) ||^2  =  min tr (W - W^) H (W - W^)^T        H = sum x^T x over the layer's inputs
+
+in closed form, layer by layer, without a gradient step. Learned rounding starts from it and goes on with what
+the layers of a block do together.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from tfmq_export.ptq.weights import per_output
+from tfmq_export.spec import QuantSpec
+
+SAMPLES = 1 << 14  # inputs that a layer's products are summed over
+WIDEST = 2304  # weights that share their errors: 256 channels of a 3 x 3 convolution; the cost grows with the cube
+DAMPING = 0.01  # of the mean diagonal, as GPTQ adds
+PANEL = 128  # columns whose errors are carried over to the rest in one product
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Where a convolution looks, axis by axis.
+
+    Attributes:
+        padding: Before and after.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, node: fx.Node, kernel: Sequence[int]) -> "Window":
+        """The window of a convolution in a graph."""
+        given: dict[str, Any] = dict(zip(("stride", "padding", "dilation"), node.args[3:], strict=False)) | node.kwargs
+        stride, dilation = (_per_axis(given.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
+        padding = given.get("padding", 0)
+        if padding == "same":  # what is odd goes behind
+            spread = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+            sides = tuple((width // 2, width - width // 2) for width in spread)
+        else:
+            sides = tuple((side, side) for side in _per_axis(0 if padding == "valid" else padding, len(kernel)))
+        return cls(tuple(kernel), stride, sides, dilation)
+
+    def open(self, x: Tensor) -> Tensor:
+        """What the kernel sees at every position of [N, C, ...], a view: [N, positions ..., C, kernel ...]."""
+        x = functional.pad(x, [side for sides in reversed(self.padding) for side in sides])
+        for axis, (size, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
+            x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        return x.movedim(1, 1 + len(self.kernel))
+
+
+class InputProducts:
+    """``H`` of one layer, summed up as its inputs pass by.
+
+    A layer wider than ``WIDEST`` is taken in pieces of whole channels, whose errors stay among themselves.
+
+    Args:
+        node: The layer in its graph.
+        weight: [out, in / groups, ...].
+    """
+
+    def __init__(self, node: fx.Node, weight: Tensor, groups: int) -> None:
+        kernel = weight.shape[2:]
+        self._window = Window.of(node, kernel) if len(kernel) else None
+        self._groups = groups
+        self.width = max(1, WIDEST // kernel.numel()) * kernel.numel()
+        pieces = torch.split(weight[0].flatten(), self.width)
+        self._sums = [weight.new_zeros(groups, len(piece), len(piece)) for piece in pieces]
+        self._count = 0
+
+    def add(self, x: Tensor, most: int, generator: torch.Generator) -> None:
+        """Look at a batch of inputs.
+
+        Args:
+            most: Positions to look at.
+        """
+        rows = self._rows(x, most, generator).transpose(0, 1)  # [groups, positions, in / groups]
+        for total, part in zip(self._sums, torch.split(rows, self.width, -1), strict=True):
+            total.baddbmm_(part.mT, part)
+        self._count += rows.shape[1]
+
+    def pieces(self, noise: Tensor) -> list[Tensor]:
+        """``H`` of the inputs on their grid, [groups, n, n] for each piece.
+
+        Args:
+            noise: Mean square of what the grid adds to each channel, [in].
+        """
+        kernel = 1 if self._window is None else math.prod(self._window.kernel)
+        diagonal = (self._count * noise).reshape(self._groups, -1).repeat_interleave(kernel, 1)
+        return [
+            total + torch.diag_embed(part)
+            for total, part in zip(self._sums, torch.split(diagonal, self.width, -1), strict=True)
+        ]
+
+    def _rows(self, x: Tensor, most: int, generator: torch.Generator) -> Tensor:
+        if self._window is None:
+            opened = x.reshape(-1, x.shape[-1])
+            sizes: Sequence[int] = opened.shape[:1]
+        else:
+            opened = self._window.open(x)
+            sizes = opened.shape[: x.ndim - 1]
+        if math.prod(sizes) <= most:
+            return opened.reshape(math.prod(sizes), self._groups, -1)
+        picks = [torch.randint(size, (most,), generator=generator).to(x.device) for size in sizes]
+        return opened[tuple(picks)].reshape(most, self._groups, -1)
+
+
+def feedback_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, pieces: Sequence[Tensor]) -> Tensor:
+    """Round a weight so that its errors cancel on the layer's inputs; integers as float, shaped like ``weight``.
+
+    Args:
+        weight: [out, in / groups, ...].
+        scale: [out].
+        pieces: ``InputProducts.pieces``.
+    """
+    groups, widths = len(pieces[0]), [piece.shape[-1] for piece in pieces]
+    rows = (weight / per_output(scale, weight)).reshape(groups, len(weight) // groups, -1)
+    codes = [
+        torch.cat([_round_columns(part, products, spec) for part, products in zip(group, alone, strict=True)], 1)
+        for group, *alone in zip((torch.split(row, widths, 1) for row in rows), *pieces, strict=True)
+    ]
+    return torch.stack(codes).reshape(weight.shape)
+
+
+def _round_columns(steps: Tensor, products: Tensor, spec: QuantSpec) -> Tensor:
+    """Column by column, those with the largest inputs first, while there are others to make up for them.
+
+    Args:
+        steps: The weight in steps of its grid, [out, n].
+        products: [n, n].
+    """
+    order = products.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(products[order][:, order]).to(steps.dtype)
+    left, codes = steps[:, order], torch.empty_like(steps)
+    for start in range(0, len(order), PANEL):
+        stop = min(start + PANEL, len(order))
+        errors = left.new_empty(len(steps), stop - start)
+        for column in range(start, stop):
+            rounded = left[:, column].round().clamp(spec.qmin, spec.qmax)
+            codes[:, order[column]] = rounded
+            error = (left[:, column] - rounded) / factor[column, column]
+            left[:, column:stop] -= error[:, None] * factor[column, column:stop]
+            errors[:, column - start] = error
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    return codes
+
+
+def _inverse_factor(products: Tensor) -> Tensor:
+    """Upper Cholesky factor of the damped inverse, float64."""
+    wide = products.double()
+    diagonal = wide.diagonal()
+    mean = diagonal.mean()
+    damping = DAMPING * mean if mean > 0 else torch.ones_like(mean)
+    while True:
+        damped = wide + torch.diag(damping.expand(len(wide)))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+            return factor
+        damping = 10 * damping
+
+
+def _per_axis(value: Any, count: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    return values * count if len(values) == 1 else values
