@@ -88,6 +88,7 @@ class Method(BaseModel):
     attention: Literal["auto", "float", "integer"] = Field(
         "auto", description="what q k^T and p v compute in; auto: integers where the target gains from them"
     )
+    error_feedback: bool = Field(True, description="start from codes whose errors cancel; off: from the nearest ones")
     reconstruct: bool = Field(True, description="learn the rounding block by block")
     learned_steps: bool = Field(True, description="tune activation scales on each block's output")
 

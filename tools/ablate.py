@@ -45,7 +45,7 @@ from tfmq_export.validate import as_images
 
 Settings = Mapping[str, Any]
 
-ALIKE: Settings = {"timestep_weights": "uniform"}  # as the papers have it
+ALIKE: Settings = {"timestep_weights": "uniform", "error_feedback": False}  # as the papers have it
 OFF: Settings = {**ALIKE, "les": "off", "pts": "off", "learned_steps": False, "split_skips": False}
 PLAIN: Settings = {**OFF, "tib": "quantized", "tiar": False, "fsc": "off"}
 NEAREST: Settings = {**OFF, "reconstruct": False}
@@ -61,7 +61,8 @@ GROUPS: Mapping[str, Mapping[str, Settings]] = {
             "fsc": "off",
             "learned_steps": False,
         },
-        "all, timesteps alike": {**ALIKE},
+        "all, from the nearest codes": {"error_feedback": False},
+        "all, timesteps alike": {"timestep_weights": "uniform"},
         "all": {},
     },
     "temporal": {
@@ -80,7 +81,8 @@ GROUPS: Mapping[str, Mapping[str, Settings]] = {
         "+ LES, uniform": {**ALIKE, "pts": "off", "learned_steps": False},
         "+ PTS, vote / skip layers": {**ALIKE, "learned_steps": False},
         "+ learned steps": {**ALIKE},
-        "+ timesteps by what they do to the image": {},
+        "+ timesteps by what they do to the image": {"error_feedback": False},
+        "+ error feedback": {},
         "SmoothQuant for LES": {**ALIKE, "les": "smoothquant", "pts": "off", "learned_steps": False},
     },
     "weighting": {

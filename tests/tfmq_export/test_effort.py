@@ -7,6 +7,7 @@ from tfmq_export.ptq.effort import EFFORTS, NARROW, find_effort
 def test_efforts_grow() -> None:
     fast, standard, paper = (find_effort(name, 4) for name in ("fast", "standard", "paper"))
 
+    assert fast.rounding.iterations == 0  # no gradient step but LES
     assert fast.rounding.iterations < standard.rounding.iterations < paper.rounding.iterations
     assert fast.rows_per_timestep < standard.rows_per_timestep < paper.rows_per_timestep
     assert all(x.images >= x.rows_per_timestep for x in (*EFFORTS.values(), *NARROW.values()))  # no sample twice

@@ -37,6 +37,7 @@ from tfmq_export.spec import QuantSpec
 
 VALUES_PER_STEP = 512  # remembered of each activation at each timestep
 CONTAINER_BITS = 8
+FEEDBACK_PULL = 0.5  # of the soft weights at the start, from codes whose errors cancel towards the float weights
 STEP_LEARNING_RATE = 2e-3
 TOKENS_RANK = 3
 STEPS = "timestep's position"  # in a batch, beside the values the block reads; no name of the graph has a space
@@ -207,9 +208,13 @@ class BlockStage:
             for draft in drafts
         )
 
+    @property
+    def _feeds_back(self) -> bool:
+        return self.method.error_feedback and self.effort.error_feedback
+
     def _input_products(self, drafts: Sequence[Draft]) -> dict[str, InputProducts]:
         """What error feedback needs to know of each layer, before anything was seen."""
-        if not (self.method.reconstruct and self.effort.error_feedback):
+        if not self._feeds_back:
             return {}
         return {
             draft.op.name: InputProducts(self.runner.node(draft.op.name), draft.plain, draft.op.groups)
@@ -268,7 +273,8 @@ class BlockStage:
                 lambda steps: quantized_rules(drafts, steps, weights=weights, grids=grids), batch
             ).mean()
 
-        return learn_rounding(drafts, self._draw, loss, self.effort.rounding, progress)
+        pull = FEEDBACK_PULL if self._feeds_back else 1.0
+        return learn_rounding(drafts, self._draw, loss, self.effort.rounding, progress, pull)
 
     def _tune_steps(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
         """Tune the grids; keep the result only where it helps.

@@ -9,16 +9,11 @@ from tfmq_export.ptq.equivalent_scaling import ScalingSchedule
 
 @dataclass(frozen=True, slots=True)
 class RoundingSchedule:
-    """How long to learn the rounding of one block; 0 iterations take the codes it would start from.
-
-    Attributes:
-        pull: Where it starts, from 0 at those codes to 1 at the float weights, as AdaRound does.
-    """
+    """How long to learn the rounding of one block; 0 iterations keep the codes it would start from."""
 
     iterations: int
     batch: int
     learning_rate: float
-    pull: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +27,7 @@ class Effort:
         scaling: LES, per value.
         step_iterations: Learned activation steps, per block.
         temporal: TIAR.
-        error_feedback: Whether rounding starts from GPTQ's codes, or from the nearest ones as in the papers.
+        error_feedback: Whether rounding may start from codes whose errors cancel; the papers start from the nearest.
     """
 
     name: str
@@ -60,8 +55,8 @@ EFFORTS: Mapping[str, Effort] = {
         images=16,
         rows_per_timestep=8,
         scaling=ScalingSchedule(60, 8, 1e-2, patience=20),
-        rounding=RoundingSchedule(200, 8, 5e-2),
-        step_iterations=40,
+        rounding=RoundingSchedule(0, 8, 5e-2),
+        step_iterations=0,
         temporal=RoundingSchedule(1500, 0, 1e-2),
     ),
     "paper": Effort(
@@ -83,11 +78,11 @@ NARROW: Mapping[str, Effort] = {
         EFFORTS["standard"],
         images=32,
         rows_per_timestep=16,
-        rounding=RoundingSchedule(600, 8, 3e-2),
+        rounding=RoundingSchedule(600, 8, 2e-2),
         step_iterations=100,
     ),
 }
-"""For weights of up to ``NARROW_BITS``, whose rounding decides more; at 8 bits the longer schedule gains nothing."""
+"""For weights of up to ``NARROW_BITS``, whose rounding decides more; at 8 bits learning it gains nothing."""
 
 
 def find_effort(name: str, weight_bits: int) -> Effort:

@@ -36,13 +36,19 @@ Loss = Callable[[Mapping[str, Tensor], Batch], Tensor]
 
 
 def learn_rounding(
-    drafts: Sequence[Draft], draw: Draw, loss: Loss, schedule: RoundingSchedule, progress: Step
+    drafts: Sequence[Draft],
+    draw: Draw,
+    loss: Loss,
+    schedule: RoundingSchedule,
+    progress: Step,
+    pull: float = 1.0,
 ) -> tuple[Draft, ...]:
     """Decide the rounding of all layers of a block.
 
     Args:
         drafts: With their scales, and the codes to start from.
         loss: Mean squared error of the block's output, summed over channels.
+        pull: Where the soft weights start, from 0 at those codes to 1 at the float weights as AdaRound does.
     """
     # All weights of the block in one row: a step passes over them once, however many layers there are.
     scales = [per_output(_known(draft.scale), draft.weight) for draft in drafts]
@@ -55,7 +61,7 @@ def learn_rounding(
         _row(side * scale for side, scale in zip(part, scales, strict=True)) for part in zip(*codes, strict=True)
     )
     logits = _row(
-        rounding_logits(draft.weight, scale, start, schedule.pull)
+        rounding_logits(draft.weight, scale, start, pull)
         for draft, scale, start in zip(drafts, scales, starts, strict=True)
     )
     logits.requires_grad_()
