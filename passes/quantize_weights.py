@@ -31,12 +31,11 @@ from tfmq_export.passes.graph import constant, int4_constant, variable
 from tfmq_export.passes.integer_bias import accumulator_step, store_bias
 from tfmq_export.passes.pts_lowering import PACKED_BITS, Form, choose_form
 from tfmq_export.passes.rescale_inputs import scale_input_channels
-from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe import WEIGHT_REACH, LayerRecipe, QuantRecipe
 from tfmq_export.target import PtsLowering, Target
 
-STEP = 1 + 1e-4
-"""A step as float32 measures it: a weight that lies on the grid and was rounded to the next code is one step away, give
-or take the last bits of 127 steps."""
+FARTHEST = WEIGHT_REACH + 1e-4
+"""Steps between a weight and its code as float32 measures them, give or take the last bits of 127 steps."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _as_stored(values: NDArray[Any], *, transposed: bool) -> NDArray[Any]:
 
 
 def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
-    """The recipe's integers must be this weight, to one step: ``|tau W - scale * W_int| <= scale`` unless clipped.
+    """The recipe's integers must be this weight, to ``WEIGHT_REACH`` steps, unless clipped.
 
     Args:
         weight: ``tau 2^d W``, as ``RescaleInputs`` leaves it.
@@ -121,7 +120,7 @@ def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
     qmin, qmax = layer.weight.spec.qmin, layer.weight.spec.qmax
     clipped = (codes == qmin) & (weight < scale * qmin) | (codes == qmax) & (weight > scale * qmax)
     distance = np.abs(weight - scale * codes)
-    if (distance > STEP * scale)[~clipped].any():
+    if (distance > FARTHEST * scale)[~clipped].any():
         raise PostconditionError(
             f"{layer.path}: the recipe's integers are not a rounding of this weight; made from another model?"
         )

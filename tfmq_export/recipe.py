@@ -18,6 +18,7 @@ from tfmq_export.timesteps import TimestepSet
 TableType = Literal["fp32", "fp16", "int8"]
 """What the rows of temporal tables are stored in."""
 
+WEIGHT_REACH = 2  # steps between a weight and its code: rounding errors cancel, and a recipe still knows its model
 MIN_EXPONENT = -4  # a 4-bit weight shifted by 4 still fits 8 bits
 
 
@@ -54,7 +55,8 @@ class LayerRecipe:
         kind: "conv" or "linear".
         macs: Multiply-accumulates for one sample.
         weight: Grid of ``tau W``, one scale per output channel (axis 0), zero point 0.
-        weight_codes: Rounded ``tau W``, int8, [out, in / groups, *kernel] or [out, in].
+        weight_codes: Rounded ``tau W``, int8, [out, in / groups, *kernel] or [out, in]; ``WEIGHT_REACH`` steps away at
+            most, or at the end of the grid.
         input: Grid of the scaled input activation, one scale per tensor.
         output: Grid the target puts on the output, or None where it stays float.
         groups: Of a convolution.

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from tfmq_export.ptq.weights import per_output
+from tfmq_export.recipe import WEIGHT_REACH
 from tfmq_export.spec import QuantSpec
 
 SAMPLES = 1 << 14  # inputs that a layer's products are summed over
@@ -141,11 +142,13 @@ def _round_columns(steps: Tensor, products: Tensor, spec: QuantSpec) -> Tensor:
     order = products.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(products[order][:, order]).to(steps.dtype)
     left, codes = steps[:, order], torch.empty_like(steps)
+    lowest = (left - WEIGHT_REACH).ceil().clamp(spec.qmin, spec.qmax)
+    highest = (left + WEIGHT_REACH).floor().clamp(spec.qmin, spec.qmax)
     for start in range(0, len(order), PANEL):
         stop = min(start + PANEL, len(order))
         errors = left.new_empty(len(steps), stop - start)
         for column in range(start, stop):
-            rounded = left[:, column].round().clamp(spec.qmin, spec.qmax)
+            rounded = left[:, column].round().clamp(lowest[:, column], highest[:, column])
             codes[:, order[column]] = rounded
             error = (left[:, column] - rounded) / factor[column, column]
             left[:, column:stop] -= error[:, None] * factor[column, column:stop]
