@@ -149,12 +149,12 @@ def _round_columns(steps: Tensor, products: Tensor, spec: QuantSpec) -> Tensor:
         errors = left.new_empty(len(steps), stop - start)
         for column in range(start, stop):
             rounded = left[:, column].round().clamp(lowest[:, column], highest[:, column])
-            codes[:, order[column]] = rounded
+            codes[:, column] = rounded
             error = (left[:, column] - rounded) / factor[column, column]
             left[:, column:stop] -= error[:, None] * factor[column, column:stop]
             errors[:, column - start] = error
         left[:, stop:] -= errors @ factor[start:stop, stop:]
-    return codes
+    return codes[:, order.argsort()]
 
 
 def _inverse_factor(products: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def _inverse_factor(products: Tensor) -> Tensor:
     diagonal = wide.diagonal()
     mean = diagonal.mean()
     damping = DAMPING * mean if mean > 0 else torch.ones_like(mean)
-    while True:
+    while True:  # inputs are finite (observers.py sees to it), so enough damping there is
         damped = wide + torch.diag(damping.expand(len(wide)))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
