@@ -37,6 +37,11 @@ def is_picture(shape: Sequence[int | None]) -> bool:
     return len(shape) == 4 and shape[1] in (1, 3)
 
 
+def as_pictures(samples: NDArray[np.generic]) -> NDArray[np.float32]:
+    """What a sampler ends with, -1 to 1, as pictures in 0..1."""
+    return np.asarray((samples.clip(-1, 1) + 1) / 2, np.float32)
+
+
 def has_ssim(images: NDArray[np.generic]) -> bool:
     """Whether ``ssim`` is defined: [N, C, H, W] with room for its window."""
     return images.ndim == 4 and min(images.shape[2:]) >= _WINDOW

@@ -20,6 +20,7 @@ from tfmq_export.models.schedulers import OWN, choose_scheduler
 from tfmq_export.pictures import load_picture
 from tfmq_export.progress import Progress, Step
 from tfmq_export.ptq.calibration import record
+from tfmq_export.runtime.compare import as_pictures
 from tfmq_export.runtime.denoiser import load as load_bundle
 from tfmq_export.validate import as_images, bundle_denoise
 
@@ -74,7 +75,7 @@ def draw(bundle: Bundle, request: Request, progress: Progress) -> NDArray[np.flo
         else:
             start = torch.from_numpy(load_picture(request.start, shape) * 2 - 1).expand_as(noise)
             result = sampler.from_images(denoise, start, noise, prompts, strength=request.strength)
-    return np.asarray((result.clamp(-1, 1) + 1) / 2, np.float32)
+    return as_pictures(result.numpy())
 
 
 def draw_against(bundle: Bundle, source: Source, request: Request, progress: Progress) -> Rows:

@@ -29,7 +29,17 @@ from tfmq_export.ptq.simulate import program_for
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.recipe_io import load_recipe
 from tfmq_export.replaced import replaced_file
-from tfmq_export.runtime.compare import Comparison, Report, Threshold, has_ssim, is_picture, psnr, sqnr_db, ssim
+from tfmq_export.runtime.compare import (
+    Comparison,
+    Report,
+    Threshold,
+    as_pictures,
+    has_ssim,
+    is_picture,
+    psnr,
+    sqnr_db,
+    ssim,
+)
 from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.denoiser import load as load_bundle
 from tfmq_export.runtime.realized import realized_by_target
@@ -202,8 +212,7 @@ def run_bundle(loaded: LoadedBundle, denoiser: Denoiser, inputs: Mapping[str, Te
 def as_images(reference: Tensor, compiled: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
     """Both batches as pictures in 0..1, or as they are where they are latents; and the peak for PSNR."""
     if is_picture(reference.shape):
-        both = [((batch.clamp(-1, 1) + 1) / 2).numpy() for batch in (reference, compiled)]
-        return both[0], both[1], 1.0
+        return as_pictures(reference.numpy()), as_pictures(compiled.numpy()), 1.0
     span = float(reference.max() - reference.min())
     shaped = [
         batch.reshape(len(batch), -1, *batch.shape[-2:]) if batch.ndim > 4 else batch for batch in (reference, compiled)

@@ -22,6 +22,7 @@ from tfmq_export.models.load import Source, load
 from tfmq_export.program import capture, program_on
 from tfmq_export.ptq.simulate import Simulation, program_for
 from tfmq_export.recipe_io import load_recipe
+from tfmq_export.runtime.compare import as_pictures
 
 BATCH = 256
 SEED = 1  # as the images of tools/ablate.py
@@ -78,7 +79,7 @@ def draw(denoiser: Denoiser, denoise: Denoise, count: int) -> np.ndarray:
         )
         for first in range(0, count, BATCH)
     ]
-    return ((torch.cat(parts).clamp(-1, 1) + 1) / 2).numpy()
+    return as_pictures(torch.cat(parts).numpy())
 
 
 if __name__ == "__main__":

@@ -6,9 +6,26 @@ import numpy as np
 import pytest
 
 from tfmq_export.errors import AccuracyError, ConfigError
-from tfmq_export.runtime.compare import Comparison, Direction, Report, Threshold, cosine, psnr, sqnr_db, ssim
+from tfmq_export.runtime.compare import (
+    Comparison,
+    Direction,
+    Report,
+    Threshold,
+    as_pictures,
+    cosine,
+    psnr,
+    sqnr_db,
+    ssim,
+)
 
 IMAGES = np.random.default_rng(0).uniform(0, 1, (3, 2, 16, 20)).astype(np.float32)
+
+
+def test_a_samplers_result_becomes_pictures_in_zero_to_one() -> None:
+    found = as_pictures(np.array([-1.5, -1.0, 0.0, 0.5, 1.0, 3.0]))
+
+    assert found.dtype == np.float32
+    assert found.tolist() == [0, 0, 0.5, 0.75, 1, 1]
 
 
 def test_psnr_of_a_constant_error_is_its_formula() -> None:

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle import Bundle
 from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.runtime.compare import as_pictures, is_picture
 from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample
 
 COARSE = 8
 """Pixels a side of a picture's squares."""
-
-PICTURE_CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,9 +95,7 @@ def images(loaded: LoadedBundle, probe: Probe) -> NDArray[np.float32] | None:
         drawn = sample(guided(loaded, probe.conditioning, unconditional, scale), probe.noise, probe.schedule)
     else:
         drawn = sample(prompted(loaded, probe.conditioning), probe.noise, probe.schedule)
-    if drawn.ndim == 4 and drawn.shape[1] in PICTURE_CHANNELS:
-        return np.asarray((drawn.clip(-1, 1) + 1) / 2, np.float32)
-    return drawn
+    return as_pictures(drawn) if is_picture(drawn.shape) else drawn
 
 
 def _at_once(
