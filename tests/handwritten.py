@@ -292,7 +292,7 @@ def captured(name: str) -> tuple[Denoiser, DiffusionProgram]:
     return denoiser, capture(denoiser)
 
 
-PLAIN = Method(les="off", pts="off", split_skips=False)
+PLAIN = Method(les="off", pts="off", split_skips=False, error_feedback=False)
 """Round to nearest on observed ranges: nothing is learned, nothing is rewritten."""
 
 

@@ -41,6 +41,11 @@ def sent(rows: Tensor, device: torch.device) -> Tensor:
     return rows if device.type == "cpu" else rows.pin_memory().to(device, non_blocking=True)
 
 
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether so many bytes are no more than half of the memory a GPU has free."""
+    return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2
+
+
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
     """The same results in every run, and matrix products in TF32 on a GPU.

@@ -45,8 +45,8 @@ from tfmq_export.validate import as_images
 
 Settings = Mapping[str, Any]
 
-ALIKE: Settings = {"timestep_weights": "uniform", "error_feedback": False}  # as the papers have it
-OFF: Settings = {**ALIKE, "les": "off", "pts": "off", "learned_steps": False, "split_skips": False}
+PAPERS: Settings = {"timestep_weights": "uniform", "error_feedback": False}  # as the papers have it
+OFF: Settings = {**PAPERS, "les": "off", "pts": "off", "learned_steps": False, "split_skips": False}
 PLAIN: Settings = {**OFF, "tib": "quantized", "tiar": False, "fsc": "off"}
 NEAREST: Settings = {**OFF, "reconstruct": False}
 GROUPS: Mapping[str, Mapping[str, Settings]] = {
@@ -54,7 +54,7 @@ GROUPS: Mapping[str, Mapping[str, Settings]] = {
         "round to nearest, min-max": {**NEAREST, "estimator": "minmax", "weight_range": "minmax"},
         "TFMQ-DM: TIAR + FSC + reconstruction": {**OFF, "tib": "quantized"},
         "DMQ: LES + PTS + reconstruction": {
-            **ALIKE,
+            **PAPERS,
             "les": "adaptive",
             "tib": "quantized",
             "tiar": False,
@@ -77,21 +77,21 @@ GROUPS: Mapping[str, Mapping[str, Settings]] = {
     "scaling": {
         "reconstruction": {**OFF},
         "+ split skips": {**OFF, "split_skips": True},
-        "+ LES, adaptive weighting": {**ALIKE, "les": "adaptive", "pts": "off", "learned_steps": False},
-        "+ LES, uniform": {**ALIKE, "pts": "off", "learned_steps": False},
-        "+ PTS, vote / skip layers": {**ALIKE, "learned_steps": False},
-        "+ learned steps": {**ALIKE},
+        "+ LES, adaptive weighting": {**PAPERS, "les": "adaptive", "pts": "off", "learned_steps": False},
+        "+ LES, uniform": {**PAPERS, "pts": "off", "learned_steps": False},
+        "+ PTS, vote / skip layers": {**PAPERS, "learned_steps": False},
+        "+ learned steps": {**PAPERS},
         "+ timesteps by what they do to the image": {"error_feedback": False},
         "+ error feedback": {},
-        "SmoothQuant for LES": {**ALIKE, "les": "smoothquant", "pts": "off", "learned_steps": False},
+        "SmoothQuant for LES": {**PAPERS, "les": "smoothquant", "pts": "off", "learned_steps": False},
     },
     "weighting": {
-        name: {**ALIKE, "les": name, "pts": "off", "reconstruct": False, "learned_steps": False}
+        name: {**PAPERS, "les": name, "pts": "off", "reconstruct": False, "learned_steps": False}
         for name in ("off", "smoothquant", "linear", "quadratic", "uniform", "adaptive")
     },
     "shifts": {
         f"PTS {choice} / {layers}": {
-            **ALIKE,
+            **PAPERS,
             "pts": choice,
             "pts_layers": layers,
             "learned_steps": False,

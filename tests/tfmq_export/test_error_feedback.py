@@ -33,8 +33,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def products_of(layer: nn.Conv2d | nn.Linear, x: Tensor) -> InputProducts:
-    products = InputProducts(node_of(layer, x), layer.weight.detach(), getattr(layer, "groups", 1))
-    products.add(x, EVERYTHING, torch.Generator())
+    products = InputProducts(node_of(layer, x), layer.weight.detach(), getattr(layer, "groups", 1), 0)
+    products.add(x, EVERYTHING)
     return products
 
 
@@ -63,8 +63,8 @@ def test_the_sums_predict_the_error_of_a_convolution(
     kernel = tuple(size + axis % 2 for axis in range(dimensions))
     conv = kind(4, 8, kernel, stride, padding, dilation, groups, bias=False).requires_grad_(requires_grad=False)  # type: ignore[arg-type]
     x = normal(3, 4, *(9 - axis for axis in range(dimensions)))
-    products = InputProducts(node_of(conv, x), conv.weight, groups)
-    products.add(x, EVERYTHING, torch.Generator())
+    products = InputProducts(node_of(conv, x), conv.weight, groups, 0)
+    products.add(x, EVERYTHING)
     difference = normal(*conv.weight.shape, seed=1)
 
     predicted = quadratic(difference, products.pieces(torch.zeros(4)))
@@ -83,9 +83,9 @@ def test_the_sums_predict_the_error_of_a_linear_layer_on_tokens() -> None:
 
 def test_a_sample_of_the_positions_stands_for_all() -> None:
     conv, x = nn.Conv2d(2, 3, 3, padding=1), normal(8, 2, 16, 16)
-    sampled = InputProducts(node_of(conv, x), conv.weight.detach(), 1)
+    sampled = InputProducts(node_of(conv, x), conv.weight.detach(), 1, 0)
 
-    sampled.add(x, 500, torch.Generator().manual_seed(0))
+    sampled.add(x, 500)
 
     (all_,), (some,) = products_of(conv, x).pieces(torch.zeros(2)), sampled.pieces(torch.zeros(2))
     mean, estimate = all_ / (8 * 16 * 16), some / 500

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq_export.device import sent
 from tfmq_export.ptq.learning import Batch, Draw, GradientStep, adam, anneal
 
 
@@ -70,9 +69,9 @@ def fit_rows(device: str, *, at_hand: bool) -> Tensor:
     x = torch.randn(64, 8, generator=generator).to(device)
     weight = torch.zeros(8, device=device, requires_grad=True)
     draw = Draw.rows(
-        lambda: sent(torch.randint(64, (16,), generator=generator), x.device),
+        lambda: torch.randint(64, (16,), generator=generator),
         lambda rows: {"x": x[rows], "y": x[rows].sum(1)},
-        at_hand=at_hand,
+        x.device if at_hand else None,
     )
     step = GradientStep(draw, lambda batch: (batch["x"] @ weight - batch["y"]).square().mean(), [adam([weight], 0.1)])
     for _ in range(30):

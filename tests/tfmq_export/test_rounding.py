@@ -54,8 +54,9 @@ def test_learning_starts_on_the_way_from_the_code_to_the_value(pull: float) -> N
 
     assert down.tolist() == [2, 2, -2, 1, 3]
     assert up.tolist() == [3, 3, -1, 2, 4]
-    expected = codes + (pull * (weight - codes)).clamp(-1, 1)
-    torch.testing.assert_close(soft, expected, rtol=0, atol=1e-6)
+    expected = codes + (pull * (weight - codes)).clamp(-0.5, 0.5)
+    torch.testing.assert_close(soft, expected, rtol=0, atol=2e-6)
+    assert torch.equal(hard_codes(down, up, rounding_logits(weight, scale, codes, pull)), codes)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

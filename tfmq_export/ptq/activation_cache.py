@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfmq_export.device import CPU
+from tfmq_export.device import CPU, has_room
 
 
 class _OnDisk:
@@ -113,7 +113,7 @@ class ActivationCache:
 
     def _room(self, name: str, row: Tensor) -> Tensor | _OnDisk:
         needed = self.rows * row.numel() * row.element_size()
-        if self._device.type == "cuda" and needed <= torch.cuda.mem_get_info(self._device)[0] // 2:
+        if has_room(self._device, needed):
             return row.new_empty((self.rows, *row.shape), device=self._device)
         row = row.cpu()
         if self._ceiling is None or self.resident_bytes + needed <= self._ceiling:

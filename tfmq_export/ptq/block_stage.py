@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq_export.config import Method
-from tfmq_export.device import sent
+from tfmq_export.errors import CalibrationError
 from tfmq_export.progress import Step
 from tfmq_export.ptq.attention_grids import GriddedProduct, product_rules
 from tfmq_export.ptq.block_runner import BlockRunner, Compute, LayerRule
@@ -79,7 +79,7 @@ class BlockStage:
         drafts = tuple(with_nearest_codes(draft, candidates) for draft in drafts)
         products = self._input_products(drafts)
         drafts = self._lay_grids(drafts, products)
-        drafts = tuple(self._feed_back(draft, products) for draft in drafts)
+        drafts = tuple(self._feed_back(draft, products.pop(draft.op.name, None)) for draft in drafts)
         if self.method.reconstruct and self.effort.rounding.iterations:
             drafts = self._round(drafts, progress)
         if self.method.learned_steps and self.effort.step_iterations:
@@ -113,14 +113,13 @@ class BlockStage:
         ]
 
         def pick() -> Tensor:
-            picks = torch.randint(len(self.inputs.steps), (schedule.batch,), generator=self.generator)
-            return sent(picks, self.runner.device)
+            return torch.randint(len(self.inputs.steps), (schedule.batch,), generator=self.generator)
 
         def read(picks: Tensor) -> Batch:
             x, steps = self.inputs.read(value, picks).to(self.runner.device), self.inputs.steps[picks]
             return {"x": x, "steps": steps.repeat_interleave(len(x) // len(picks), output_size=len(x))}
 
-        draw = Draw.rows(pick, read, at_hand=self.inputs.is_at_hand(value))
+        draw = Draw.rows(pick, read, self.runner.device if self.inputs.is_at_hand(value) else None)
         weights = TimestepWeights(Weighting(method.les), self.wanted.rows.timesteps, self.runner.device)
         start = drafts[0].plain.new_ones(drafts[0].plain.shape[1] * drafts[0].op.groups)
         return learn_scaling(draw, layers, drafts[0].input_spec, weights, schedule, start)
@@ -184,7 +183,7 @@ class BlockStage:
                 shifted = draft.shift_back(x)
                 if draft.op.name in products:
                     most = -(-SAMPLES * len(steps) // len(self.given.rows))
-                    products[draft.op.name].add(shifted, most, sampler)
+                    products[draft.op.name].add(shifted, most)
                 y = compute(shifted, draft.weight)
                 if draft.output_spec is not None:
                     look(outputs, output_key(draft), y, steps)
@@ -208,28 +207,27 @@ class BlockStage:
             for draft in drafts
         )
 
-    @property
-    def _feeds_back(self) -> bool:
-        return self.method.error_feedback and self.effort.error_feedback
-
     def _input_products(self, drafts: Sequence[Draft]) -> dict[str, InputProducts]:
         """What error feedback needs to know of each layer, before anything was seen."""
-        if not self._feeds_back:
+        if not self.method.error_feedback:
             return {}
+        seed = self.generator.initial_seed()
         return {
-            draft.op.name: InputProducts(self.runner.node(draft.op.name), draft.plain, draft.op.groups)
+            draft.op.name: InputProducts(self.runner.node(draft.op.name), draft.plain, draft.op.groups, seed)
             for draft in drafts
         }
 
-    def _feed_back(self, draft: Draft, products: Mapping[str, InputProducts]) -> Draft:
-        if draft.op.name not in products:
+    def _feed_back(self, draft: Draft, products: InputProducts | None) -> Draft:
+        if products is None:
             return draft
         assert draft.input is not None
         assert draft.scale is not None
         step = draft.input.scale.square().mean().sqrt().expand(draft.plain.shape[1] * draft.op.groups)
         if draft.exponent is not None:
             step = step * torch.exp2(draft.exponent.to(step))
-        pieces = products[draft.op.name].pieces(step.square() / 12)  # what rounding adds to a value, on average
+        pieces = products.pieces(step.square() / 12)  # what rounding adds to a value, on average
+        if not all(piece.isfinite().all() for piece in pieces):
+            raise CalibrationError(f"{draft.op.path}: the squares of its inputs overflow float32")
         return replace(draft, codes=feedback_codes(draft.weight, draft.scale, draft.weight_spec, pieces))
 
     @property
@@ -259,11 +257,11 @@ class BlockStage:
     @property
     def _draw(self) -> Draw:
         def pick() -> Tensor:
-            return sent(draw_rows(self.given.rows, self.effort.rounding.batch, self.generator), self.runner.device)
+            return draw_rows(self.given.rows, self.effort.rounding.batch, self.generator)
 
         block = self.runner.block
         at_hand = self.given.is_at_hand(block.reads) and self.wanted.is_at_hand(block.writes)
-        return Draw.rows(pick, self._batch, at_hand=at_hand)
+        return Draw.rows(pick, self._batch, self.runner.device if at_hand else None)
 
     def _round(self, drafts: Sequence[Draft], progress: Step) -> tuple[Draft, ...]:
         grids = decided_grids(drafts)
@@ -273,7 +271,7 @@ class BlockStage:
                 lambda steps: quantized_rules(drafts, steps, weights=weights, grids=grids), batch
             ).mean()
 
-        pull = FEEDBACK_PULL if self._feeds_back else 1.0
+        pull = FEEDBACK_PULL if self.method.error_feedback else 1.0
         return learn_rounding(drafts, self._draw, loss, self.effort.rounding, progress, pull)
 
     def _tune_steps(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:

@@ -9,7 +9,7 @@ from tfmq_export.ptq.equivalent_scaling import ScalingSchedule
 
 @dataclass(frozen=True, slots=True)
 class RoundingSchedule:
-    """How long to learn the rounding of one block; 0 iterations keep the codes it would start from."""
+    """How long to learn the rounding of one block; 0 iterations leave the codes it would start from."""
 
     iterations: int
     batch: int
@@ -27,7 +27,6 @@ class Effort:
         scaling: LES, per value.
         step_iterations: Learned activation steps, per block.
         temporal: TIAR.
-        error_feedback: Whether rounding may start from codes whose errors cancel; the papers start from the nearest.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Effort:
     rounding: RoundingSchedule
     step_iterations: int
     temporal: RoundingSchedule
-    error_feedback: bool = True
 
 
 EFFORTS: Mapping[str, Effort] = {
@@ -67,7 +65,6 @@ EFFORTS: Mapping[str, Effort] = {
         rounding=RoundingSchedule(20000, 32, 1e-3),
         step_iterations=5000,
         temporal=RoundingSchedule(20000, 0, 1e-3),
-        error_feedback=False,
     ),
 }
 

@@ -7,7 +7,7 @@ the layers of a block do together.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from tfmq_export.spec import QuantSpec
 SAMPLES = 1 << 14  # inputs that a layer's products are summed over
 WIDEST = 2304  # weights that share their errors: 256 channels of a 3 x 3 convolution; the cost grows with the cube
 DAMPING = 0.01  # of the mean diagonal, as GPTQ adds
+SLICE = 2048  # positions in memory at once
 PANEL = 128  # columns whose errors are carried over to the rest in one product
 
 
@@ -67,27 +68,32 @@ class InputProducts:
     Args:
         node: The layer in its graph.
         weight: [out, in / groups, ...].
+        seed: Of the positions to look at.
     """
 
-    def __init__(self, node: fx.Node, weight: Tensor, groups: int) -> None:
+    def __init__(self, node: fx.Node, weight: Tensor, groups: int, seed: int) -> None:
         kernel = weight.shape[2:]
         self._window = Window.of(node, kernel) if len(kernel) else None
         self._groups = groups
-        self.width = max(1, WIDEST // kernel.numel()) * kernel.numel()
-        pieces = torch.split(weight[0].flatten(), self.width)
-        self._sums = [weight.new_zeros(groups, len(piece), len(piece)) for piece in pieces]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._width = max(1, WIDEST // kernel.numel()) * kernel.numel()
+        pieces = torch.split(weight[0].flatten(), self._width)
+        self._sums = [
+            torch.zeros(groups, len(piece), len(piece), dtype=torch.float32, device=weight.device) for piece in pieces
+        ]
         self._count = 0
 
-    def add(self, x: Tensor, most: int, generator: torch.Generator) -> None:
+    def add(self, x: Tensor, most: int) -> None:
         """Look at a batch of inputs.
 
         Args:
             most: Positions to look at.
         """
-        rows = self._rows(x, most, generator).transpose(0, 1)  # [groups, positions, in / groups]
-        for total, part in zip(self._sums, torch.split(rows, self.width, -1), strict=True):
-            total.baddbmm_(part.mT, part)
-        self._count += rows.shape[1]
+        for rows in self._rows(x, most):
+            by_group = rows.float().transpose(0, 1)  # [groups, positions, in / groups]
+            for total, part in zip(self._sums, torch.split(by_group, self._width, -1), strict=True):
+                total.baddbmm_(part.mT, part)
+            self._count += len(rows)
 
     def pieces(self, noise: Tensor) -> list[Tensor]:
         """``H`` of the inputs on their grid, [groups, n, n] for each piece.
@@ -99,20 +105,25 @@ class InputProducts:
         diagonal = (self._count * noise).reshape(self._groups, -1).repeat_interleave(kernel, 1)
         return [
             total + torch.diag_embed(part)
-            for total, part in zip(self._sums, torch.split(diagonal, self.width, -1), strict=True)
+            for total, part in zip(self._sums, torch.split(diagonal, self._width, -1), strict=True)
         ]
 
-    def _rows(self, x: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    def _rows(self, x: Tensor, most: int) -> Iterator[Tensor]:
+        """Inputs at some positions, [n, groups, in / groups], a slice at a time."""
         if self._window is None:
             opened = x.reshape(-1, x.shape[-1])
             sizes: Sequence[int] = opened.shape[:1]
         else:
             opened = self._window.open(x)
             sizes = opened.shape[: x.ndim - 1]
-        if math.prod(sizes) <= most:
-            return opened.reshape(math.prod(sizes), self._groups, -1)
-        picks = [torch.randint(size, (most,), generator=generator).to(x.device) for size in sizes]
-        return opened[tuple(picks)].reshape(most, self._groups, -1)
+        count = math.prod(sizes)
+        if count <= most:
+            picks = torch.unravel_index(torch.arange(count), tuple(sizes))
+        else:
+            picks = tuple(torch.randint(size, (most,), generator=self._generator) for size in sizes)
+        for part in zip(*(torch.split(pick.to(x.device), SLICE) for pick in picks), strict=True):
+            rows = opened[part]
+            yield rows.reshape(len(rows), self._groups, -1)
 
 
 def feedback_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, pieces: Sequence[Tensor]) -> Tensor:
@@ -121,7 +132,7 @@ def feedback_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, pieces: Seque
     Args:
         weight: [out, in / groups, ...].
         scale: [out].
-        pieces: ``InputProducts.pieces``.
+        pieces: ``InputProducts.pieces``, finite.
     """
     groups, widths = len(pieces[0]), [piece.shape[-1] for piece in pieces]
     rows = (weight / per_output(scale, weight)).reshape(groups, len(weight) // groups, -1)
@@ -163,7 +174,7 @@ def _inverse_factor(products: Tensor) -> Tensor:
     diagonal = wide.diagonal()
     mean = diagonal.mean()
     damping = DAMPING * mean if mean > 0 else torch.ones_like(mean)
-    while True:  # inputs are finite (observers.py sees to it), so enough damping there is
+    while True:  # finite products are positive once they are damped enough
         damped = wide + torch.diag(damping.expand(len(wide)))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:

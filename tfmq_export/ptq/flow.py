@@ -33,13 +33,11 @@ class Flow:
         self._cache, self._device = cache, device
         self.steps = rows.steps.to(device)
         """Position of each row's timestep in the schedule, on the device, [R]."""
-        self._features, self._inputs = (
-            {name: value.to(device) for name, value in values.items()} for values in (features, rows.inputs)
-        )
+        self._features = {name: value.to(device) for name, value in features.items()}
 
     def is_at_hand(self, names: Iterable[str]) -> bool:
         """Whether values can be read without leaving the device."""
-        return all(name in self._features or name in self._inputs or self._cache.is_at_hand(name) for name in names)
+        return all(self._is_at_hand(name) for name in names)
 
     def read(self, runner: BlockRunner, picks: Tensor) -> dict[str, Tensor]:
         """What a block reads, for the rows ``picks`` [N]."""
@@ -72,11 +70,17 @@ class Flow:
         """Forget what no later block reads."""
         self._cache.keep(names)
 
+    def _is_at_hand(self, name: str) -> bool:
+        if name in self.rows.inputs:
+            return self.rows.inputs[name].device.type == self._device.type
+        return name in self._features or self._cache.is_at_hand(name)
+
     def _value(self, name: str, picks: Tensor) -> Tensor:
         if name in self._features:
             return self._features[name][self.steps[picks]]
-        if name in self._inputs:
-            return self._inputs[name][picks]
+        if name in self.rows.inputs:
+            held = self.rows.inputs[name]
+            return held[picks.to(held.device)]
         return self._cache.read(name, picks)
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tfmq_export.device import sent
+
 logger = logging.getLogger(__name__)
 
 WARM_UPS = 3  # steps before the recording: what libraries and the optimizer set up on first use cannot be recorded
@@ -33,16 +35,16 @@ class Draw:
     read: Callable[[Batch], Batch] = lambda picked: picked
 
     @classmethod
-    def rows(cls, pick: Callable[[], Tensor], read: Callable[[Tensor], Batch], *, at_hand: bool) -> "Draw":
+    def rows(cls, pick: Callable[[], Tensor], read: Callable[[Tensor], Batch], device: torch.device | None) -> "Draw":
         """Batches of random rows.
 
         Args:
-            pick: The rows, int64 on the device that computes, [n].
-            at_hand: Whether all they are read from lies on that device.
+            pick: The rows, int64 on the CPU, [n].
+            device: Where all they are read from lies, and where steps are taken; None if some of it lies elsewhere.
         """
-        if at_hand:
-            return cls(lambda: {"rows": pick()}, lambda picked: read(picked["rows"]))
-        return cls(lambda: read(pick()))
+        if device is None:
+            return cls(lambda: read(pick()))
+        return cls(lambda: {"rows": sent(pick(), device)}, lambda picked: read(picked["rows"]))
 
 
 def adam(parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Adam:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from tfmq_export.analysis import LAYOUT, SAMPLE, Operation, dependences
 from tfmq_export.blocks import Block, find_blocks
-from tfmq_export.device import device_of
+from tfmq_export.device import device_of, has_room
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.progress import Step
 from tfmq_export.ptq.activation_cache import ActivationCache
@@ -150,11 +150,11 @@ class Walk:
     """
 
     def __init__(self, model: CalibratedModel, served: TibRecipe, plan: QuantPlan, *, inside: bool) -> None:
-        program, rows = model.program, model.rows
+        program, device = model.program, device_of(model.program.module)
+        rows = replace(model.rows, inputs={name: _near(value, device) for name, value in model.rows.inputs.items()})
         self._program, self._plan = program, plan
         # Full-precision activations, quantized ones, and the inputs inside one block.
         self._ceiling = None if plan.max_memory is None else plan.max_memory // 3
-        device = device_of(program.module)
         features = [{} if inside else _features(program, tib) for tib in (model.exact, served)]
         self._served = frozenset(features[1])
         self._wanted, self._given = (
@@ -221,6 +221,10 @@ class Walk:
         needed = {name for block in later for name in block.reads}
         self._wanted.keep(needed)
         self._given.keep(needed)
+
+
+def _near(value: Tensor, device: torch.device) -> Tensor:
+    return value.to(device) if has_room(device, value.numel() * value.element_size()) else value
 
 
 def _features(program: DiffusionProgram, tib: TibRecipe) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Rounding that can learn (AdaRound, section 3): up or down for every weight, decided by gradient descent.
 
-    W_q = s * clamp(floor(W / s) + h(a), qmin, qmax)        h(a) = clip(1.2 sigmoid(a) - 0.1, 0, 1)
+    W_q = s * (down + (up - down) h(a))        h(a) = clip(1.2 sigmoid(a) - 0.1, 0, 1)
 
-``h`` starts at the fractional part of ``W / s``, so that the soft weight is the float weight, or on the way to it from
-codes that are better than the nearest ones; a regulariser drives it to 0 or 1. ``a >= 0`` decides what is left between.
+From nearest codes, down and up are floor and ceil of ``W / s`` inside the grid and ``h`` starts at its fractional part,
+so that the soft weight is the float weight. From better codes it starts on the way to it. A regulariser drives ``h`` to
+0 or 1; ``a >= 0`` decides what is left between.
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tfmq_export.spec import QuantSpec
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
+UNDECIDED = 0.5 - 1e-6  # of a step from a code: just short of the next one's half
 WARM_UP = 0.2  # share of the iterations without regulariser
 BETA_START, BETA_END = 20.0, 2.0
 
@@ -34,14 +36,15 @@ def sides(weight: Tensor, scale: Tensor, codes: Tensor, spec: QuantSpec) -> tupl
 
 
 def rounding_logits(weight: Tensor, scale: Tensor, codes: Tensor, pull: float = 1.0) -> Tensor:
-    """Logits that start the soft weight between its code and its value.
+    """Logits that start the soft weight between its code and its value; as they are, they decide for the code.
 
     Args:
         scale: Broadcasts against ``weight``.
-        pull: 0 starts at the code, 1 at the value, as far as the two sides reach.
+        pull: 0 starts at the code, 1 at the value, as far as the code keeps the decision.
     """
     gap = weight / scale - codes
-    h = torch.where(gap >= 0, pull * gap, 1 + pull * gap).clamp(0, 1)
+    moved = (pull * gap).clamp(-UNDECIDED, UNDECIDED)
+    h = torch.where(gap >= 0, moved, 1 + moved)
     return -torch.log((STRETCH_HIGH - STRETCH_LOW) / (h - STRETCH_LOW) - 1)
 
 
