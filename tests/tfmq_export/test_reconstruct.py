@@ -133,6 +133,31 @@ def test_the_same_draws_give_the_same_codes() -> None:
     assert not torch.equal(codes[0], codes[2])
 
 
+@pytest.mark.parametrize("pull", [0.5, 1.0])
+def test_codes_off_the_nearest_are_kept_where_the_loss_says_nothing(pull: float) -> None:
+    nearest = drafts(4)
+    given = []
+    for each in nearest:
+        assert each.codes is not None
+        assert each.scale is not None
+        aside = torch.where(each.weight / each.scale[:, None] > each.codes, -1, 1)  # away from the value
+        given.append(replace(each, codes=(each.codes + aside).clamp(each.weight_spec.qmin, each.weight_spec.qmax)))
+
+    found = learn_rounding(
+        given,
+        Draw(dict),
+        lambda weights, batch: sum((weight * 0).sum() for weight in weights.values()),
+        RoundingSchedule(50, 1, 2e-2),
+        silent,
+        pull,
+    )
+
+    for before, after in zip(given, found, strict=True):
+        assert before.codes is not None
+        assert after.codes is not None
+        assert torch.equal(after.codes, before.codes)
+
+
 def test_progress_is_told_and_learning_ends_once_every_weight_is_decided() -> None:
     steps: list[tuple[int, int]] = []
     given = drafts(4)
