@@ -64,7 +64,7 @@ class Thresholds(BaseModel):
 
 
 class Method(BaseModel):
-    """Which parts of the algorithms are in force; the defaults are all of both papers, joined."""
+    """Which parts of the algorithms are in force; the defaults are all of both papers, joined, and error feedback."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -89,8 +89,8 @@ class Method(BaseModel):
         "auto", description="what q k^T and p v compute in; auto: integers where the target gains from them"
     )
     error_feedback: bool = Field(True, description="start from codes whose errors cancel; off: from the nearest ones")
-    reconstruct: bool = Field(True, description="learn the rounding block by block")
-    learned_steps: bool = Field(True, description="tune activation scales on each block's output")
+    reconstruct: bool = Field(True, description="learn the rounding block by block, where the effort has iterations for it")
+    learned_steps: bool = Field(True, description="tune activation scales on each block's output, likewise")
 
 
 class CompileConfig(BaseModel):
