@@ -77,9 +77,9 @@ class BlockStage:
         drafts = tuple(part for group in by_input(drafts).values() for part in self._scale(group))
         candidates = SHRINK_STEPS if self.method.weight_range == "search" else 1
         drafts = tuple(with_nearest_codes(draft, candidates) for draft in drafts)
-        products = self._input_products(drafts)
-        drafts = self._lay_grids(drafts, products)
-        drafts = tuple(self._feed_back(draft, products.pop(draft.op.name, None)) for draft in drafts)
+        input_products = self._input_products(drafts)
+        drafts = self._lay_grids(drafts, input_products)
+        drafts = tuple(self._feed_back(draft, input_products.pop(draft.op.name, None)) for draft in drafts)
         if self.method.reconstruct and self.effort.rounding.iterations:
             drafts = self._round(drafts, progress)
         if self.method.learned_steps and self.effort.step_iterations:
@@ -155,11 +155,11 @@ class BlockStage:
 
     # -- grids --------------------------------------------------------------------------------
 
-    def _lay_grids(self, drafts: Sequence[Draft], products: Mapping[str, InputProducts]) -> tuple[Draft, ...]:
+    def _lay_grids(self, drafts: Sequence[Draft], input_products: Mapping[str, InputProducts]) -> tuple[Draft, ...]:
         """Observe every activation of the block where the quantized network feeds it.
 
         Args:
-            products: Of the inputs, by layer; summed up on the way.
+            input_products: By layer; summed up on the way.
         """
         timesteps = self.given.rows.timesteps
         inputs: dict[str, list[list[Observation]]] = {}
@@ -181,9 +181,9 @@ class BlockStage:
                 if firsts[input_key(draft)] == draft.op.name:
                     look(inputs, input_key(draft), x, steps)
                 shifted = draft.shift_back(x)
-                if draft.op.name in products:
+                if draft.op.name in input_products:
                     most = -(-SAMPLES * len(steps) // len(self.given.rows))
-                    products[draft.op.name].add(shifted, most)
+                    input_products[draft.op.name].add(shifted, most)
                 y = compute(shifted, draft.weight)
                 if draft.output_spec is not None:
                     look(outputs, output_key(draft), y, steps)
@@ -217,15 +217,15 @@ class BlockStage:
             for draft in drafts
         }
 
-    def _feed_back(self, draft: Draft, products: InputProducts | None) -> Draft:
-        if products is None:
+    def _feed_back(self, draft: Draft, input_products: InputProducts | None) -> Draft:
+        if input_products is None:
             return draft
         assert draft.input is not None
         assert draft.scale is not None
         step = draft.input.scale.square().mean().sqrt().expand(draft.plain.shape[1] * draft.op.groups)
         if draft.exponent is not None:
             step = step * torch.exp2(draft.exponent.to(step))
-        pieces = products.pieces(step.square() / 12)  # what rounding adds to a value, on average
+        pieces = input_products.pieces(step.square() / 12)  # what rounding adds to a value, on average
         if not all(piece.isfinite().all() for piece in pieces):
             raise CalibrationError(f"{draft.op.path}: the squares of its inputs overflow float32")
         return replace(draft, codes=feedback_codes(draft.weight, draft.scale, draft.weight_spec, pieces))
