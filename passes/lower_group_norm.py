@@ -29,11 +29,7 @@ class LowerGroupNorm(Pass):
     semantics: ClassVar[Semantics] = Semantics.EXACT
 
     def requires(self, graph: gs.Graph) -> None:
-        if graph.opset < PER_CHANNEL_OPSET and any(node.op == "GroupNormalization" for node in graph.nodes):
-            raise PreconditionError(
-                f"GroupNormalization of opset {graph.opset} has one scale per group; "
-                f"export with opset {PER_CHANNEL_OPSET} or later"
-            )
+        check_scales(graph)
 
     def apply(self, graph: gs.Graph) -> Changes:
         changed: list[str] = []
@@ -51,6 +47,19 @@ class LowerGroupNorm(Pass):
         for node in graph.nodes:
             if node.op == "GroupNormalization" and obstacle(node) is None:
                 raise PostconditionError(f"{node.name}: still a GroupNormalization")
+
+
+def check_scales(graph: gs.Graph) -> None:
+    """Refuse a graph whose normalizations have one scale per group.
+
+    Raises:
+        PreconditionError: it is of an opset that has them.
+    """
+    if graph.opset < PER_CHANNEL_OPSET and any(node.op == "GroupNormalization" for node in graph.nodes):
+        raise PreconditionError(
+            f"GroupNormalization of opset {graph.opset} has one scale per group; "
+            f"export with opset {PER_CHANNEL_OPSET} or later"
+        )
 
 
 def obstacle(node: gs.Node) -> str | None:

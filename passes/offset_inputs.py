@@ -22,7 +22,7 @@ from tfmq_export.passes.activation_codes import CODE_LEVELS, code_type, fits, gr
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
-from tfmq_export.passes.integer_bias import accumulator_step, store_bias
+from tfmq_export.passes.offset_bias import take_off_bias
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.spec import QParams
 from tfmq_export.target import Target
@@ -63,7 +63,7 @@ class OffsetInputs(Pass):
                 known.append((layer.input, shared))
             node.inputs[0] = shared
             _tile_weight(node, layer.input.spec.codes)
-            _add_to_bias(graph, node, layer, self.target)
+            take_off_bias(graph, node, layer, surplus(layer.input, self.target), self.target)
         return Changes(tuple(layer.path for layer, _ in layers))
 
     def ensures(self, graph: gs.Graph) -> None:
@@ -160,37 +160,3 @@ def _tile_weight(node: gs.Node, codes: int) -> None:
     times = (1, codes, *[1] * (stored.values.ndim - 2))
     dequantize.inputs[0] = constant(f"{stored.name}.repeated", np.tile(stored.values, times))
     dequantize.outputs[0].shape = None
-
-
-def _add_to_bias(graph: gs.Graph, node: gs.Node, layer: LayerRecipe, target: Target) -> None:
-    """Take the constant part of the input, ``s (K m + z) sum W``, off the bias."""
-    integers = layer.shifted_codes.reshape(len(layer.weight_codes), -1).sum(1, dtype=np.int64)
-    steps = -surplus(layer.input, target) * integers  # [out], on the accumulator's grid
-    step = accumulator_step(layer)
-    if node.op == "MatMul":
-        _add_behind(graph, node, steps * step.astype(np.float64), layer)
-        return
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if target.integer_bias:
-        before = 0 if bias is None else bias.inputs[0].inputs[0].values.astype(np.int64)
-        made: gs.Tensor = store_bias(graph, layer, before + steps, f"{layer.name}.offset_bias")
-    else:
-        before = 0 if bias is None else np.asarray(bias.values, np.float64)
-        made = constant(f"{layer.name}.offset_bias", (before + steps * step.astype(np.float64)).astype(np.float32))
-    node.inputs = [*node.inputs[:2], made]
-
-
-def _add_behind(graph: gs.Graph, product: gs.Node, amount: NDArray[np.float64], layer: LayerRecipe) -> None:
-    """A MatMul's bias is the Add behind it; where there is none, one is put there under the layer's name."""
-    (result,) = product.outputs
-    for reader in result.outputs:
-        for position, value in enumerate(reader.inputs):
-            if result.name != layer.name and reader.op == "Add" and isinstance(value, gs.Constant):
-                moved = (np.asarray(value.values, np.float64) + amount).astype(np.float32)
-                reader.inputs[position] = constant(f"{layer.name}.offset_bias", moved)
-                return
-    bare = variable(f"{layer.name}.product", np.float32, result.shape)
-    product.outputs = [bare]
-    rank = 3 if result.shape is None else len(result.shape)
-    bias = constant(f"{layer.name}.offset_bias", amount.astype(np.float32).reshape(*[1] * (rank - 1), -1))
-    graph.nodes.append(gs.Node("Add", f"{layer.name}.offset_add", inputs=[bare, bias], outputs=[result]))

@@ -1,13 +1,16 @@
 """The whole order of rewrites, in one list."""
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
+from tfmq_export.passes.average_group_norm import AverageGroupNorm
 from tfmq_export.passes.base import Pass
 from tfmq_export.passes.bind_recipe import BindRecipe, node_name
 from tfmq_export.passes.binding_times import CONDITIONING, SAMPLE, TIMESTEP
 from tfmq_export.passes.check_model import CheckModel
 from tfmq_export.passes.fold_constants import FoldConstants
 from tfmq_export.passes.fold_rescales import FoldRescales
+from tfmq_export.passes.fold_zero_points import FoldZeroPoints
 from tfmq_export.passes.half_precision import HalfPrecision
 from tfmq_export.passes.insert_qdq import InsertQdq
 from tfmq_export.passes.lower_attention import LowerAttention
@@ -22,6 +25,7 @@ from tfmq_export.passes.quantize_attention import QuantizeAttention
 from tfmq_export.passes.quantize_weights import QuantizeWeights
 from tfmq_export.passes.rescale_inputs import RescaleInputs
 from tfmq_export.passes.split_exponents import SplitExponents, split_recipe
+from tfmq_export.passes.split_results import Sizes, SplitResults, split_layers
 from tfmq_export.passes.split_skips import SplitSkips
 from tfmq_export.passes.stack_output_codes import StackOutputCodes
 from tfmq_export.passes.tabulate_classes import TabulateClasses
@@ -32,7 +36,7 @@ from tfmq_export.target import PtsLowering, Target
 OUTPUT = "out_sample"
 
 
-def passes_for(
+def passes_for(  # noqa: PLR0913  # what a graph depends on, by keyword
     recipe: QuantRecipe,
     target: Target,
     *,
@@ -40,6 +44,7 @@ def passes_for(
     timestep: str,
     labels: Sequence[str] = (),
     pts_lowering: PtsLowering = "auto",
+    split_results: Sizes = MappingProxyType({}),
 ) -> list[Pass]:
     """From the float graph of a model to the graph a target runs.
 
@@ -49,10 +54,13 @@ def passes_for(
         timestep: Name of the input that holds the timestep.
         labels: Conditioning inputs; those that turn out to be class labels are tabulated with the timestep.
         pts_lowering: Form of power-of-two scaling; "auto" chooses per layer.
+        split_results: What ``results_to_split`` found in the graph.
     """
     forms = {layer.name: choose_form(layer, target, pts_lowering) for layer in recipe.layers}
     divided = frozenset(name for name, form in forms.items() if form == "split")
-    lowered = split_recipe(recipe, divided)
+    in_parts = {name: sizes for name, sizes in split_results.items() if name not in divided}
+    lowered = split_layers(split_recipe(recipe, divided), in_parts)
+    averages = target.group_norm == "averages"
     return [
         FoldConstants(),
         SplitSkips(recipe.splits),
@@ -60,18 +68,21 @@ def passes_for(
         TabulateTib(recipe.tib, timestep, sample),
         *_class_tables(recipe, sample, timestep, labels),
         *([NarrowTables(recipe.tib)] if recipe.tib.stored != "fp32" else []),
-        LowerGroupNorm(),
+        *([] if averages else [LowerGroupNorm()]),
         # A fused attention has no integer form, so one that is quantized is spelled out.
         *([LowerAttention("mha")] if target.attention == "mha" and not recipe.products else []),
         LowerAttention("matmul"),  # whatever has no fused form
         RescaleInputs(recipe),
         *([SplitExponents(recipe, divided)] if divided else []),
+        *([SplitResults(recipe, in_parts)] if in_parts else []),
         InsertQdq(lowered, target),
         *([QuantizeAttention(recipe, target)] if recipe.products else []),
         LowerTimestepGrids(lowered, target, sample),
         QuantizeWeights(lowered, target, pts_lowering),
         OffsetInputs(lowered, target),
+        *([] if target.zero_points else [FoldZeroPoints(lowered, target)]),
         FoldRescales(lowered),  # behind QuantizeWeights: integers stay, their scales take the factors
+        *([AverageGroupNorm()] if averages else []),  # behind FoldRescales, which looks for affines
         StackOutputCodes(lowered, target.integer_bias),
         MergeConstants(),
         NameOutputs(OUTPUT),

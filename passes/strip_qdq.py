@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import is_transposed
+from tfmq_export.passes.fold_zero_points import RAISED
 from tfmq_export.passes.graph import constant, read_instead
 from tfmq_export.passes.rescale_inputs import RESCALE, scale_input_channels
 from tfmq_export.passes.split_exponents import PARTS
@@ -31,6 +32,8 @@ class StripQdq(Pass):
         changed = []
         for node in [node for node in graph.nodes if node.name.endswith(".input.offset")]:
             _undo_offset(node)
+        for node in [node for node in graph.nodes if node.name.endswith(RAISED)]:
+            _undo_raise(node)
         for node in [node for node in graph.nodes if node.op == "DequantizeLinear" and not _is_passed(node)]:
             codes = _origin(node.inputs[0])
             if _is_stored(codes):
@@ -130,9 +133,21 @@ def _undo_offset(moved: gs.Node) -> None:
             if pads is not None:
                 layer.attrs["pads"] = pads
         layer.inputs[0], layer.inputs[1] = source, constant(f"{layer.name}.stripped_weight", weight)
-        transposed = layer.op == "MatMul" or (layer.op == "Gemm" and not layer.attrs.get("transB", 0))
-        rows = weight.T if transposed else weight.reshape(len(weight), -1)  # [out, ...]
-        _raise_bias(layer, surplus * rows.sum(1, dtype=np.float64))
+        _raise_bias(layer, surplus * _sums(layer, weight))
+
+
+def _undo_raise(dequantize: gs.Node) -> None:
+    """Undo ``FoldZeroPoints``: the bias without the zero point."""
+    quantize = _origin(dequantize.inputs[0]).inputs[0]
+    surplus = float(quantize.inputs[1].values) * float(quantize.inputs[2].values)
+    for layer in dequantize.outputs[0].outputs:
+        _raise_bias(layer, surplus * _sums(layer, _weight_of(layer)))
+
+
+def _sums(layer: gs.Node, weight: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of the weights of each output channel."""
+    rows = weight.T if is_transposed(layer) else weight.reshape(len(weight), -1)
+    return rows.sum(1, dtype=np.float64)
 
 
 def _weight_of(layer: gs.Node) -> NDArray[np.float32]:

@@ -69,3 +69,11 @@ def ops(graph: gs.Graph) -> list[str]:
 
 def normal(seed: int, *shape: int, mean: float = 0.0) -> NDArray[np.float32]:
     return np.random.default_rng(seed).normal(mean, 1.0, shape).astype(np.float32)
+
+
+def group_norm_model(shape: Shape, channels: int, groups: int, epsilon: float = 1e-5) -> onnx.ModelProto:
+    node = helper.make_node(
+        "GroupNormalization", ["x", "scale", "bias"], ["y"], "norm", num_groups=groups, epsilon=epsilon
+    )
+    affine = {"scale": normal(1, channels), "bias": normal(2, channels)}
+    return build([node], {"x": shape}, {"y": shape}, affine)

@@ -10,7 +10,7 @@ from onnx_graphs import build, normal
 from toy_nets import layer_recipe, node, per_channel
 
 from tfmq_export.recipe import LayerRecipe
-from tfmq_export.spec import QParams
+from tfmq_export.spec import QParams, QuantSpec
 
 OPS = ("Conv", "grouped Conv", "MatMul", "Gemm", "Gemm transposed")
 CHANNELS = 4
@@ -62,6 +62,11 @@ def sample(op: str, seed: int = 2) -> NDArray[np.float32]:
 
 def on_channels(op: str, factor: NDArray) -> NDArray:
     return factor.reshape(-1, 1, 1) if "Conv" in op else factor
+
+
+def input_grid(scale: float, zero_point: int, codes: int = 1, bits: int = 8) -> QParams:
+    spec = QuantSpec(bits, signed=False, codes=codes)
+    return QParams(spec, np.asarray(scale, np.float32), np.asarray(zero_point, np.int32))
 
 
 def scaled_layer(

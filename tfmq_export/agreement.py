@@ -5,13 +5,14 @@ code, and a few layers later a third of all codes differ by one, although both s
 two run in lock-step: after each layer is compared, both go on from the graph's value. Then every
 segment from one quantizer to the next is held to one code step, and nothing hides behind noise.
 
-A layer that took the next one's factor (``passes/fold_rescales.py``) has ``<layer>.scaled`` in the graph. It is
+A layer whose result is split (``passes/split_results.py``) has ``<layer>.part_0`` and so on, which are put together
+again. A layer that took the next one's factor (``passes/fold_rescales.py``) has ``<layer>.scaled`` in the graph. It is
 compared after division by the factor its scales show; a wrong factor then shows in the layer that reads it.
 """
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tfmq_export.analysis import TIMESTEP
 from tfmq_export.bundle import Bundle
 from tfmq_export.passes.bind_recipe import node_name
 from tfmq_export.passes.fold_rescales import SCALED
+from tfmq_export.passes.split_results import result_parts
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.simulate import Simulation
 from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
@@ -67,13 +69,18 @@ class LockStep:
         integer_bias = find_target(bundle.manifest.target).integer_bias
         self._simulation = Simulation(program, recipe, integer_bias=integer_bias)
         graphs = [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]
-        self._factors = {name: factor for graph in graphs for name, factor in _folded_factors(graph, recipe).items()}
+        parts = [_parts(graph, recipe) for graph in graphs]
+        self._parts = {name: found for graph in parts for name, found in graph.items()}
+        self._factors: dict[str, NDArray[Any]] = {}
+        for graph, own in zip(graphs, parts, strict=True):
+            self._factors |= _folded_factors(graph, _in_parts(recipe, own))
+        watched = _in_parts(recipe, self._parts)
         self._output = bundle.manifest.output
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
         with tempfile.TemporaryDirectory() as folder:
-            self._runner = _watched(bundle.model, recipe, Path(folder) / "main")
+            self._runner = _watched(bundle.model, watched, Path(folder) / "main")
             self._prologue = (
-                None if bundle.prologue is None else _watched(bundle.prologue, recipe, Path(folder) / "prologue")
+                None if bundle.prologue is None else _watched(bundle.prologue, watched, Path(folder) / "prologue")
             )
 
     def compare(self, inputs: Mapping[str, Tensor]) -> Agreement:
@@ -83,6 +90,9 @@ class LockStep:
         graph = results.pop(self._output)
         for name, factor in self._factors.items():
             results[name] = np.asarray(results.pop(f"{name}{SCALED}")) / factor
+        for name, parts in self._parts.items():
+            axis = 1 if parts[0].kind == "conv" else -1
+            results[name] = np.concatenate([results.pop(part.name) for part in parts], axis)
         watcher = _Synchronizer(results)
         synchronized = self._simulation(inputs, watcher)
         worst = max(watcher.steps, key=lambda path: watcher.steps[path], default="")
@@ -132,6 +142,28 @@ def code_step(layer: LayerRecipe | ProductRecipe) -> float:
         return float(layer.output.scale)
     largest = (np.abs(layer.weight_codes.reshape(len(layer.weight_codes), -1)).max(1) * layer.weight.scale).max()
     return float(layer.input.scale * largest)
+
+
+def _parts(path: Path, recipe: QuantRecipe) -> dict[str, tuple[LayerRecipe, ...]]:
+    """The layers that a graph computes part by part, with nobody to put the parts together."""
+    graph = onnx.load(path, load_external_data=False).graph
+    nodes = {value: node for node in graph.node for value in node.output}
+    multipliers = {node.name: node for node in graph.node}
+    stored = {item.name: item for item in graph.initializer}
+    found = {}
+    for layer in recipe.layers:
+        if layer.name in nodes or f"{layer.name}{SCALED}" in nodes:
+            continue
+        sizes: list[int] = []
+        while (part := multipliers.get(f"{node_name(layer)}.part_{len(sizes)}")) is not None:
+            sizes.append(stored[nodes[part.input[1]].input[1]].dims[0])
+        if sizes:
+            found[layer.name] = tuple(result_parts(layer, tuple(sizes)))
+    return found
+
+
+def _in_parts(recipe: QuantRecipe, parts: Mapping[str, tuple[LayerRecipe, ...]]) -> QuantRecipe:
+    return replace(recipe, layers=tuple(part for layer in recipe.layers for part in parts.get(layer.name, (layer,))))
 
 
 def _watched(graph: Path, recipe: QuantRecipe, folder: Path) -> OrtRunner:

@@ -26,6 +26,7 @@ from tfmq_export.output import replaced_folder
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import dump_to, export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.passes.split_results import results_to_split
 from tfmq_export.pictures import TemporalRow, save_comparison, save_temporal
 from tfmq_export.program import DiffusionProgram, capture, program_on
 from tfmq_export.progress import Progress, Silent, Step
@@ -115,8 +116,14 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
             after = dump_to(dump_dir) if dump_dir is not None else None
             inputs = {"sample": denoiser.sample, "timestep": denoiser.timestep}
             labels = tuple(denoiser.conditioning) if config.class_tables else ()
+            adapted = adapt(made, target, config.tables)
             passes = passes_for(
-                adapt(made, target, config.tables), target, **inputs, labels=labels, pts_lowering=config.pts_lowering
+                adapted,
+                target,
+                **inputs,
+                labels=labels,
+                pts_lowering=config.pts_lowering,
+                split_results=results_to_split(graph, adapted, target),
             )
             reports = run_passes(graph, passes, after)
             graphs = Graphs(export_model(graph), reports, tables=config.tables)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from tfmq_export.errors import ConfigError
 
+GroupNorm = Literal["instance", "averages"]
+
 PtsLowering = Literal["auto", "fold", "shift", "split"]
 """The form power-of-two scaling is asked to take in the graph."""
 
@@ -26,6 +28,10 @@ class Target:
         integers: Whether the backend has integer kernels for QDQ graphs at all.
         integer_attention: Whether attention's products are faster in integers (docs/targets.md).
         integer_tables: Whether rows of int8 constants can be gathered.
+        zero_points: Whether linear layers multiply codes with a zero point for free; else their bias takes it.
+        split_results: Whether a layer whose result is split is computed in parts.
+        group_norm: Form of GroupNormalization: "instance" is a normalization of groups as channels, "averages" needs no
+            layout.
         built_in_place: Whether its engines can only be built on the GPU that runs them.
     """
 
@@ -40,6 +46,9 @@ class Target:
     integers: bool = True
     integer_attention: bool = False
     integer_tables: bool = True
+    zero_points: bool = True
+    split_results: bool = False
+    group_norm: GroupNorm = "instance"
     built_in_place: bool = False
 
 
@@ -55,7 +64,14 @@ _TARGETS = (
     # The CUDA provider has no integer kernels for QDQ: right numbers, no int8 speed.
     Target("ort-cuda", engine="onnxruntime", attention="mha", integers=False),
     # Convolutions stay integers without an output grid, which spares each a rounding (docs/lowering.md).
-    Target("openvino", engine="openvino", integer_attention=True),
+    Target(
+        "openvino",
+        engine="openvino",
+        integer_attention=True,
+        zero_points=False,
+        split_results=True,
+        group_norm="averages",
+    ),
     # TensorRT takes precision from the graph's own types, int8 with zero point 0; it neither folds nor gathers integer
     # constants.
     *(

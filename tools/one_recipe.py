@@ -16,6 +16,7 @@ from tfmq_export.export import export_onnx
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.passes.split_results import results_to_split
 from tfmq_export.program import DiffusionProgram, capture
 from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.calibration import CalibrationStep, calibrate
@@ -71,7 +72,9 @@ def carry(made: Quantized, target: Target, root: Path, tables: TableType = "fp32
     denoiser = made.denoiser
     graph = import_graph(export_onnx(made.program))
     inputs = {"sample": denoiser.sample, "timestep": denoiser.timestep}
-    reports = run_passes(graph, passes_for(adapt(made.recipe, target, tables), target, **inputs))
+    adapted = adapt(made.recipe, target, tables)
+    parts = results_to_split(graph, adapted, target)
+    reports = run_passes(graph, passes_for(adapted, target, **inputs, split_results=parts))
     root.mkdir(parents=True)
     bundle = emit(root, denoiser, made.recipe, target, Graphs(export_model(graph), reports, tables=tables))
     return Subject(denoiser, made.program, made.recipe, bundle)

@@ -5,19 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
-from onnx_graphs import Shape, build, graph_of, infer, normal, ops
+from onnx_graphs import Shape, build, graph_of, group_norm_model, infer, normal, ops
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.lower_group_norm import LowerGroupNorm, lower, restored_shape
-
-
-def group_norm_model(shape: Shape, channels: int, groups: int, epsilon: float = 1e-5) -> onnx.ModelProto:
-    node = helper.make_node(
-        "GroupNormalization", ["x", "scale", "bias"], ["y"], "norm", num_groups=groups, epsilon=epsilon
-    )
-    affine = {"scale": normal(1, channels), "bias": normal(2, channels)}
-    return build([node], {"x": shape}, {"y": shape}, affine)
 
 
 def lowered(model: onnx.ModelProto) -> gs.Graph:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx_graphs import build, graph_of, infer, normal, ops
-from scaled_layers import OPS, OUT, computed, float_model, float_weight, sample, scaled_layer
+from scaled_layers import OPS, OUT, computed, float_model, float_weight, input_grid, sample, scaled_layer
 from toy_nets import ORT_CPU, layer_recipe, node, recipe_with
 
 from tfmq_export.errors import PostconditionError, PreconditionError
@@ -21,16 +21,11 @@ from tfmq_export.passes.offset_inputs import OffsetInputs
 from tfmq_export.passes.quantize_weights import QuantizeWeights
 from tfmq_export.passes.strip_qdq import StripQdq
 from tfmq_export.recipe import LayerRecipe
-from tfmq_export.spec import QParams, QuantSpec
+from tfmq_export.spec import QParams
 from tfmq_export.target import Target
 
 SIGNED = replace(ORT_CPU, name="signed", symmetric=True)
 BIAS = normal(1, OUT)
-
-
-def input_grid(scale: float, zero_point: int, codes: int = 1, bits: int = 8) -> QParams:
-    spec = QuantSpec(bits, signed=False, codes=codes)
-    return QParams(spec, np.asarray(scale, np.float32), np.asarray(zero_point, np.int32))
 
 
 def plain_layer(op: str, grid: QParams, bits: int = 8) -> LayerRecipe:

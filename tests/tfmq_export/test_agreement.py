@@ -14,6 +14,7 @@ from handwritten import FACTORIES, Quantized, captured, quantized
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from tfmq_export.adapt import adapt
 from tfmq_export.agreement import Agreement, LockStep
 from tfmq_export.bundle import Bundle, open_bundle
 from tfmq_export.config import Method, Thresholds, find_preset
@@ -22,6 +23,7 @@ from tfmq_export.export import export_onnx
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.passes.split_results import results_to_split
 from tfmq_export.target import find_target
 
 AGREED = Thresholds().agreement
@@ -40,7 +42,9 @@ def written(made: Quantized, target_name: str, root: Path) -> Bundle:
     """Rewritten for a target, as a bundle."""
     denoiser, recipe, target = made.denoiser, made.recipe, find_target(target_name)
     graph = import_graph(export_onnx(made.program))
-    reports = run_passes(graph, passes_for(recipe, target, sample=denoiser.sample, timestep=denoiser.timestep))
+    names = {"sample": denoiser.sample, "timestep": denoiser.timestep}
+    sizes = results_to_split(graph, recipe, target)
+    reports = run_passes(graph, passes_for(recipe, target, **names, split_results=sizes))
     return emit(root, denoiser, recipe, target, Graphs(export_model(graph), reports))
 
 
@@ -193,3 +197,18 @@ def test_layers_split_by_exponent_agree(tmp_path: Path) -> None:
     found = compare(bundle, made)
     assert min(agreement.sqnr for agreement in found) >= AGREED
     assert max(agreement.mismatch_rate for agreement in found) < 0.01
+
+
+def test_layers_in_parts_are_compared_whole(tmp_path: Path) -> None:
+    made = quantized("film_unet", 8, 8, Method())
+    made = replace(made, recipe=adapt(made.recipe, find_target("openvino")))
+
+    (tmp_path / "right").mkdir()
+    bundle = written(made, "openvino", tmp_path / "right")
+
+    (layer,) = (layer for layer in made.recipe.layers if layer.path.endswith("to_qkv"))
+    found = compare(bundle, made)
+    assert min(agreement.sqnr for agreement in found) >= AGREED
+    assert max(agreement.code_steps for agreement in found) < 0.05
+    wrong = tampered(bundle, tmp_path / "wrong", f"{layer.name}.part_1.weight_codes", negate_largest)
+    assert {agreement.worst_layer for agreement in compare(wrong, made)} == {layer.path}

@@ -1,0 +1,104 @@
+"""Compute GroupNormalization from means of channels, for engines that keep channels last.
+
+    m = mean_p x    mu = mean_g m    v = mean_p (x - mu)^2    a = gamma / sqrt(mean_g v + epsilon)
+    GroupNormalization(x)  ==  a x + (beta - a mu)
+
+with means over the positions p of a channel, [N, C, 1, ...], and then over the channels g of a group. A group's
+values are only next to each other with channels first, so every other form makes OpenVINO turn the layout of each
+activation in front of a normalization, and turn it back for the convolution behind. Here the large tensors are read
+in either layout, and what is reshaped is one number per channel.
+
+Runs behind ``FoldRescales``, which looks for the affine of a normalization.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from tfmq_export.errors import PostconditionError
+from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.lower_group_norm import check_scales, obstacle
+
+
+@dataclass(frozen=True)
+class AverageGroupNorm(Pass):
+    """GroupNormalization -> ReduceMean over positions, then over the channels of a group, and one multiply-add."""
+
+    semantics: ClassVar[Semantics] = Semantics.EXACT
+
+    def requires(self, graph: gs.Graph) -> None:
+        check_scales(graph)
+
+    def apply(self, graph: gs.Graph) -> Changes:
+        changed: list[str] = []
+        skipped: list[tuple[str, str]] = []
+        for node in [node for node in graph.nodes if node.op == "GroupNormalization"]:
+            reason = obstacle(node) or _computed_affine(node)
+            if reason is None:
+                _average(graph, node)
+                changed.append(node.name)
+            else:
+                skipped.append((node.name, reason))
+        return Changes(tuple(changed), tuple(skipped))
+
+    def ensures(self, graph: gs.Graph) -> None:
+        for node in graph.nodes:
+            if node.op == "GroupNormalization" and (obstacle(node) or _computed_affine(node)) is None:
+                raise PostconditionError(f"{node.name}: still a GroupNormalization")
+
+
+def _computed_affine(node: gs.Node) -> str | None:
+    computed = [value.name for value in node.inputs[1:] if not isinstance(value, gs.Constant)]
+    return f"its affine {computed[0]} is computed" if computed else None
+
+
+def _average(graph: gs.Graph, node: gs.Node) -> None:
+    """Replace one GroupNormalization; the tensor it wrote keeps its name."""
+    x, scale, bias = node.inputs
+    (y,) = node.outputs
+    node.outputs.clear()
+    name, rank, channels = node.name, len(x.shape), x.shape[1]
+    groups = node.attrs["num_groups"]
+    per_channel = [x.shape[0], channels, *[1] * (rank - 2)]
+    positions = constant(f"{name}_positions", np.arange(2, rank))
+
+    def add(op: str, suffix: str, inputs: Sequence[gs.Tensor], shape: Sequence[int | str], **attrs: int) -> gs.Variable:
+        result = variable(f"{name}_{suffix}", np.float32, shape)
+        graph.nodes.append(gs.Node(op, f"{name}_{suffix}", attrs, list(inputs), [result]))
+        return result
+
+    def mean_of_positions(value: gs.Tensor, suffix: str) -> gs.Variable:
+        return add("ReduceMean", suffix, [value, positions], per_channel, keepdims=1)
+
+    def mean_of_group(value: gs.Variable, suffix: str) -> gs.Variable:
+        """Of one number per channel; each channel gets its group's."""
+        grouped = [x.shape[0], groups, channels // groups]
+        rows = add("Reshape", f"{suffix}_grouped", [value, grouping], grouped)
+        mean = add("ReduceMean", f"{suffix}_of_group", [rows, last], [x.shape[0], groups, 1], keepdims=1)
+        spread = add("Mul", f"{suffix}_spread", [mean, ones], grouped)
+        return add("Reshape", suffix, [spread, restoring], per_channel)
+
+    def affine(value: gs.Constant, suffix: str) -> gs.Constant:
+        return constant(f"{name}_{suffix}", value.values.reshape(1, channels, *[1] * (rank - 2)))
+
+    grouping = constant(f"{name}_grouping", np.array([0, groups, -1]))
+    restoring = constant(f"{name}_restoring", np.array([0, channels, *[1] * (rank - 2)]))
+    last = constant(f"{name}_last", np.array([2]))
+    ones = constant(f"{name}_ones", np.ones((1, 1, channels // groups), np.float32))
+    epsilon = constant(f"{name}_epsilon", np.array(node.attrs.get("epsilon", 1e-5), np.float32))
+
+    mean = mean_of_group(mean_of_positions(x, "channel_mean"), "mean")
+    centred = add("Sub", "centred", [x, mean], x.shape)
+    square = add("Mul", "square", [centred, centred], x.shape)
+    variance = mean_of_group(mean_of_positions(square, "channel_variance"), "variance")
+    padded = add("Add", "padded_variance", [variance, epsilon], per_channel)
+    deviation = add("Sqrt", "deviation", [padded], per_channel)
+    gain = add("Div", "gain", [affine(scale, "scale"), deviation], per_channel)
+    moved = add("Mul", "moved_mean", [mean, gain], per_channel)
+    start = add("Sub", "start", [affine(bias, "bias"), moved], per_channel)
+    gained = add("Mul", "gained", [x, gain], x.shape)
+    graph.nodes.append(gs.Node("Add", name, inputs=[gained, start], outputs=[y]))
