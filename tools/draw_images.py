@@ -3,7 +3,8 @@
     python tools/draw_images.py MODEL RECIPE... [--images 1024] [--device auto] [--output DIR]
 
 A recipe is a folder that ``tools/ablate.py --keep`` left, or a bundle. Draws in PyTorch fake-quant and writes an npz of
-bytes [N, H, W, 3] for each, named like it, and ``full-precision.npz``. ``tools/ablation_metrics.py`` judges them.
+bytes [N, H, W, 3] for each, named like it, and ``full-precision.npz``. With ``--run``, bundles run on their own engines,
+in integers, which takes a fraction of the time. ``tools/ablation_metrics.py`` judges the images.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from tfmq_export.program import capture, program_on
 from tfmq_export.ptq.simulate import Simulation, program_for
 from tfmq_export.recipe_io import load_recipe
 from tfmq_export.runtime.compare import as_pictures
+from tfmq_export.runtime.denoiser import load as load_bundle
+from tfmq_export.validate import bundle_denoise
 
 BATCH = 256
 SEED = 1  # as the images of tools/ablate.py
@@ -36,20 +39,28 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--run", action="store_true", help="run the recipes, all of them bundles, on their engines")
     parser.add_argument("--output", type=Path, default=Path("out/images"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     denoiser, device = load(Source(args.model, steps=args.steps)), find_device(args.device)
     with repeatable(device):
-        for name, denoise in denoisers(denoiser, args.recipes, device):
+        for name, denoise in denoisers(denoiser, args.recipes, device, run=args.run):
             images = draw(denoiser, denoise, args.images)
             np.savez_compressed(args.output / f"{name}.npz", images=as_bytes(images).transpose(0, 2, 3, 1))
             print(f"{name}: {len(images)} images", flush=True)
 
 
-def denoisers(denoiser: Denoiser, recipes: list[Path], device: torch.device) -> Iterator[tuple[str, Denoise]]:
-    """The model itself, then each recipe carried out."""
+def denoisers(
+    denoiser: Denoiser, recipes: list[Path], device: torch.device, *, run: bool
+) -> Iterator[tuple[str, Denoise]]:
+    """The model itself, then each recipe carried out: in fake-quant, or by the bundle's engine."""
     yield "full-precision", replace(denoiser, module=module_on(denoiser.module, device)).module_denoise()
+    if run:
+        for path in recipes:
+            with load_bundle(path) as loaded:
+                yield path.name, bundle_denoise(loaded)
+        return
     program = capture(denoiser)
     for path in recipes:
         recipe = load_recipe(path)

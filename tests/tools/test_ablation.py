@@ -11,6 +11,12 @@ import pytest
 from ablation_metrics import frechet_distance, inception_score, kernel_distance
 from tiny_model import tiny_folder
 
+from tfmq_export.compiler import compile_model
+from tfmq_export.config import CompileConfig, Thresholds
+from tfmq_export.models.load import Source
+
+NO_GATE = Thresholds(psnr=-1e3, sqnr=-1e3, agreement=-1e3)  # random weights
+
 
 def gaussian(rows: int, seed: int, mean: float = 0.0, spread: float = 1.0) -> np.ndarray:
     return mean + spread * np.random.default_rng(seed).standard_normal((rows, 8))
@@ -59,3 +65,19 @@ def test_a_row_leaves_a_recipe_that_draws_the_images_it_was_judged_on(
     assert ours.shape == plain.shape == (3, *ours.shape[1:])
     errors = np.square((ours.astype(float) - plain) / 255).mean((1, 2, 3))
     np.testing.assert_allclose(-10 * np.log10(errors), judged["psnr"], atol=0.3)  # bytes here, floats there
+
+
+def test_bundles_draw_on_their_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_folder(tmp_path / "unet")
+    config = CompileConfig(effort="fast", calibration_images=2, validation_images=1, thresholds=NO_GATE)
+    bundle = compile_model(Source(model, steps=4), tmp_path / "out", config).bundle
+    drawn, options = tmp_path / "drawn", ["--images", "3", "--steps", "4"]
+    arguments = ["draw_images.py", str(model), str(bundle.root), *options]
+    for name, more in (("fake", []), ("run", ["--run"])):
+        monkeypatch.setattr(sys, "argv", [*arguments, *more, "--output", str(drawn / name)])
+        draw_images.main()
+
+    fake, ran = (np.load(drawn / name / "out.npz")["images"].astype(float) for name in ("fake", "run"))
+    plain = np.load(drawn / "run" / "full-precision.npz")["images"].astype(float)
+    assert not np.array_equal(ran, plain)
+    assert np.square(ran - fake).mean() < np.square(ran - plain).mean()
