@@ -22,7 +22,7 @@ from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.target import Target
 
 RAISED = ".raised"
-"""What a value is called, behind its name, that is ``s z`` larger than the recipe's."""
+"""What a DequantizeLinear without the zero point, and its result, are called behind the names of those with it."""
 
 
 @dataclass(frozen=True)

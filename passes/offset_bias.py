@@ -9,6 +9,9 @@ from tfmq_export.passes.integer_bias import accumulator_step, store_bias
 from tfmq_export.recipe import LayerRecipe
 from tfmq_export.target import Target
 
+OFFSET = ".offset_add"
+"""What the node is called, behind the layer's name, that adds to a product without a bias."""
+
 
 def take_off_bias(graph: gs.Graph, node: gs.Node, layer: LayerRecipe, surplus: int, target: Target) -> None:
     """Lower a layer's bias by ``s surplus sum W``; one without a bias gets one.
@@ -46,4 +49,4 @@ def _add_behind(graph: gs.Graph, product: gs.Node, amount: NDArray[np.float64], 
     product.outputs = [bare]
     rank = 3 if result.shape is None else len(result.shape)
     bias = constant(f"{layer.name}.offset_bias", amount.astype(np.float32).reshape(*[1] * (rank - 1), -1))
-    graph.nodes.append(gs.Node("Add", f"{layer.name}.offset_add", inputs=[bare, bias], outputs=[result]))
+    graph.nodes.append(gs.Node("Add", f"{layer.name}{OFFSET}", inputs=[bare, bias], outputs=[result]))

@@ -91,11 +91,14 @@ class SplitResults(Pass):
                 raise PreconditionError(f"{layer.path}: {reason}, so it cannot be computed in parts")
             if not isinstance(node.inputs[1], gs.Constant):
                 raise PreconditionError(f"{layer.path}: its weight {node.inputs[1].name} is not a constant")
+            for bias in _bias(node, values[layer.name]):
+                if not isinstance(bias, gs.Constant) or bias.shape[-1] != len(layer.weight_codes):
+                    raise PreconditionError(f"{layer.path}: its bias {bias.name} has no constant for each channel")
 
     def apply(self, graph: gs.Graph) -> Changes:
-        chosen = self._chosen(graph)
+        values, chosen = graph.tensors(), self._chosen(graph)
         for layer, node in chosen:
-            _split(graph, node, layer, result_parts(layer, self.sizes[layer.name]))
+            _split(graph, node, values[layer.name], result_parts(layer, self.sizes[layer.name]))
         return Changes(tuple(layer.path for layer, _ in chosen))
 
     def ensures(self, graph: gs.Graph) -> None:
@@ -120,7 +123,7 @@ def _obstacle(layer: LayerRecipe) -> str | None:
 
 
 def _splitting(graph: gs.Graph, value: gs.Tensor | None, layer: LayerRecipe) -> gs.Node | None:
-    """The Split that alone reads a layer's result, into values whose sizes are known and that only nodes read."""
+    """The Split that alone reads a layer's result, into parts of known sizes that nodes read, and only nodes."""
     if value is None or value.shape is None or [reader.op for reader in value.outputs] != ["Split"]:
         return None
     (split,) = value.outputs
@@ -128,27 +131,33 @@ def _splitting(graph: gs.Graph, value: gs.Tensor | None, layer: LayerRecipe) -> 
     free = not any(id(part) in ends for part in (value, *split.outputs))
     along_channels = split.attrs.get("axis", 0) in (_axis(layer), _axis(layer) % len(value.shape))
     known = all(part.shape is not None and isinstance(part.shape[_axis(layer)], int) for part in split.outputs)
-    return split if free and along_channels and known else None
+    read = all(part.outputs for part in split.outputs)
+    return split if free and along_channels and known and read else None
 
 
-def _split(graph: gs.Graph, node: gs.Node, layer: LayerRecipe, parts: list[LayerRecipe]) -> None:
-    result = graph.tensors()[layer.name]
+def _bias(node: gs.Node, result: gs.Tensor) -> list[gs.Tensor]:
+    """What is added to a product, in its own node or in the one behind it; at most one."""
+    if result.inputs[0] is node:
+        return list(node.inputs[2:])
+    return [value for value in result.inputs[0].inputs if not value.inputs or value.inputs[0] is not node]
+
+
+def _split(graph: gs.Graph, node: gs.Node, result: gs.Tensor, parts: list[LayerRecipe]) -> None:
     (split,) = result.outputs
-    add = result.inputs[0] if result.inputs[0] is not node else None
+    behind = result.inputs[0] is not node
     ends = np.cumsum([len(part.weight_codes) for part in parts])[:-1]
     weights = np.split(node.inputs[1].values, ends, 1 if is_transposed(node) else 0)
-    biases = [value for value in (node.inputs[2:] if add is None else add.inputs) if isinstance(value, gs.Constant)]
-    shares = [np.split(bias.values, ends, -1) for bias in biases]
+    biases = [np.split(bias.values, ends, -1) for bias in _bias(node, result)]
     for index, (part, old) in enumerate(zip(parts, list(split.outputs), strict=True)):
         new = variable(part.name, old.dtype, old.shape)
         inputs = [node.inputs[0], constant(f"{part.name}.weight", weights[index])]
-        bias = [constant(f"{part.name}.bias", share[index]) for share in shares]
-        if add is None:
-            graph.nodes.append(gs.Node(node.op, node_name(part), dict(node.attrs), [*inputs, *bias], [new]))
-        else:
+        bias = [constant(f"{part.name}.bias", share[index]) for share in biases]
+        if behind:
             product = variable(f"{part.name}.product", old.dtype, old.shape)
             graph.nodes.append(gs.Node(node.op, node_name(part), dict(node.attrs), inputs, [product]))
             graph.nodes.append(gs.Node("Add", f"{part.name}.add_bias", inputs=[product, *bias], outputs=[new]))
+        else:
+            graph.nodes.append(gs.Node(node.op, node_name(part), dict(node.attrs), [*inputs, *bias], [new]))
         read_instead(old, new)
     split.inputs.clear()
     split.outputs.clear()

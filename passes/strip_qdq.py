@@ -15,6 +15,7 @@ from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import is_transposed
 from tfmq_export.passes.fold_zero_points import RAISED
 from tfmq_export.passes.graph import constant, read_instead
+from tfmq_export.passes.offset_bias import OFFSET
 from tfmq_export.passes.rescale_inputs import RESCALE, scale_input_channels
 from tfmq_export.passes.split_exponents import PARTS
 
@@ -24,7 +25,7 @@ MULTIPLIERS = ("Conv", "Gemm", "MatMul")
 
 @dataclass(frozen=True)
 class StripQdq(Pass):
-    """Remove all that quantization put in: Q, Clip and DQ, offsets, rescaled inputs, stacked outputs."""
+    """Remove all that quantization put in: Q, Clip and DQ, offsets, zero points, rescaled inputs, stacked outputs."""
 
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
 
@@ -159,6 +160,11 @@ def _raise_bias(layer: gs.Node, amount: NDArray[np.float64]) -> None:
     name = f"{layer.name}.stripped_bias"
     if layer.op == "MatMul":
         add = layer.outputs[0].outputs[0]
+        if add.name.endswith(OFFSET):  # there was no bias
+            (result,) = add.outputs
+            add.outputs.clear()
+            layer.outputs = [result]
+            return
         position = next(i for i, value in enumerate(add.inputs) if isinstance(value, gs.Constant))
         add.inputs[position] = constant(name, (add.inputs[position].values + amount).astype(np.float32))
         return

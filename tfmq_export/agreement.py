@@ -12,7 +12,7 @@ compared after division by the factor its scales show; a wrong factor then shows
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from tfmq_export.analysis import TIMESTEP
 from tfmq_export.bundle import Bundle
 from tfmq_export.passes.bind_recipe import node_name
 from tfmq_export.passes.fold_rescales import SCALED
-from tfmq_export.passes.split_results import result_parts
+from tfmq_export.passes.split_exponents import PARTS
+from tfmq_export.passes.split_results import Sizes, result_parts, split_layers
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.simulate import Simulation
 from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
@@ -69,12 +70,12 @@ class LockStep:
         integer_bias = find_target(bundle.manifest.target).integer_bias
         self._simulation = Simulation(program, recipe, integer_bias=integer_bias)
         graphs = [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]
-        parts = [_parts(graph, recipe) for graph in graphs]
-        self._parts = {name: found for graph in parts for name, found in graph.items()}
-        self._factors: dict[str, NDArray[Any]] = {}
-        for graph, own in zip(graphs, parts, strict=True):
-            self._factors |= _folded_factors(graph, _in_parts(recipe, own))
-        watched = _in_parts(recipe, self._parts)
+        sizes = {name: found for graph in graphs for name, found in _split_in(graph, recipe).items()}
+        self._parts = {
+            layer.name: result_parts(layer, sizes[layer.name]) for layer in recipe.layers if layer.name in sizes
+        }
+        watched = split_layers(recipe, sizes)
+        self._factors = {name: factor for graph in graphs for name, factor in _folded_factors(graph, watched).items()}
         self._output = bundle.manifest.output
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
         with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +145,7 @@ def code_step(layer: LayerRecipe | ProductRecipe) -> float:
     return float(layer.input.scale * largest)
 
 
-def _parts(path: Path, recipe: QuantRecipe) -> dict[str, tuple[LayerRecipe, ...]]:
+def _split_in(path: Path, recipe: QuantRecipe) -> Sizes:
     """The layers that a graph computes part by part, with nobody to put the parts together."""
     graph = onnx.load(path, load_external_data=False).graph
     nodes = {value: node for node in graph.node for value in node.output}
@@ -152,18 +153,14 @@ def _parts(path: Path, recipe: QuantRecipe) -> dict[str, tuple[LayerRecipe, ...]
     stored = {item.name: item for item in graph.initializer}
     found = {}
     for layer in recipe.layers:
-        if layer.name in nodes or f"{layer.name}{SCALED}" in nodes:
+        if layer.name in nodes or f"{layer.name}{SCALED}" in nodes or f"{layer.name}{PARTS}" in multipliers:
             continue
         sizes: list[int] = []
         while (part := multipliers.get(f"{node_name(layer)}.part_{len(sizes)}")) is not None:
             sizes.append(stored[nodes[part.input[1]].input[1]].dims[0])
         if sizes:
-            found[layer.name] = tuple(result_parts(layer, tuple(sizes)))
+            found[layer.name] = tuple(sizes)
     return found
-
-
-def _in_parts(recipe: QuantRecipe, parts: Mapping[str, tuple[LayerRecipe, ...]]) -> QuantRecipe:
-    return replace(recipe, layers=tuple(part for layer in recipe.layers for part in parts.get(layer.name, (layer,))))
 
 
 def _watched(graph: Path, recipe: QuantRecipe, folder: Path) -> OrtRunner:

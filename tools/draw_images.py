@@ -3,8 +3,8 @@
     python tools/draw_images.py MODEL RECIPE... [--images 1024] [--device auto] [--output DIR]
 
 A recipe is a folder that ``tools/ablate.py --keep`` left, or a bundle. Draws in PyTorch fake-quant and writes an npz of
-bytes [N, H, W, 3] for each, named like it, and ``full-precision.npz``. With ``--run``, bundles run on their own engines,
-in integers, which takes a fraction of the time. ``tools/ablation_metrics.py`` judges the images.
+bytes [N, H, W, 3] for each, named like it, and ``full-precision.npz``. With ``--run``, bundles run on their engines, in
+integers, which takes a fraction of the time. ``tools/ablation_metrics.py`` judges the images.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from tfmq_export.runtime.compare import as_pictures
 from tfmq_export.runtime.denoiser import load as load_bundle
 from tfmq_export.validate import bundle_denoise
 
-BATCH = 256
 SEED = 1  # as the images of tools/ablate.py
 
 
@@ -39,6 +38,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--batch", type=int, default=256, help="at once; an engine may be built for less")
     parser.add_argument("--run", action="store_true", help="run the recipes, all of them bundles, on their engines")
     parser.add_argument("--output", type=Path, default=Path("out/images"))
     args = parser.parse_args()
@@ -46,7 +46,7 @@ def main() -> None:
     denoiser, device = load(Source(args.model, steps=args.steps)), find_device(args.device)
     with repeatable(device):
         for name, denoise in denoisers(denoiser, args.recipes, device, run=args.run):
-            images = draw(denoiser, denoise, args.images)
+            images = draw(denoiser, denoise, args.images, args.batch)
             np.savez_compressed(args.output / f"{name}.npz", images=as_bytes(images).transpose(0, 2, 3, 1))
             print(f"{name}: {len(images)} images", flush=True)
 
@@ -56,12 +56,14 @@ def denoisers(
 ) -> Iterator[tuple[str, Denoise]]:
     """The model itself, then each recipe carried out: in fake-quant, or by the bundle's engine."""
     yield "full-precision", replace(denoiser, module=module_on(denoiser.module, device)).module_denoise()
+    program = capture(denoiser)
     if run:
         for path in recipes:
             with load_bundle(path) as loaded:
+                if loaded.bundle.manifest.fingerprint != program.fingerprint:
+                    raise SystemExit(f"{path}: made from another model")
                 yield path.name, bundle_denoise(loaded)
         return
-    program = capture(denoiser)
     for path in recipes:
         recipe = load_recipe(path)
         moved = program_on(program_for(program, recipe), device)
@@ -78,17 +80,17 @@ def denoisers(
         yield path.name, quantized
 
 
-def draw(denoiser: Denoiser, denoise: Denoise, count: int) -> np.ndarray:
+def draw(denoiser: Denoiser, denoise: Denoise, count: int, batch: int) -> np.ndarray:
     """Pictures in 0..1, [count, 3, H, W], in batches."""
     noise, prompts = denoiser.noise(count, SEED), denoiser.prompts(count)
     torch.manual_seed(SEED)
     parts = [
         denoiser.sampler(
             denoise,
-            noise[first : first + BATCH],
-            {name: value[first : first + BATCH] for name, value in prompts.items()},
+            noise[first : first + batch],
+            {name: value[first : first + batch] for name, value in prompts.items()},
         )
-        for first in range(0, count, BATCH)
+        for first in range(0, count, batch)
     ]
     return as_pictures(torch.cat(parts).numpy())
 

@@ -151,3 +151,21 @@ def test_stripping_gives_the_bias_back(op: str) -> None:
     x = sample(op)
     (actual,), (expected,) = (infer(export_model(made), {"x": x}) for made in (graph, twin))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_stripping_leaves_no_bias_where_there_was_none() -> None:
+    weight = normal(1, 6, 4)
+    layer = layer_recipe("linear", "linear", weight, input_grid(0.05, 100))
+    model = build(
+        [node("MatMul", "x w", "linear")], {"x": ("n", 3, 4)}, {"linear": ("n", 3, 6)}, {"w": weight.T.copy()}
+    )
+    recipe, graph = recipe_with([layer]), graph_of(model)
+    run_passes(graph, [BindRecipe(recipe), InsertQdq(recipe, OPENVINO), QuantizeWeights(recipe, OPENVINO)])
+    fold(graph, layer)
+    assert "Add" in ops(graph)
+
+    run_passes(graph, [StripQdq()])
+
+    assert ops(graph) == ["MatMul"]
+    (product,) = graph.nodes
+    np.testing.assert_allclose(product.inputs[1].values.T, layer.weight_codes * layer.weight.scale[:, None], rtol=1e-6)

@@ -125,7 +125,10 @@ def test_nothing_is_split_where_the_target_does_not_ask() -> None:
     assert results_to_split(graph, recipe, find_target("ort-cpu")) == {}
 
 
-@pytest.mark.parametrize("case", ["another reader", "another axis", "an output grid", "unknown shape", "an output"])
+OBSTACLES = ("another reader", "another axis", "an output grid", "unknown shape", "an output", "a part nobody reads")
+
+
+@pytest.mark.parametrize("case", OBSTACLES)
 def test_what_cannot_be_split_is_not_found(case: str) -> None:
     layer = layer_of("Conv", (2, 4))
     graph = imported(split_model("Conv", (2, 4), ("Split", "Abs") if case == "another reader" else ("Split",)))
@@ -138,6 +141,8 @@ def test_what_cannot_be_split_is_not_found(case: str) -> None:
         split.outputs[0].shape = None
     elif case == "an output":
         graph.outputs.append(split.outputs[0])
+    elif case == "a part nobody reads":  # a layer for it would be dropped as soon as it is made
+        split.outputs[1].outputs[0].inputs.clear()
 
     assert results_to_split(graph, recipe_with([layer]), OPENVINO) == {}
 
@@ -148,6 +153,17 @@ def test_a_result_that_is_not_split_is_refused() -> None:
 
     with pytest.raises(PreconditionError, match="its result is not split along its channels"):
         run_passes(graph, [BindRecipe(recipe), SplitResults(recipe, {"linear": (2, 4)})])
+
+
+@pytest.mark.parametrize("op", ["Conv", "MatMul"])
+def test_a_bias_for_all_channels_at_once_is_refused(op: str) -> None:
+    layer = layer_of(op, (2, 4))
+    graph, recipe = imported(split_model(op, (2, 4))), recipe_with([layer])
+    (node_,) = (item for item in graph.nodes if item.op == ("Conv" if op == "Conv" else "Add"))
+    node_.inputs[-1] = gs.Constant("one", np.ones(1, np.float32))
+
+    with pytest.raises(PreconditionError, match="its bias one"):
+        run_passes(graph, [BindRecipe(recipe), SplitResults(recipe, {layer.name: (2, 4)})])
 
 
 def test_a_second_run_is_refused() -> None:

@@ -13,6 +13,7 @@ from toy_nets import ORT_CPU, layer_recipe, node, per_channel, recipe_with
 
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.bind_recipe import BindRecipe
+from tfmq_export.passes.fold_zero_points import FoldZeroPoints
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.insert_qdq import InsertQdq
 from tfmq_export.passes.quantize_weights import QuantizeWeights
@@ -72,7 +73,16 @@ def test_the_twin_of_a_split_layer_is_one_layer(op: str) -> None:
     openvino = find_target("openvino")
 
     before = [BindRecipe(recipe), RescaleInputs(recipe), SplitExponents(recipe, names)]
-    run_passes(graph, [*before, InsertQdq(parts, openvino), QuantizeWeights(parts, openvino), StripQdq()])
+    run_passes(
+        graph,
+        [
+            *before,
+            InsertQdq(parts, openvino),
+            QuantizeWeights(parts, openvino),
+            FoldZeroPoints(parts, openvino),
+            StripQdq(),
+        ],
+    )
 
     real = dequantized(layer)
     real = (real / per_weight(op, TAU.astype(np.float64), real)).astype(np.float32)
