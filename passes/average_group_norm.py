@@ -13,51 +13,27 @@ Runs behind ``FoldRescales``, which looks for the affine of a normalization.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from tfmq_export.errors import PostconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, variable
-from tfmq_export.passes.lower_group_norm import check_scales, obstacle
+from tfmq_export.passes.lower_group_norm import GroupNormPass
 
 
 @dataclass(frozen=True)
-class AverageGroupNorm(Pass):
+class AverageGroupNorm(GroupNormPass):
     """GroupNormalization -> ReduceMean over positions, then over the channels of a group, and one multiply-add."""
 
-    semantics: ClassVar[Semantics] = Semantics.EXACT
+    def replace(self, graph: gs.Graph, node: gs.Node) -> None:
+        _average(graph, node)
 
-    def requires(self, graph: gs.Graph) -> None:
-        check_scales(graph)
-
-    def apply(self, graph: gs.Graph) -> Changes:
-        changed: list[str] = []
-        skipped: list[tuple[str, str]] = []
-        for node in [node for node in graph.nodes if node.op == "GroupNormalization"]:
-            reason = obstacle(node) or _computed_affine(node)
-            if reason is None:
-                _average(graph, node)
-                changed.append(node.name)
-            else:
-                skipped.append((node.name, reason))
-        return Changes(tuple(changed), tuple(skipped))
-
-    def ensures(self, graph: gs.Graph) -> None:
-        for node in graph.nodes:
-            if node.op == "GroupNormalization" and (obstacle(node) or _computed_affine(node)) is None:
-                raise PostconditionError(f"{node.name}: still a GroupNormalization")
-
-
-def _computed_affine(node: gs.Node) -> str | None:
-    computed = [value.name for value in node.inputs[1:] if not isinstance(value, gs.Constant)]
-    return f"its affine {computed[0]} is computed" if computed else None
+    def obstacle(self, node: gs.Node) -> str | None:
+        computed = [value.name for value in node.inputs[1:] if not isinstance(value, gs.Constant)]
+        return super().obstacle(node) or (f"its affine {computed[0]} is computed" if computed else None)
 
 
 def _average(graph: gs.Graph, node: gs.Node) -> None:
-    """Replace one GroupNormalization; the tensor it wrote keeps its name."""
     x, scale, bias = node.inputs
     (y,) = node.outputs
     node.outputs.clear()

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
+from tfmq_export.passes.activation_codes import reads_dequantized
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import variable
@@ -59,10 +60,9 @@ class FoldZeroPoints(Pass):
 
 
 def _has_zero_point(layer: LayerRecipe, node: gs.Node) -> bool:
-    producers = node.inputs[0].inputs
-    if layer.kind != "linear" or not producers or producers[0].op != "DequantizeLinear":
+    if layer.kind != "linear" or not reads_dequantized(node):
         return False
-    zero_point = producers[0].inputs[2:]
+    zero_point = node.inputs[0].inputs[0].inputs[2:]
     return bool(zero_point) and isinstance(zero_point[0], gs.Constant) and bool(np.any(zero_point[0].values))
 
 

@@ -8,6 +8,7 @@ the memory where Mul and Add need two. ORT inlines GroupNormalization into some 
 form takes 0.4 of their time.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,44 +23,50 @@ PER_CHANNEL_OPSET = 21
 """Before it, GroupNormalization has one scale per group."""
 
 
-@dataclass(frozen=True)
-class LowerGroupNorm(Pass):
-    """GroupNormalization -> Reshape, InstanceNormalization, Reshape, BatchNormalization."""
+class GroupNormPass(Pass):
+    """Replaces every GroupNormalization that nothing stands in the way of."""
 
     semantics: ClassVar[Semantics] = Semantics.EXACT
 
+    @abstractmethod
+    def replace(self, graph: gs.Graph, node: gs.Node) -> None:
+        """Replace one; the tensor it wrote keeps its name."""
+
+    def obstacle(self, node: gs.Node) -> str | None:
+        """Why one cannot be replaced; None if it can."""
+        return obstacle(node)
+
     def requires(self, graph: gs.Graph) -> None:
-        check_scales(graph)
+        if graph.opset < PER_CHANNEL_OPSET and any(node.op == "GroupNormalization" for node in graph.nodes):
+            raise PreconditionError(
+                f"GroupNormalization of opset {graph.opset} has one scale per group; "
+                f"export with opset {PER_CHANNEL_OPSET} or later"
+            )
 
     def apply(self, graph: gs.Graph) -> Changes:
         changed: list[str] = []
         skipped: list[tuple[str, str]] = []
         for node in [node for node in graph.nodes if node.op == "GroupNormalization"]:
-            reason = obstacle(node)
+            reason = self.obstacle(node)
             if reason is not None:
                 skipped.append((node.name, reason))
                 continue
-            lower(graph, node)
+            self.replace(graph, node)
             changed.append(node.name)
         return Changes(tuple(changed), tuple(skipped))
 
     def ensures(self, graph: gs.Graph) -> None:
         for node in graph.nodes:
-            if node.op == "GroupNormalization" and obstacle(node) is None:
+            if node.op == "GroupNormalization" and self.obstacle(node) is None:
                 raise PostconditionError(f"{node.name}: still a GroupNormalization")
 
 
-def check_scales(graph: gs.Graph) -> None:
-    """Refuse a graph whose normalizations have one scale per group.
+@dataclass(frozen=True)
+class LowerGroupNorm(GroupNormPass):
+    """GroupNormalization -> Reshape, InstanceNormalization, Reshape, BatchNormalization."""
 
-    Raises:
-        PreconditionError: it is of an opset that has them.
-    """
-    if graph.opset < PER_CHANNEL_OPSET and any(node.op == "GroupNormalization" for node in graph.nodes):
-        raise PreconditionError(
-            f"GroupNormalization of opset {graph.opset} has one scale per group; "
-            f"export with opset {PER_CHANNEL_OPSET} or later"
-        )
+    def replace(self, graph: gs.Graph, node: gs.Node) -> None:
+        lower(graph, node)
 
 
 def obstacle(node: gs.Node) -> str | None:

@@ -69,13 +69,13 @@ class LockStep:
     def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, bundle: Bundle) -> None:
         integer_bias = find_target(bundle.manifest.target).integer_bias
         self._simulation = Simulation(program, recipe, integer_bias=integer_bias)
-        graphs = [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]
-        sizes = {name: found for graph in graphs for name, found in _split_in(graph, recipe).items()}
+        graphs = [_Carried.read(path) for path in (bundle.model, bundle.prologue) if path is not None]
+        sizes = {name: found for graph in graphs for name, found in graph.sizes(recipe).items()}
         self._parts = {
             layer.name: result_parts(layer, sizes[layer.name]) for layer in recipe.layers if layer.name in sizes
         }
         watched = split_layers(recipe, sizes)
-        self._factors = {name: factor for graph in graphs for name, factor in _folded_factors(graph, watched).items()}
+        self._factors = {name: factor for graph in graphs for name, factor in graph.factors(watched).items()}
         self._output = bundle.manifest.output
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
         with tempfile.TemporaryDirectory() as folder:
@@ -145,22 +145,54 @@ def code_step(layer: LayerRecipe | ProductRecipe) -> float:
     return float(layer.input.scale * largest)
 
 
-def _split_in(path: Path, recipe: QuantRecipe) -> Sizes:
-    """The layers that a graph computes part by part, with nobody to put the parts together."""
-    graph = onnx.load(path, load_external_data=False).graph
-    nodes = {value: node for node in graph.node for value in node.output}
-    multipliers = {node.name: node for node in graph.node}
-    stored = {item.name: item for item in graph.initializer}
-    found = {}
-    for layer in recipe.layers:
-        if layer.name in nodes or f"{layer.name}{SCALED}" in nodes or f"{layer.name}{PARTS}" in multipliers:
-            continue
-        sizes: list[int] = []
-        while (part := multipliers.get(f"{node_name(layer)}.part_{len(sizes)}")) is not None:
-            sizes.append(stored[nodes[part.input[1]].input[1]].dims[0])
-        if sizes:
-            found[layer.name] = tuple(sizes)
-    return found
+@dataclass(frozen=True, slots=True, eq=False)
+class _Carried:
+    """What a graph says of the layers it carries out.
+
+    Attributes:
+        values: Names of all that is computed.
+        nodes: Names of all nodes.
+        scales: Of the weight of each node that multiplies by a quantized one, [out].
+    """
+
+    values: frozenset[str]
+    nodes: frozenset[str]
+    scales: Mapping[str, NDArray[Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> "_Carried":
+        graph = onnx.load(path, load_external_data=False).graph
+        producers = {value: node for node in graph.node for value in node.output}
+        stored = {item.name: item for item in graph.initializer}
+        scales = {}
+        for node in graph.node:
+            weight = producers.get(node.input[1]) if len(node.input) > 1 else None
+            if weight is not None and weight.op_type == "DequantizeLinear" and weight.input[1] in stored:
+                scales[node.name] = numpy_helper.to_array(stored[weight.input[1]], str(path.parent))
+        return cls(frozenset(producers), frozenset(node.name for node in graph.node), scales)
+
+    def sizes(self, recipe: QuantRecipe) -> Sizes:
+        """The layers that are computed part by part, with nobody to put the parts together."""
+        found = {}
+        for layer in recipe.layers:
+            if {layer.name, f"{layer.name}{SCALED}"} & self.values or f"{layer.name}{PARTS}" in self.nodes:
+                continue
+            sizes: list[int] = []
+            while (scale := self.scales.get(f"{node_name(layer)}.part_{len(sizes)}")) is not None:
+                sizes.append(len(scale))
+            if sizes:
+                found[layer.name] = tuple(sizes)
+        return found
+
+    def factors(self, recipe: QuantRecipe) -> dict[str, NDArray[Any]]:
+        """What each layer's result is multiplied by, where it is; against the result's channel axis."""
+        factors = {}
+        for layer in recipe.layers:
+            if f"{layer.name}{SCALED}" in self.values:
+                spatial = layer.weight_codes.ndim - 2 if layer.kind == "conv" else 0
+                scale = self.scales[node_name(layer)]
+                factors[layer.name] = (scale / layer.weight_step).reshape(-1, *[1] * spatial)
+        return factors
 
 
 def _watched(graph: Path, recipe: QuantRecipe, folder: Path) -> OrtRunner:
@@ -178,22 +210,6 @@ def _watched(graph: Path, recipe: QuantRecipe, folder: Path) -> OrtRunner:
     for data in graph.parent.glob(f"{graph.name}_data*"):
         (folder / data.name).symlink_to(data.absolute())
     return OrtRunner(path, integer=False)
-
-
-def _folded_factors(path: Path, recipe: QuantRecipe) -> dict[str, NDArray[Any]]:
-    """What each layer's result is multiplied by, where it is; against the result's channel axis."""
-    graph = onnx.load(path, load_external_data=False).graph
-    nodes = {value: node for node in graph.node for value in node.output}
-    multipliers = {node.name: node for node in graph.node}
-    stored = {item.name: item for item in graph.initializer}
-    factors = {}
-    for layer in recipe.layers:
-        if f"{layer.name}{SCALED}" in nodes:
-            weight = nodes[multipliers[node_name(layer)].input[1]]
-            scale = numpy_helper.to_array(stored[weight.input[1]], str(path.parent))
-            spatial = layer.weight_codes.ndim - 2 if layer.kind == "conv" else 0
-            factors[layer.name] = (scale / layer.weight_step).reshape(-1, *[1] * spatial)
-    return factors
 
 
 def _feeds(inputs: Mapping[str, Tensor], timestep: str) -> dict[str, NDArray[Any]]:
