@@ -10,7 +10,7 @@ The exporter names values after the captured graph, so a layer is found by the v
 node that multiplies is renamed ``node_<layer>``; ``InsertQdq`` and ``QuantizeWeights`` look it up there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,17 +29,22 @@ def node_name(layer: LayerRecipe | ProductRecipe) -> str:
     return f"node_{layer.name}"
 
 
-def bound_nodes(graph: gs.Graph, recipe: QuantRecipe) -> list[tuple[LayerRecipe, gs.Node]]:
+def bound_nodes(
+    graph: gs.Graph, recipe: QuantRecipe, names: Container[str] | None = None
+) -> list[tuple[LayerRecipe, gs.Node]]:
     """Each layer with the node that ``BindRecipe`` named after it.
 
+    Args:
+        names: Of the layers to look for; all if None.
     Raises:
         PreconditionError: a layer has none.
     """
     nodes = {node.name: node for node in graph.nodes}
-    for layer in recipe.layers:
+    layers = [layer for layer in recipe.layers if names is None or layer.name in names]
+    for layer in layers:
         if node_name(layer) not in nodes:
             raise PreconditionError(f"{layer.path}: no node {node_name(layer)}; run BindRecipe first")
-    return [(layer, nodes[node_name(layer)]) for layer in recipe.layers]
+    return [(layer, nodes[node_name(layer)]) for layer in layers]
 
 
 def is_transposed(node: gs.Node) -> bool:

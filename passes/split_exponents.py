@@ -93,8 +93,7 @@ class SplitExponents(Pass):
         return Changes(tuple(path for path, _ in notes), notes=tuple(notes))
 
     def _chosen(self, graph: gs.Graph) -> list[tuple[LayerRecipe, gs.Node]]:
-        chosen = replace(self.recipe, layers=tuple(x for x in self.recipe.layers if x.name in self.names))
-        return bound_nodes(graph, chosen)
+        return bound_nodes(graph, self.recipe, self.names)
 
 
 def _own_weights(weight: NDArray[Any], own: NDArray[np.bool_], groups: int) -> NDArray[Any]:

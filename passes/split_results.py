@@ -108,8 +108,7 @@ class SplitResults(Pass):
                 raise PostconditionError(f"{layer.path}: still computes all parts at once")
 
     def _chosen(self, graph: gs.Graph) -> list[tuple[LayerRecipe, gs.Node]]:
-        chosen = replace(self.recipe, layers=tuple(x for x in self.recipe.layers if x.name in self.sizes))
-        return bound_nodes(graph, chosen)
+        return bound_nodes(graph, self.recipe, self.sizes)
 
 
 def _axis(layer: LayerRecipe) -> int:
