@@ -48,7 +48,8 @@ class CheckModel(Pass):
             if layer.kind in self.target.quantized_outputs and [reader.op for reader in readers] != ["QuantizeLinear"]:
                 raise PostconditionError(f"{layer.path}: {self.target.name} needs QuantizeLinear on its output")
         for product, node in product_nodes(graph, self.recipe):
-            floats = [factor.name for factor in node.inputs if not is_dequantized(factor)]
+            turned = self.target.turned_factors
+            floats = [factor.name for factor in node.inputs if not is_dequantized(factor, turned=turned)]
             if floats:
                 raise PostconditionError(f"{product.path}: reads {floats[0]}, which is no integer")
         strays = computed_from_time(graph, self.timestep)

@@ -15,8 +15,10 @@ from tfmq_export.passes.half_precision import HalfPrecision
 from tfmq_export.passes.insert_qdq import InsertQdq
 from tfmq_export.passes.lower_attention import LowerAttention
 from tfmq_export.passes.lower_group_norm import LowerGroupNorm
+from tfmq_export.passes.lower_silu import LowerSilu
 from tfmq_export.passes.lower_timestep_grids import LowerTimestepGrids
 from tfmq_export.passes.merge_constants import MergeConstants
+from tfmq_export.passes.merge_positions_late import MergePositionsLate
 from tfmq_export.passes.name_outputs import NameOutputs
 from tfmq_export.passes.narrow_tables import NarrowTables
 from tfmq_export.passes.offset_inputs import OffsetInputs
@@ -30,6 +32,7 @@ from tfmq_export.passes.split_skips import SplitSkips
 from tfmq_export.passes.stack_output_codes import StackOutputCodes
 from tfmq_export.passes.tabulate_classes import TabulateClasses
 from tfmq_export.passes.tabulate_tib import TabulateTib
+from tfmq_export.passes.transpose_dequantized import TransposeDequantized
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.target import PtsLowering, Target
 
@@ -60,7 +63,6 @@ def passes_for(  # noqa: PLR0913  # what a graph depends on, by keyword
     divided = frozenset(name for name, form in forms.items() if form == "split")
     in_parts = {name: sizes for name, sizes in split_results.items() if name not in divided}
     lowered = split_layers(split_recipe(recipe, divided), in_parts)
-    averages = target.group_norm == "averages"
     return [
         FoldConstants(),
         SplitSkips(recipe.splits),
@@ -68,7 +70,7 @@ def passes_for(  # noqa: PLR0913  # what a graph depends on, by keyword
         TabulateTib(recipe.tib, timestep, sample),
         *_class_tables(recipe, sample, timestep, labels),
         *([NarrowTables(recipe.tib)] if recipe.tib.stored != "fp32" else []),
-        *([] if averages else [LowerGroupNorm()]),
+        *([MergePositionsLate()] if target.channels_last else [LowerGroupNorm()]),
         # A fused attention has no integer form, so one that is quantized is spelled out.
         *([LowerAttention("mha")] if target.attention == "mha" and not recipe.products else []),
         LowerAttention("matmul"),  # whatever has no fused form
@@ -77,12 +79,15 @@ def passes_for(  # noqa: PLR0913  # what a graph depends on, by keyword
         *([SplitResults(recipe, in_parts)] if in_parts else []),
         InsertQdq(lowered, target),
         *([QuantizeAttention(recipe, target)] if recipe.products else []),
+        *([TransposeDequantized(recipe)] if recipe.products and target.turned_factors else []),
         LowerTimestepGrids(lowered, target, sample),
         QuantizeWeights(lowered, target, pts_lowering),
         OffsetInputs(lowered, target),
         *([] if target.zero_points else [FoldZeroPoints(lowered, target)]),
         FoldRescales(lowered),  # behind QuantizeWeights: integers stay, their scales take the factors
-        *([AverageGroupNorm()] if averages else []),  # behind FoldRescales, which looks for affines
+        # Behind FoldRescales, which looks for sigmoids and affines.
+        *([LowerSilu()] if target.polynomial_tanh else []),
+        *([AverageGroupNorm()] if target.channels_last else []),
         StackOutputCodes(lowered, target.integer_bias),
         MergeConstants(),
         NameOutputs(OUTPUT),

@@ -79,9 +79,12 @@ def product_nodes(graph: gs.Graph, recipe: QuantRecipe) -> list[tuple[ProductRec
     return [(product, nodes[node_name(product)]) for product in recipe.products]
 
 
-def is_dequantized(value: gs.Tensor) -> bool:
-    """Whether a value comes straight out of a DequantizeLinear."""
-    return bool(value.inputs) and value.inputs[0].op == "DequantizeLinear"
+def is_dequantized(value: gs.Tensor, *, turned: bool = False) -> bool:
+    """Whether a value comes straight out of a DequantizeLinear, or ``turned`` by one Transpose behind it."""
+    (origin,) = value.inputs or (None,)
+    if turned and origin is not None and origin.op == "Transpose":
+        return is_dequantized(origin.inputs[0])
+    return origin is not None and origin.op == "DequantizeLinear"
 
 
 def _multiplier(product: ProductRecipe, values: Mapping[str, gs.Tensor]) -> gs.Node:

@@ -7,8 +7,6 @@ from typing import Literal
 
 from tfmq_export.errors import ConfigError
 
-GroupNorm = Literal["instance", "averages"]
-
 PtsLowering = Literal["auto", "fold", "shift", "split"]
 """The form power-of-two scaling is asked to take in the graph."""
 
@@ -30,8 +28,9 @@ class Target:
         integer_tables: Whether rows of int8 constants can be gathered.
         zero_points: Whether linear layers multiply codes with a zero point for free; else their bias takes it.
         split_results: Whether a layer whose result is split is computed in parts.
-        group_norm: Form of GroupNormalization: "instance" is a normalization of groups as channels, "averages" needs no
-            layout.
+        channels_last: Whether activations lie with channels last, and nothing should want another layout.
+        turned_factors: Whether a product reads integers of its second factor turned for free.
+        polynomial_tanh: Whether tanh is cheaper than the exponential and the division of a sigmoid.
         built_in_place: Whether its engines can only be built on the GPU that runs them.
     """
 
@@ -48,7 +47,9 @@ class Target:
     integer_tables: bool = True
     zero_points: bool = True
     split_results: bool = False
-    group_norm: GroupNorm = "instance"
+    channels_last: bool = False
+    turned_factors: bool = False
+    polynomial_tanh: bool = False
     built_in_place: bool = False
 
 
@@ -70,7 +71,9 @@ _TARGETS = (
         integer_attention=True,
         zero_points=False,
         split_results=True,
-        group_norm="averages",
+        channels_last=True,
+        turned_factors=True,
+        polynomial_tanh=True,
     ),
     # TensorRT takes precision from the graph's own types, int8 with zero point 0; it neither folds nor gathers integer
     # constants.

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from gated_nets import gated_net
+from map_nets import map_net
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx_graphs import graph_of, infer
@@ -49,7 +50,7 @@ from tfmq_export.passes.tabulate_tib import TabulateTib
 from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 from tfmq_export.target import find_target
 
-NETS: Sequence[Callable[[], Net]] = (conv_net, token_net, vector_net, skip_net, label_net, gated_net)
+NETS: Sequence[Callable[[], Net]] = (conv_net, token_net, vector_net, skip_net, label_net, gated_net, map_net)
 WIDTHS = ((8, 8), (4, 6))
 FP32_ROUNDING = 1e-5
 """Of the largest output: some 80 units in the last place, for sums of at most 72 terms behind one norm."""
@@ -93,9 +94,9 @@ def scaled_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
 
 
 def openvino_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
-    """What only OpenVINO's graph has: norms from averages, layers in parts, linear layers without zero points."""
+    """What only OpenVINO's graph has: norms from averages, layers in parts, its own layout, SiLU and zero points."""
     openvino = find_target("openvino")
-    recipe = adapt(recipe_for(net), openvino)
+    recipe = adapt(with_products(recipe_for(net), net), openvino)
     names = {"sample": "sample", "timestep": "timestep"}
     sizes = results_to_split(graph_of(net.model), recipe, openvino)
     return [(recipe, [AverageGroupNorm()]), (recipe, passes_for(recipe, openvino, **names, split_results=sizes))]

@@ -1,29 +1,46 @@
 """The float twin: dequantized weights, and no trace of what only integers need."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
+from gated_nets import gated_net
+from map_nets import map_net
 from numpy.typing import NDArray
 from onnx import TensorProto
 from onnx_graphs import build, graph_of, infer, normal, ops
 from scaled_layers import OPS, float_model, float_weight, per_weight, sample, scaled_layer
-from toy_nets import ORT_CPU, layer_recipe, node, per_channel, recipe_with
+from toy_nets import (
+    ORT_CPU,
+    Net,
+    conv_net,
+    layer_recipe,
+    node,
+    per_channel,
+    recipe_for,
+    recipe_with,
+    token_net,
+    with_products,
+)
 
+from tfmq_export.adapt import adapt
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.bind_recipe import BindRecipe
 from tfmq_export.passes.fold_zero_points import FoldZeroPoints
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.insert_qdq import InsertQdq
+from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.passes.quantize_weights import QuantizeWeights
 from tfmq_export.passes.rescale_inputs import RescaleInputs
 from tfmq_export.passes.split_exponents import SplitExponents, split_recipe
+from tfmq_export.passes.split_results import results_to_split
 from tfmq_export.passes.stack_output_codes import StackOutputCodes
 from tfmq_export.passes.strip_qdq import StripQdq
 from tfmq_export.recipe import LayerRecipe
 from tfmq_export.spec import QParams, QuantSpec
-from tfmq_export.target import find_target
+from tfmq_export.target import Target, find_target
 
 TAU = np.float32([0.5, 3.1, 0.27, 1.9])
 EXPONENT = np.int8([0, -3, -1, 0])
@@ -61,6 +78,34 @@ def stripped(graph: gs.Graph, *layers: LayerRecipe) -> gs.Graph:
 def dequantized(layer: LayerRecipe) -> NDArray[np.float64]:
     """The integers of ``tau W`` as real numbers."""
     return layer.weight_codes * per_channel(layer.weight.scale.astype(np.float64), layer.weight_codes.ndim)
+
+
+def twin(net: Net, target: Target) -> gs.Graph:
+    recipe, graph = adapt(with_products(recipe_for(net), net), target), graph_of(net.model)
+    sizes = results_to_split(graph, recipe, target)
+    passes = passes_for(recipe, target, sample="sample", timestep="timestep", split_results=sizes)
+    run_passes(graph, [*passes, StripQdq()])
+    return graph
+
+
+@pytest.mark.parametrize("make", [conv_net, token_net, gated_net, map_net])
+def test_the_forms_of_a_target_leave_its_twin_as_it_is(make: Callable[[], Net]) -> None:
+    net, openvino = make(), find_target("openvino")
+    plain = replace(
+        openvino,
+        zero_points=True,
+        split_results=False,
+        channels_last=False,
+        turned_factors=False,
+        polynomial_tanh=False,
+    )
+    own, portable = twin(net, openvino), twin(net, plain)
+
+    for row, timestep in enumerate(net.timesteps.values):
+        feeds = net.feeds(timestep, seed=row)
+        feeds["timestep"] = feeds["timestep"].reshape(-1)
+        (actual,), (expected,) = infer(own, feeds), infer(portable, feeds)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("op", OPS)
