@@ -23,6 +23,9 @@ from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 
 COMPUTES = {"conv": ("Conv",), "linear": ("MatMul", "Gemm")}
 
+PART = ".part_"
+"""Between the name of a layer that is computed in parts, or of its node, and the number of one of them."""
+
 
 def node_name(layer: LayerRecipe | ProductRecipe) -> str:
     """Name of the node that does the multiplications of a layer, or of a product in attention."""

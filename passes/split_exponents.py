@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
-from tfmq_export.passes.bind_recipe import bound_nodes, is_transposed, node_name
+from tfmq_export.passes.bind_recipe import PART, bound_nodes, is_transposed, node_name
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 
@@ -46,7 +46,7 @@ def exponent_parts(layer: LayerRecipe) -> list[ExponentPart]:
         own = exponent == value
         part = replace(
             layer,
-            name=f"{layer.name}.part_{index}",
+            name=f"{layer.name}{PART}{index}",
             macs=layer.macs * int(own.sum()) // len(own),
             weight=replace(layer.weight, scale=layer.weight.scale * np.float32(2.0 ** int(value))),
             weight_codes=_own_weights(layer.weight_codes, own, layer.groups),

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
-from tfmq_export.passes.bind_recipe import bound_nodes, is_transposed, node_name
+from tfmq_export.passes.bind_recipe import PART, bound_nodes, is_transposed, node_name
 from tfmq_export.passes.graph import constant, read_instead, variable
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.target import Target
@@ -60,7 +60,7 @@ def result_parts(layer: LayerRecipe, sizes: tuple[int, ...]) -> list[LayerRecipe
     return [
         replace(
             layer,
-            name=f"{layer.name}.part_{index}",
+            name=f"{layer.name}{PART}{index}",
             macs=layer.macs * size // sum(sizes),
             weight=replace(
                 layer.weight,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tfmq_export.analysis import TIMESTEP
 from tfmq_export.bundle import Bundle
-from tfmq_export.passes.bind_recipe import node_name
+from tfmq_export.passes.bind_recipe import PART, node_name
 from tfmq_export.passes.fold_rescales import SCALED
 from tfmq_export.passes.split_exponents import PARTS
 from tfmq_export.passes.split_results import Sizes, result_parts, split_layers
@@ -178,7 +178,7 @@ class _Carried:
             if {layer.name, f"{layer.name}{SCALED}"} & self.values or f"{layer.name}{PARTS}" in self.nodes:
                 continue
             sizes: list[int] = []
-            while (scale := self.scales.get(f"{node_name(layer)}.part_{len(sizes)}")) is not None:
+            while (scale := self.scales.get(f"{node_name(layer)}{PART}{len(sizes)}")) is not None:
                 sizes.append(len(scale))
             if sizes:
                 found[layer.name] = tuple(sizes)
