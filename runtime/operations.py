@@ -65,9 +65,10 @@ def layer_of(operation: Operation, layers: Collection[str], producers: Mapping[s
         return named
     for value in operation.inputs:
         while True:
-            layer, found, _ = value.rpartition(".weight")
-            if found and layer in layers:
-                return layer
+            stem, found, _ = value.rpartition(".weight")
+            named = layer_named(stem, layers) if found else None
+            if named is not None:
+                return named
             producer = producers.get(value)
             if producer is None or producer.op not in LAYOUT_OPS | {"DequantizeLinear"}:
                 break
