@@ -1,6 +1,7 @@
 """What limits a preset on a model: by part, and layer by layer.
 
     python tools/sensitivity.py MODEL [--preset w8a8] [--effort fast] [--images 16] [--json FILE]
+    python tools/sensitivity.py MODEL --recipe BUNDLE
 
 First table: PSNR of images from the same noise when only one part of the recipe is in force. Second table: the
 layers whose quantization alone costs the noise prediction most, over the recorded trajectory.
@@ -9,8 +10,9 @@ Runs PyTorch fake-quant, so a row needs no graph.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +20,14 @@ from one_recipe import capture_once, quantize_once
 from torch import Tensor, fx
 
 from tfmq_export.config import CompileConfig, find_preset
-from tfmq_export.denoiser import first_tensor
+from tfmq_export.denoiser import Denoiser, first_tensor
 from tfmq_export.models.load import Source, load
 from tfmq_export.program import DiffusionProgram
-from tfmq_export.ptq.calibration import record
+from tfmq_export.ptq.calibration import CalibrationStep, record
 from tfmq_export.ptq.effort import find_effort
-from tfmq_export.ptq.simulate import QuantizedLayer
+from tfmq_export.ptq.simulate import QuantizedLayer, program_for
 from tfmq_export.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe_io import load_recipe
 from tfmq_export.runtime.compare import psnr, sqnr_db
 from tfmq_export.validate import as_images
 
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--preset", default="w8a8")
     parser.add_argument("--effort", default="fast")
+    parser.add_argument("--recipe", type=Path, help="look at this recipe, in place of a new one")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--timesteps", type=int, default=6, help="timesteps the layer table looks at")
@@ -70,25 +74,49 @@ def main() -> None:
     args = parser.parse_args()
 
     denoiser = load(Source(args.model, steps=args.steps))
+    program, recipe, recorded = _subject(denoiser, args)
+    print(f"{recipe.preset} on {denoiser.source}: PSNR over {args.images} images, dB")
+    parts = _images_by_part(denoiser, program, recipe, args.images)
+    layers = _layers_by_cost(program, recipe, recorded[:: -max(1, len(recorded) // args.timesteps)])
+    print("noise-prediction SQNR of one part of one layer, dB, from the last timestep to the first")
+    for row in layers[: args.top]:
+        print(f"  {row['layer']:44} {row['part']:7} {' '.join(f'{value:5.1f}' for value in row['sqnr'])}")
+    if args.json:
+        args.json.write_text(json.dumps({"parts": parts, "layers": layers}, indent=1) + "\n")
+
+
+def _subject(
+    denoiser: Denoiser, args: argparse.Namespace
+) -> tuple[DiffusionProgram, QuantRecipe, Sequence[CalibrationStep]]:
+    """What is looked at, and the trajectory to look at it on."""
+    if args.recipe is not None:
+        recipe = load_recipe(args.recipe)
+        captured = capture_once(denoiser, images=2)
+        return program_for(captured.program, recipe), recipe, captured.recorded
     images = find_effort(args.effort, find_preset(args.preset).weight_bits).images
     captured = capture_once(denoiser, images=images)
     made = quantize_once(captured, CompileConfig(preset=args.preset, effort=args.effort))
-    program, recipe, recorded = made.program, made.recipe, captured.recorded
+    return made.program, made.recipe, captured.recorded
 
+
+def _images_by_part(
+    denoiser: Denoiser, program: DiffusionProgram, recipe: QuantRecipe, count: int
+) -> dict[str, list[float]]:
+    """Mean, median and worst PSNR with only some parts of the recipe in force."""
     first, last = recipe.layers[0].name, recipe.layers[-1].name
-    rows: dict[str, Chosen] = {
+    rows: Mapping[str, Chosen] = {
         "weights only": lambda layer, part: part == "weight",
         "layer inputs only": lambda layer, part: part == "input",
         "convolution outputs only": lambda layer, part: part == "output",
+        "all but weights": lambda layer, part: part != "weight",
         "first layer's input only": lambda layer, part: part == "input" and layer.name == first,
         "last layer's output only": lambda layer, part: part == "output" and layer.name == last,
         "all but first and last layer": lambda layer, part: layer.name not in (first, last),
         "all": lambda layer, part: True,
     }
-    noise, prompts = denoiser.noise(args.images, 1), denoiser.prompts(args.images)
+    noise, prompts = denoiser.noise(count, 1), denoiser.prompts(count)
     _, reference = record(denoiser, denoiser.module_denoise(), noise, prompts, _quiet)
     parts = {}
-    print(f"{args.preset} on {denoiser.source}: PSNR over {args.images} images, dB")
     for name, chosen in rows.items():
 
         def denoise(sample: Tensor, timestep: object, /, chosen: Chosen = chosen, **given: Tensor) -> Tensor:
@@ -98,18 +126,21 @@ def main() -> None:
         _, images = record(denoiser, denoise, noise, prompts, _quiet)
         values = psnr(*as_images(reference, images))
         parts[name] = [round(float(value), 2) for value in (values.mean(), np.median(values), values.min())]
-        print(
-            f"  {name:30} mean {parts[name][0]:6.2f}  median {parts[name][1]:6.2f}  worst {parts[name][2]:6.2f}",
-            flush=True,
-        )
+        mean, median, worst = parts[name]
+        print(f"  {name:30} mean {mean:6.2f}  median {median:6.2f}  worst {worst:6.2f}", flush=True)
+    return parts
 
-    stride = max(1, len(recorded) // args.timesteps)
+
+def _layers_by_cost(
+    program: DiffusionProgram, recipe: QuantRecipe, steps: Sequence[CalibrationStep]
+) -> list[dict[str, Any]]:
+    """Each part of each layer with what it alone leaves of the noise prediction at some timesteps, costliest first."""
     looked_at = [
         (
             {name: value if value.ndim == 0 else value[[0, -1]] for name, value in step.inputs.items()},
             step.prediction[[0, -1]],
         )
-        for step in recorded[::-1][::stride]
+        for step in steps
     ]
     layers = []
     for layer in recipe.layers:
@@ -126,12 +157,7 @@ def main() -> None:
                 ]
             layers.append({"layer": layer.path, "part": part, "sqnr": [round(value, 1) for value in sqnr]})
     # Noise adds up as power, so the mean is taken over noise-to-signal ratios.
-    layers.sort(key=lambda row: -sum(10 ** (-value / 10) for value in row["sqnr"]))
-    print("noise-prediction SQNR of one part of one layer, dB, from the last timestep to the first")
-    for row in layers[: args.top]:
-        print(f"  {row['layer']:44} {row['part']:7} {' '.join(f'{value:5.1f}' for value in row['sqnr'])}")
-    if args.json:
-        args.json.write_text(json.dumps({"parts": parts, "layers": layers}, indent=1) + "\n")
+    return sorted(layers, key=lambda row: -sum(10 ** (-value / 10) for value in row["sqnr"]))
 
 
 def _quiet(done: int, total: int) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import ablate
 import draw_images
 import numpy as np
 import pytest
+import sensitivity
 from ablation_metrics import frechet_distance, inception_score, kernel_distance
 from tiny_model import tiny_folder
 
@@ -46,25 +48,58 @@ def test_inception_score_counts_the_classes_seen() -> None:
     assert inception_score(np.zeros((100, 5))) == pytest.approx(1)
 
 
-def test_a_row_leaves_a_recipe_that_draws_the_images_it_was_judged_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, out = tiny_folder(tmp_path / "unet"), tmp_path / "rows"
-    options = ["--images", "3", "--steps", "4"]
-    row = ["w8a8", "fast", "subsets", "all", "0"]
-    monkeypatch.setattr(sys, "argv", ["ablate.py", str(model), *options, "--keep", "--output", str(out), "--row", *row])
-    ablate.main()
-    (kept,) = (path for path in out.iterdir() if path.is_dir())
-    judged = json.loads(kept.with_suffix(".json").read_text("utf-8"))
+OPTIONS = ("--images", "3", "--steps", "4")
 
-    drawn = tmp_path / "drawn"
-    monkeypatch.setattr(sys, "argv", ["draw_images.py", str(model), str(kept), *options, "--output", str(drawn)])
+
+@dataclass(frozen=True)
+class Row:
+    """A finished row: the folder of its recipe, and what it says of the images."""
+
+    model: Path
+    kept: Path
+    psnr: list[float]
+
+
+@pytest.fixture(scope="module")
+def row(tmp_path_factory: pytest.TempPathFactory) -> Row:
+    root = tmp_path_factory.mktemp("row")
+    model, out = tiny_folder(root / "unet"), root / "rows"
+    arguments = ["ablate.py", str(model), *OPTIONS, "--keep", "--output", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*arguments, "--row", "w8a8", "fast", "subsets", "all", "0"])
+        ablate.main()
+    (kept,) = (path for path in out.iterdir() if path.is_dir())
+    return Row(model, kept, json.loads(kept.with_suffix(".json").read_text("utf-8"))["psnr"])
+
+
+def test_a_row_leaves_a_recipe_that_draws_the_images_it_was_judged_on(
+    row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["draw_images.py", str(row.model), str(row.kept), *OPTIONS, "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
     draw_images.main()
 
-    ours, plain = (np.load(drawn / f"{name}.npz")["images"] for name in (kept.name, "full-precision"))
+    ours, plain = (np.load(tmp_path / f"{name}.npz")["images"] for name in (row.kept.name, "full-precision"))
     assert ours.shape == plain.shape == (3, *ours.shape[1:])
     errors = np.square((ours.astype(float) - plain) / 255).mean((1, 2, 3))
-    np.testing.assert_allclose(-10 * np.log10(errors), judged["psnr"], atol=0.3)  # bytes here, floats there
+    np.testing.assert_allclose(-10 * np.log10(errors), row.psnr, atol=0.3)  # bytes here, floats there
+
+
+def test_all_parts_of_a_recipe_cost_what_its_row_says_and_each_alone_less(
+    row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "table.json"
+    arguments = ["sensitivity.py", str(row.model), "--recipe", str(row.kept), *OPTIONS, "--timesteps", "2"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--json", str(table)])
+    sensitivity.main()
+
+    found = json.loads(table.read_text("utf-8"))
+    means = {part: mean for part, (mean, _, _) in found["parts"].items()}
+    assert means["all"] == pytest.approx(np.mean(row.psnr), abs=0.5)  # its temporal tables are computed here
+    assert min(means, key=lambda part: means[part]) in ("all", "all but first and last layer", "all but weights")
+    assert {entry["part"] for entry in found["layers"]} == {"weight", "input", "output"}
+    costs = [sum(10 ** (-value / 10) for value in entry["sqnr"]) for entry in found["layers"]]
+    assert costs == sorted(costs, reverse=True)
 
 
 def test_bundles_draw_on_their_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
