@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
 from onnx_graphs import build, graph_of, normal
-from toy_nets import recipe_with, softmax_grid, symmetric_grid
+from toy_recipes import recipe_with, softmax_grid, symmetric_grid
 
 from tfmq_export.adapt import adapt
 from tfmq_export.bundle import LayerInfo

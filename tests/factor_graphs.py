@@ -8,7 +8,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
 from onnx_graphs import Shape, build, graph_of, infer, normal, ops
-from toy_nets import merge_heads, node, recipe_with
+from toy_nets import merge_heads, node
+from toy_recipes import recipe_with
 
 from tfmq_export.passes.base import PassReport, run_passes
 from tfmq_export.passes.fold_rescales import FoldRescales

@@ -7,7 +7,8 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx_graphs import build, normal
-from toy_nets import layer_recipe, node, per_channel
+from toy_nets import node
+from toy_recipes import layer_recipe, per_channel
 
 from tfmq_export.recipe import LayerRecipe
 from tfmq_export.spec import QParams, QuantSpec

@@ -5,7 +5,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx_graphs import build, graph_of
-from toy_nets import ORT_CPU, node, recipe_with
+from toy_nets import node
+from toy_recipes import ORT_CPU, recipe_with
 
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.bind_recipe import BindRecipe

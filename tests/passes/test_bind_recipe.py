@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_graphs import build, graph_of, infer, normal
-from toy_nets import activation_grid, conv_net, layer_recipe, node, recipe_for, recipe_with, token_net
+from toy_nets import conv_net, node, token_net
+from toy_recipes import activation_grid, layer_recipe, recipe_for, recipe_with
 
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import run_passes

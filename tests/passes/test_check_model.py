@@ -8,7 +8,8 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from onnx_graphs import graph_of
-from toy_nets import Net, conv_net, recipe_for, token_net, vector_net
+from toy_nets import Net, conv_net, token_net, vector_net
+from toy_recipes import recipe_for
 
 from tfmq_export.bundle import LayerInfo
 from tfmq_export.errors import PostconditionError, PrecisionError

@@ -12,7 +12,8 @@ from factor_graphs import TOKENS, C, L, assert_stays, behind_norm, folded
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx_graphs import build, graph_of, infer, normal
-from toy_nets import activation_grid, layer_recipe, node, recipe_for, recipe_with, vector_net
+from toy_nets import node, vector_net
+from toy_recipes import activation_grid, layer_recipe, recipe_for, recipe_with
 
 from tfmq_export.bundle import LayerInfo
 from tfmq_export.errors import PreconditionError

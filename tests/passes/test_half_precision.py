@@ -9,7 +9,8 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto
 from onnx_graphs import build, graph_of, infer, normal
-from toy_nets import Net, conv_net, node, recipe_by_timestep, recipe_for, recipe_with, skip_net, token_net, vector_net
+from toy_nets import Net, conv_net, node, skip_net, token_net, vector_net
+from toy_recipes import recipe_by_timestep, recipe_for, recipe_with
 
 from tfmq_export.adapt import adapt
 from tfmq_export.errors import PostconditionError, PreconditionError

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx_graphs import build, graph_of, infer, normal, ops
-from toy_nets import ORT_CPU, activation_grid, conv_net, layer_recipe, node, recipe_for, recipe_with, token_net
+from toy_nets import conv_net, node, token_net
+from toy_recipes import ORT_CPU, activation_grid, layer_recipe, recipe_for, recipe_with
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import run_passes

@@ -8,7 +8,8 @@ import onnx_graphsurgeon as gs
 import pytest
 from numpy.typing import NDArray
 from onnx_graphs import graph_of, infer
-from toy_nets import Net, conv_net, recipe_for, recipe_with, token_net, vector_net
+from toy_nets import Net, conv_net, token_net, vector_net
+from toy_recipes import recipe_for, recipe_with
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Pass, run_passes

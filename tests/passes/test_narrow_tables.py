@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from onnx_graphs import build, graph_of, infer, normal
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
-from toy_nets import node, recipe_with
+from toy_nets import node
+from toy_recipes import recipe_with
 
 from tfmq_export.errors import PreconditionError
 from tfmq_export.narrow_rows import LEAST_VALUES, decode, encode, narrow, obstacle, stored_bytes

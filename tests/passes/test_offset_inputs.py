@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx_graphs import build, graph_of, infer, normal, ops
 from scaled_layers import OPS, OUT, computed, float_model, float_weight, input_grid, sample, scaled_layer
-from toy_nets import ORT_CPU, layer_recipe, node, recipe_with
+from toy_nets import node
+from toy_recipes import ORT_CPU, layer_recipe, recipe_with
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import run_passes

@@ -19,19 +19,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx_graphs import graph_of, infer
 from prompt_nets import label_net
-from toy_nets import (
-    Feeds,
-    Net,
-    conv_net,
-    observe,
-    recipe_by_timestep,
-    recipe_for,
-    scaled_recipe,
-    skip_net,
-    token_net,
-    vector_net,
-    with_products,
-)
+from toy_nets import Feeds, Net, conv_net, observe, skip_net, token_net, vector_net
+from toy_recipes import recipe_by_timestep, recipe_for, scaled_recipe, with_products
 
 from tfmq_export import passes as package
 from tfmq_export.adapt import adapt

@@ -3,7 +3,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy_nets import conv_net, recipe_for, scaled_recipe, token_net
+from toy_nets import conv_net, token_net
+from toy_recipes import recipe_for, scaled_recipe
 
 from tfmq_export.adapt import adapt
 from tfmq_export.errors import TargetError

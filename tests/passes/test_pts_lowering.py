@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx_graphs import build, graph_of, infer, normal, ops
 from scaled_layers import OPS, computed, float_model, float_weight, per_weight, sample, scaled_layer
-from toy_nets import layer_recipe, node, recipe_with
+from toy_nets import node
+from toy_recipes import layer_recipe, recipe_with
 
 from tfmq_export.errors import PostconditionError, PreconditionError, TargetError
 from tfmq_export.passes.base import PassReport, run_passes

@@ -15,7 +15,7 @@ from attention_graphs import (
 )
 from numpy.typing import NDArray
 from onnx_graphs import graph_of, infer, normal, ops
-from toy_nets import softmax_grid
+from toy_recipes import softmax_grid
 
 from tfmq_export.adapt import adapt
 from tfmq_export.errors import PostconditionError, PreconditionError

@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_graphs import infer, normal
 from scaled_layers import OPS, computed, float_model, float_weight, sample, scaled_layer
 from single_layers import codes_of, conv_model, grid, quantized
-from toy_nets import layer_recipe
+from toy_recipes import layer_recipe
 
 from tfmq_export.errors import PostconditionError, PreconditionError, TargetError
 from tfmq_export.passes.graph import export_model

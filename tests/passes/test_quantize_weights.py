@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx_graphs import build, graph_of, infer, normal
 from single_layers import codes_of, conv_model, grid, quantized
-from toy_nets import ORT_CPU, layer_recipe, node, recipe_with
+from toy_nets import node
+from toy_recipes import ORT_CPU, layer_recipe, recipe_with
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import run_passes

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx_graphs import build, graph_of, infer, normal, ops
 from scaled_layers import CHANNELS, OPS, float_model, float_weight, name_of, on_channels, sample, scaled_layer
-from toy_nets import activation_grid, layer_recipe, node, recipe_with
+from toy_nets import node
+from toy_recipes import activation_grid, layer_recipe, recipe_with
 
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import run_passes

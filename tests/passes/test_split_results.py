@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_graphs import build, graph_of, infer, normal, ops
 from scaled_layers import input_grid
-from toy_nets import layer_recipe, node, recipe_with
+from toy_nets import node
+from toy_recipes import layer_recipe, recipe_with
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Pass, run_passes

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx_graphs import build, graph_of, infer, normal, ops
-from toy_nets import ORT_CPU, layer_recipe, node, recipe_with
+from toy_nets import node
+from toy_recipes import ORT_CPU, layer_recipe, recipe_with
 
 from tfmq_export.bundle import LayerInfo
 from tfmq_export.errors import PostconditionError, PreconditionError

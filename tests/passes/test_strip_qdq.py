@@ -12,18 +12,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from onnx_graphs import build, graph_of, infer, normal, ops
 from scaled_layers import OPS, float_model, float_weight, per_weight, sample, scaled_layer
-from toy_nets import (
-    ORT_CPU,
-    Net,
-    conv_net,
-    layer_recipe,
-    node,
-    per_channel,
-    recipe_for,
-    recipe_with,
-    token_net,
-    with_products,
-)
+from toy_nets import Net, conv_net, node, token_net
+from toy_recipes import ORT_CPU, layer_recipe, per_channel, recipe_for, recipe_with, with_products
 
 from tfmq_export.adapt import adapt
 from tfmq_export.passes.base import run_passes

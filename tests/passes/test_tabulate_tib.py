@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx_graphs import build, graph_of, infer, normal
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
-from toy_nets import Net, conv_net, node, recipe_for, token_net, vector_net, with_integer_timestep
+from toy_nets import Net, conv_net, node, token_net, vector_net, with_integer_timestep
+from toy_recipes import recipe_for
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import run_passes

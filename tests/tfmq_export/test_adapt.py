@@ -2,7 +2,8 @@
 
 import pytest
 from attention_graphs import attention_recipe
-from toy_nets import conv_net, recipe_for
+from toy_nets import conv_net
+from toy_recipes import recipe_for
 
 from tfmq_export.adapt import adapt, check_settings, settle
 from tfmq_export.config import CompileConfig, Method

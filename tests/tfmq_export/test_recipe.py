@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from attention_graphs import product_recipes
 from onnx_graphs import normal
-from toy_nets import activation_grid, layer_recipe, recipe_with, softmax_grid
+from toy_recipes import activation_grid, layer_recipe, recipe_with, softmax_grid
 
 from tfmq_export.errors import RecipeError
 from tfmq_export.recipe import FloatLayer, TemporalTable, TibRecipe, TimestepGrids

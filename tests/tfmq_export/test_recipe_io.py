@@ -11,7 +11,8 @@ from attention_graphs import product_recipes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx_graphs import normal
-from toy_nets import activation_grid, conv_net, layer_recipe, recipe_for, recipe_with, skip_net, token_net
+from toy_nets import conv_net, skip_net, token_net
+from toy_recipes import activation_grid, layer_recipe, recipe_for, recipe_with
 
 from tfmq_export.errors import RecipeError
 from tfmq_export.recipe import FloatLayer, LayerRecipe, QuantRecipe, TemporalTable, TimestepGrids
