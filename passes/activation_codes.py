@@ -10,7 +10,7 @@ An 8-bit grid with a zero point of its own on a target that has none, or one of 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.graph import constant, producer, variable
 from tfmq_export.recipe import LayerRecipe
 from tfmq_export.spec import QParams
 from tfmq_export.target import Target
@@ -33,9 +33,16 @@ def fits(layer: LayerRecipe, target: Target) -> bool:
     return bool(container.min <= lowest and highest <= container.max)
 
 
+def is_dequantized(value: gs.Tensor, *, turned: bool = False) -> bool:
+    """Whether a value comes straight out of a DequantizeLinear, or ``turned`` by one Transpose behind it."""
+    transpose = producer(value, "Transpose") if turned else None
+    origin = value if transpose is None else transpose.inputs[0]
+    return producer(origin, "DequantizeLinear") is not None
+
+
 def reads_dequantized(node: gs.Node) -> bool:
     """Whether a layer's input is quantized already."""
-    return bool(node.inputs[0].inputs) and node.inputs[0].inputs[0].op == "DequantizeLinear"
+    return is_dequantized(node.inputs[0])
 
 
 def grid_constants(scale: np.ndarray, zero_point: int, codes: type[np.integer], prefix: str) -> list[gs.Constant]:

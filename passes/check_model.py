@@ -6,10 +6,11 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError
+from tfmq_export.passes.activation_codes import is_dequantized
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import node_name
 from tfmq_export.passes.graph import check_valid
-from tfmq_export.passes.quantize_attention import is_dequantized, product_nodes
+from tfmq_export.passes.quantize_attention import product_nodes
 from tfmq_export.passes.tabulate_tib import computed_from_time
 from tfmq_export.recipe import QuantRecipe
 from tfmq_export.target import Target
@@ -38,7 +39,7 @@ class CheckModel(Pass):
             if node is None:
                 raise PostconditionError(f"{layer.path}: its node {node_name(layer)} is gone")
             for value in node.inputs if self.target.integer_bias else node.inputs[:2]:
-                if not value.inputs or value.inputs[0].op != "DequantizeLinear":
+                if not is_dequantized(value):
                     raise PostconditionError(f"{layer.path}: reads {value.name}, which is no integer")
             if not self.target.packed_weights and not isinstance(node.inputs[1].inputs[0].inputs[0], gs.Constant):
                 raise PostconditionError(f"{layer.path}: {self.target.name} needs its weight as plain int8")

@@ -98,6 +98,18 @@ def variable(name: str, dtype: object = None, shape: Sequence[object] | None = N
     return gs.Variable(name, dtype=dtype, shape=shape)
 
 
+def producer(tensor: gs.Tensor, op: str) -> gs.Node | None:
+    """The node that computes ``tensor``, if it is an ``op``."""
+    return tensor.inputs[0] if tensor.inputs and tensor.inputs[0].op == op else None
+
+
+def sole_consumer(graph: gs.Graph, tensor: gs.Tensor, op: str) -> gs.Node | None:
+    """The only reader of ``tensor``, if it is an ``op``; a graph output has another reader outside."""
+    if len(tensor.outputs) != 1 or any(tensor is output for output in graph.outputs):
+        return None
+    return tensor.outputs[0] if tensor.outputs[0].op == op else None
+
+
 def read_instead(old: gs.Tensor, new: gs.Tensor, readers: Iterable[gs.Node] | None = None) -> None:
     """Let the readers of a value read another.
 

@@ -17,11 +17,15 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.graph import producer, sole_consumer
 
 Form = Literal["matmul", "mha"]
 
 SWAP_HEADS = [0, 2, 1, 3]
 """Between [B, L, H, D] and [B, H, L, D]; its own inverse."""
+
+TURN_MATRICES = [0, 1, 3, 2]
+"""Between [B, H, L, D] and [B, H, D, L]; its own inverse."""
 
 
 @dataclass(frozen=True)
@@ -148,18 +152,6 @@ def joining_reshape(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
     return reshape if reshape.outputs[0].shape == [batch, length, heads * size] else None
 
 
-def producer(tensor: gs.Tensor, op: str) -> gs.Node | None:
-    """The node that computes ``tensor``, if it is an ``op``."""
-    return tensor.inputs[0] if tensor.inputs and tensor.inputs[0].op == op else None
-
-
-def sole_consumer(graph: gs.Graph, tensor: gs.Tensor, op: str) -> gs.Node | None:
-    """The only reader of ``tensor``, if it is an ``op``; a graph output has another reader outside."""
-    if len(tensor.outputs) != 1 or any(tensor is output for output in graph.outputs):
-        return None
-    return tensor.outputs[0] if tensor.outputs[0].op == op else None
-
-
 def lower_to_mha(graph: gs.Graph, node: gs.Node) -> None:
     """Put MultiHeadAttention in place of the node and of the head split around it."""
     reshape = joining_reshape(graph, node.outputs[0])
@@ -200,7 +192,7 @@ def lower_to_matmul(graph: gs.Graph, node: gs.Node) -> None:
 
     scale = gs.Constant(f"{name}_scale", np.array(softmax_scale(node), np.float32))
     scaled = emit("Mul", "scaled_q", [q, scale], [batch, heads, length, size])
-    transposed = emit("Transpose", "transposed_k", [k], [batch, heads, size, source], perm=[0, 1, 3, 2])
+    transposed = emit("Transpose", "transposed_k", [k], [batch, heads, size, source], perm=TURN_MATRICES)
     scores = gs.Variable(scores_name, np.float32, scores_shape)
     graph.nodes.append(gs.Node("MatMul", f"node_{scores_name}", {}, [scaled, transposed], [scores]))
     mask = attention_mask(node)

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.absorb_factor import absorb, rank_of
 from tfmq_export.passes.base import Changes, Pass, Semantics
-from tfmq_export.passes.graph import constant, read_instead, variable
+from tfmq_export.passes.graph import constant, read_instead, sole_consumer, variable
 
 NORMS = frozenset({"GroupNormalization", "LayerNormalization", "BatchNormalization", "InstanceNormalization"})
 
@@ -45,12 +45,11 @@ def _silus(graph: gs.Graph) -> list[tuple[gs.Node, gs.Node]]:
     """Each Sigmoid with the Mul that alone reads it, beside the Sigmoid's own input."""
     found = []
     for node in graph.nodes:
-        gate = node.outputs[0] if node.op == "Sigmoid" else None
-        if gate is None or gate.dtype != np.float32 or len(gate.outputs) != 1 or gate in graph.outputs:
+        if node.op != "Sigmoid" or node.outputs[0].dtype != np.float32:
             continue
-        (reader,) = gate.outputs
-        if reader.op == "Mul" and any(value is node.inputs[0] for value in reader.inputs):
-            found.append((node, reader))
+        product = sole_consumer(graph, node.outputs[0], "Mul")
+        if product is not None and any(value is node.inputs[0] for value in product.inputs):
+            found.append((node, product))
     return found
 
 

@@ -15,8 +15,7 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
-from tfmq_export.passes.graph import constant, variable
-from tfmq_export.passes.lower_attention import producer, sole_consumer
+from tfmq_export.passes.graph import constant, producer, sole_consumer, variable
 
 CHANNELS_LAST = [0, 2, 1]
 """From [N, C, L] to [N, L, C]."""

@@ -15,7 +15,7 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.activation_codes import quantize_dequantize
+from tfmq_export.passes.activation_codes import is_dequantized, quantize_dequantize
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import node_name
 from tfmq_export.recipe import ProductRecipe, QuantRecipe
@@ -77,14 +77,6 @@ def product_nodes(graph: gs.Graph, recipe: QuantRecipe) -> list[tuple[ProductRec
         if node_name(product) not in nodes:
             raise PostconditionError(f"{product.path}: its node {node_name(product)} is gone")
     return [(product, nodes[node_name(product)]) for product in recipe.products]
-
-
-def is_dequantized(value: gs.Tensor, *, turned: bool = False) -> bool:
-    """Whether a value comes straight out of a DequantizeLinear, or ``turned`` by one Transpose behind it."""
-    (origin,) = value.inputs or (None,)
-    if turned and origin is not None and origin.op == "Transpose":
-        return is_dequantized(origin.inputs[0])
-    return origin is not None and origin.op == "DequantizeLinear"
 
 
 def _multiplier(product: ProductRecipe, values: Mapping[str, gs.Tensor]) -> gs.Node:

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.activation_codes import CODE_LEVELS
+from tfmq_export.passes.activation_codes import CODE_LEVELS, is_dequantized
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
@@ -47,7 +47,7 @@ class StackOutputCodes(Pass):
             node = nodes[layer.name]
             if node.op != "Conv" or node.attrs.get("group", 1) != 1:
                 raise PreconditionError(f"{layer.path}: only a plain convolution can stack output codes")
-            if not node.inputs[1].inputs or node.inputs[1].inputs[0].op != "DequantizeLinear":
+            if not is_dequantized(node.inputs[1]):
                 raise PreconditionError(f"{layer.path}: run QuantizeWeights first")
             if not all(isinstance(value, gs.Constant) for value in node.inputs[1].inputs[0].inputs):
                 raise PreconditionError(f"{layer.path}: a packed or shifted weight cannot be stacked")

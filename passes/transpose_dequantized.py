@@ -17,13 +17,10 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
-from tfmq_export.passes.graph import read_instead
-from tfmq_export.passes.lower_attention import producer, sole_consumer
+from tfmq_export.passes.graph import producer, read_instead, sole_consumer
+from tfmq_export.passes.lower_attention import TURN_MATRICES
 from tfmq_export.passes.quantize_attention import product_nodes
 from tfmq_export.recipe import QuantRecipe
-
-TURNED = [0, 1, 3, 2]
-"""The matrices of a product turned, heads as they are."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def _grid_behind_transpose(graph: gs.Graph, factor: gs.Tensor) -> list[gs.Node]:
     *_, quantize, transpose = chain
     _, scale, zero_point = quantize.inputs
     symmetric = scale.values.ndim == 0 and not np.any(zero_point.values)
-    return chain[::-1] if symmetric and transpose.attrs.get("perm") == TURNED else []
+    return chain[::-1] if symmetric and transpose.attrs.get("perm") == TURN_MATRICES else []
 
 
 def _swap(chain: list[gs.Node]) -> None:

@@ -56,6 +56,14 @@ def infer(model: onnx.ModelProto | gs.Graph, feeds: Mapping[str, NDArray], *, in
     return session.run(None, dict(feeds))
 
 
+def assert_computes(
+    graph: gs.Graph, model: onnx.ModelProto, feeds: Mapping[str, NDArray], *, atol: float, rtol: float = 0.0
+) -> None:
+    """Every output of a rewritten graph is that of the model it was made from."""
+    for actual, expected in zip(infer(graph, feeds), infer(model, feeds), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
+
+
 def with_batch(model: onnx.ModelProto) -> onnx.ModelProto:
     """Name the batch dimension everywhere, as the exporter does; inference cannot see through Reshape to -1."""
     for info in model.graph.value_info:
