@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from tfmq_export.errors import PostconditionError, PreconditionError
+from tfmq_export.pairs import within_pairs
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, int4_constant, variable
@@ -116,11 +117,13 @@ def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
         raise PreconditionError(
             f"{layer.path}: the graph's weight is {weight.shape}, the recipe's {codes.shape}; made from another model?"
         )
-    scale = layer.weight.scale.reshape(-1, *[1] * (codes.ndim - 1))
+    steps = weight / layer.weight.scale.reshape(-1, *[1] * (codes.ndim - 1))
+    neighbours = layer.neighbours
+    if neighbours is not None and layer.weight.spec.pair_sum is not None:
+        steps = within_pairs(steps.reshape(len(steps), -1), neighbours).reshape(codes.shape)
     qmin, qmax = layer.weight.spec.qmin, layer.weight.spec.qmax
-    clipped = (codes == qmin) & (weight < scale * qmin) | (codes == qmax) & (weight > scale * qmax)
-    distance = np.abs(weight - scale * codes)
-    if (distance > FARTHEST * scale)[~clipped].any():
+    clipped = (codes == qmin) & (steps < qmin) | (codes == qmax) & (steps > qmax)
+    if (np.abs(steps - codes) > FARTHEST)[~clipped].any():
         raise PostconditionError(
             f"{layer.path}: the recipe's integers are not a rounding of this weight; made from another model?"
         )

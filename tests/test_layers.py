@@ -18,6 +18,7 @@ DATA = frozenset(
         "config",
         "errors",
         "narrow_rows",
+        "pairs",
         "pipeline_folder",
         "progress",
         "recipe",

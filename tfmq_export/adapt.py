@@ -10,6 +10,7 @@ import numpy as np
 from tfmq_export.config import CompileConfig, Method, find_preset
 from tfmq_export.errors import TargetError
 from tfmq_export.narrow_rows import narrow
+from tfmq_export.pairs import PAIR_SUM
 from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe, TableType
 from tfmq_export.spec import QParams, QuantSpec
 from tfmq_export.target import Target
@@ -41,9 +42,31 @@ def check_settings(config: CompileConfig, target: Target) -> None:
 
 def settle(method: Method, target: Target) -> Method:
     """The method with what it leaves to the target decided."""
-    if method.attention != "auto":
-        return method
-    return method.model_copy(update={"attention": "integer" if target.integer_attention else "float"})
+    chosen: dict[str, str] = {}
+    if method.attention == "auto":
+        chosen["attention"] = "integer" if target.integer_attention else "float"
+    if not target.saturates:
+        chosen["cpus"] = "vnni"  # nothing there saturates: no reason to spare the weights
+    return method.model_copy(update=chosen) if chosen else method
+
+
+def check_pairs(recipe: QuantRecipe, target: Target, method: Method) -> None:
+    """Refuse weights that some of a target's hosts would compute wrongly (``pairs.py``), unless that was asked for.
+
+    Raises:
+        TargetError: neighbouring weights saturate on CPUs without VNNI.
+    """
+    if not target.saturates or "vnni" in (method.cpus, recipe.provenance.get("cpus")):
+        return
+    sums = {layer.path: layer.largest_pair for layer in recipe.layers}
+    broken = [path for path, found in sums.items() if found > PAIR_SUM]
+    if broken:
+        worst = max(broken, key=sums.__getitem__)
+        raise TargetError(
+            f"{len(broken)} of {len(sums)} layers hold weights that saturate on CPUs without VNNI (in {worst} two "
+            f"neighbours add up to {sums[worst]}, {PAIR_SUM} is safe); quantize again without --recipe for "
+            f"{target.name} on any CPU, or take the recipe as it is with --cpus vnni"
+        )
 
 
 def adapt(recipe: QuantRecipe, target: Target, tables: TableType = "fp32") -> QuantRecipe:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tfmq_export.adapt import adapt, check_settings, settle
+from tfmq_export.adapt import adapt, check_pairs, check_settings, settle
 from tfmq_export.bundle import Bundle
 from tfmq_export.config import CompileConfig, find_preset
 from tfmq_export.denoiser import Denoiser, Description
@@ -108,6 +108,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         if given is not None:
             made = given
             _check_recipe(made, program, denoiser)
+            check_pairs(made, target, config.method)
             program = program_for(program, made)
         else:
             program, made = _quantize(denoiser, program, config, stages, (checkpoint_of(root), resume))

@@ -89,6 +89,10 @@ class Method(BaseModel):
         "auto", description="what q k^T and p v compute in; auto: integers where the target gains from them"
     )
     error_feedback: bool = Field(True, description="start from codes whose errors cancel; off: from the nearest ones")
+    cpus: Literal["any", "vnni"] = Field(
+        "any",
+        description="x86 CPUs that the integers are right on; vnni takes larger weights, which saturate elsewhere",
+    )
     reconstruct: bool = Field(True, description="learn the rounding block by block, where the effort says so")
     learned_steps: bool = Field(True, description="tune activation scales on each block's output, likewise")
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.errors import RecipeError
+from tfmq_export.pairs import SAFE_INPUT_BITS, largest_pair, partners
 from tfmq_export.spec import QParams
 from tfmq_export.timesteps import TimestepSet
 
@@ -56,7 +57,7 @@ class LayerRecipe:
         macs: Multiply-accumulates for one sample.
         weight: Grid of ``tau W``, one scale per output channel (axis 0), zero point 0.
         weight_codes: Rounded ``tau W``, int8, [out, in / groups, *kernel] or [out, in]; ``WEIGHT_REACH`` steps away at
-            most, or at the end of the grid.
+            most, or at the end of the grid; of the nearest weight that keeps the grid's pairs, where it has any.
         input: Grid of the scaled input activation, one scale per tensor.
         output: Grid the target puts on the output, or None where it stays float.
         groups: Of a convolution.
@@ -91,6 +92,11 @@ class LayerRecipe:
             raise RecipeError(f"{self.path}: weight zero points must be 0")
         if self.weight_codes.min() < self.weight.spec.qmin or self.weight_codes.max() > self.weight.spec.qmax:
             raise RecipeError(f"{self.path}: weight codes leave the {self.weight.spec.bits}-bit grid")
+        if self.weight.spec.pair_sum is not None and self.largest_pair > self.weight.spec.pair_sum:
+            raise RecipeError(
+                f"{self.path}: two neighbouring weights add up to {self.largest_pair}, their grid says "
+                f"{self.weight.spec.pair_sum}"
+            )
         for grid in (self.input, self.output):
             if grid is not None and (grid.spec.signed or grid.spec.axis is not None):
                 raise RecipeError(f"{self.path}: activations need an unsigned grid with one scale")
@@ -105,6 +111,18 @@ class LayerRecipe:
                 raise RecipeError(f"{self.path}: PTS needs an int8 exponent per input channel")
             if self.pts_exponent.max() > 0 or self.pts_exponent.min() < MIN_EXPONENT:
                 raise RecipeError(f"{self.path}: PTS exponents must be in {MIN_EXPONENT}..0")
+
+    @property
+    def neighbours(self) -> NDArray[np.int64] | None:
+        """The neighbour of each weight of an output channel (``pairs.py``); None where kernels sum in 32 bits."""
+        return partners(self.weight_codes.shape, self.groups, self.input.spec.codes)
+
+    @property
+    def largest_pair(self) -> int:
+        """The largest sum of two neighbouring integers of one sign, shifted by PTS; 0 where none can saturate."""
+        if self.neighbours is None or self.input.spec.bits <= SAFE_INPUT_BITS:
+            return 0
+        return int(largest_pair(self.shifted_codes, self.neighbours).max(initial=0))
 
     @property
     def weight_factor(self) -> NDArray[np.float64]:

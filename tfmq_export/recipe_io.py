@@ -159,7 +159,9 @@ def _load_timestep_grids(name: str, arrays: Arrays) -> TimestepGrids | None:
 def _save_grid(name: str, grid: QParams, arrays: Arrays) -> dict[str, object]:
     arrays[f"{name}.scale"] = np.asarray(grid.scale)
     arrays[f"{name}.zero_point"] = np.asarray(grid.zero_point)
-    return {"bits": grid.spec.bits, "signed": grid.spec.signed, "axis": grid.spec.axis, "codes": grid.spec.codes}
+    spec = grid.spec
+    found: dict[str, object] = {"bits": spec.bits, "signed": spec.signed, "axis": spec.axis, "codes": spec.codes}
+    return found if spec.pair_sum is None else {**found, "pair_sum": spec.pair_sum}
 
 
 def _load_grid(name: str, spec: dict[str, Any], arrays: Arrays) -> QParams:

@@ -17,18 +17,22 @@ class QuantSpec:
         signed: Whether the grid is centred on zero.
         axis: Channel axis that owns its own scale; None means one scale per tensor.
         codes: Integers that add up to one value, for the few values that a single one resolves too coarsely.
+        pair_sum: Largest sum of two neighbouring weights of one sign (``pairs.py``); None where any will do.
     """
 
     bits: int
     signed: bool = True
     axis: int | None = None
     codes: int = 1
+    pair_sum: int | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise RecipeError(f"bits must be in 2..8, got {self.bits}")
         if self.codes < 1 or (self.signed and self.codes > 1):
             raise RecipeError(f"codes must be at least 1, and 1 on a signed grid, got {self.codes}")
+        if self.pair_sum is not None and (self.axis is None or self.pair_sum < self.qmax):
+            raise RecipeError(f"only weights have pairs, of a sum that one of them may reach; got {self.pair_sum}")
 
     @property
     def qmin(self) -> int:

@@ -31,6 +31,7 @@ class Target:
         channels_last: Whether activations lie with channels last, and nothing should want another layout.
         turned_factors: Whether a product reads integers of its second factor turned for free.
         polynomial_tanh: Whether tanh is cheaper than the exponential and the division of a sigmoid.
+        saturates: Whether its kernels add pairs of products in 16 bits on some of its hosts (``pairs.py``).
         built_in_place: Whether its engines can only be built on the GPU that runs them.
     """
 
@@ -50,6 +51,7 @@ class Target:
     channels_last: bool = False
     turned_factors: bool = False
     polynomial_tanh: bool = False
+    saturates: bool = False
     built_in_place: bool = False
 
 
@@ -61,9 +63,10 @@ _TARGETS = (
         quantized_outputs=frozenset({"conv"}),
         attention="mha",
         integer_bias=True,
+        saturates=True,
     ),
     # The CUDA provider has no integer kernels for QDQ: right numbers, no int8 speed.
-    Target("ort-cuda", engine="onnxruntime", attention="mha", integers=False),
+    Target("ort-cuda", engine="onnxruntime", attention="mha", integers=False, saturates=True),
     # Convolutions stay integers without an output grid, which spares each a rounding (docs/lowering.md).
     Target(
         "openvino",
@@ -74,6 +77,7 @@ _TARGETS = (
         channels_last=True,
         turned_factors=True,
         polynomial_tanh=True,
+        saturates=True,
     ),
     # TensorRT takes precision from the graph's own types, int8 with zero point 0; it neither folds nor gathers integer
     # constants.

@@ -67,6 +67,14 @@ def test_attention_is_left_to_the_target_unless_it_is_asked_for(name: str, chose
         assert settle(asked, target) is asked
 
 
+def test_weights_are_spared_only_where_something_saturates() -> None:
+    for name in ("ort-cpu", "ort-cuda", "openvino"):
+        assert settle(Method(), find_target(name)).cpus == "any"
+        assert settle(Method(cpus="vnni"), find_target(name)).cpus == "vnni"
+    for name in ("tensorrt", "tensorrt-rtx"):
+        assert settle(Method(), find_target(name)).cpus == "vnni"
+
+
 def test_a_symmetric_engine_reads_a_softmax_in_128_levels_of_the_same_range() -> None:
     recipe = attention_recipe()
     _, pv = recipe.products

@@ -180,7 +180,7 @@ def test_a_wrong_factor_shows_in_the_layer_that_reads_it(name: str, reader: str,
 
 def test_layers_split_by_exponent_agree(tmp_path: Path) -> None:
     # Exponents on 8-bit weights, which the algorithm does not choose; and biases in floating point.
-    made = quantized("dit", 8, 8, Method())
+    made = quantized("dit", 8, 8, Method(cpus="vnni"))
     layers = [
         replace(layer, pts_exponent=-(np.arange(layer.weight_codes.shape[1]) % 3).astype(np.int8))
         if layer.kind == "linear"
@@ -209,6 +209,6 @@ def test_layers_in_parts_are_compared_whole(tmp_path: Path) -> None:
     (layer,) = (layer for layer in made.recipe.layers if layer.path.endswith("to_qkv"))
     found = compare(bundle, made)
     assert min(agreement.sqnr for agreement in found) >= AGREED
-    assert max(agreement.code_steps for agreement in found) < 0.05
+    assert max(agreement.code_steps for agreement in found) < 1.01  # a tie may fall to the other side
     wrong = tampered(bundle, tmp_path / "wrong", f"{layer.name}.part_1.weight_codes", negate_largest)
     assert {agreement.worst_layer for agreement in compare(wrong, made)} == {layer.path}

@@ -66,6 +66,14 @@ def export(
     estimator: Annotated[
         str | None, typer.Option(help="Activation ranges: mse, minmax, kl or percentile.", show_default="mse")
     ] = None,
+    cpus: Annotated[
+        str | None,
+        typer.Option(
+            help="x86 CPUs that the integers are right on: any, or vnni (a little closer to full precision there, "
+            "wrong elsewhere).",
+            show_default="any",
+        ),
+    ] = None,
     attention: Annotated[
         str | None,
         typer.Option(help="What attention's two products compute in: float, integer or auto.", show_default="auto"),
@@ -126,6 +134,7 @@ def export(
         "method.les": les,
         "method.pts": pts,
         "method.estimator": estimator,
+        "method.cpus": cpus,
         "method.attention": attention,
         "pts_lowering": pts_lowering,
         "device": device,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tfmq_export.config import Method
 from tfmq_export.errors import CalibrationError
+from tfmq_export.pairs import SAFE_WEIGHT_BITS
 from tfmq_export.progress import Step
 from tfmq_export.ptq.attention_grids import GriddedProduct, product_rules
 from tfmq_export.ptq.block_runner import BlockRunner, Compute, LayerRule
@@ -109,7 +110,8 @@ class BlockStage:
             largest = self.inputs.read(value).abs().transpose(0, axis).flatten(1).amax(1)
             return smooth_scaling(largest.to(self.runner.device), [draft.plain for draft in drafts])
         layers = [
-            ScaledLayer(self._compute(draft), draft.plain, draft.op.groups, axis, draft.weight_spec) for draft in drafts
+            ScaledLayer(self._compute(draft), draft.plain, draft.op.groups, axis, draft.weight_spec, draft.pairs)
+            for draft in drafts
         ]
 
         def pick() -> Tensor:
@@ -140,7 +142,8 @@ class BlockStage:
         return chosen.to(self.runner.device)
 
     def _may_shift(self, drafts: Sequence[Draft]) -> bool:
-        room = all(draft.weight_spec.bits + self.method.pts_exponents - 1 <= CONTAINER_BITS for draft in drafts)
+        bits = CONTAINER_BITS if self.method.cpus == "vnni" else SAFE_WEIGHT_BITS
+        room = all(draft.weight_spec.bits + self.method.pts_exponents - 1 <= bits for draft in drafts)
         wanted = self.method.pts_layers == "all" or drafts[0].op.input in self.unnormalized
         return room and wanted
 
@@ -228,7 +231,8 @@ class BlockStage:
         pieces = input_products.pieces(step.square() / 12)  # what rounding adds to a value, on average
         if not all(piece.isfinite().all() for piece in pieces):
             raise CalibrationError(f"{draft.op.path}: the squares of its inputs overflow float32")
-        return replace(draft, codes=feedback_codes(draft.weight, draft.scale, draft.weight_spec, pieces))
+        codes = feedback_codes(draft.weight, draft.scale, draft.weight_spec, pieces, draft.pairs)
+        return replace(draft, codes=codes)
 
     @property
     def _rows_of_a_step(self) -> int:

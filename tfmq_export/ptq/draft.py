@@ -12,6 +12,7 @@ from tfmq_export.program import DiffusionProgram
 from tfmq_export.ptq.block_runner import Compute, LayerRule
 from tfmq_export.ptq.equivalent_scaling import on_channels, scale_input_channels
 from tfmq_export.ptq.fake_quant import Grid
+from tfmq_export.ptq.pairs import Pairs
 from tfmq_export.ptq.skip_concat import channel_axis
 from tfmq_export.ptq.weights import SHRINK_STEPS, nearest_codes, per_output, search_weight_scale
 from tfmq_export.recipe import LayerRecipe
@@ -49,10 +50,17 @@ class Draft:
 
     @classmethod
     def fresh(
-        cls, program: DiffusionProgram, op: Operation, weight_bits: int, x: QuantSpec, y: QuantSpec | None = None
+        cls, program: DiffusionProgram, op: Operation, weight: QuantSpec, x: QuantSpec, y: QuantSpec | None = None
     ) -> "Draft":
-        """A layer with nothing decided but its widths."""
-        return cls(op, program.value(op.weight), QuantSpec(weight_bits, signed=True, axis=0), x, y)
+        """A layer with nothing decided but its grids' widths."""
+        return cls(op, program.value(op.weight), weight, x, y)
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """What the codes of its weight must keep; None where its grid has no pairs."""
+        if self.weight_spec.pair_sum is None:
+            return None
+        return Pairs.of(self.plain, self.op.groups, self.input_spec.codes)
 
     @property
     def is_temporal(self) -> bool:
@@ -158,8 +166,9 @@ def with_nearest_codes(draft: Draft, candidates: int = SHRINK_STEPS) -> Draft:
     Args:
         candidates: Of the scale search; 1 is min-max.
     """
-    scale = search_weight_scale(draft.weight, draft.weight_spec, candidates)
-    return replace(draft, scale=scale, codes=nearest_codes(draft.weight, scale, draft.weight_spec))
+    spec, pairs = draft.weight_spec, draft.pairs
+    scale = search_weight_scale(draft.weight, spec, candidates, pairs)
+    return replace(draft, scale=scale, codes=nearest_codes(draft.weight, scale, spec, pairs))
 
 
 def input_key(draft: Draft) -> str:

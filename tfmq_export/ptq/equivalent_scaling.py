@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tfmq_export.ptq.fake_quant import round_through
 from tfmq_export.ptq.learning import Batch, Draw, GradientStep, adam, anneal
+from tfmq_export.ptq.pairs import Pairs
+from tfmq_export.ptq.weights import full_scale
 from tfmq_export.spec import QuantSpec
 
 MOMENTUM = 0.95
@@ -84,6 +86,7 @@ class ScaledLayer:
         groups: Of a convolution; 1 for linear layers.
         channel_axis: Of ``x``.
         weight_spec: Its grid.
+        pairs: What its codes must keep.
     """
 
     compute: Callable[[Tensor, Tensor], Tensor]
@@ -91,6 +94,7 @@ class ScaledLayer:
     groups: int
     channel_axis: int
     weight_spec: QuantSpec
+    pairs: Pairs | None = None
 
 
 def scale_input_channels(weight: Tensor, tau: Tensor, groups: int = 1) -> Tensor:
@@ -111,15 +115,15 @@ def on_channels(factor: Tensor, x: Tensor, axis: int) -> Tensor:
     return factor.reshape([-1 if position == axis else 1 for position in range(x.ndim)])
 
 
-def dynamic_fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
+def dynamic_fake_quantize(x: Tensor, spec: QuantSpec, pairs: Pairs | None = None) -> Tensor:
     """Lay a grid over the range ``x`` has right now; gradients reach the range too.
 
     Args:
         x: Per tensor for activations; [out, n] with ``spec.axis`` 0 for weights, whose grid is symmetric.
+        pairs: Of a weight: the range is then that of its pairs, too.
     """
     if spec.signed:
-        largest = x.detach().abs().amax(1, keepdim=True) if not x.requires_grad else x.abs().amax(1, keepdim=True)
-        scale = (largest / spec.qmax).clamp_min(1e-12)
+        scale = full_scale(x, spec, pairs).clamp_min(1e-12)
         return round_through(x / scale).clamp(spec.qmin, spec.qmax) * scale
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     scale = ((high - low) / (spec.qmax - spec.qmin)).clamp_min(1e-12)
@@ -138,7 +142,8 @@ def scaling_losses(x: Tensor, layers: Sequence[ScaledLayer], tau: Tensor, input_
     losses = x.new_zeros(len(x))
     for layer in layers:
         scaled = scale_input_channels(layer.weight, tau, layer.groups)
-        weight = dynamic_fake_quantize(scaled.reshape(len(scaled), -1), layer.weight_spec).reshape(scaled.shape)
+        rows = dynamic_fake_quantize(scaled.reshape(len(scaled), -1), layer.weight_spec, layer.pairs)
+        weight = rows.reshape(scaled.shape)
         with torch.no_grad():
             wanted = layer.compute(x, layer.weight)
         losses = losses + (layer.compute(quantized, weight) - wanted).square().flatten(1).mean(1)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from tfmq_export.pairs import PAIR_SUM
+from tfmq_export.ptq.pairs import Pairs, shrink
 from tfmq_export.ptq.weights import per_output
 from tfmq_export.recipe import WEIGHT_REACH
 from tfmq_export.spec import QuantSpec
@@ -76,7 +78,7 @@ class InputProducts:
         self._window = Window.of(node, kernel) if len(kernel) else None
         self._groups = groups
         self._generator = torch.Generator().manual_seed(seed)
-        self._width = max(1, WIDEST // kernel.numel()) * kernel.numel()
+        self._width = max(2, WIDEST // kernel.numel() // 2 * 2) * kernel.numel()  # no pair of channels is cut
         pieces = torch.split(weight[0].flatten(), self._width)
         self._sums = [
             torch.zeros(groups, len(piece), len(piece), dtype=torch.float32, device=weight.device) for piece in pieces
@@ -126,24 +128,28 @@ class InputProducts:
             yield rows.reshape(len(rows), self._groups, -1)
 
 
-def feedback_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, pieces: Sequence[Tensor]) -> Tensor:
+def feedback_codes(
+    weight: Tensor, scale: Tensor, spec: QuantSpec, pieces: Sequence[Tensor], pairs: Pairs | None = None
+) -> Tensor:
     """Round a weight so that its errors cancel on the layer's inputs; integers as float, shaped like ``weight``.
 
     Args:
         weight: [out, in / groups, ...].
         scale: [out].
         pieces: ``InputProducts.pieces``, finite.
+        pairs: What the codes must keep; what a pair cannot hold, later weights make up for.
     """
     groups, widths = len(pieces[0]), [piece.shape[-1] for piece in pieces]
     rows = (weight / per_output(scale, weight)).reshape(groups, len(weight) // groups, -1)
+    held = [None] * len(widths) if pairs is None else pairs.split(widths)
     codes = [
-        torch.cat([_round_columns(part, products, spec) for part, products in zip(group, alone, strict=True)], 1)
+        torch.cat([_round_columns(*each, spec) for each in zip(group, alone, held, strict=True)], 1)
         for group, *alone in zip((torch.split(row, widths, 1) for row in rows), *pieces, strict=True)
     ]
     return torch.stack(codes).reshape(weight.shape)
 
 
-def _round_columns(steps: Tensor, products: Tensor, spec: QuantSpec) -> Tensor:
+def _round_columns(steps: Tensor, products: Tensor, pairs: Pairs | None, spec: QuantSpec) -> Tensor:
     """Column by column, those with the largest inputs first, while there are others to make up for them.
 
     Args:
@@ -153,19 +159,41 @@ def _round_columns(steps: Tensor, products: Tensor, spec: QuantSpec) -> Tensor:
     order = products.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(products[order][:, order]).to(steps.dtype)
     left, codes = steps[:, order], torch.empty_like(steps)
-    lowest = (left - WEIGHT_REACH).ceil().clamp(spec.qmin, spec.qmax)
-    highest = (left + WEIGHT_REACH).floor().clamp(spec.qmin, spec.qmax)
+    near = left if pairs is None else pairs.within(steps)[:, order]
+    lowest = (near - WEIGHT_REACH).ceil().clamp(spec.qmin, spec.qmax)
+    highest = (near + WEIGHT_REACH).floor().clamp(spec.qmin, spec.qmax)
+    if pairs is not None:  # a weight that is its own neighbour
+        alone = pairs.neighbours[order] == order
+        room = torch.where(alone, PAIR_SUM // 2, PAIR_SUM)
+        lowest, highest = lowest.clamp_min(-room), highest.clamp_max(room)
+    # Where each column's neighbour is, in the order of the columns.
+    places = list(range(len(order))) if pairs is None else order.argsort()[pairs.neighbours[order]].tolist()
     for start in range(0, len(order), PANEL):
         stop = min(start + PANEL, len(order))
         errors = left.new_empty(len(steps), stop - start)
         for column in range(start, stop):
-            rounded = left[:, column].round().clamp(lowest[:, column], highest[:, column])
+            own, place = left[:, column], places[column]
+            wanted = own if place <= column else _share(own, left[:, place])
+            rounded = wanted.round().clamp(lowest[:, column], highest[:, column])
+            if place < column:
+                rounded = _beside(codes[:, place], rounded)
             codes[:, column] = rounded
-            error = (left[:, column] - rounded) / factor[column, column]
+            error = (own - rounded) / factor[column, column]
             left[:, column:stop] -= error[:, None] * factor[column, column:stop]
             errors[:, column - start] = error
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     return codes[:, order.argsort()]
+
+
+def _share(own: Tensor, other: Tensor) -> Tensor:
+    """What the first of a pair may want, [out]: of what both have too much, each gives up half."""
+    excess = torch.where(own * other > 0, (own + other).abs() - PAIR_SUM, torch.zeros_like(own))
+    return shrink(own, excess.clamp_min(0) / 2)
+
+
+def _beside(other: Tensor, rounded: Tensor) -> Tensor:
+    """The second of a pair takes what the first has left, [out]; that lies within ``WEIGHT_REACH`` like the rest."""
+    return rounded.clamp(-PAIR_SUM - other.clamp_max(0), PAIR_SUM - other.clamp_min(0))
 
 
 def _inverse_factor(products: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from tfmq_export.analysis import LAYOUT, SAMPLE, Operation, dependences
 from tfmq_export.blocks import Block, find_blocks
 from tfmq_export.device import device_of, has_room
+from tfmq_export.pairs import PAIR_SUM, SAFE_INPUT_BITS, SAFE_WEIGHT_BITS
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.progress import Step
 from tfmq_export.ptq.activation_cache import ActivationCache
@@ -254,7 +255,10 @@ def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Map
         # The engine's container, not the preset's choice: always 8 bits.
         output = QuantSpec(OUTPUT_BITS, signed=False, codes=stacks["output"])
     grid = QuantSpec(activation_bits, signed=False, codes=stacks["input"])
-    return Draft.fresh(program, op, weight_bits, grid, output)
+    needs_pairs = weight_bits > SAFE_WEIGHT_BITS and activation_bits > SAFE_INPUT_BITS
+    pair_sum = PAIR_SUM if needs_pairs and plan.method.cpus == "any" else None
+    weight = QuantSpec(weight_bits, signed=True, axis=0, pair_sum=pair_sum)
+    return Draft.fresh(program, op, weight, grid, output)
 
 
 def _residual_stream(graph: fx.Graph, block: Block) -> frozenset[str]:

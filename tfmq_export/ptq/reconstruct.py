@@ -54,7 +54,7 @@ def learn_rounding(
     scales = [per_output(_known(draft.scale), draft.weight) for draft in drafts]
     starts = [_known(draft.codes) for draft in drafts]
     codes = [
-        sides(draft.weight, scale, start, draft.weight_spec)
+        sides(draft.weight, scale, start, draft.weight_spec, draft.pairs)
         for draft, scale, start in zip(drafts, scales, starts, strict=True)
     ]
     low, high = (

@@ -10,6 +10,8 @@ so that the soft weight is the float weight. From better codes it starts on the 
 import torch
 from torch import Tensor
 
+from tfmq_export.pairs import PAIR_SUM
+from tfmq_export.ptq.pairs import Pairs
 from tfmq_export.spec import QuantSpec
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
@@ -23,16 +25,24 @@ def rectified_sigmoid(logits: Tensor) -> Tensor:
     return ((STRETCH_HIGH - STRETCH_LOW) * logits.sigmoid() + STRETCH_LOW).clamp(0, 1)
 
 
-def sides(weight: Tensor, scale: Tensor, codes: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def sides(
+    weight: Tensor, scale: Tensor, codes: Tensor, spec: QuantSpec, pairs: Pairs | None = None
+) -> tuple[Tensor, Tensor]:
     """The two codes a weight may get, down and up: the one it has and the next towards its value.
 
-    From nearest codes these are floor and ceil; beyond the grid both are its edge.
+    From nearest codes these are floor and ceil; beyond the grid both are its edge. In a pair that both moves would
+    break nothing moves: then whatever is decided, the pair keeps its rule.
 
     Args:
         scale: Broadcasts against ``weight``.
     """
     down = torch.where(weight / scale >= codes, codes, codes - 1)
-    return down.clamp(spec.qmin, spec.qmax), (down + 1).clamp(spec.qmin, spec.qmax)
+    low, high = down.clamp(spec.qmin, spec.qmax), (down + 1).clamp(spec.qmin, spec.qmax)
+    if pairs is None:
+        return low, high
+    broken = [pairs.sums(side.reshape(len(side), -1)).view_as(side) > PAIR_SUM for side in (low, high)]
+    stays = broken[0] | broken[1]
+    return torch.where(stays, codes, low), torch.where(stays, codes, high)
 
 
 def rounding_logits(weight: Tensor, scale: Tensor, codes: Tensor, pull: float = 1.0) -> Tensor:

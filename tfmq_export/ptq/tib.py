@@ -149,7 +149,8 @@ class TemporalPlan:
 def temporal_drafts(program: DiffusionProgram, weight_bits: int, activation_bits: int) -> tuple[Draft, ...]:
     """The temporal layers, undecided."""
     grid = QuantSpec(activation_bits, signed=False)
-    return tuple(Draft.fresh(program, op, weight_bits, grid) for op in temporal_operations(program))
+    weight = QuantSpec(weight_bits, signed=True, axis=0)
+    return tuple(Draft.fresh(program, op, weight, grid) for op in temporal_operations(program))
 
 
 def reconstruct_temporal(

@@ -3,33 +3,38 @@
 import torch
 from torch import Tensor
 
-from tfmq_export.ptq.fake_quant import fake_quantize
+from tfmq_export.pairs import PAIR_SUM
+from tfmq_export.ptq.pairs import Pairs
 from tfmq_export.spec import QuantSpec
 
 SHRINK_STEPS = 80
 NORM = 2.4
 
 
-def search_weight_scale(weight: Tensor, spec: QuantSpec, candidates: int = SHRINK_STEPS) -> Tensor:
+def search_weight_scale(
+    weight: Tensor, spec: QuantSpec, candidates: int = SHRINK_STEPS, pairs: Pairs | None = None
+) -> Tensor:
     """Scale per output channel of least ``mean |w - w^|^2.4`` (BRECQ's search; symmetric, zero point 0).
 
-    The candidates shrink the channel's largest magnitude by (1 - 0.01 i).
+    The candidates shrink the scale that clips nothing, neither a weight nor a pair, by (1 - 0.01 i).
 
     Args:
         weight: [out, ...].
         candidates: 1 takes the full range (min-max).
+        pairs: What the codes must keep.
     Returns:
         Scales, [out]; 1 for a channel of zeros.
     """
     rows = weight.detach().reshape(len(weight), -1)  # [out, n]
-    full = rows.abs().amax(1, keepdim=True) / spec.qmax  # [out, 1]
+    full = full_scale(rows, spec, pairs)
     full = torch.where(full > 0, full, torch.ones_like(full))
-    zero = full.new_zeros(())
     best_error = torch.full_like(full, torch.inf)
     best = full
     for step in range(candidates):
         scale = full * (1 - 0.01 * step)
-        error = (fake_quantize(rows, scale, zero, spec) - rows).abs().pow(NORM).mean(1, keepdim=True)
+        steps = rows / scale
+        kept = steps if pairs is None else pairs.within(steps)
+        error = (kept.round_().clamp_(spec.qmin, spec.qmax) * scale - rows).abs().pow(NORM).mean(1, keepdim=True)
         better = error < best_error
         best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
     return best[:, 0]
@@ -40,6 +45,20 @@ def per_output(scale: Tensor, weight: Tensor) -> Tensor:
     return scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def nearest_codes(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+def full_scale(rows: Tensor, spec: QuantSpec, pairs: Pairs | None = None) -> Tensor:
+    """The least scale that clips neither a weight nor a pair, [out, 1].
+
+    Args:
+        rows: [out, n].
+    """
+    full = rows.abs().amax(1, keepdim=True) / spec.qmax
+    return full if pairs is None else torch.maximum(full, pairs.sums(rows).amax(1, keepdim=True) / PAIR_SUM)
+
+
+def nearest_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, pairs: Pairs | None = None) -> Tensor:
     """Round to nearest; integers as float, shaped like ``weight``."""
-    return (weight / per_output(scale, weight)).round().clamp(spec.qmin, spec.qmax)
+    steps = weight / per_output(scale, weight)
+    if pairs is None:
+        return steps.round().clamp(spec.qmin, spec.qmax)
+    rows = pairs.within(steps.reshape(len(steps), -1))
+    return pairs.settle(rows.round().clamp(spec.qmin, spec.qmax)).reshape(weight.shape)
