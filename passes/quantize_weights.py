@@ -103,7 +103,7 @@ def _as_stored(values: NDArray[Any], *, transposed: bool) -> NDArray[Any]:
 
 
 def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
-    """The recipe's integers must be this weight, to ``WEIGHT_REACH`` steps, unless clipped.
+    """The recipe's integers must be this weight, held to its grid, to ``WEIGHT_REACH`` steps.
 
     Args:
         weight: ``tau 2^d W``, as ``RescaleInputs`` leaves it.
@@ -121,9 +121,8 @@ def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
     neighbours = layer.neighbours
     if neighbours is not None and layer.weight.spec.pair_sum is not None:
         steps = within_pairs(steps.reshape(len(steps), -1), neighbours).reshape(codes.shape)
-    qmin, qmax = layer.weight.spec.qmin, layer.weight.spec.qmax
-    clipped = (codes == qmin) & (steps < qmin) | (codes == qmax) & (steps > qmax)
-    if (np.abs(steps - codes) > FARTHEST)[~clipped].any():
+    held = steps.clip(layer.weight.spec.qmin, layer.weight.spec.qmax)
+    if (np.abs(held - codes) > FARTHEST).any():
         raise PostconditionError(
             f"{layer.path}: the recipe's integers are not a rounding of this weight; made from another model?"
         )

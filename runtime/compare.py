@@ -168,6 +168,11 @@ class Comparison:
         return math.fsum(self.values) / len(self.values)
 
     @property
+    def median(self) -> float:
+        """NaN if any value is."""
+        return float(np.median(self.values))
+
+    @property
     def lowest(self) -> float:
         """NaN if any value is."""
         return float(np.min(self.values))

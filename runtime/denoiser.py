@@ -29,7 +29,8 @@ from tfmq_export.runtime.prompt import (
     names_of,
     prepare_prompt,
 )
-from tfmq_export.runtime.runner import Runner
+from tfmq_export.runtime.runner import BuiltForBatches, Runner
+from tfmq_export.runtime.self_test import HostCheck, check_host, read_self_test, require_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,24 @@ class LoadedBundle:
             self.last.put(prompt)
         return prompt.feeds
 
+    def check_host(self) -> HostCheck | None:
+        """Ask the engine for the prediction that the bundle brings along; None where it brings none.
+
+        Raises:
+            LoadError: the stored prediction is missing or altered.
+        """
+        test = read_self_test(self.bundle)
+        if test is None:
+            return None
+        sample, timestep = (info.name for info in self.sample_and_timestep)
+        rows = self.runner.smallest_batch(sample) if isinstance(self.runner, BuiltForBatches) else 1
+
+        def predict(inputs: Arrays) -> NDArray[np.generic]:
+            given = {name: value.repeat(rows, 0) for name, value in inputs.items() if name != timestep}
+            return self(given.pop(sample), inputs[timestep], **given)[:1]
+
+        return check_host(self.bundle, test, predict, self.engine)
+
     def __enter__(self) -> Self:
         self.runner.__enter__()
         if self.prologue is not None:
@@ -151,7 +170,7 @@ class LoadedBundle:
                 self.prologue.__exit__(kind, error, traceback)
 
 
-def load(
+def load(  # noqa: PLR0913  # options of the one public entry, by keyword
     root: Path,
     *,
     backend: str = "auto",
@@ -159,8 +178,9 @@ def load(
     integer: bool = True,
     verify: bool = False,
     precision: str | None = None,
+    self_test: bool = True,
 ) -> LoadedBundle:
-    """Open a bundle.
+    """Open a bundle, and ask it for the prediction that it brings along.
 
     Args:
         backend: "onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt", "tensorrt-rtx", or "auto": an engine of
@@ -169,8 +189,10 @@ def load(
         integer: False gives the reference numerics: the same graph computed in floating point.
         verify: Compare every file with the manifest's hashes first.
         precision: What OpenVINO computes in where nothing is quantized: "f32" (if None), "bf16" or "f16".
+        self_test: False saves that one call, and serves whatever the kernels of this host make of the graph.
     Raises:
         LoadError: no bundle, an altered file, or a graph that is not the manifest's.
+        PrecisionError: the prediction is another than the stored one: this host's kernels are not those of the proof.
         BuildError: the engine refuses the graph.
         DependencyError: the engine is not installed, or needs a GPU that is not there.
     """
@@ -194,6 +216,9 @@ def load(
             opened.push(prologue)
             _check_graph(bundle.prologue, prologue, set(info.reads), {tensor.name for tensor in info.tensors})
         loaded = LoadedBundle(bundle, runner, prologue)
+        found = loaded.check_host() if self_test else None
+        if found is not None:
+            require_host(bundle, found)
         opened.pop_all()
     return loaded
 

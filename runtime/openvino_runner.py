@@ -18,8 +18,8 @@ from tfmq_export.runtime.runner import one_line
 PRECISIONS = ("f32", "bf16", "f16")
 """What may compute the layers that are not quantized; a CPU without the type falls back to f32."""
 
-OWN_SHAPES = 2
-"""Sets of input shapes that get a compiled graph of their own."""
+OWN_SHAPES = 3
+"""Sets of input shapes that get a compiled graph of their own; a bundle's self-test brings the first."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 

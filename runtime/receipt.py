@@ -19,11 +19,13 @@ class LayerReceipt:
     Attributes:
         realized: Kinds of operation that compute it, in the engine's own words; empty where none was found.
         reason: Why it is not what was asked; empty where it is.
+        kernel_sqnr: Of an integer kernel that computes something else on this host than floating point does, dB.
     """
 
     layer: LayerInfo
     realized: tuple[str, ...]
     reason: str
+    kernel_sqnr: float | None = None
 
     @property
     def asked(self) -> str:
@@ -84,9 +86,11 @@ class Receipt:
         if losses:
             shown = "; ".join(f"{where}: {reason}" for where, reason in losses[:3])
             more = f"; and {len(losses) - 3} more" if len(losses) > 3 else ""
+            advice = "keep them in float, or see the graph of each pass with --dump-dir"
+            if any(row.kernel_sqnr is not None for row in self.lost):
+                advice = "compile for --cpus any, which is the default, or serve it where the kernels are right"
             raise PrecisionError(
-                f"{len(losses)} of {len(self.rows)} layers are not what was asked: {shown}{more}; "
-                "keep them in float, or see the graph of each pass with --dump-dir"
+                f"{len(losses)} of {len(self.rows)} layers are not what was asked: {shown}{more}; {advice}"
             )
 
     def to_json(self) -> dict[str, object]:

@@ -41,6 +41,15 @@ class ReportsSettings(Protocol):
         ...
 
 
+@runtime_checkable
+class BuiltForBatches(Protocol):
+    """A runner whose engine takes certain batches only."""
+
+    def smallest_batch(self, name: str) -> int:
+        """Rows that an input has at least."""
+        ...
+
+
 def one_line(message: object) -> str:
     """An engine's message without its line breaks and closing full stop."""
     return " ".join(str(message).split()).rstrip(".")

@@ -99,6 +99,10 @@ class TrtRunner:
         with self._borrowed({name: tuple(np.shape(value)) for name, value in feeds.items()}) as session:
             return session.infer(feeds)
 
+    def smallest_batch(self, name: str) -> int:
+        """Rows that an input has at least, in any profile."""
+        return min(profile[name].smallest[0] for profile in self._tensors.profiles)
+
     @contextlib.contextmanager
     def session(self) -> Iterator[EngineSession]:
         """An execution context for this thread alone, to ``enqueue`` on."""

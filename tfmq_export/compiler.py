@@ -149,6 +149,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         extra: dict[str, object] = {"seconds": stages.seconds, "peak_memory_bytes": peak_rss_bytes()}
         if bundle.manifest.prologue is not None:
             extra["prologue"] = asdict(bundle.manifest.prologue)
+        bundle = validation.self_test.save(bundle)
         validation.write(bundle.report, extra)
         if made.tib.source != "table":
             errors = validation.temporal

@@ -34,21 +34,59 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Floors:
+    """What a preset must reach unless the user says otherwise.
+
+    Other pictures of the same set have 10 to 13 dB, a blur of 4 pixels 16; a preset's usual value is 5 to 10 dB above
+    its floor (docs/validation.md).
+
+    Attributes:
+        psnr: Mean PSNR of the images, dB.
+        sqnr: Mean SQNR of the noise prediction, dB.
+    """
+
+    psnr: float
+    sqnr: float
+
+
+FLOORS: Mapping[str, Floors] = {
+    "w8a8": Floors(18.0, 20.0),
+    "w4a8": Floors(15.0, 16.0),
+    "w4a6": Floors(12.0, 12.0),
+    "fp32": Floors(30.0, 40.0),
+}
+LOWEST = Floors(10.0, 0.0)  # of a recipe with a preset of another name
+
+
 class Thresholds(BaseModel):
     """Bounds a compiled model must keep; missing one exits with 6.
 
-    The floors below catch a broken build. A release gate sets its own.
+    The floors catch a broken build. A release gate sets its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    psnr: float = Field(10.0, description="mean PSNR of the images, dB")
+    psnr: float | None = Field(None, description="mean PSNR of the images, dB; None: the preset's floor")
     ssim: float = Field(0.0, description="mean SSIM of the images")
-    sqnr: float = Field(0.0, description="noise-prediction SQNR, mean over the timesteps, dB")
+    sqnr: float | None = Field(
+        None, description="noise-prediction SQNR, mean over the timesteps, dB; None: the preset's floor"
+    )
+    kernels: float = Field(
+        25.0, description="SQNR of the integer kernels against the graph in floating point, median over timesteps, dB"
+    )
     temporal_cosine: float | None = Field(
         None, description="lowest cosine of any temporal feature at any timestep; tables default to 0.999999"
     )
     agreement: float = Field(40.0, description="lowest SQNR of the graph against PyTorch fake-quant, in lock-step, dB")
+
+    def psnr_of(self, preset: str) -> float:
+        """The bound on the images' PSNR."""
+        return FLOORS.get(preset, LOWEST).psnr if self.psnr is None else self.psnr
+
+    def sqnr_of(self, preset: str) -> float:
+        """The bound on the noise prediction's SQNR."""
+        return FLOORS.get(preset, LOWEST).sqnr if self.sqnr is None else self.sqnr
 
     def temporal_cosine_of(self, source: str, stored: TableType = "fp32") -> float:
         """The bound for tables made from ``source``: those of full precision have no reason to differ.

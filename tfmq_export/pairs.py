@@ -6,7 +6,8 @@ x86 CPUs without VNNI multiply u8 by s8 with ``vpmaddubsw``, which adds two neig
 
 since 255 * 128 < 2**15. Neighbours are the input channels 2j and 2j + 1 at one position of the kernel, the order in
 which ONNX Runtime and OpenVINO add (docs/lowering.md). Where that order differs between them, with an odd number of
-channels, every weight is its own neighbour and stays within 64, which keeps the rule in any order.
+channels, every weight is its own neighbour and stays within 64, which keeps the rule in any order; so is the last
+weight of an odd row that has no other.
 """
 
 import math
@@ -58,7 +59,7 @@ def largest_pair(weight: NDArray[np.integer], neighbours: NDArray[np.int64]) -> 
 
 
 def within_pairs(steps: NDArray[np.floating], neighbours: NDArray[np.int64]) -> NDArray[np.floating]:
-    """The nearest real weights that keep the rule: what a pair has too much, both give up alike.
+    """Real weights that keep the rule, the nearest inside the grid: what a pair has too much, both give up alike.
 
     Args:
         steps: In steps of the grid, [out, n].

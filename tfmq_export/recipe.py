@@ -56,8 +56,8 @@ class LayerRecipe:
         kind: "conv" or "linear".
         macs: Multiply-accumulates for one sample.
         weight: Grid of ``tau W``, one scale per output channel (axis 0), zero point 0.
-        weight_codes: Rounded ``tau W``, int8, [out, in / groups, *kernel] or [out, in]; ``WEIGHT_REACH`` steps away at
-            most, or at the end of the grid; of the nearest weight that keeps the grid's pairs, where it has any.
+        weight_codes: Rounded ``tau W``, int8, [out, in / groups, *kernel] or [out, in]; at most ``WEIGHT_REACH`` steps
+            from the weight, brought to the ends of the grid and within its pairs.
         input: Grid of the scaled input activation, one scale per tensor.
         output: Grid the target puts on the output, or None where it stays float.
         groups: Of a convolution.
@@ -92,11 +92,6 @@ class LayerRecipe:
             raise RecipeError(f"{self.path}: weight zero points must be 0")
         if self.weight_codes.min() < self.weight.spec.qmin or self.weight_codes.max() > self.weight.spec.qmax:
             raise RecipeError(f"{self.path}: weight codes leave the {self.weight.spec.bits}-bit grid")
-        if self.weight.spec.pair_sum is not None and self.largest_pair > self.weight.spec.pair_sum:
-            raise RecipeError(
-                f"{self.path}: two neighbouring weights add up to {self.largest_pair}, their grid says "
-                f"{self.weight.spec.pair_sum}"
-            )
         for grid in (self.input, self.output):
             if grid is not None and (grid.spec.signed or grid.spec.axis is not None):
                 raise RecipeError(f"{self.path}: activations need an unsigned grid with one scale")
@@ -111,6 +106,11 @@ class LayerRecipe:
                 raise RecipeError(f"{self.path}: PTS needs an int8 exponent per input channel")
             if self.pts_exponent.max() > 0 or self.pts_exponent.min() < MIN_EXPONENT:
                 raise RecipeError(f"{self.path}: PTS exponents must be in {MIN_EXPONENT}..0")
+        if self.weight.spec.pair_sum is not None and self.largest_pair > self.weight.spec.pair_sum:
+            raise RecipeError(
+                f"{self.path}: two neighbouring weights add up to {self.largest_pair}, their grid says "
+                f"{self.weight.spec.pair_sum}"
+            )
 
     @property
     def neighbours(self) -> NDArray[np.int64] | None:

@@ -22,7 +22,8 @@ from tfmq_export.progress import Progress, Step
 from tfmq_export.ptq.calibration import record
 from tfmq_export.runtime.compare import as_pictures
 from tfmq_export.runtime.denoiser import load as load_bundle
-from tfmq_export.validate import as_images, bundle_denoise
+from tfmq_export.served import bundle_denoise
+from tfmq_export.validate import as_images
 
 Rows = list[tuple[str, NDArray[np.float32]]]
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.errors import RecipeError
+from tfmq_export.pairs import PAIR_SUM
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,8 @@ class QuantSpec:
             raise RecipeError(f"bits must be in 2..8, got {self.bits}")
         if self.codes < 1 or (self.signed and self.codes > 1):
             raise RecipeError(f"codes must be at least 1, and 1 on a signed grid, got {self.codes}")
-        if self.pair_sum is not None and (self.axis is None or self.pair_sum < self.qmax):
-            raise RecipeError(f"only weights have pairs, of a sum that one of them may reach; got {self.pair_sum}")
+        if self.pair_sum is not None and (self.axis is None or self.pair_sum != PAIR_SUM):
+            raise RecipeError(f"only weights have pairs, and of {PAIR_SUM}; got {self.pair_sum} with axis {self.axis}")
 
     @property
     def qmin(self) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,11 +18,12 @@ from tfmq_export.adapt import adapt
 from tfmq_export.agreement import Agreement, LockStep
 from tfmq_export.bundle import Bundle
 from tfmq_export.config import Thresholds
-from tfmq_export.denoiser import Denoise, Denoiser
+from tfmq_export.denoiser import Denoiser
 from tfmq_export.errors import RecipeError
+from tfmq_export.kernels import compare_kernels, counted, few_rows, wrong_kernels
 from tfmq_export.models.load import load, source_of
 from tfmq_export.program import DiffusionProgram, capture
-from tfmq_export.progress import Progress, Silent
+from tfmq_export.progress import Progress, Silent, Step
 from tfmq_export.ptq.calibration import CalibrationStep, record
 from tfmq_export.ptq.simulate import program_for
 from tfmq_export.recipe import QuantRecipe
@@ -40,13 +40,17 @@ from tfmq_export.runtime.compare import (
     sqnr_db,
     ssim,
 )
-from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.denoiser import load as load_bundle
+from tfmq_export.runtime.machine import features, processor
 from tfmq_export.runtime.realized import realized_by_target
 from tfmq_export.runtime.receipt import Receipt
+from tfmq_export.runtime.self_test import SelfTest
+from tfmq_export.served import bundle_denoise, run_bundle
 from tfmq_export.target import find_target
 from tfmq_export.temporal_features import TemporalErrors, compare_temporal
-from tfmq_export.timesteps import timestep_vector
+
+FEW_IMAGES = 4  # drawn by the graph in floating point as well
+CLOSER = 3.0  # dB that kernels must be closer to their graph than the graph is to full precision
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +61,7 @@ class Validation:
         report: Comparisons and verdicts.
         receipt: Requested against realized precision.
         temporal: Every served temporal feature against full precision.
+        self_test: What the bundle must predict wherever it is served.
         reference_images: Drawn by the full-precision model, [N, C, H, W] in 0..1.
         images: Drawn by the compiled graph from the same noise.
     """
@@ -64,11 +69,16 @@ class Validation:
     report: Report
     receipt: Receipt
     temporal: TemporalErrors
+    self_test: SelfTest
     reference_images: NDArray[np.float32]
     images: NDArray[np.float32]
 
     def to_json(self) -> dict[str, object]:
-        found = {"precision": self.receipt.to_json(), "temporal": self.temporal.to_json()}
+        found = {
+            "precision": self.receipt.to_json(),
+            "temporal": self.temporal.to_json(),
+            "host": {"processor": processor(), "features": features()},
+        }
         return {**self.report.to_json(), **found, "temporal_tables": self.temporal.storage}
 
     def write(self, path: Path, extra: Mapping[str, object] | None = None) -> None:
@@ -139,7 +149,11 @@ def validate(
     noise, prompts = denoiser.noise(images, seed), denoiser.prompts(images)
     with progress.stage("Sampling in full precision") as step:
         trajectory, reference = record(denoiser, denoiser.module_denoise(), noise, prompts, step)
-    with load_bundle(subject.bundle.root) as loaded:
+    root = subject.bundle.root
+    with (
+        load_bundle(root, self_test=False) as loaded,
+        load_bundle(root, self_test=False, integer=False, backend="onnxruntime") as in_float,
+    ):
         with progress.stage("Sampling in integers") as step:
             _, compiled = record(denoiser, bundle_denoise(loaded), noise, prompts, step)
         with progress.stage("Comparing step by step") as step:
@@ -148,11 +162,19 @@ def validate(
                 prediction = run_bundle(loaded, denoiser, recorded.inputs)
                 per_step.append(sqnr_db(recorded.prediction.numpy(), prediction))
                 step(done, len(trajectory))
+        with progress.stage("Checking the kernels against the graph") as step:
+            kernels = compare_kernels(denoiser, trajectory, loaded, in_float)
+            few = noise[:FEW_IMAGES], {name: value[:FEW_IMAGES] for name, value in prompts.items()}
+            served, defined = (
+                record(denoiser, bundle_denoise(each), *few, _part(step, part, 2))[1]
+                for part, each in enumerate((loaded, in_float))
+            )
+            wrong = wrong_kernels(subject.bundle)
     reference_images, compiled_images, peak = as_images(reference, compiled)
     with progress.stage("Checking the graph against fake-quant") as step:
         agreements = _agreements(subject, trajectory, step)
     with progress.stage("Reading the optimized graph"):
-        receipt = realized_by_target(subject.bundle)
+        receipt = counted(realized_by_target(subject.bundle), wrong)
     tib = subject.carried_out.tib
     temporal = compare_temporal(subject.program, denoiser, tib, subject.bundle)
     similarity: tuple[Comparison, ...] = ()
@@ -163,6 +185,11 @@ def validate(
         Comparison.of("image PSNR (dB)", psnr(reference_images, compiled_images, peak)),
         *similarity,
         Comparison.of("noise-prediction SQNR per timestep (dB)", np.array(per_step)),
+        Comparison.of("integer kernels against the graph (dB)", kernels.sqnr),
+        Comparison.of("integer kernels at the ends of the range (dB)", kernels.extreme),
+        Comparison.of("images as served against the graph's (dB)", _psnr(defined, served)),
+        Comparison.of("the graph's images against full precision (dB)", _psnr(reference[:FEW_IMAGES], defined)),
+        Comparison.of("other pictures of the set (dB)", _others(reference_images, peak)),
         Comparison.of("temporal feature cosine", _or_one(temporal.cosine)),
         Comparison.of("temporal table exactness", _or_one(temporal.exact.astype(np.float64))),
         Comparison.of("agreement with fake-quant, lock-step (dB)", np.array([a.sqnr for a in agreements])),
@@ -171,10 +198,22 @@ def validate(
         Comparison.of("share of codes that differ", np.array([a.mismatch_rate for a in agreements])),
     )
     by_name = {comparison.metric: comparison for comparison in comparisons}
+    preset = subject.recipe.preset
+    drift = by_name["the graph's images against full precision (dB)"].median + CLOSER
     verdicts = (
-        Threshold("image PSNR (dB)", thresholds.psnr).judge(by_name["image PSNR (dB)"].mean),
+        Threshold("image PSNR (dB)", thresholds.psnr_of(preset)).judge(by_name["image PSNR (dB)"].mean),
         *(Threshold("image SSIM", thresholds.ssim).judge(found.mean) for found in similarity),
-        Threshold("noise-prediction SQNR (dB)", thresholds.sqnr).judge(float(np.mean(per_step))),
+        Threshold("noise-prediction SQNR (dB)", thresholds.sqnr_of(preset)).judge(float(np.mean(per_step))),
+        *(
+            Threshold(name, thresholds.kernels).judge(by_name[name].median)
+            for name in (
+                "integer kernels against the graph (dB)",
+                "integer kernels at the ends of the range (dB)",
+            )
+        ),
+        Threshold("images as served against the graph's (dB)", min(thresholds.kernels, drift)).judge(
+            by_name["images as served against the graph's (dB)"].median
+        ),
         Threshold("temporal feature cosine", thresholds.temporal_cosine_of(tib.source, tib.stored)).judge(
             by_name["temporal feature cosine"].lowest
         ),
@@ -183,30 +222,28 @@ def validate(
             by_name["agreement with fake-quant, lock-step (dB)"].lowest
         ),
     )
-    return Validation(Report(comparisons, verdicts), receipt, temporal, reference_images, compiled_images)
+    return Validation(
+        Report(comparisons, verdicts), receipt, temporal, kernels.self_test, reference_images, compiled_images
+    )
+
+
+def _psnr(reference: Tensor, images: Tensor) -> NDArray[np.float64]:
+    return psnr(*as_images(reference, images))
+
+
+def _others(images: NDArray[np.float32], peak: float) -> NDArray[np.float64]:
+    """PSNR of each image against the next one: what a picture of the same kind reaches by chance."""
+    return psnr(images, np.roll(images, 1, 0), peak)
+
+
+def _part(step: Step, part: int, parts: int) -> Step:
+    """Progress of one of several runs."""
+    return lambda done, total: step(part * total + done, parts * total)
 
 
 def _or_one(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """All values; 1 for a model without temporal features."""
     return values.reshape(-1) if values.size else np.ones(1)
-
-
-def bundle_denoise(loaded: LoadedBundle) -> Denoise:
-    """A compiled graph that stands in for the module in any sampler."""
-
-    def denoise(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
-        arrays = {name: value.detach().numpy() for name, value in conditioning.items()}
-        steps = timestep_vector(torch.as_tensor(timestep).numpy())
-        return torch.from_numpy(np.asarray(loaded(sample.detach().numpy(), steps, **arrays)))
-
-    return denoise
-
-
-def run_bundle(loaded: LoadedBundle, denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> NDArray[Any]:
-    """One prediction of a compiled graph on recorded model inputs."""
-    conditioning = dict(inputs)
-    sample, timestep = conditioning.pop(denoiser.sample), conditioning.pop(denoiser.timestep)
-    return bundle_denoise(loaded)(sample, timestep, **conditioning).numpy()
 
 
 def as_images(reference: Tensor, compiled: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
@@ -224,8 +261,6 @@ def _agreements(subject: Subject, trajectory: tuple[CalibrationStep, ...], step:
     lock_step = LockStep(subject.program, subject.carried_out, subject.bundle)
     found = []
     for done, recorded in enumerate(trajectory, start=1):
-        # The first and the last sample of the batch: with guidance one of each half.
-        few = {name: value if value.ndim == 0 else value[[0, -1]] for name, value in recorded.inputs.items()}
-        found.append(lock_step.compare(few))
+        found.append(lock_step.compare(few_rows(recorded.inputs)))
         step(done, len(trajectory))
     return found

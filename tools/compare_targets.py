@@ -37,8 +37,9 @@ from tfmq_export.runtime.denoiser import load as load_bundle
 from tfmq_export.runtime.openvino_runner import OpenVinoRunner
 from tfmq_export.runtime.realized import realized_by_target, realized_on_openvino
 from tfmq_export.runtime.receipt import Receipt
+from tfmq_export.served import bundle_denoise
 from tfmq_export.target import find_target
-from tfmq_export.validate import Subject, as_images, bundle_denoise
+from tfmq_export.validate import Subject, as_images
 
 BF16 = "openvino, bf16 rest"
 NUDGE = 1e-6

@@ -25,7 +25,7 @@ from tfmq_export.ptq.simulate import Simulation, program_for
 from tfmq_export.recipe_io import load_recipe
 from tfmq_export.runtime.compare import as_pictures
 from tfmq_export.runtime.denoiser import load as load_bundle
-from tfmq_export.validate import bundle_denoise
+from tfmq_export.served import bundle_denoise
 
 SEED = 1  # as the images of tools/ablate.py
 

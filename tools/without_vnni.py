@@ -6,8 +6,8 @@
 ONNX Runtime and OpenVINO ask the CPU once which kernels it can run (the instruction ``cpuid``). Here they run from
 copies in which that instruction is an invalid one, and a handler answers for it, without AVX-512, VNNI and AMX. So they
 choose the kernels of AMD Zen 1 to 3 and Intel Haswell to Skylake, ``vpmaddubsw`` and its 16-bit sums among them, which
-the CPU then really executes. Needs gcc, objdump and x86-64 Linux; the copies lie in ``--cache``. /proc/cpuinfo, which
-reports quote, still shows the real CPU.
+the CPU then really executes; /proc/cpuinfo, which reports quote, says the same. Needs gcc, objdump and x86-64 Linux;
+the copies lie in ``--cache``.
 """
 
 import argparse
@@ -28,14 +28,20 @@ ENGINES = ("onnxruntime", "openvino")
 NOT_NEEDED = ("*providers_cuda*", "*providers_tensorrt*", "*gpu_plugin*", "*npu_plugin*", "__pycache__")
 ASKING = ("onnxruntime/capi/*.so*", "openvino/libs/libopenvino.so*", "openvino/libs/libopenvino_intel_cpu_plugin.so")
 CPUID, INVALID = b"\x0f\xa2", b"\x0f\x0b"
+NEWER = re.compile(r" (avx512\w*|avx_vnni\w*|amx_\w+)")
+"""Words of /proc/cpuinfo for what such a CPU lacks."""
 LOAD = 1  # an ELF segment that is mapped
 
 HANDLER = r"""
 #define _GNU_SOURCE
 #include <cpuid.h>
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #include <ucontext.h>
 
 #define BIT(n) (1u << (n))
@@ -64,6 +70,30 @@ static void answer(int number, siginfo_t *info, void *context) {
 int sigaction(int number, const struct sigaction *new, struct sigaction *old) {
   if (!kernel_sigaction) kernel_sigaction = dlsym(RTLD_NEXT, "sigaction");
   return kernel_sigaction(number, number == SIGILL ? 0 : new, old);
+}
+
+/* What the processor says of itself in words has to agree. */
+static int opened(const char *name, const char *path, int flags, int mode) {
+  int (*open_file)(const char *, int, ...) = dlsym(RTLD_NEXT, name);
+  return open_file(strcmp(path, "/proc/cpuinfo") ? path : getenv("WITHOUT_VNNI_CPUINFO"), flags, mode);
+}
+
+static int mode_of(int flags, va_list rest) { return flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, int) : 0; }
+
+int open(const char *path, int flags, ...) {
+  va_list rest;
+  va_start(rest, flags);
+  int mode = mode_of(flags, rest);
+  va_end(rest);
+  return opened("open", path, flags, mode);
+}
+
+int open64(const char *path, int flags, ...) {
+  va_list rest;
+  va_start(rest, flags);
+  int mode = mode_of(flags, rest);
+  va_end(rest);
+  return opened("open64", path, flags, mode);
 }
 
 __attribute__((constructor)) static void start(void) {
@@ -102,12 +132,14 @@ def prepared(cache: Path) -> dict[str, str]:
             fill(Path(partial) / "made", {name: Path(str(spec.origin)).parent for name, spec in installed.items()})
             (Path(partial) / "made").rename(folder)
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "LD_PRELOAD": str(folder / "handler.so")}
+    environment = {"LD_PRELOAD": str(folder / "handler.so"), "WITHOUT_VNNI_CPUINFO": str(folder / "cpuinfo")}
+    return {"PYTHONPATH": os.pathsep.join(paths), **environment}
 
 
 def fill(folder: Path, packages: dict[str, Path]) -> None:
     """Compile the handler, and copy the engines with their questions replaced."""
     folder.mkdir()
+    (folder / "cpuinfo").write_text(NEWER.sub("", Path("/proc/cpuinfo").read_text()))
     (folder / "handler.c").write_text(HANDLER)
     compiler = ["gcc", "-O1", "-shared", "-fPIC", str(folder / "handler.c"), "-o", str(folder / "handler.so"), "-ldl"]
     subprocess.run(compiler, check=True)

@@ -20,7 +20,7 @@ from tfmq_export.passes.graph import import_graph
 from tfmq_export.passes.tabulate_tib import computed_from_time
 from tfmq_export.runtime import load
 from tfmq_export.runtime.compare import sqnr_db
-from tfmq_export.validate import bundle_denoise
+from tfmq_export.served import bundle_denoise
 
 CASES = [(name, preset) for name in FACTORIES for preset in ("w8a8", "w4a8")] + [("edm", "fp32")]
 

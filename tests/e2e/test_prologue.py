@@ -37,8 +37,8 @@ from tfmq_export.recipe import QuantRecipe, TableType
 from tfmq_export.runtime import load as load_bundle
 from tfmq_export.runtime.compare import sqnr_db
 from tfmq_export.runtime.ort_runner import OrtRunner
+from tfmq_export.served import bundle_denoise
 from tfmq_export.target import find_target
-from tfmq_export.validate import bundle_denoise
 
 ANYTHING = Thresholds(psnr=-100, sqnr=-100)
 """Random weights draw nothing worth comparing; agreement with fake-quant is judged all the same."""

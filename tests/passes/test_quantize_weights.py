@@ -23,8 +23,11 @@ from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.insert_qdq import InsertQdq
 from tfmq_export.passes.quantize_weights import QuantizeWeights
 from tfmq_export.passes.rescale_inputs import RescaleInputs
+from tfmq_export.ptq.error_feedback import feedback_codes
+from tfmq_export.ptq.pairs import Pairs
+from tfmq_export.ptq.weights import nearest_codes, search_weight_scale
 from tfmq_export.recipe import WEIGHT_REACH, LayerRecipe
-from tfmq_export.spec import QuantSpec
+from tfmq_export.spec import QParams, QuantSpec
 
 
 def linear_model(op: str, weight: NDArray, bias: NDArray) -> onnx.ModelProto:
@@ -229,6 +232,101 @@ def test_an_integer_at_the_end_excuses_no_weight_inside_the_grid() -> None:
 
     with pytest.raises(PostconditionError, match="not a rounding of this weight"):
         run_passes(graph, [rewrite])
+
+
+def with_pairs(weight: NDArray, scale: NDArray, codes: NDArray) -> LayerRecipe:
+    """A layer of these integers, on a grid whose pairs add up to 128 at most."""
+    plain = layer_recipe("conv2d", "conv", weight, grid(0.03, 0), grid(0.1, 0))
+    held = QParams(QuantSpec(8, axis=0, pair_sum=128), scale.astype(np.float32), np.zeros(len(scale), np.int32))
+    return replace(plain, weight=held, weight_codes=codes.astype(np.int8))
+
+
+# Channels 2j and 2j + 1 are a pair: in steps of the grid, and the integers that such pairs may get.
+WANTED = np.float32([[100, 90, -3, 7], [-150, -20, 110, 40], [127, 1, -128, -60], [120, -120, 5, 5]])
+HELD = np.int8([[69, 59, -3, 7], [-128, 0, 99, 29], [127, 1, -98, -30], [120, -120, 5, 5]])
+STEP = np.float32([0.01, 0.02, 0.03, 0.04])
+PAIRED = (WANTED * STEP[:, None]).reshape(4, 4, 1, 1)
+
+
+@pytest.mark.parametrize("moved", [np.int8([0, 0, 0, 0]), np.int8([2, -2, 2, -2])])
+def test_a_pair_that_was_too_large_may_have_given_up_what_it_had_too_much(moved: NDArray[np.int8]) -> None:
+    codes = HELD.copy()
+    codes[[0, 3]] += moved
+    layer = with_pairs(PAIRED, STEP, codes.reshape(PAIRED.shape))
+
+    graph, rewrite = bound_graph(layer, PAIRED)
+
+    assert (np.abs(WANTED - codes) > 30).any()
+    (report,) = run_passes(graph, [rewrite])
+    assert report.changed == ("net.conv2d",)
+
+
+def test_without_pairs_no_weight_gives_anything_up() -> None:
+    held = with_pairs(PAIRED, STEP, HELD.reshape(PAIRED.shape))
+    free = replace(held, weight=replace(held.weight, spec=QuantSpec(8, axis=0)))
+    graph, rewrite = bound_graph(free, PAIRED)
+
+    with pytest.raises(PostconditionError, match="not a rounding of this weight"):
+        run_passes(graph, [rewrite])
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 3), (3, 0)])
+def test_an_integer_three_steps_from_what_its_pair_may_hold_is_refused(place: tuple[int, int]) -> None:
+    codes = HELD.copy()
+    codes[place] -= 3 * np.sign(WANTED[place]).astype(np.int8)  # so that the pair is kept
+    graph, rewrite = bound_graph(with_pairs(PAIRED, STEP, codes.reshape(PAIRED.shape)), PAIRED)
+
+    with pytest.raises(PostconditionError, match="not a rounding of this weight"):
+        run_passes(graph, [rewrite])
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.9])
+def test_a_grid_with_pairs_knows_another_models_weight(factor: float) -> None:
+    layer = with_pairs(PAIRED, STEP, HELD.reshape(PAIRED.shape))
+    for other in (PAIRED * np.float32(factor), normal(5, *PAIRED.shape), PAIRED[:, [0, 2, 1, 3]]):
+        graph, rewrite = bound_graph(layer, other)
+
+        with pytest.raises(PostconditionError, match="not a rounding of this weight"):
+            run_passes(graph, [rewrite])
+
+
+PAIR_LAYERS = [(8, 6, 3, 3), (8, 5, 3, 3), (8, 6, 1, 1), (8, 5, 1, 1)]
+
+
+@pytest.mark.parametrize("tightness", [1.0, 0.5])
+@pytest.mark.parametrize("shape", PAIR_LAYERS)
+def test_the_integers_that_are_chosen_with_pairs_are_known_again(shape: tuple[int, ...], tightness: float) -> None:
+    weight, spec = torch.from_numpy(normal(0, *shape)), QuantSpec(8, axis=0, pair_sum=128)
+    pairs = Pairs.of(weight, 1, 1)
+    scale = tightness * search_weight_scale(weight, spec, pairs=pairs)
+    x = torch.from_numpy(normal(1, 200, weight[0].numel()))
+    nearest = nearest_codes(weight, scale, spec, pairs)
+    fed_back = feedback_codes(weight, scale, spec, [(x.T @ x)[None]], pairs)
+
+    for codes in (nearest, fed_back):
+        graph, rewrite = bound_graph(with_pairs(weight.numpy(), scale.numpy(), codes.numpy()), weight.numpy())
+
+        (report,) = run_passes(graph, [rewrite])
+        assert report.changed == ("net.conv2d",)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_weight_beyond_the_grid_may_leave_its_end_to_its_neighbour(sign: float) -> None:
+    # What the third weight loses, the second makes up for with 2; of their 128 that leaves 126, one less than the end.
+    weight, pairs = torch.tensor([[128.28, 0.1, 40.45, 0.0]]) * sign, Pairs(torch.tensor([1, 0, 3, 2]))
+    third = torch.from_numpy(normal(0, 200))
+    x = torch.from_numpy(normal(1, 200, 4)) * 0.1
+    x[:, 1] += third
+    x[:, 2] = 20 * third
+    spec = QuantSpec(8, axis=0, pair_sum=128)
+
+    codes = feedback_codes(weight, torch.ones(1), spec, [(x.T @ x)[None]], pairs)
+
+    assert codes[0, :2].tolist() == [126 * sign, 2 * sign]
+    weight, codes = (each.numpy().reshape(1, 4, 1, 1) for each in (weight, codes))
+    graph, rewrite = bound_graph(with_pairs(weight, np.ones(1), codes), weight)
+    (report,) = run_passes(graph, [rewrite])
+    assert report.changed == ("net.conv2d",)
 
 
 def test_integers_of_another_shape_are_refused() -> None:

@@ -7,13 +7,14 @@ from onnx_graphs import normal
 from toy_recipes import activation_grid, layer_recipe, recipe_with, softmax_grid
 
 from tfmq_export.errors import RecipeError
-from tfmq_export.recipe import FloatLayer, TemporalTable, TibRecipe, TimestepGrids
+from tfmq_export.recipe import FloatLayer, LayerRecipe, TemporalTable, TibRecipe, TimestepGrids
 from tfmq_export.spec import QParams, QuantSpec
 from tfmq_export.timesteps import TimestepSet
 
 X = activation_grid(np.float32([-1, 1]))
 CONV = layer_recipe("conv2d", "conv", normal(0, 4, 3, 3, 3), X, X)
 LINEAR = layer_recipe("linear", "linear", normal(0, 4, 3), X, bits=4)
+BYTES = layer_recipe("linear", "linear", normal(0, 4, 3), X)
 
 
 def grid(spec: QuantSpec, scale: object, zero_point: object) -> QParams:
@@ -35,6 +36,95 @@ def grid(spec: QuantSpec, scale: object, zero_point: object) -> QParams:
 def test_invalid_layers_cannot_exist(changes: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=rf"net\.conv2d: .*{message}"):
         replace(CONV, **changes)
+
+
+def paired(layer: LayerRecipe, rows: list[list[int]], **changes: object) -> LayerRecipe:
+    """A layer of these integers whose grid says that no two neighbours add up to more than 128."""
+    spec = replace(layer.weight.spec, pair_sum=128)
+    codes = np.int8(rows).reshape(len(rows), -1, *[1] * (layer.weight_codes.ndim - 2))
+    ones = np.ones(len(rows), np.float32)
+    return replace(layer, weight=grid(spec, ones, np.zeros(len(rows))), weight_codes=codes, **changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        ([[100, 28, -3, 5], [-128, 0, 127, -128]], {}),
+        ([[64, 64, 64, 64], [-1, -127, -64, -64]], {}),
+        ([[28, 100, 100, 28]], {}),  # the second and the third are no neighbours
+        ([[64, -64, 64], [64, 64, 64]], {}),  # the last of an odd number
+        ([[32, 32, 127, 1]], {"pts_exponent": np.int8([0, 0, -1, -1])}),
+    ],
+)
+@pytest.mark.parametrize("layer", [CONV, BYTES])
+def test_integers_up_to_what_their_grid_says_are_accepted(
+    layer: LayerRecipe, rows: list[list[int]], changes: dict[str, object]
+) -> None:
+    assert paired(layer, rows, **changes).largest_pair == 128
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "sum_"),
+    [
+        ([[100, 29, -3, 5], [1, 2, 3, 4]], {}, 129),
+        ([[1, 2, 3, 4], [5, 5, -1, -128]], {}, 129),
+        ([[127, 127, 0, 0]], {}, 254),
+        ([[1, 2, 65]], {}, 130),  # whom the last of an odd number is beside depends on the kernel
+        ([[32, 33, 127, 1]], {"pts_exponent": np.int8([0, 0, -1, -1])}, 130),
+        ([[40, 40, 1, 1]], {"pts_exponent": np.int8([-1, 0, 0, -4])}, 960),
+    ],
+)
+@pytest.mark.parametrize("layer", [CONV, BYTES])
+def test_integers_that_break_the_pairs_of_their_grid_cannot_exist(
+    layer: LayerRecipe, rows: list[list[int]], changes: dict[str, object], sum_: int
+) -> None:
+    message = rf"{layer.path}: two neighbouring weights add up to {sum_}, their grid says 128"
+    with pytest.raises(RecipeError, match=message):
+        paired(layer, rows, **changes)
+
+
+def test_integers_of_a_grid_without_pairs_are_free() -> None:
+    assert CONV.weight.spec.pair_sum is None
+    assert CONV.largest_pair > 128
+
+
+def test_shifts_alone_can_break_pairs() -> None:
+    spec, exponent = QuantSpec(4, axis=0, pair_sum=128), np.int8([0, 0, -4, -4])
+    codes = np.int8([[7, 2, 7, 7]])
+    narrow = replace(LINEAR, weight=grid(spec, [1.0], [0]), weight_codes=codes)
+
+    assert narrow.largest_pair == 14
+    with pytest.raises(RecipeError, match=r"net\.linear: two neighbouring weights add up to 144, their grid says 128"):
+        replace(narrow, pts_exponent=exponent)
+
+
+def test_exponents_that_do_not_fit_are_refused_by_name_on_a_grid_with_pairs() -> None:
+    with pytest.raises(RecipeError, match=r"net\.conv2d: PTS needs an int8 exponent per input channel"):
+        paired(CONV, [[1, 2, 3, 4]], pts_exponent=np.int8([0, 0, 0]))
+
+
+@pytest.mark.parametrize("bits", [6, 7])
+def test_narrow_inputs_saturate_nothing(bits: int) -> None:
+    narrow = activation_grid(np.float32([-1, 1]), bits)
+
+    layer = paired(CONV, [[127, 127, 127, 127]], input=narrow)
+
+    assert layer.largest_pair == 0
+
+
+def test_a_depthwise_convolution_has_no_pairs() -> None:
+    depthwise = paired(CONV, [[127]] * 3, groups=3)
+
+    assert depthwise.neighbours is None
+    assert depthwise.largest_pair == 0
+
+
+def test_stacked_inputs_leave_odd_channels_no_neighbour() -> None:
+    rows = [[1, 127, 64]]  # safe on one code; the 127 is beside 64 on two
+    assert paired(CONV, rows).largest_pair == 128
+
+    with pytest.raises(RecipeError, match="add up to 254"):
+        paired(CONV, rows, input=activation_grid(np.float32([-1, 1]), codes=2))
 
 
 @pytest.mark.parametrize("end", ["input", "output"])

@@ -114,6 +114,33 @@ def test_groups_survive_saving(tmp_path: Path) -> None:
     assert_same(load_recipe(tmp_path), recipe)
 
 
+def with_pairs(layer: LayerRecipe) -> LayerRecipe:
+    """The layer with integers small enough for the pairs that its grid now has."""
+    spec = replace(layer.weight.spec, pair_sum=128)
+    return replace(layer, weight=replace(layer.weight, spec=spec), weight_codes=layer.weight_codes // 2)
+
+
+def test_what_pairs_may_add_up_to_survives_saving(tmp_path: Path) -> None:
+    recipe = recipe_for(conv_net())
+    first, *others = recipe.layers
+    recipe = replace(recipe, layers=(with_pairs(first), *others))
+
+    save_recipe(recipe, tmp_path)
+
+    assert_same(load_recipe(tmp_path), recipe)
+    specs = [layer.weight.spec for layer in load_recipe(tmp_path).layers]
+    assert [spec.pair_sum for spec in specs] == [128] + [None] * len(others)
+
+
+def test_a_recipe_from_before_there_were_pairs_is_read(tmp_path: Path) -> None:
+    recipe = recipe_for(conv_net())
+
+    save_recipe(recipe, tmp_path)
+
+    assert "pair_sum" not in (tmp_path / "recipe.json").read_text()
+    assert_same(load_recipe(tmp_path), recipe)
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=5, unique=True))
 def test_real_timesteps_survive_to_the_bit(tmp_path: Path, values: list[float]) -> None:
@@ -235,6 +262,10 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
         (edit(lambda d: d["layers"][0]["weight"].update(bits=99)), r"bits must be in 2\.\.8"),
         (edit(lambda d: d["layers"][0]["weight"].update(bits="8")), "not a readable recipe"),
         (edit(lambda d: d["layers"][0]["input"].update(codes=0)), "codes must be at least 1"),
+        (edit(lambda d: d["layers"][0]["weight"].update(pair_sum=128)), "two neighbouring weights add up to"),
+        (edit(lambda d: d["layers"][0]["weight"].update(pair_sum=12)), "only weights have pairs"),
+        (edit(lambda d: d["layers"][0]["weight"].update(pair_sum="128")), "only weights have pairs"),
+        (edit(lambda d: d["layers"][0]["input"].update(pair_sum=255)), "only weights have pairs"),
         (edit(lambda d: d["layers"][0].pop("groups")), "not a readable recipe"),
         (edit(lambda d: d.pop("splits")), "not a readable recipe"),
         (edit(lambda d: d.pop("products")), "not a readable recipe"),

@@ -4,6 +4,10 @@ from typing import TYPE_CHECKING
 
 from tfmq_export.bundle import prologue_folder
 from tfmq_export.console import out, size, table
+from tfmq_export.runtime.machine import described
+
+POOR = 18.0
+"""dB. Below it a picture differs from the model's own in more than details; a blur of 4 pixels has 16."""
 
 if TYPE_CHECKING:
     from tfmq_export.bundle import Bundle
@@ -22,14 +26,20 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
     products = receipt.counts("attention")
     attention = f"{products[0]}/{products[1]} attention products, " if products[1] else ""
     emulated = sorted({row.emulated for row in receipt.rows if row.emulated})
+    kernels = by_name["integer kernels against the graph (dB)"]
     rows = [
-        ("images", f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}, {len(psnr.values)} images"),
+        (
+            "images",
+            f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}, {len(psnr.values)} images"
+            f"{_in_words(psnr.mean, by_name['other pictures of the set (dB)'].mean)}",
+        ),
         ("noise prediction", f"SQNR {sqnr.mean:.1f} dB, worst timestep {sqnr.lowest:.1f}"),
         (
             "temporal features",
             f"cosine {cosine.lowest:.7f} at worst, {len(manifest.timesteps)} timesteps{_tables(validation)}",
         ),
         ("graph = fake-quant", f"{agreement.lowest:.0f} dB at worst, layer by layer in lock-step"),
+        ("kernels = graph", f"{kernels.median:.0f} dB (median of {len(kernels.values)} timesteps), on {described()}"),
         (
             "in integers",
             f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear layers, "
@@ -46,6 +56,17 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
         paths = [layer.path for layer in kept if layer.reason == reason]
         shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
         out.print(f"in floating point: {len(paths)} layers ({shown}): {reason}", markup=False, highlight=False)
+
+
+def _in_words(psnr: float, others: float) -> str:
+    """A warning where the pictures are not the model's own any more.
+
+    Args:
+        others: PSNR of two different pictures of the set, dB.
+    """
+    if psnr >= POOR:
+        return ""
+    return f"; POOR: not the same pictures any more (two different ones have {others:.1f} dB)"
 
 
 def _tables(validation: "Validation") -> str:

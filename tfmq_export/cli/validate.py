@@ -1,19 +1,26 @@
-"""tfmq-validate: a bundle against the model it came from."""
+"""tfmq-validate: a bundle against the model it came from, or on the host that will serve it."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tfmq_export.cli.options import Against, BundleFolder, Factory, MinPsnr, MinSqnr, MinSsim, Quiet, require_folder_of
+from tfmq_export.cli.options import BundleFolder, Factory, MinPsnr, MinSqnr, MinSsim, Quiet, require_folder_of
 from tfmq_export.cli.result import show
-from tfmq_export.console import bars, reports_errors
+from tfmq_export.console import bars, out, reports_errors
+from tfmq_export.errors import ConfigError
 
 
 @reports_errors
 def validate(
     bundle: BundleFolder,
-    against: Against,
+    against: Annotated[
+        Path | None, typer.Option(help="The full-precision model the bundle came from.", show_default=False)
+    ] = None,
+    host: Annotated[
+        bool,
+        typer.Option("--host", help="Only ask whether this host's kernels compute what was proven: no MODEL."),
+    ] = False,
     factory: Factory = None,
     images: Annotated[int, typer.Option(min=1, help="Images to compare.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 1,
@@ -29,6 +36,12 @@ def validate(
     """Compare a bundle with the model it came from, on the same noise; exits with 6 on a miss."""
     from tfmq_export.bundle import open_bundle
     from tfmq_export.config import load_config
+
+    if host:
+        _on_this_host(bundle)
+        return
+    if against is None:
+        raise ConfigError("give the model to compare with, --against MODEL, or --host for this host's kernels alone")
 
     thresholds = load_config(
         None, {"thresholds.psnr": min_psnr, "thresholds.ssim": min_ssim, "thresholds.sqnr": min_sqnr}
@@ -49,3 +62,16 @@ def validate(
     if not allow_precision_loss:
         validation.receipt.raise_if_lost()
     validation.report.raise_if_failed()
+
+
+def _on_this_host(root: Path) -> None:
+    """The bundle's self-test, and what it found."""
+    from tfmq_export.runtime.denoiser import load
+    from tfmq_export.runtime.self_test import require_host
+
+    with load(root, verify=True, self_test=False) as loaded:
+        found = loaded.check_host()
+        if found is None:
+            raise ConfigError(f"{root}: brings no self-test; an older version wrote it, compile the model again")
+        require_host(loaded.bundle, found)
+    out.print(f"{root}: {found.describe()}", markup=False, highlight=False)

@@ -41,7 +41,7 @@ class Pairs:
         return torch.where(rows * other > 0, (rows + other).abs(), torch.zeros_like(rows))
 
     def within(self, rows: Tensor) -> Tensor:
-        """The nearest real weights that keep the rule: what a pair has too much, both give up alike.
+        """Real weights that keep the rule, the nearest inside the grid: what a pair has too much, both give up alike.
 
         Args:
             rows: In steps of the grid, [out, n].

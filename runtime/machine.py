@@ -24,6 +24,17 @@ def features() -> str:
     return " ".join(feature for feature in FEATURES if feature in there)
 
 
+def adds_in_16_bits() -> bool:
+    """Whether kernels for u8 x s8 add pairs of products in 16 bits here: on x86 without VNNI (``pairs.py``)."""
+    there = features().split()
+    return "avx2" in there and not {"avx_vnni", "avx512_vnni", "amx_int8"} & set(there)
+
+
+def described() -> str:
+    """Processor and features in one line."""
+    return f"{processor()} ({features() or 'instruction sets unknown'})"
+
+
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Of the packages that are installed."""
     found = {}
