@@ -60,10 +60,16 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(
-        cls, root: str | Path, *, backend: str = "auto", threads: int | None = None, verify: bool = False
+        cls,
+        root: str | Path,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        verify: bool = False,
+        self_test: bool = True,
     ) -> "CompiledDenoiser":
         """Open a bundle; options and errors are those of ``tfmq_export.runtime.load``."""
-        return cls(load(Path(root), backend=backend, threads=threads, verify=verify))
+        return cls(load(Path(root), backend=backend, threads=threads, verify=verify, self_test=self_test))
 
     def save_pretrained(self, *args: object, **options: object) -> None:
         """Not from here: the bundle is what is saved.

@@ -25,7 +25,7 @@ def failures(gate: Path, bundle: Path | None = None) -> dict[str, str]:
     with pytest.raises(AccuracyError) as caught:
         check_release(gate, bundle)
     text = str(caught.value)
-    parts = re.split(r"^(files|receipt|predictions|images|model): ", text, flags=re.MULTILINE)
+    parts = re.split(r"^(files|host|receipt|predictions|images|model): ", text, flags=re.MULTILINE)
     assert " does not pass " in parts[0]
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -33,7 +33,7 @@ def failures(gate: Path, bundle: Path | None = None) -> dict[str, str]:
 def test_a_good_bundle_passes_every_check(gate_file: Write) -> None:
     results = check_release(gate_file("sqnr = 30\npsnr = 30", "integer_share = 0.8", LOOSE))
 
-    assert [result.check for result in results] == ["files", "receipt", "predictions", "images", "model"]
+    assert [result.check for result in results] == ["files", "host", "receipt", "predictions", "images", "model"]
     assert all(result.passed for result in results)
     said = {result.check: result.summary for result in results}
     assert "45 of 45 layers in integers" in said["receipt"]
@@ -128,9 +128,9 @@ def test_a_truncated_graph_fails_everything_and_says_why(release: Any, gate_file
 
     said = failures(gate_file(), tmp_path / "out")
 
-    assert said.keys() == {"files", "receipt", "predictions", "images"}
+    assert said.keys() == {"files", "host", "receipt", "predictions", "images"}
     assert "(truncated or altered)" in said["files"]
-    for check in ("receipt", "predictions", "images"):
+    for check in ("host", "receipt", "predictions", "images"):
         assert said[check].startswith("could not be checked\n")
         assert "ONNX Runtime refuses this graph" in said[check]
 

@@ -45,7 +45,7 @@ def test_every_check_is_a_test_that_needs_no_torch_and_no_onnx(gate_file: Callab
     done = gate(gate_file("sqnr = 30", "integer_share = 0.8"), f"--junit-xml={tmp_path / 'junit.xml'}")
 
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("files", "receipt", "predictions", "images"):
+    for name in ("files", "host", "receipt", "predictions", "images"):
         assert f"tiny.gate.toml::{name} PASSED" in done.stdout
     said = {item.get("name"): item.get("value") for item in ElementTree.parse(tmp_path / "junit.xml").iter("property")}
     assert "45 of 45 layers in integers" in said["tfmq receipt"]
@@ -57,7 +57,7 @@ def test_a_failure_is_the_report_and_nothing_else(gate_file: Callable[..., Path]
     done = gate(gate_file("sqnr = 30\npsnr = 60"), "--tfmq-bundle", root)
 
     assert done.returncode == 1
-    assert "2 failed, 2 passed" in done.stdout
+    assert "3 failed, 2 passed" in done.stdout
     assert str(root) in done.stdout
     assert re.search(r"  timestep 666: SQNR [-\d.]+ dB, asked >= 30", done.stdout)
     assert "next: compare with the float model" in done.stdout
@@ -71,7 +71,7 @@ def test_images_that_cannot_be_compared_are_skipped_not_passed(gate_file: Callab
     done = gate(gate_file(f'file = "{tmp_path / "small.golden.json"}"', bundle=bundle.root))
 
     assert "tiny.gate.toml::images SKIPPED" in done.stdout
-    assert "3 passed, 1 skipped" in done.stdout
+    assert "3 passed, 2 skipped" in done.stdout
 
 
 def test_a_float_model_without_torch_says_what_is_missing(gate_file: Callable[..., Path]) -> None:
@@ -117,4 +117,4 @@ def test_the_guides_example_runs_as_it_stands(release: Any, tmp_path: Path, monk
     exec(documented("gate-python"), {})  # raises where a check fails
 
     assert done.returncode == 0, done.stdout
-    assert "4 passed" in done.stdout
+    assert "5 passed" in done.stdout

@@ -12,7 +12,7 @@ from tfmq_export.bench.job import Ready, Turn
 from tfmq_export.bundle import Bundle
 from tfmq_export.replaced import replaced_file
 from tfmq_export.runtime.benchmark import Timing
-from tfmq_export.runtime.machine import features, processor, versions
+from tfmq_export.runtime.machine import adds_in_16_bits, features, processor, versions
 
 LATENCY = ("", "median ms", "p10", "p90", "p99", "speed", "per s")
 COSTS = ("", "cpu ms", "cores", "ours", "load s", "peak MB")
@@ -128,6 +128,14 @@ class Setting:
     def rounds(self) -> int:
         return self.rows[0].timing.count
 
+    def no_faster(self) -> str:
+        """Which bundles gain no speed on this processor, and why that may be; empty where all do."""
+        slow = [row.name for row in self.rows if row.bundle and row.name != self.base and row.speedup <= 1]
+        if not slow:
+            return ""
+        why = ": without VNNI it has no fast 8-bit products, so the gain is size" if adds_in_16_bits() else ""
+        return f"no faster than {self.base} on this processor{why}: {', '.join(slow)}"
+
     def ran(self) -> dict[str, list[str]]:
         """Names of the candidates that ran on the same, by what that is."""
         found: dict[str, list[str]] = {}
@@ -175,6 +183,7 @@ class BenchReport:
                     "batch": setting.batch,
                     "rounds": setting.rounds,
                     "baseline": setting.base,
+                    "no_faster": setting.no_faster(),
                     "candidates": {row.name: row.to_json(setting.batch) for row in setting.rows},
                     "not_run": {item.name: item.reason for item in setting.missing},
                 }

@@ -65,6 +65,8 @@ def bench(
         table("", [row.costs() for row in setting.rows], COSTS)
         for ran, runners in setting.ran().items():
             out.print(f"ran on {ran}: {', '.join(runners)}", markup=False, highlight=False)
+        if note := setting.no_faster():
+            out.print(note, markup=False, highlight=False)
         for item in setting.missing:
             out.print(f"not run: {item.name}: {item.reason}", markup=False, highlight=False)
         out.print()

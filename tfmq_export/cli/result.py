@@ -11,6 +11,8 @@ POOR = 18.0
 
 if TYPE_CHECKING:
     from tfmq_export.bundle import Bundle
+    from tfmq_export.runtime.compare import Comparison
+    from tfmq_export.runtime.receipt import Receipt
     from tfmq_export.validate import Validation
 
 
@@ -26,7 +28,6 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
     products = receipt.counts("attention")
     attention = f"{products[0]}/{products[1]} attention products, " if products[1] else ""
     emulated = sorted({row.emulated for row in receipt.rows if row.emulated})
-    kernels = by_name["integer kernels against the graph (dB)"]
     rows = [
         (
             "images",
@@ -39,7 +40,7 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
             f"cosine {cosine.lowest:.7f} at worst, {len(manifest.timesteps)} timesteps{_tables(validation)}",
         ),
         ("graph = fake-quant", f"{agreement.lowest:.0f} dB at worst, layer by layer in lock-step"),
-        ("kernels = graph", f"{kernels.median:.0f} dB (median of {len(kernels.values)} timesteps), on {described()}"),
+        *_kernels_row(receipt, by_name["integer kernels against the graph (dB)"]),
         (
             "in integers",
             f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear layers, "
@@ -56,6 +57,13 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
         paths = [layer.path for layer in kept if layer.reason == reason]
         shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
         out.print(f"in floating point: {len(paths)} layers ({shown}): {reason}", markup=False, highlight=False)
+
+
+def _kernels_row(receipt: "Receipt", found: "Comparison") -> list[tuple[str, str]]:
+    """How near this host's integers are to the graph, where there are any."""
+    if not any(row.layer.activation_bits for row in receipt.rows):
+        return []
+    return [("kernels = graph", f"{found.median:.0f} dB, median of {len(found.values)} timesteps, on {described()}")]
 
 
 def _in_words(psnr: float, others: float) -> str:

@@ -71,6 +71,7 @@ def checks_of(gate: Gate) -> tuple[str, ...]:
     """Names of the checks a gate asks for, from the quickest."""
     return (
         "files",
+        "host",
         "receipt",
         *(("predictions", "images") if gate.golden else ()),
         *(("model",) if gate.model else ()),
@@ -89,6 +90,15 @@ def run_check(gate: Gate, name: str) -> Result:
 def _files(gate: Gate, bundle: Bundle) -> Result:
     bundle.verify()
     return Result("files", f"{len(bundle.manifest.files)} files are those of the manifest")
+
+
+def _host(gate: Gate, bundle: Bundle) -> Result:
+    with load(bundle.root, self_test=False) as loaded:
+        found = loaded.check_host()
+    if found is None:
+        return Result("host", "not asked: the bundle brings no self-test; compile it again", skipped=True)
+    problems = () if found.passed else (f"prediction: SQNR {found.sqnr:.1f} dB, asked >= {found.limit:.1f}",)
+    return Result("host", found.describe(), problems, "compile for --cpus any, or serve it where its kernels are right")
 
 
 def _receipt(gate: Gate, bundle: Bundle) -> Result:
@@ -111,7 +121,7 @@ def _receipt(gate: Gate, bundle: Bundle) -> Result:
 
 def _predictions(gate: Gate, bundle: Bundle) -> Result:
     golden, bounds, probe = _asked(gate, bundle)
-    with load(bundle.root) as loaded:
+    with load(bundle.root, self_test=False) as loaded:
         answers = [Sketch.of(answer) for answer in predictions(loaded, probe)]
     found = [expected.sqnr_to(answer) for expected, answer in zip(golden.predictions, answers, strict=True)]
     rms = [
@@ -142,7 +152,7 @@ def _images(gate: Gate, bundle: Bundle) -> Result:
             f"and this bundle's sampler is {bundle.manifest.sampler.kind}",
             skipped=True,
         )
-    with load(bundle.root) as loaded:
+    with load(bundle.root, self_test=False) as loaded:
         drawn = images(loaded, probe)
     if drawn is None:
         raise AccuracyError(f"{bundle.root} has no DDIM schedule to draw the golden's images with; compile it again")
@@ -196,6 +206,7 @@ def _asked(gate: Gate, bundle: Bundle) -> tuple[Golden, GoldenBounds, Probe]:
 
 _CHECKS: Mapping[str, Callable[[Gate, Bundle], Result]] = {
     "files": _files,
+    "host": _host,
     "receipt": _receipt,
     "predictions": _predictions,
     "images": _images,
