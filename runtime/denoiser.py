@@ -216,9 +216,8 @@ def load(  # noqa: PLR0913  # options of the one public entry, by keyword
             opened.push(prologue)
             _check_graph(bundle.prologue, prologue, set(info.reads), {tensor.name for tensor in info.tensors})
         loaded = LoadedBundle(bundle, runner, prologue)
-        found = loaded.check_host() if self_test else None
-        if found is not None:
-            require_host(bundle, found)
+        if self_test:
+            require_host(bundle, loaded.check_host())
         opened.pop_all()
     return loaded
 

@@ -5,6 +5,7 @@ proof saw. So the bundle brings an input from the model's own trajectory with th
 point, and ``load`` asks the engine for the same: one call.
 """
 
+import logging
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from tfmq_export.bundle import Bundle
 from tfmq_export.errors import LoadError, PrecisionError
 from tfmq_export.runtime.compare import sqnr_db
 from tfmq_export.runtime.machine import adds_in_16_bits, described
+from tfmq_export.target import find_target
+
+_log = logging.getLogger(__name__)
 
 FILE = "tfmq/selftest.npz"
 
@@ -113,12 +117,22 @@ def check_host(bundle: Bundle, test: SelfTest, predict: Predict, engine: str) ->
     return HostCheck(sqnr_db(test.prediction, given), test.limit, engine, described())
 
 
-def require_host(bundle: Bundle, found: HostCheck) -> None:
+def require_host(bundle: Bundle, found: HostCheck | None) -> None:
     """Refuse to serve what would be wrong.
 
+    Args:
+        found: None where the bundle brings no self-test; then nobody knows, and where it matters a warning says so.
     Raises:
         PrecisionError: the prediction is too far from the stored one; names the host, the distance and the way out.
     """
+    if found is None:
+        if adds_in_16_bits() and find_target(bundle.manifest.target).saturates:
+            _log.warning(
+                "%s: written by an older version, without a self-test; this CPU has no VNNI, so its integers may be "
+                "wrong; compile it again",
+                bundle.root,
+            )
+        return
     if found.passed:
         return
     if adds_in_16_bits() and bundle.manifest.provenance.get("cpus", "vnni") == "vnni":

@@ -3,7 +3,7 @@
     REPO/NAME/config.pbtxt
     REPO/NAME/1/model.onnx            or model.plan
     REPO/NAME/1/tfmq/manifest.json    of the bundle: what this version is
-    REPO/NAME/warmup/timestep
+    REPO/NAME/warmup/timestep         and other inputs of the bundle's self-test
     REPO/NAME_prologue/               the same, where the bundle has a prologue
 
 A version appears under its number only when it is whole, so that a server which polls the repository never sees a
@@ -19,10 +19,11 @@ from pathlib import Path
 
 from tfmq_export.bundle import Bundle, Manifest, open_bundle
 from tfmq_export.errors import ConfigError, OutputError
+from tfmq_export.runtime.self_test import read_self_test
 from tfmq_export.serving.interface import denoiser_interface, prologue_interface
 from tfmq_export.serving.options import Serving, require_servable
 from tfmq_export.serving.pbtxt import render
-from tfmq_export.serving.triton_config import WARM_TIMESTEP, Role, config_of, plan_name
+from tfmq_export.serving.triton_config import Role, config_of, plan_name
 
 HEADER = (
     "# Written by tfmq-export for Triton Inference Server; see docs/serving.md.\n"
@@ -60,27 +61,38 @@ def write_repository(bundle: Bundle, repository: Path, serving: Serving) -> tupl
         )
     bundle.verify()
     (timestep,) = manifest.input("timestep")
-    roles = [(Role(serving.name, denoiser_interface(bundle), timestep.name), bundle.model, serving.engines)]
+    warm = _warm_rows(bundle)
+    roles = [(Role(serving.name, denoiser_interface(bundle), timestep.name, warm), bundle.model, serving.engines)]
     once = prologue_interface(bundle)
     if once is not None and bundle.prologue is not None:
         name = f"{serving.name}_prologue"
-        roles.append((Role(name, once, ""), bundle.prologue, serving.prologue_engines))
+        roles.append((Role(name, once, "", warm), bundle.prologue, serving.prologue_engines))
     version = _version(bundle, repository, serving)
     served = []
     # The prologue first: a client that finds the denoiser's new version finds the prologue's too.
     for role, graph, engines in reversed(roles):
         files = {plan_name(each): path for each, path in engines.items()} or _onnx_files(graph)
         config = HEADER + render(config_of(role, manifest, serving))
-        warm = {WARM_TIMESTEP: manifest.timesteps.array[:1].astype(timestep.dtype).tobytes()} if role.timestep else {}
+        rows = {role.file_of(x.name): role.warm[x.name] for x in role.interface.inputs if x.name in role.warm}
         files["tfmq/manifest.json"] = bundle.root / "tfmq" / "manifest.json"
         try:
-            _add(repository / role.name, version, config, files, warm)
+            _add(repository / role.name, version, config, files, rows)
         except OSError as error:
             raise OutputError(
                 f"{error.filename or repository}: {error.strerror or error}; choose another -o"
             ) from error
         served.append(ServedModel(repository / role.name, version, role.max_batch(serving)))
     return tuple(reversed(served))
+
+
+def _warm_rows(bundle: Bundle) -> dict[str, bytes]:
+    """A real request of one sample, by input: the bundle's self-test; of a bundle without one, a timestep alone."""
+    (timestep,) = bundle.manifest.input("timestep")
+    test = read_self_test(bundle)
+    if test is None:
+        return {timestep.name: bundle.manifest.timesteps.array[:1].astype(timestep.dtype).tobytes()}
+    types = {info.name: info.dtype for info in bundle.manifest.inputs}
+    return {name: value.astype(types[name]).tobytes() for name, value in test.inputs.items()}
 
 
 def _onnx_files(graph: Path) -> dict[str, Path]:

@@ -6,7 +6,7 @@ has another first axis, or one timestep serves all samples, nothing is joined.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tfmq_export.bundle import Manifest
 from tfmq_export.errors import TargetError
@@ -23,7 +23,7 @@ TYPES: Mapping[str, str] = {
     **{f"{sign}int{bits}": f"TYPE_{sign.upper()}INT{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
 WARM_TIMESTEP = "timestep"
-"""File in ``NAME/warmup``: one timestep of the schedule, for zero need not be one."""
+"""File in ``NAME/warmup``: one timestep of the schedule, for zero need not be one. Others are named as their input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,17 @@ class Role:
 
     Attributes:
         timestep: Name of the timestep input; empty for a prologue, which has none.
+        warm: One row of data for the inputs that have some, by name; others are warmed up with zeros.
     """
 
     name: str
     interface: Interface
     timestep: str
+    warm: Mapping[str, bytes] = field(default_factory=dict)
+
+    def file_of(self, tensor: str) -> str:
+        """Where an input's row of data lies in ``NAME/warmup``."""
+        return WARM_TIMESTEP if tensor == self.timestep else tensor
 
     def max_batch(self, serving: Serving) -> int:
         """0 where a tensor's first axis is not the batch, 1 where a batch has one timestep."""
@@ -127,8 +133,10 @@ def _warm_up(role: Role, batch: int, rows: int) -> Message:
     for tensor in role.interface.inputs:
         sizes = tensor.shape[1 if batch else 0 :]
         message: dict[str, Value] = {"data_type": _type(tensor), "dims": [size or 1 for size in sizes] or [1]}
-        timed = tensor.name == role.timestep
-        inputs[tensor.name] = {**message, **({"input_data_file": WARM_TIMESTEP} if timed else {"zero_data": True})}
+        given: dict[str, Value] = {"zero_data": True}
+        if tensor.name in role.warm:
+            given = {"input_data_file": role.file_of(tensor.name)}
+        inputs[tensor.name] = {**message, **given}
     return {"name": f"batch of {rows}", "batch_size": rows, "inputs": map_entries(inputs)}
 
 
