@@ -55,7 +55,7 @@ def largest_pair(weight: NDArray[np.integer], neighbours: NDArray[np.int64]) -> 
         weight: Integers, [out, ...].
         neighbours: From ``partners``.
     """
-    return np.asarray(_sums(weight.reshape(len(weight), -1).astype(np.int64), neighbours).max(1, initial=0))
+    return np.asarray(pair_sums(weight.reshape(len(weight), -1).astype(np.int64), neighbours).max(1, initial=0))
 
 
 def within_pairs(steps: NDArray[np.floating], neighbours: NDArray[np.int64]) -> NDArray[np.floating]:
@@ -64,10 +64,11 @@ def within_pairs(steps: NDArray[np.floating], neighbours: NDArray[np.int64]) -> 
     Args:
         steps: In steps of the grid, [out, n].
     """
-    excess = np.maximum(_sums(steps, neighbours) - PAIR_SUM, 0) / 2
+    excess = np.maximum(pair_sums(steps, neighbours) - PAIR_SUM, 0) / 2
     return np.asarray(np.sign(steps) * np.maximum(np.abs(steps) - excess, 0))
 
 
-def _sums(rows: NDArray[Any], neighbours: NDArray[np.int64]) -> NDArray[Any]:
+def pair_sums(rows: NDArray[Any], neighbours: NDArray[np.int64]) -> NDArray[Any]:
+    """What each weight and its neighbour add up to where their signs agree, else 0; [out, n] like ``rows``."""
     other = rows[:, neighbours]
     return np.asarray(np.where(rows * other > 0, np.abs(rows + other), 0))
