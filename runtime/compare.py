@@ -69,12 +69,14 @@ def ssim(a: NDArray[np.generic], b: NDArray[np.generic], peak: float) -> NDArray
 
 
 def sqnr_db(reference: NDArray[np.generic], approximation: NDArray[np.generic]) -> float:
-    """Signal-to-quantization-noise ratio of a whole tensor in dB; infinite where they are equal."""
+    """Signal-to-quantization-noise ratio of a whole tensor in dB; infinite where equal, NaN where one is not finite."""
     x, y = _paired(reference, approximation)
     noise = float(np.square(x - y).sum())
     signal = float(np.square(x).sum())
     if noise == 0:
         return math.inf
+    if not math.isfinite(noise):
+        return math.nan
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 

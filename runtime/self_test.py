@@ -26,6 +26,9 @@ FILE = "tfmq/selftest.npz"
 LIMIT = 25.0
 """dB. Engines that round other values at ties are 35 to 45 apart, one that saturates is at 19."""
 
+LOWEST_LIMIT = 20.0
+"""dB. What a bundle made where kernels were wrong asks for all the same."""
+
 MARGIN = 6.0
 """dB that another host may be further away than the one that compiled the bundle."""
 
@@ -95,8 +98,11 @@ def read_self_test(bundle: Bundle) -> SelfTest | None:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         inputs = {name.removeprefix("input."): x for name, x in arrays.items() if name.startswith("input.")}
+        missing = {info.name for info in bundle.manifest.inputs} - inputs.keys()
+        if missing:
+            raise KeyError(f"no input {', '.join(sorted(missing))}")
         return SelfTest(inputs, arrays["prediction"], float(arrays["limit"]))
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise LoadError(f"{path}: not a readable self-test ({error}); compile the model again") from error
 
 

@@ -1,8 +1,8 @@
 """Each layer of a bundle alone, on this host's integer kernels: which one computes something else, and by how much.
 
-A layer is cut out of its graph behind the quantizers of what it reads. Fed with codes of all sizes, and with codes at
-the ends of their range, which saturate whatever can, the engine's kernel must give what the same nodes give in floating
-point. Needs onnx.
+A layer is cut out of its graph with the quantizers of what it reads, without which engines leave it in floating point.
+Fed with codes of all sizes, and with codes at the ends of their range, which saturate whatever can, the engine's kernel
+must give what the same nodes give in floating point. Needs onnx.
 """
 
 import tempfile
@@ -33,29 +33,37 @@ OpenGraph = Callable[[Path], Runner]
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
-    """What a layer on its own is fed with."""
+class Factor:
+    """What a layer on its own is fed with: real numbers that lie on a grid.
+
+    Attributes:
+        low: Smallest code of the grid.
+        high: Largest.
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    scale: float
+    zero_point: int
     low: int
     high: int
 
-    def draw(self, rng: np.random.Generator, *, ends: bool) -> NDArray[np.generic]:
-        """Any codes, or each one at an end of the range, mostly the upper one."""
+    def draw(self, rng: np.random.Generator, *, ends: bool) -> NDArray[np.float32]:
+        """Values of any codes, or of each one at an end of the range, mostly the upper one."""
         if ends:
-            return rng.choice([self.low, self.high], self.shape, p=[0.1, 0.9]).astype(self.dtype)
-        return rng.integers(self.low, self.high, self.shape, endpoint=True).astype(self.dtype)
+            codes = rng.choice([self.low, self.high], self.shape, p=[0.1, 0.9])
+        else:
+            codes = rng.integers(self.low, self.high, self.shape, endpoint=True)
+        return ((codes - self.zero_point) * np.float64(self.scale)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SingleLayer:
-    """One layer as a graph: codes in, real numbers out."""
+    """One layer as a graph of real numbers."""
 
     name: str
     model: Any
-    inputs: tuple[Codes, ...]
+    inputs: tuple[Factor, ...]
 
 
 def wrong_layers(bundle: Bundle, open_graph: OpenGraph) -> dict[str, float]:
@@ -76,7 +84,10 @@ def single_layers(path: Path, layers: tuple[LayerInfo, ...]) -> Iterator[SingleL
     model = onnx.load(str(path))
     # Shapes need no weights, and protobuf ends at 2 GB.
     shaped = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False))
-    model.graph.value_info.extend(shaped.graph.value_info)
+    known = {value.name for value in (*shaped.graph.value_info, *model.graph.input)}
+    unknown = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"} - known
+    floats = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in sorted(unknown)]
+    model.graph.value_info.extend([*shaped.graph.value_info, *floats])
     extractor, graph = onnx.utils.Extractor(model), model.graph
     producers = {value: node for node in graph.node for value in node.output}
     readers = {value: node for node in graph.node for value in node.input}
@@ -85,14 +96,20 @@ def single_layers(path: Path, layers: tuple[LayerInfo, ...]) -> Iterator[SingleL
         name = layer_named(node.name, asked) if node.op_type in MULTIPLIERS else None
         if name is None:
             continue
-        codes = dict.fromkeys(_codes_of(value, producers) for value in node.input[:2] if value in varying)
+        quantizers = [_quantizer_of(value, producers) for value in node.input[:2] if value in varying]
+        read = {quantizer.input[0]: quantizer for quantizer in quantizers if quantizer is not None}
+        if None in quantizers:
+            continue  # in floating point, as the receipt says
         quantize = readers.get(node.output[0])
         result = node.output[0]
         if quantize is not None and quantize.op_type == "QuantizeLinear":
             result = readers[quantize.output[0]].output[0]
-        single = extractor.extract_model(list(codes), [result])
-        usual = _usual_shape(node, producers, extractor.initializers) if node.input[1] not in varying else PRODUCT
-        yield SingleLayer(name, single, tuple(_fixed(value, usual, asked[name]) for value in single.graph.input))
+        single = extractor.extract_model(list(read), [result])
+        stored = extractor.initializers
+        usual = _usual_shape(node, producers, stored) if node.input[1] not in varying else PRODUCT
+        yield SingleLayer(
+            name, single, tuple(_factor(value, usual, read[value.name], stored) for value in single.graph.input)
+        )
 
 
 def _sqnr_of(layer: SingleLayer, open_graph: OpenGraph) -> float:
@@ -103,7 +120,7 @@ def _sqnr_of(layer: SingleLayer, open_graph: OpenGraph) -> float:
         _onnx().save_model(layer.model, str(path))
         with open_graph(path) as integers, OrtRunner(path, integer=False) as reference:
             for ends in (False, True):
-                feeds = {codes.name: codes.draw(rng, ends=ends) for codes in layer.inputs}
+                feeds = {factor.name: factor.draw(rng, ends=ends) for factor in layer.inputs}
                 (got,), (wanted,) = (runner.infer(feeds).values() for runner in (integers, reference))
                 found.append(sqnr_db(wanted, got))
     return min(found)
@@ -118,12 +135,12 @@ def _varying(graph: Any) -> set[str]:
     return found
 
 
-def _codes_of(value: str, producers: Mapping[str, Any]) -> str:
-    """The codes that a factor is dequantized from; changed in layout at most on the way."""
-    node = producers[value]
-    while node.op_type in LAYOUT_OPS:
-        node = producers[node.input[0]]
-    return str(node.input[0]) if node.op_type == "DequantizeLinear" else value
+def _quantizer_of(value: str, producers: Mapping[str, Any]) -> Any | None:
+    """The quantizer that a factor comes from, changed in layout or clipped at most on the way."""
+    node = producers.get(value)
+    while node is not None and node.op_type in LAYOUT_OPS | {"DequantizeLinear", "Clip"}:
+        node = producers.get(node.input[0])
+    return node if node is not None and node.op_type == "QuantizeLinear" else None
 
 
 def _usual_shape(node: Any, producers: Mapping[str, Any], stored: Mapping[str, Any]) -> tuple[int, ...]:
@@ -138,8 +155,8 @@ def _usual_shape(node: Any, producers: Mapping[str, Any], stored: Mapping[str, A
     return (SAMPLES, TOKENS, weight[0]) if node.op_type == "MatMul" else (TOKENS, weight[1])
 
 
-def _fixed(value: Any, usual: tuple[int, ...], layer: LayerInfo) -> Codes:
-    """Give an input of a cut graph its size; what may vary becomes ``SAMPLES``."""
+def _factor(value: Any, usual: tuple[int, ...], quantizer: Any, stored: Mapping[str, Any]) -> Factor:
+    """Give an input of a cut graph its size, and say what it is fed with; what may vary becomes ``SAMPLES``."""
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         for size in usual:
@@ -147,10 +164,10 @@ def _fixed(value: Any, usual: tuple[int, ...], layer: LayerInfo) -> Codes:
     for dimension in tensor.shape.dim:
         if not dimension.dim_value:
             dimension.dim_value = SAMPLES
-    dtype = np.dtype(_onnx().helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-    info = np.iinfo(dtype) if dtype.kind in "iu" else np.iinfo(np.int8)
-    high = min(int(info.max), (1 << layer.activation_bits) - 1)
-    return Codes(value.name, tuple(x.dim_value for x in tensor.shape.dim), dtype, max(int(info.min), -127), high)
+    scale, zero_point = (_onnx().numpy_helper.to_array(stored[name]) for name in quantizer.input[1:3])
+    info = np.iinfo(zero_point.dtype)
+    shape = tuple(x.dim_value for x in tensor.shape.dim)
+    return Factor(value.name, shape, float(scale), int(zero_point), int(info.min), int(info.max))
 
 
 def _onnx() -> Any:

@@ -54,8 +54,8 @@ class Net:
         return {"sample": normal(seed, batch, *shape), "timestep": np.full((1,) * rank, timestep, dtype)}
 
 
-def observe(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Feeds:
-    """Values of the graph by name; inputs included."""
+def observe(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds, *, integer: bool = True) -> Feeds:
+    """Values of the graph by name; inputs included. For ``integer`` see ``infer``."""
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
     known = {value.name for value in shown.graph.output}
@@ -63,7 +63,7 @@ def observe(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Feeds
     for name in computed:
         if name not in known:
             shown.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    values = dict(zip([value.name for value in shown.graph.output], infer(shown, feeds), strict=True))
+    values = dict(zip([value.name for value in shown.graph.output], infer(shown, feeds, integer=integer), strict=True))
     return {name: feeds[name] if name in feeds else values[name] for name in names}
 
 

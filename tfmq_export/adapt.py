@@ -59,6 +59,7 @@ def check_pairs(recipe: QuantRecipe, target: Target, method: Method) -> None:
     if not target.saturates or "vnni" in (method.cpus, recipe.provenance.get("cpus")):
         return
     sums = {layer.path: layer.largest_pair for layer in recipe.layers}
+    sums |= {product.path: 2 * -product.right.spec.qmin for product in recipe.products}
     broken = [path for path, found in sums.items() if found > PAIR_SUM]
     if broken:
         worst = max(broken, key=sums.__getitem__)

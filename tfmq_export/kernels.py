@@ -22,7 +22,7 @@ from tfmq_export.runtime.denoiser import LoadedBundle
 from tfmq_export.runtime.engines import open_runner
 from tfmq_export.runtime.machine import adds_in_16_bits
 from tfmq_export.runtime.receipt import LayerReceipt, Receipt
-from tfmq_export.runtime.self_test import LIMIT, MARGIN, SelfTest
+from tfmq_export.runtime.self_test import LIMIT, LOWEST_LIMIT, MARGIN, SelfTest
 from tfmq_export.runtime.single_layers import wrong_layers
 from tfmq_export.served import run_bundle
 from tfmq_export.target import find_target
@@ -69,7 +69,7 @@ def compare_kernels(
         SelfTest(
             {name: value.numpy().reshape(-1) if value.ndim == 0 else value.numpy() for name, value in middle.items()},
             prediction,
-            min(LIMIT, sqnr_db(prediction, run_bundle(served, denoiser, middle)) - MARGIN),
+            float(np.clip(sqnr_db(prediction, run_bundle(served, denoiser, middle)) - MARGIN, LOWEST_LIMIT, LIMIT)),
         ),
     )
 

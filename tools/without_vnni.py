@@ -11,6 +11,7 @@ the copies lie in ``--cache``.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -130,7 +131,8 @@ def prepared(cache: Path) -> dict[str, str]:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as partial:
             fill(Path(partial) / "made", {name: Path(str(spec.origin)).parent for name, spec in installed.items()})
-            (Path(partial) / "made").rename(folder)
+            with contextlib.suppress(OSError):  # another process was faster
+                (Path(partial) / "made").rename(folder)
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"LD_PRELOAD": str(folder / "handler.so"), "WITHOUT_VNNI_CPUINFO": str(folder / "cpuinfo")}
     return {"PYTHONPATH": os.pathsep.join(paths), **environment}

@@ -44,7 +44,7 @@ def test_a_handwritten_module_becomes_a_bundle(name: str, preset: str) -> None:
     _, out, done = compiled(name, preset)
 
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    tfmq = {"manifest.json", "recipe.json", "recipe.safetensors", "report.json"}
+    tfmq = {"manifest.json", "recipe.json", "recipe.safetensors", "report.json", "selftest.npz"}
     tfmq |= {"conditioning.npz"} if description.conditioning else set()
     tfmq |= {"samples.png"} if name == "film_unet" else set()  # the others draw no pictures
     assert files == {"denoiser/model.onnx", "denoiser/config.json"} | {f"tfmq/{file}" for file in tfmq}

@@ -119,6 +119,15 @@ def test_validate_passes_and_gates(packed: Path, bundle: Path, tmp_path: Path) -
     assert "asked >= 200" in missed.output
 
 
+def test_a_bundle_brings_a_test_of_its_host(bundle: Path) -> None:
+    result = run("validate", bundle, "--host")
+
+    assert result.exit_code == 0, result.output
+    assert "dB from the stored prediction" in result.output
+    assert result.output.count("\n") == 1
+    assert "tfmq/selftest.npz" in open_bundle(bundle).manifest.files
+
+
 @pytest.mark.parametrize(
     ("command", "option"), [("sample", "-o"), ("golden", "-o"), ("validate", "--json"), ("bench", "--plot")]
 )

@@ -1,13 +1,17 @@
 """What a target cannot run is refused before anything is quantized."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from attention_graphs import attention_recipe
-from toy_nets import conv_net
+from toy_nets import conv_net, vector_net
 from toy_recipes import recipe_for
 
-from tfmq_export.adapt import adapt, check_settings, settle
+from tfmq_export.adapt import adapt, check_pairs, check_settings, settle
 from tfmq_export.config import CompileConfig, Method
 from tfmq_export.errors import TargetError
+from tfmq_export.recipe import QuantRecipe
 from tfmq_export.target import find_target
 
 
@@ -73,6 +77,61 @@ def test_weights_are_spared_only_where_something_saturates() -> None:
         assert settle(Method(cpus="vnni"), find_target(name)).cpus == "vnni"
     for name in ("tensorrt", "tensorrt-rtx"):
         assert settle(Method(), find_target(name)).cpus == "vnni"
+
+
+SATURATING = ("ort-cpu", "ort-cuda", "openvino")
+
+
+def with_pairs(*sums: int, **provenance: str) -> QuantRecipe:
+    """Layers in which the first two weights of each output channel add up to this, and the others are 0."""
+    recipe = recipe_for(vector_net())
+    layers = []
+    for layer, found in zip(recipe.layers, sums, strict=True):
+        codes = np.zeros_like(layer.weight_codes)
+        codes[:, :2] = found // 2, found - found // 2
+        layers.append(replace(layer, weight_codes=codes))
+    return replace(recipe, layers=tuple(layers), provenance=provenance)
+
+
+@pytest.mark.parametrize("name", SATURATING)
+def test_a_recipe_that_saturates_somewhere_is_refused_with_the_way_out(name: str) -> None:
+    target = find_target(name)
+
+    with pytest.raises(TargetError) as caught:
+        check_pairs(with_pairs(254, 129), target, Method())
+    message = str(caught.value)
+    assert message.startswith("2 of 2 layers hold weights that saturate on CPUs without VNNI")
+    assert "in net.linear two neighbours add up to 254, 128 is safe" in message
+    assert (
+        f"quantize again without --recipe for {name} on any CPU, or take the recipe as it is with --cpus vnni"
+        in message
+    )
+    with pytest.raises(TargetError, match=r"1 of 2 layers .*in net.linear_1 two neighbours add up to 129"):
+        check_pairs(with_pairs(-128, 129), target, Method())
+    check_pairs(with_pairs(128, -128), target, Method())
+
+
+@pytest.mark.parametrize("name", SATURATING)
+def test_whoever_serves_with_vnni_only_takes_any_recipe(name: str) -> None:
+    target = find_target(name)
+
+    check_pairs(with_pairs(254, 254), target, Method(cpus="vnni"))
+    check_pairs(with_pairs(254, 254, cpus="vnni"), target, Method())  # it was asked for when the recipe was made
+    with pytest.raises(TargetError):
+        check_pairs(with_pairs(254, 254, cpus="any"), target, Method())
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_a_target_that_saturates_nothing_takes_any_recipe(name: str) -> None:
+    check_pairs(with_pairs(254, 254), find_target(name), Method())
+
+
+def test_layers_that_cannot_saturate_are_not_asked() -> None:
+    recipe = with_pairs(254, 254)
+    narrow = recipe_for(vector_net(), activation_bits=6).layers
+    layers = [replace(layer, input=other.input) for layer, other in zip(recipe.layers, narrow, strict=True)]
+
+    check_pairs(replace(recipe, layers=tuple(layers)), find_target("ort-cpu"), Method())
 
 
 def test_a_symmetric_engine_reads_a_softmax_in_128_levels_of_the_same_range() -> None:

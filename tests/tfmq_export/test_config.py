@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tfmq_export.config import PRESETS, CompileConfig, find_preset, load_config
+from tfmq_export.config import FLOORS, LOWEST, PRESETS, CompileConfig, Thresholds, find_preset, load_config
 from tfmq_export.errors import ConfigError
 
 
@@ -118,3 +118,37 @@ def test_every_preset_is_usable() -> None:
 def test_a_config_cannot_be_edited() -> None:
     with pytest.raises(ValidationError):
         CompileConfig().seed = 1
+
+
+def test_every_preset_has_floors_of_its_own_and_fewer_bits_have_lower_ones() -> None:
+    nothing_asked = Thresholds()
+
+    assert FLOORS.keys() == PRESETS.keys()
+    floors = [(nothing_asked.psnr_of(name), nothing_asked.sqnr_of(name)) for name in ("fp32", "w8a8", "w4a8", "w4a6")]
+    assert floors == sorted(floors, reverse=True)
+    assert len(set(floors)) == len(floors)
+    assert floors[1] == (FLOORS["w8a8"].psnr, FLOORS["w8a8"].sqnr)
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "a preset of tomorrow"])
+def test_a_number_that_was_given_wins_over_the_floor(preset: str) -> None:
+    lax, strict = Thresholds(psnr=-100, sqnr=0), Thresholds(psnr=200)
+
+    assert (lax.psnr_of(preset), lax.sqnr_of(preset)) == (-100, 0)  # 0 is a number
+    assert strict.psnr_of(preset) == 200
+    assert strict.sqnr_of(preset) == Thresholds().sqnr_of(preset)
+
+
+def test_a_preset_that_is_not_known_has_the_lowest_floors() -> None:
+    found = Thresholds().psnr_of("w2a2"), Thresholds().sqnr_of("w2a2")
+
+    assert found == (LOWEST.psnr, LOWEST.sqnr)
+    assert all(found < (floors.psnr, floors.sqnr) for floors in FLOORS.values())
+
+
+def test_thresholds_come_from_file_and_flags(tmp_path: Path) -> None:
+    path = toml(tmp_path, "[thresholds]\nsqnr = 3.5\nkernels = 20.0\n")
+
+    thresholds = load_config(path, {"thresholds.psnr": 0.0}).thresholds
+
+    assert (thresholds.psnr_of("w8a8"), thresholds.sqnr_of("w8a8"), thresholds.kernels) == (0.0, 3.5, 20.0)

@@ -115,9 +115,8 @@ def test_groups_survive_saving(tmp_path: Path) -> None:
 
 
 def with_pairs(layer: LayerRecipe) -> LayerRecipe:
-    """The layer with integers small enough for the pairs that its grid now has."""
-    spec = replace(layer.weight.spec, pair_sum=128)
-    return replace(layer, weight=replace(layer.weight, spec=spec), weight_codes=layer.weight_codes // 2)
+    """The layer on a grid that has pairs, which its integers keep."""
+    return replace(layer, weight=replace(layer.weight, spec=replace(layer.weight.spec, pair_sum=128)))
 
 
 def test_what_pairs_may_add_up_to_survives_saving(tmp_path: Path) -> None:
@@ -244,6 +243,15 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return write
 
 
+def too_large_pairs(folder: Path) -> None:
+    """Integers that are free, on a grid that says they are not."""
+    recipe = recipe_for(conv_net())
+    first, *others = recipe.layers
+    free = replace(first, weight_codes=np.full_like(first.weight_codes, 127))
+    save_recipe(replace(recipe, layers=(free, *others)), folder)
+    edit(lambda d: d["layers"][0]["weight"].update(pair_sum=128))(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -262,7 +270,7 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
         (edit(lambda d: d["layers"][0]["weight"].update(bits=99)), r"bits must be in 2\.\.8"),
         (edit(lambda d: d["layers"][0]["weight"].update(bits="8")), "not a readable recipe"),
         (edit(lambda d: d["layers"][0]["input"].update(codes=0)), "codes must be at least 1"),
-        (edit(lambda d: d["layers"][0]["weight"].update(pair_sum=128)), "two neighbouring weights add up to"),
+        (too_large_pairs, "two neighbouring weights add up to 254"),
         (edit(lambda d: d["layers"][0]["weight"].update(pair_sum=12)), "only weights have pairs"),
         (edit(lambda d: d["layers"][0]["weight"].update(pair_sum="128")), "only weights have pairs"),
         (edit(lambda d: d["layers"][0]["input"].update(pair_sum=255)), "only weights have pairs"),

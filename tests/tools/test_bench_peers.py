@@ -21,6 +21,7 @@ from rich.console import Console
 
 from tfmq_export.ptq.calibration import CalibrationStep
 from tfmq_export.runtime.benchmark import Timing
+from tfmq_export.runtime.machine import adds_in_16_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,8 @@ def test_the_whole_comparison_runs(peers: tuple[str, ...], tmp_path: Path) -> No
     assert len(rows) == (12 if peers else 4)
     sqnr = {graph: min(row["sqnr_db"]) for (graph, precision), row in rows.items() if precision != "bf16"}
     assert min(sqnr.pop("float model"), sqnr.pop("fp32 for ort-cpu")) > 80
-    assert min(sqnr[name] for name in ("w8a8 for ort-cpu", "quantize_static")) > 15
+    assert sqnr["w8a8 for ort-cpu"] > 15
+    assert sqnr["quantize_static"] > (5 if adds_in_16_bits() else 15)  # the peer's weights saturate there
     sizes = {graph: row["file_bytes"] for (graph, _), row in rows.items()}
     assert sizes["w8a8 for ort-cpu"] < sizes["float model"] / 3
     assert (tmp_path / "peers.md").read_text().count("\n| ") == len(rows) + 1

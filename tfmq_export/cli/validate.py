@@ -38,6 +38,8 @@ def validate(
     from tfmq_export.config import load_config
 
     if host:
+        if against is not None or json is not None:
+            raise ConfigError("--host compares with no model and writes no report; leave out --against and --json")
         _on_this_host(bundle)
         return
     if against is None:

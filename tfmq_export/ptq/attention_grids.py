@@ -1,7 +1,9 @@
 """Grids for the factors of attention's products: one per tensor, without zero points.
 
 q, k and v have signed grids around 0; the softmax lies in [0, 1] and has an unsigned one. They are 8 bits wide under
-every preset: fewer would be emulated by the same kernels, and the softmax of many tokens has no room for them.
+every preset: fewer would be emulated by the same kernels, and the softmax of many tokens has no room for them. Only the
+second factor, k or v, has 7 where no kernel may saturate: two codes of at most 64 keep any sum of two products within
+16 bits (``tfmq_export/pairs.py``), and an activation cannot be chosen so that its neighbours do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,12 +61,18 @@ def product_rules(products: Sequence[GriddedProduct], *, soft: bool = False) -> 
 
 
 def lay_attention_grids(
-    runner: BlockRunner, given: Flow, products: Sequence[AttentionProduct], estimator: Estimator, seed: int
+    runner: BlockRunner,
+    given: Flow,
+    products: Sequence[AttentionProduct],
+    estimator: Estimator,
+    seed: int,
+    second_bits: int = BITS,
 ) -> tuple[GriddedProduct, ...]:
     """Observe the factors of a block's products where the quantized network feeds it.
 
     Args:
         seed: Of which values are remembered.
+        second_bits: Of the second factor.
     """
     if not products:
         return ()
@@ -88,7 +96,7 @@ def lay_attention_grids(
         GriddedProduct(
             item,
             _grid(seen[item.name][0], QuantSpec(BITS, signed=not item.of_softmax), estimator, device),
-            _grid(seen[item.name][1], QuantSpec(BITS, signed=True), estimator, device),
+            _grid(seen[item.name][1], QuantSpec(second_bits, signed=True), estimator, device),
         )
         for item in products
     )

@@ -19,6 +19,7 @@ from tfmq_export.pairs import PAIR_SUM, SAFE_INPUT_BITS, SAFE_WEIGHT_BITS
 from tfmq_export.program import DiffusionProgram
 from tfmq_export.progress import Step
 from tfmq_export.ptq.activation_cache import ActivationCache
+from tfmq_export.ptq.attention_grids import BITS as ATTENTION_BITS
 from tfmq_export.ptq.attention_grids import GriddedProduct, lay_attention_grids, product_rules
 from tfmq_export.ptq.block_runner import BlockRunner, batch_symbol
 from tfmq_export.ptq.block_stage import BlockStage, by_input
@@ -197,7 +198,8 @@ class Walk:
         inside = frozenset(runner.block.nodes)
         products = [product for product in integer_products(self._program) if product.name in inside]
         estimator = Estimator(self._plan.method.estimator)
-        return lay_attention_grids(runner, self._given, products, estimator, self._seed(index))
+        bits = SAFE_WEIGHT_BITS if self._plan.method.cpus == "any" else ATTENTION_BITS
+        return lay_attention_grids(runner, self._given, products, estimator, self._seed(index), bits)
 
     def _seed(self, index: int) -> int:
         return self._plan.seed * 1_000_003 + index
