@@ -39,7 +39,7 @@ class KernelCheck:
     Attributes:
         sqnr: At some timesteps of the trajectory, dB.
         extreme: With samples at the ends of their range, dB.
-        self_test: For the bundle: the input in the middle of the schedule.
+        self_test: For the bundle: the call on which both agree as well as on most.
     """
 
     sqnr: NDArray[np.float64]
@@ -61,17 +61,23 @@ def compare_kernels(
     picked = [few_rows(trajectory[int(place)].inputs) for place in np.linspace(0, len(trajectory) - 1, count)]
     found = [_compare(denoiser, inputs, served, reference) for inputs in picked]
     ends = [_at_the_ends(denoiser, inputs) for inputs in (picked[0], picked[count // 2], picked[-1])]
-    middle = {name: _row(value, 1) for name, value in picked[count // 2].items()}
-    prediction = run_bundle(reference, denoiser, middle)
+    typical = int(np.argsort(found)[len(found) // 2])
     return KernelCheck(
         np.array(found),
         np.array([_compare(denoiser, inputs, served, reference) for inputs in ends]),
-        SelfTest(
-            {name: value.numpy().reshape(-1) if value.ndim == 0 else value.numpy() for name, value in middle.items()},
-            prediction,
-            float(np.clip(sqnr_db(prediction, run_bundle(served, denoiser, middle)) - MARGIN, LOWEST_LIMIT, LIMIT)),
-        ),
+        _self_test(denoiser, picked[typical], served, reference),
     )
+
+
+def _self_test(
+    denoiser: Denoiser, inputs: Mapping[str, Tensor], served: LoadedBundle, reference: LoadedBundle
+) -> SelfTest:
+    """One sample of a call, and what both make of it."""
+    single = {name: value if value.ndim == 0 else value[-1:] for name, value in inputs.items()}
+    prediction = run_bundle(reference, denoiser, single)
+    limit = sqnr_db(prediction, run_bundle(served, denoiser, single)) - MARGIN
+    arrays = {name: value.numpy().reshape(-1) if value.ndim == 0 else value.numpy() for name, value in single.items()}
+    return SelfTest(arrays, prediction, float(np.clip(limit, LOWEST_LIMIT, LIMIT)))
 
 
 def few_rows(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,7 +119,3 @@ def _at_the_ends(denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> dict[str, 
     """The same call with samples of the largest magnitude only, signs kept."""
     sample = inputs[denoiser.sample]
     return {**inputs, denoiser.sample: torch.where(sample < 0, -1.0, 1.0) * sample.abs().max()}
-
-
-def _row(value: Tensor, index: int) -> Tensor:
-    return value if value.ndim == 0 else value[index : index + 1]

@@ -304,7 +304,7 @@ def test_a_flow_model_is_keyed_by_fractions_and_tfmq_sample_draws_it(tmp_path: P
 
 def test_a_factorys_bundle_belongs_in_no_pipeline(emoji: Path, tmp_path: Path) -> None:
     root = tmp_path / "out"
-    for file in ("unet/model.onnx", "tfmq/manifest.json"):
+    for file in ("unet/model.onnx", "tfmq/manifest.json", "tfmq/selftest.npz"):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_bytes((emoji / file).read_bytes())
     (root / "unet/config.json").write_text('{"hidden": 8}')

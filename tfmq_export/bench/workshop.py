@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.bench.job import Job, SamplingJob
 from tfmq_export.bench.peers import Rows, batches_of, export_float
-from tfmq_export.bundle import Bundle
+from tfmq_export.bundle import Bundle, write_manifest
 from tfmq_export.denoiser import Denoiser
 from tfmq_export.errors import ConfigError, LoadError, RecipeError
 from tfmq_export.models.load import Source, load
@@ -23,6 +23,7 @@ from tfmq_export.passes.graph import export_model, import_graph, save_model
 from tfmq_export.passes.strip_qdq import StripQdq
 from tfmq_export.program import capture
 from tfmq_export.ptq.calibration import calibrate
+from tfmq_export.runtime.self_test import FILE as SELF_TEST
 
 CALIBRATION_IMAGES = 4
 CALIBRATION_ROWS = 32
@@ -169,6 +170,9 @@ class Workshop:
         graph = import_graph(onnx.load(bundle.model))
         run_passes(graph, [StripQdq()])
         save_model(export_model(graph), folder / bundle.model.relative_to(bundle.root))
+        # The self-test asks for the bundle's integers.
+        files = {name: digest for name, digest in bundle.manifest.files.items() if name != SELF_TEST}
+        write_manifest(folder, replace(bundle.manifest, files=files))
         self._twins[bundle.root] = folder
         return folder
 
