@@ -6,13 +6,13 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError
-from tfmq_export.passes.activation_codes import is_dequantized
 from tfmq_export.passes.base import Changes, Pass, Semantics
-from tfmq_export.passes.bind_recipe import node_name
+from tfmq_export.passes.bind.bind_recipe import node_name
 from tfmq_export.passes.graph import check_valid
-from tfmq_export.passes.quantize_attention import product_nodes
-from tfmq_export.passes.tabulate_tib import computed_from_time
-from tfmq_export.recipe import QuantRecipe
+from tfmq_export.passes.qdq.activation_codes import is_dequantized
+from tfmq_export.passes.qdq.quantize_attention import product_nodes
+from tfmq_export.passes.time.tabulate_tib import computed_from_time
+from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import Target
 
 

@@ -3,37 +3,37 @@
 from collections.abc import Sequence
 from types import MappingProxyType
 
-from tfmq_export.passes.average_group_norm import AverageGroupNorm
 from tfmq_export.passes.base import Pass
-from tfmq_export.passes.bind_recipe import BindRecipe, node_name
-from tfmq_export.passes.binding_times import CONDITIONING, SAMPLE, TIMESTEP
+from tfmq_export.passes.bind.bind_recipe import BindRecipe, node_name
+from tfmq_export.passes.bind.fold_constants import FoldConstants
+from tfmq_export.passes.bind.split_skips import SplitSkips
 from tfmq_export.passes.check_model import CheckModel
-from tfmq_export.passes.fold_constants import FoldConstants
-from tfmq_export.passes.fold_rescales import FoldRescales
-from tfmq_export.passes.fold_zero_points import FoldZeroPoints
-from tfmq_export.passes.half_precision import HalfPrecision
-from tfmq_export.passes.insert_qdq import InsertQdq
-from tfmq_export.passes.lower_attention import LowerAttention
-from tfmq_export.passes.lower_group_norm import LowerGroupNorm
-from tfmq_export.passes.lower_silu import LowerSilu
-from tfmq_export.passes.lower_timestep_grids import LowerTimestepGrids
-from tfmq_export.passes.merge_constants import MergeConstants
-from tfmq_export.passes.merge_positions_late import MergePositionsLate
-from tfmq_export.passes.name_outputs import NameOutputs
-from tfmq_export.passes.narrow_tables import NarrowTables
-from tfmq_export.passes.offset_inputs import OffsetInputs
-from tfmq_export.passes.pts_lowering import choose_form
-from tfmq_export.passes.quantize_attention import QuantizeAttention
-from tfmq_export.passes.quantize_weights import QuantizeWeights
-from tfmq_export.passes.rescale_inputs import RescaleInputs
-from tfmq_export.passes.split_exponents import SplitExponents, split_recipe
-from tfmq_export.passes.split_results import Sizes, SplitResults, split_layers
-from tfmq_export.passes.split_skips import SplitSkips
-from tfmq_export.passes.stack_output_codes import StackOutputCodes
-from tfmq_export.passes.tabulate_classes import TabulateClasses
-from tfmq_export.passes.tabulate_tib import TabulateTib
-from tfmq_export.passes.transpose_dequantized import TransposeDequantized
-from tfmq_export.recipe import QuantRecipe
+from tfmq_export.passes.finish.half_precision import HalfPrecision
+from tfmq_export.passes.finish.merge_constants import MergeConstants
+from tfmq_export.passes.finish.name_outputs import NameOutputs
+from tfmq_export.passes.lower.attention import LowerAttention
+from tfmq_export.passes.lower.average_group_norm import AverageGroupNorm
+from tfmq_export.passes.lower.group_norm import LowerGroupNorm
+from tfmq_export.passes.lower.merge_positions_late import MergePositionsLate
+from tfmq_export.passes.lower.silu import LowerSilu
+from tfmq_export.passes.qdq.fold_zero_points import FoldZeroPoints
+from tfmq_export.passes.qdq.insert_qdq import InsertQdq
+from tfmq_export.passes.qdq.lower_timestep_grids import LowerTimestepGrids
+from tfmq_export.passes.qdq.offset_inputs import OffsetInputs
+from tfmq_export.passes.qdq.quantize_attention import QuantizeAttention
+from tfmq_export.passes.qdq.quantize_weights import QuantizeWeights
+from tfmq_export.passes.qdq.stack_output_codes import StackOutputCodes
+from tfmq_export.passes.qdq.transpose_dequantized import TransposeDequantized
+from tfmq_export.passes.scaling.fold_rescales import FoldRescales
+from tfmq_export.passes.scaling.pts_lowering import choose_form
+from tfmq_export.passes.scaling.rescale_inputs import RescaleInputs
+from tfmq_export.passes.scaling.split_exponents import SplitExponents, split_recipe
+from tfmq_export.passes.scaling.split_results import Sizes, SplitResults, split_layers
+from tfmq_export.passes.time.binding_times import CONDITIONING, SAMPLE, TIMESTEP
+from tfmq_export.passes.time.narrow_tables import NarrowTables
+from tfmq_export.passes.time.tabulate_classes import TabulateClasses
+from tfmq_export.passes.time.tabulate_tib import TabulateTib
+from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import PtsLowering, Target
 
 OUTPUT = "out_sample"

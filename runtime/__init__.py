@@ -7,7 +7,7 @@ package loads no engine.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tfmq_export.runtime.denoiser import LoadedBundle, load
+    from tfmq_export.runtime.loaded import LoadedBundle, load
     from tfmq_export.runtime.prompt import PreparedPrompt
 
 __all__ = ["LoadedBundle", "PreparedPrompt", "load"]
@@ -15,7 +15,7 @@ __all__ = ["LoadedBundle", "PreparedPrompt", "load"]
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        from tfmq_export.runtime import denoiser, prompt
+        from tfmq_export.runtime import loaded, prompt
 
-        return getattr(prompt if name == "PreparedPrompt" else denoiser, name)
+        return getattr(prompt if name == "PreparedPrompt" else loaded, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.bundle import InputInfo, Manifest, PassedTensor, prologue_folder
+from tfmq_export.bundle.manifest import InputInfo, Manifest, PassedTensor, prologue_folder
 from tfmq_export.errors import BuildError, ConfigError
 from tfmq_export.runtime.runner import Runner
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.bundle import Bundle
+from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import LoadError, PrecisionError
-from tfmq_export.runtime.compare import sqnr_db
-from tfmq_export.runtime.machine import adds_in_16_bits, described
+from tfmq_export.runtime.measure.compare import sqnr_db
+from tfmq_export.runtime.measure.machine import adds_in_16_bits, described
 from tfmq_export.target import find_target
 
 _log = logging.getLogger(__name__)

@@ -8,8 +8,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+pytest_plugins = ["standins.tiny_bundle"]  # a fixture that many rooms share
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    from tfmq_export.runtime.cuda_driver import has_gpu
+    from tfmq_export.runtime.engines.tensorrt.cuda_driver import has_gpu
 
     if item.get_closest_marker("gpu") is not None and not has_gpu():
         pytest.skip("needs an NVIDIA GPU")

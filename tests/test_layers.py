@@ -11,57 +11,41 @@ import pytest
 import tfmq_export
 
 ROOT = Path(tfmq_export.__file__).parent
-DATA = frozenset(
-    {
-        "adapt",
-        "bundle",
-        "config",
-        "errors",
-        "narrow_rows",
-        "pairs",
-        "pipeline_folder",
-        "progress",
-        "recipe",
-        "replaced",
-        "spec",
-        "target",
-        "timesteps",
-    }
-)
-MODEL_SIDE = frozenset({"denoiser", "device"})
-"""What a loader hands to capture and calibration: torch and data."""
-TOP = frozenset({"compiler", "cli"})
-TORCH = frozenset({"torch"})
-ONNX = frozenset({"onnx", "onnx_graphsurgeon", "ml_dtypes"})
+DATA = frozenset({"errors", "progress", "config", "target", "recipe", "bundle"})
+"""Plain data, which everybody may read."""
+MODEL = frozenset({"capture", "models", "ptq"})
+"""What needs torch: the model's side of the waist."""
+GRAPH = frozenset({"passes", "runtime"})
+"""What never does: the graph's side."""
+TORCH, ONNX = frozenset({"torch"}), frozenset({"onnx", "onnx_graphsurgeon", "ml_dtypes"})
+ENGINE_LIBRARIES = frozenset({"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"})
+ANYTHING = TORCH | ONNX | ENGINE_LIBRARIES | {"diffusers", "matplotlib", "numpy", "nncf", "rich", "transformers"}
 
 RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    # part: (third-party packages it may import, parts of tfmq_export it may import besides itself)
-    **dict.fromkeys(DATA, (frozenset({"numpy", "pydantic"}), DATA)),
-    "recipe_io": (frozenset({"numpy", "safetensors"}), DATA),
-    "device": (TORCH, DATA),
-    "denoiser": (TORCH, DATA | {"device"}),
-    "models": (TORCH | {"diffusers", "numpy", "safetensors"}, DATA | MODEL_SIDE),
-    "analysis": (TORCH, DATA),
-    "blocks": (TORCH, DATA | {"analysis"}),
-    "attention": (TORCH, DATA | {"analysis", "blocks"}),
-    "program": (TORCH, DATA | MODEL_SIDE | {"analysis", "attention"}),
-    "ptq": (TORCH | {"numpy", "safetensors"}, DATA | MODEL_SIDE | {"analysis", "attention", "blocks", "program"}),
+    # room: (third-party packages it may import, parts of tfmq_export it may import besides itself)
+    **dict.fromkeys(DATA - {"recipe"}, (frozenset({"numpy", "pydantic"}), DATA)),
+    "recipe": (frozenset({"numpy", "safetensors"}), DATA),
+    "capture": (TORCH | {"onnx"}, DATA),
+    "models": (TORCH | {"diffusers", "numpy", "safetensors"}, DATA | {"capture"}),
+    "ptq": (TORCH | {"numpy", "safetensors"}, DATA | {"capture"}),
     "passes": (ONNX | {"numpy", "onnxruntime"}, DATA),
     # onnx only to read graphs back and to lint them; a production host never calls that.
-    "runtime": (frozenset({"numpy", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx", "openvino"}), DATA),
+    "runtime": (ENGINE_LIBRARIES | {"numpy", "onnx"}, DATA),
+    "proof": (TORCH | {"matplotlib", "numpy", "onnx"}, DATA | MODEL | GRAPH),
+    "compiler": (ANYTHING, DATA | MODEL | GRAPH | {"proof"}),
     # In the pipelines of diffusers: beside the runtime, not in it, because it needs torch as they do.
-    "drop_in": (TORCH | {"diffusers", "numpy"}, DATA | {"runtime"}),
-    "onnx_components": (TORCH | {"diffusers", "transformers"}, DATA | {"program"}),
-    "export": (TORCH | {"onnx"}, DATA | {"program"}),
+    "integrations": (TORCH | {"diffusers", "numpy"}, DATA | {"runtime"}),
     # What needs torch waits in against_model.py until a gate asks for it.
-    "testing": (frozenset({"numpy", "pytest"}), DATA | {"runtime", "validate"}),
+    "gate": (frozenset({"numpy", "pytest"}), DATA | {"runtime", "proof"}),
     "serving": (frozenset({"onnx"}), DATA | {"passes", "runtime"}),
+    "bench": (ANYTHING, DATA | MODEL | GRAPH | {"proof"}),
 }
+TOP = frozenset({"compiler", "cli"})
 ENGINES = {
-    "onnxruntime": "runtime/ort_runner.py",
-    "openvino": "runtime/openvino_runner.py",
-    "tensorrt": "runtime/trt_child.py",
-    "tensorrt_rtx": "runtime/trt_child.py",
+    "onnxruntime": "runtime/engines/onnxruntime/runner.py",
+    "openvino": "runtime/engines/openvino/runner.py",
+    "tensorrt": "runtime/engines/tensorrt/building/child.py",
+    "tensorrt_rtx": "runtime/engines/tensorrt/building/child.py",
 }
 HEAVY = (
     "torch",
@@ -78,9 +62,9 @@ HEAVY = (
 
 
 def sources() -> list[Path]:
-    """Every module; ``passes`` and ``runtime`` are links."""
-    folders = [ROOT, *(path for path in ROOT.iterdir() if path.is_dir())]
-    return sorted(path for folder in folders for path in folder.glob("*.py"))
+    """Every module; ``passes`` and ``runtime`` are links, which a search from the root does not enter."""
+    rooms = [path for path in ROOT.iterdir() if path.is_dir()]
+    return sorted([*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))])
 
 
 def place(path: Path) -> str:
@@ -160,7 +144,7 @@ def test_each_engine_has_a_file_of_its_own() -> None:
 
 def test_nobody_imports_the_top() -> None:
     # cli calls the compiler, and the package offers it lazily.
-    allowed = {"cli/export.py": {"compiler"}, "compiler.py": set(), "__init__.py": {"compiler"}}
+    allowed = {"cli/export.py": {"compiler"}, "__init__.py": {"compiler"}}
 
     for path in sources():
         assert parts_of(imports_of(path)) & TOP - {part(path)} <= allowed.get(place(path), set()), place(path)
@@ -180,11 +164,11 @@ def test_the_command_line_loads_nothing_heavy_before_it_must() -> None:
     [
         ("tfmq_export", HEAVY),
         ("tfmq_export.runtime", HEAVY),
-        ("tfmq_export.runtime.realized_tensorrt", HEAVY),
-        ("tfmq_export.testing.plugin", (*HEAVY, "numpy")),
-        ("tfmq_export.testing.checks", HEAVY),
-        ("tfmq_export.bundle", HEAVY),
-        ("tfmq_export.recipe", HEAVY),
+        ("tfmq_export.runtime.engines.tensorrt.receipt", HEAVY),
+        ("tfmq_export.gate.plugin", (*HEAVY, "numpy")),
+        ("tfmq_export.gate.checks", HEAVY),
+        ("tfmq_export.bundle.manifest", HEAVY),
+        ("tfmq_export.recipe.recipe", HEAVY),
         ("tfmq_export.passes.pipeline", ("torch", "diffusers")),
         ("tfmq_export.cli.export", ("torch", "onnx", "diffusers", "onnxruntime")),
     ],

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from tfmq_export.errors import ConfigError
-from tfmq_export.recipe import TableType
+from tfmq_export.recipe.recipe import TableType
 from tfmq_export.target import PtsLowering
 
 Components = Literal["link", "copy", "onnx", "none"]

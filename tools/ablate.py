@@ -24,24 +24,24 @@ import torch
 from ablation_metrics import inception_metrics
 from torch import Tensor
 
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.device import find_device, module_on, repeatable
+from tfmq_export.capture.program import capture, program_on
 from tfmq_export.config import Method, find_preset
-from tfmq_export.denoiser import Denoiser
-from tfmq_export.device import find_device, module_on, repeatable
 from tfmq_export.models.load import Source, load
-from tfmq_export.program import capture, program_on
 from tfmq_export.progress import Step
-from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
-from tfmq_export.ptq.calibration import CalibrationStep, calibrate, record
-from tfmq_export.ptq.effort import find_effort
+from tfmq_export.proof.simulate import Simulation
+from tfmq_export.proof.temporal_features import compare_temporal
+from tfmq_export.proof.validate import as_images
 from tfmq_export.ptq.image_gain import image_gain, weights_from
-from tfmq_export.ptq.quantize import quantize
-from tfmq_export.ptq.simulate import Simulation
-from tfmq_export.recipe import QuantRecipe
-from tfmq_export.recipe_io import save_recipe
-from tfmq_export.runtime.compare import psnr, sqnr_db, ssim
+from tfmq_export.ptq.walk.calibrated_model import QuantPlan, prepare
+from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate, record
+from tfmq_export.ptq.walk.effort import find_effort
+from tfmq_export.ptq.walk.quantize import quantize
+from tfmq_export.recipe.io import save_recipe
+from tfmq_export.recipe.recipe import QuantRecipe
+from tfmq_export.runtime.measure.compare import psnr, sqnr_db, ssim
 from tfmq_export.target import find_target
-from tfmq_export.temporal_features import compare_temporal
-from tfmq_export.validate import as_images
 
 Settings = Mapping[str, Any]
 

@@ -29,14 +29,14 @@ from torch import nn
 
 from tfmq_export.bench.peers import OPSET, Rows, batches_of, export_float, nncf_quantize, quantize_static
 from tfmq_export.bench.report import setting_title
-from tfmq_export.compiler import compile_model
+from tfmq_export.capture.denoiser import Denoiser, Description
+from tfmq_export.compiler.chain import compile_model
 from tfmq_export.config import CompileConfig, Method, Thresholds
-from tfmq_export.denoiser import Denoiser, Description
 from tfmq_export.models.factory import describe
 from tfmq_export.models.load import Source, load
-from tfmq_export.ptq.calibration import calibrate
-from tfmq_export.recipe_io import load_recipe
-from tfmq_export.runtime.machine import processor
+from tfmq_export.ptq.walk.calibration import calibrate
+from tfmq_export.recipe.io import load_recipe
+from tfmq_export.runtime.measure.machine import processor
 
 NO_GATE = Thresholds(psnr=-1e3, sqnr=-1e3, agreement=-1e3)  # random weights draw no images worth comparing
 ORT, OV_F32, OV_BF16 = Engine("onnxruntime"), Engine("openvino", "f32"), Engine("openvino", "bf16")

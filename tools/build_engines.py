@@ -10,11 +10,11 @@ are. Prints a table in Markdown: what runs in int8 by the engine's own account, 
 import argparse
 from pathlib import Path
 
-from tfmq_export.bundle import Bundle, open_bundle
-from tfmq_export.compiler import compile_model
+from tfmq_export.bundle.manifest import Bundle, open_bundle
+from tfmq_export.compiler.chain import compile_model
 from tfmq_export.config import load_config
 from tfmq_export.models.load import Source
-from tfmq_export.runtime.engine_files import EngineRequest, add_engines
+from tfmq_export.runtime.engines.tensorrt.building.files import EngineRequest, add_engines
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODELS = ("emoji32", "emoji32-cond")

@@ -56,7 +56,7 @@ def draw_here(bundle: Path, steps: int, prompt: str, latents: Path) -> np.ndarra
     import torch
     from diffusers import DiffusionPipeline
 
-    from tfmq_export.drop_in import CompiledDenoiser
+    from tfmq_export.integrations.diffusers import CompiledDenoiser
 
     pipeline = DiffusionPipeline.from_pretrained(bundle, unet=CompiledDenoiser.from_pretrained(bundle))
     pipeline.set_progress_bar_config(disable=True)

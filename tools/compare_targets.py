@@ -25,21 +25,21 @@ import torch
 from one_recipe import capture_once, carry, quantize_once
 from torch import Tensor
 
+from tfmq_export.capture.denoiser import Denoise, Denoiser
 from tfmq_export.config import CompileConfig, Method
-from tfmq_export.denoiser import Denoise, Denoiser
 from tfmq_export.models.factory import describe
 from tfmq_export.models.load import Source, load
-from tfmq_export.ptq.calibration import record
-from tfmq_export.ptq.simulate import Simulation
-from tfmq_export.runtime.compare import psnr
-from tfmq_export.runtime.denoiser import LoadedBundle
-from tfmq_export.runtime.denoiser import load as load_bundle
-from tfmq_export.runtime.openvino_runner import OpenVinoRunner
-from tfmq_export.runtime.realized import realized_by_target, realized_on_openvino
-from tfmq_export.runtime.receipt import Receipt
-from tfmq_export.served import bundle_denoise
+from tfmq_export.proof.served import bundle_denoise
+from tfmq_export.proof.simulate import Simulation
+from tfmq_export.proof.validate import Subject, as_images
+from tfmq_export.ptq.walk.calibration import record
+from tfmq_export.runtime.engines.openvino.runner import OpenVinoRunner
+from tfmq_export.runtime.engines.realized import realized_by_target, realized_on_openvino
+from tfmq_export.runtime.loaded import LoadedBundle
+from tfmq_export.runtime.loaded import load as load_bundle
+from tfmq_export.runtime.measure.compare import psnr
+from tfmq_export.runtime.measure.receipt import Receipt
 from tfmq_export.target import find_target
-from tfmq_export.validate import Subject, as_images
 
 BF16 = "openvino, bf16 rest"
 NUDGE = 1e-6

@@ -17,15 +17,16 @@ import torch
 from ablation_metrics import as_bytes
 from torch import Tensor
 
-from tfmq_export.denoiser import Denoise, Denoiser
-from tfmq_export.device import find_device, module_on, repeatable
+from tfmq_export.capture.denoiser import Denoise, Denoiser
+from tfmq_export.capture.device import find_device, module_on, repeatable
+from tfmq_export.capture.program import capture, program_on
+from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.models.load import Source, load
-from tfmq_export.program import capture, program_on
-from tfmq_export.ptq.simulate import Simulation, program_for
-from tfmq_export.recipe_io import load_recipe
-from tfmq_export.runtime.compare import as_pictures
-from tfmq_export.runtime.denoiser import load as load_bundle
-from tfmq_export.served import bundle_denoise
+from tfmq_export.proof.served import bundle_denoise
+from tfmq_export.proof.simulate import Simulation
+from tfmq_export.recipe.io import load_recipe
+from tfmq_export.runtime.loaded import load as load_bundle
+from tfmq_export.runtime.measure.compare import as_pictures
 
 SEED = 1  # as the images of tools/ablate.py
 

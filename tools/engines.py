@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from tfmq_export.export import BATCH
+from tfmq_export.capture.program import BATCH
 
 Feeds = Mapping[str, NDArray[np.generic]]
 Call = Callable[[Feeds], NDArray[np.generic]]

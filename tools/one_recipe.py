@@ -8,23 +8,22 @@ import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tfmq_export.adapt import adapt
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.program import DiffusionProgram, capture, export_onnx
+from tfmq_export.compiler.emit import Graphs, emit
 from tfmq_export.config import CompileConfig, find_preset
-from tfmq_export.denoiser import Denoiser
-from tfmq_export.emit import Graphs, emit
-from tfmq_export.export import export_onnx
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.passes.split_results import results_to_split
-from tfmq_export.program import DiffusionProgram, capture
-from tfmq_export.ptq.calibrated_model import QuantPlan, prepare
-from tfmq_export.ptq.calibration import CalibrationStep, calibrate
-from tfmq_export.ptq.effort import find_effort
-from tfmq_export.ptq.quantize import quantize
-from tfmq_export.recipe import QuantRecipe, TableType
+from tfmq_export.passes.scaling.split_results import results_to_split
+from tfmq_export.proof.validate import Subject
+from tfmq_export.ptq.walk.calibrated_model import QuantPlan, prepare
+from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate
+from tfmq_export.ptq.walk.effort import find_effort
+from tfmq_export.ptq.walk.quantize import quantize
+from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.recipe import QuantRecipe, TableType
 from tfmq_export.target import Target, find_target
-from tfmq_export.validate import Subject
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from peer_report import Result
 
 from tfmq_export.bench.peers import batches_of
-from tfmq_export.ptq.calibration import CalibrationStep
-from tfmq_export.runtime.benchmark import speedups, time_interleaved
-from tfmq_export.runtime.compare import sqnr_db
+from tfmq_export.ptq.walk.calibration import CalibrationStep
+from tfmq_export.runtime.measure.benchmark import speedups, time_interleaved
+from tfmq_export.runtime.measure.compare import sqnr_db
 
 
 @dataclass(frozen=True, slots=True, eq=False)

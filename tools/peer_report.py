@@ -7,7 +7,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from tfmq_export.runtime.benchmark import Timing
+from tfmq_export.runtime.measure.benchmark import Timing
 
 COLUMNS = ("graph", "engine", "threads", "ms [p10, p90]", "speed", "MB", "SQNR, dB (worst timestep)")
 

@@ -19,17 +19,18 @@ import torch
 from one_recipe import capture_once, quantize_once
 from torch import Tensor, fx
 
+from tfmq_export.capture.denoiser import Denoiser, first_tensor
+from tfmq_export.capture.program import DiffusionProgram
+from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.config import CompileConfig, find_preset
-from tfmq_export.denoiser import Denoiser, first_tensor
 from tfmq_export.models.load import Source, load
-from tfmq_export.program import DiffusionProgram
-from tfmq_export.ptq.calibration import CalibrationStep, record
-from tfmq_export.ptq.effort import find_effort
-from tfmq_export.ptq.simulate import QuantizedLayer, program_for
-from tfmq_export.recipe import LayerRecipe, QuantRecipe
-from tfmq_export.recipe_io import load_recipe
-from tfmq_export.runtime.compare import psnr, sqnr_db
-from tfmq_export.validate import as_images
+from tfmq_export.proof.simulate import QuantizedLayer
+from tfmq_export.proof.validate import as_images
+from tfmq_export.ptq.walk.calibration import CalibrationStep, record
+from tfmq_export.ptq.walk.effort import find_effort
+from tfmq_export.recipe.io import load_recipe
+from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.runtime.measure.compare import psnr, sqnr_db
 
 PARTS = ("weight", "input", "output")
 ONE_GRID = torch.zeros(1, dtype=torch.int64)  # no grid here differs by timestep

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from tfmq_export.denoiser import Description, first_tensor
+from tfmq_export.capture.denoiser import Description, first_tensor
 
 SIZES = ("tiny", "full")
 SPREAD = 0.4  # standard deviation of the logarithm of a channel's gain

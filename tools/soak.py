@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.bundle import Bundle
+from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import TfmqError
 from tfmq_export.runtime import LoadedBundle, load
-from tfmq_export.runtime.benchmark import rss_bytes
+from tfmq_export.runtime.measure.benchmark import rss_bytes
 from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample
 
 BATCHES = (1, 2, 3)

@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-from tfmq_export.runtime import trt_api
-from tfmq_export.runtime.cuda_driver import PROTOTYPES
+from tfmq_export.runtime.engines.tensorrt import api as trt_api
+from tfmq_export.runtime.engines.tensorrt.cuda_driver import PROTOTYPES
 
 _SIGNATURE = re.compile(r"^(?:\d+\. )?(\w+)\((.*)\) -> .*$")
 

@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from tfmq_export.bundle import open_bundle
-from tfmq_export.runtime.machine import described
-from tfmq_export.runtime.ort_runner import OrtRunner
+from tfmq_export.bundle.manifest import open_bundle
+from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
+from tfmq_export.runtime.measure.machine import described
 
 MIDDLE = 128
 

@@ -8,19 +8,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from handwritten import CLASSES, FACTORIES, denoiser_of, walk
+from nets.handwritten import CLASSES, FACTORIES, denoiser_of, walk
 from torch import Tensor, nn
 
 import tfmq_export
 from tfmq_export import Description
-from tfmq_export.compiler import Compiled
+from tfmq_export.compiler.chain import Compiled
 from tfmq_export.config import CompileConfig
 from tfmq_export.errors import AccuracyError, RecipeError, TimestepError
 from tfmq_export.passes.graph import import_graph
-from tfmq_export.passes.tabulate_tib import computed_from_time
+from tfmq_export.passes.time.tabulate_tib import computed_from_time
+from tfmq_export.proof.served import bundle_denoise
 from tfmq_export.runtime import load
-from tfmq_export.runtime.compare import sqnr_db
-from tfmq_export.served import bundle_denoise
+from tfmq_export.runtime.measure.compare import sqnr_db
 
 CASES = [(name, preset) for name in FACTORIES for preset in ("w8a8", "w4a8")] + [("edm", "fp32")]
 

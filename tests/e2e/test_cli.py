@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import run
 from diffusers import UNet2DModel
-from tiny_model import spawn, tiny_folder
+from nets.tiny_model import spawn, tiny_folder
+from standins.commands import run
 
-from tfmq_export.bundle import open_bundle
-from tfmq_export.console import INTERRUPTED
+from tfmq_export.bundle.manifest import open_bundle
+from tfmq_export.cli.console import INTERRUPTED
 from tfmq_export.runtime import load
-from tfmq_export.runtime.compare import sqnr_db
+from tfmq_export.runtime.measure.compare import sqnr_db
 
 SIZES = ["--calibration-images", "2", "--validation-images", "2", "--steps", "3", "--effort", "fast"]
 NO_GATE = ["--min-psnr", "-100", "--min-sqnr", "-100"]  # random weights draw nothing worth comparing

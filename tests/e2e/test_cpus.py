@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from handwritten import PLAIN, build_edm, quantized
+from nets.handwritten import PLAIN, build_edm, quantized
 
-from tfmq_export.compiler import Compiled, compile_model
+from tfmq_export.compiler.chain import Compiled, compile_model
 from tfmq_export.config import CompileConfig, Method, Thresholds
 from tfmq_export.errors import TargetError
-from tfmq_export.pairs import PAIR_SUM
-from tfmq_export.recipe_io import load_recipe, save_recipe
+from tfmq_export.recipe.io import load_recipe, save_recipe
+from tfmq_export.recipe.pairs import PAIR_SUM
 
 ANYTHING = Thresholds(psnr=-100, sqnr=-100, kernels=-1000)
 """On a host without VNNI its kernels are wrong, which is not what is asked here."""

@@ -9,7 +9,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from commands import run
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -20,19 +19,20 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-from tiny_model import tiny_folder
-from tiny_pipelines import VOCABULARY, dit, prompt_file, stable_diffusion
+from nets.tiny_model import tiny_folder
+from nets.tiny_pipelines import VOCABULARY, dit, prompt_file, stable_diffusion
+from standins.commands import run
 from torch import Tensor
 
 import tfmq_export
-from tfmq_export.bundle import open_bundle
+from tfmq_export.bundle.manifest import open_bundle
 from tfmq_export.config import CompileConfig
-from tfmq_export.drop_in import CompiledDenoiser
 from tfmq_export.errors import ConfigError, LoadError, TimestepError
+from tfmq_export.integrations.diffusers import CompiledDenoiser
 from tfmq_export.models.load import Source
-from tfmq_export.models.sampling import DiffusersSampler
+from tfmq_export.models.walk import DiffusersSampler
 from tfmq_export.runtime import load
-from tfmq_export.runtime.denoiser import LoadedBundle
+from tfmq_export.runtime.loaded import LoadedBundle
 from tfmq_export.runtime.sampler import DdimSchedule, sample
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run
-from handwritten import build_dit
-from tiny_model import tiny_folder
+from nets.handwritten import build_dit
+from nets.tiny_model import tiny_folder
+from standins.commands import run
 from typer.testing import Result
 
-from tfmq_export.bundle import open_bundle
-from tfmq_export.compiler import compile_model
+from tfmq_export.bundle.manifest import open_bundle
+from tfmq_export.compiler.chain import compile_model
 from tfmq_export.config import CompileConfig, Method, Thresholds
 from tfmq_export.errors import ConfigError
 from tfmq_export.runtime import load
-from tfmq_export.runtime.compare import sqnr_db
-from tfmq_export.runtime.cuda_driver import gpu_capability, has_gpu
-from tfmq_export.runtime.engine_files import EngineRequest, add_engines
-from tfmq_export.runtime.trt_runner import TrtRunner
+from tfmq_export.runtime.engines.tensorrt.building.files import EngineRequest, add_engines
+from tfmq_export.runtime.engines.tensorrt.cuda_driver import gpu_capability, has_gpu
+from tfmq_export.runtime.engines.tensorrt.runner import TrtRunner
+from tfmq_export.runtime.measure.compare import sqnr_db
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13")
 

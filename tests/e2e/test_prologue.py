@@ -11,33 +11,32 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from emoji import EXAMPLES
-from handwritten import build_dit, build_film_unet, denoiser_of
+from nets.emoji import EXAMPLES
+from nets.handwritten import build_dit, build_film_unet, denoiser_of
 from shapes import tiny_unet
 from torch import nn
 
 import tfmq_export
 from tfmq_export import Description
-from tfmq_export.adapt import adapt
-from tfmq_export.compiler import Compiled
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.program import DiffusionProgram, capture, export_onnx
+from tfmq_export.compiler.chain import Compiled
+from tfmq_export.compiler.prologue import cut_prologue
 from tfmq_export.config import CompileConfig, Thresholds
-from tfmq_export.denoiser import Denoiser
 from tfmq_export.errors import PreconditionError
-from tfmq_export.export import export_onnx
 from tfmq_export.models.factory import describe
 from tfmq_export.models.load import Source, load
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model, import_graph, save_model
 from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.program import DiffusionProgram, capture
-from tfmq_export.prologue import cut_prologue
-from tfmq_export.ptq.quantize import unquantized
+from tfmq_export.proof.served import bundle_denoise
 from tfmq_export.ptq.tib import tabulate
-from tfmq_export.recipe import QuantRecipe, TableType
+from tfmq_export.ptq.walk.quantize import unquantized
+from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.recipe import QuantRecipe, TableType
 from tfmq_export.runtime import load as load_bundle
-from tfmq_export.runtime.compare import sqnr_db
-from tfmq_export.runtime.ort_runner import OrtRunner
-from tfmq_export.served import bundle_denoise
+from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
+from tfmq_export.runtime.measure.compare import sqnr_db
 from tfmq_export.target import find_target
 
 ANYTHING = Thresholds(psnr=-100, sqnr=-100)

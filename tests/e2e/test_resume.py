@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from nets.tiny_model import spawn, tiny_folder
 from safetensors.torch import load_file, save_file
-from tiny_model import spawn, tiny_folder
 
 SETTINGS = ["--preset", "w4a8", "--effort", "fast", "--steps", "4", "--calibration-images", "2"]
 SETTINGS += ["--validation-images", "2", "--min-psnr", "-100", "--min-sqnr", "-100"]

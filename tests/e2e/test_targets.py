@@ -14,24 +14,24 @@ import onnx
 import pytest
 import shapes
 from compare_targets import BF16, Canvas, drawn_by, pairs_of
-from emoji import EXAMPLES
-from handwritten import build_dit
+from nets.emoji import EXAMPLES
+from nets.handwritten import build_dit
 from one_recipe import Captured, Quantized, capture_once, carry, quantize_once
 from onnx import numpy_helper
 from torch import nn
 
-from tfmq_export.bundle import Bundle
-from tfmq_export.compiler import Compiled, compile_model
+from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.compiler.chain import Compiled, compile_model
 from tfmq_export.config import CompileConfig, Method, Thresholds
 from tfmq_export.errors import BuildError, PrecisionError
 from tfmq_export.models.factory import describe
 from tfmq_export.models.load import Source, load
-from tfmq_export.recipe import TableType
-from tfmq_export.runtime.realized import realized_by_target, realized_on_openvino, realized_on_tensorrt
-from tfmq_export.runtime.receipt import Receipt
-from tfmq_export.runtime.trt_build import BuildOptions
+from tfmq_export.proof.validate import Subject, Validation, validate
+from tfmq_export.recipe.recipe import TableType
+from tfmq_export.runtime.engines.realized import realized_by_target, realized_on_openvino, realized_on_tensorrt
+from tfmq_export.runtime.engines.tensorrt.building.build import BuildOptions
+from tfmq_export.runtime.measure.receipt import Receipt
 from tfmq_export.target import find_target
-from tfmq_export.validate import Subject, Validation, validate
 
 NO_GATE = Thresholds(psnr=-100, sqnr=-100)  # few images of a hasty recipe; agreement stays at 40 dB
 TARGETS = ("ort-cpu", "openvino", "tensorrt-rtx")

@@ -7,18 +7,18 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from onnx_graphs import graph_of
-from toy_nets import Net, conv_net, token_net, vector_net
-from toy_recipes import recipe_for
+from nets.onnx_graphs import graph_of
+from nets.toy_nets import Net, conv_net, token_net, vector_net
+from nets.toy_recipes import recipe_for
 
-from tfmq_export.bundle import LayerInfo
+from tfmq_export.bundle.manifest import LayerInfo
 from tfmq_export.errors import PostconditionError, PrecisionError
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.check_model import CheckModel
 from tfmq_export.passes.graph import export_model, save_model
 from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.recipe import QuantRecipe
-from tfmq_export.runtime.realized_ort import realized_on_ort
+from tfmq_export.recipe.recipe import QuantRecipe
+from tfmq_export.runtime.engines.onnxruntime.receipt import realized_on_ort
 from tfmq_export.target import Target, find_target
 
 TARGET = find_target("ort-cpu")

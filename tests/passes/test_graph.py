@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from nets.onnx_graphs import build, graph_of, infer, normal
+from nets.toy_nets import conv_net, node
 from onnx import TensorProto, numpy_helper
-from onnx_graphs import build, graph_of, infer, normal
-from toy_nets import conv_net, node
 
 from tfmq_export.passes import graph as graph_module
 from tfmq_export.passes.graph import constant, dump_to, export_model, import_graph, int4_constant, save_model

@@ -13,30 +13,30 @@ from functools import cache
 import numpy as np
 import onnx
 import pytest
-from gated_nets import gated_net
-from map_nets import map_net
+from nets.gated_nets import gated_net
+from nets.map_nets import map_net
+from nets.onnx_graphs import graph_of, infer
+from nets.prompt_nets import label_net
+from nets.toy_nets import Feeds, Net, conv_net, observe, skip_net, token_net, vector_net
+from nets.toy_recipes import recipe_by_timestep, recipe_for, scaled_recipe, with_products
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from onnx_graphs import graph_of, infer
-from prompt_nets import label_net
-from toy_nets import Feeds, Net, conv_net, observe, skip_net, token_net, vector_net
-from toy_recipes import recipe_by_timestep, recipe_for, scaled_recipe, with_products
 
 from tfmq_export import passes as package
-from tfmq_export.adapt import adapt
-from tfmq_export.passes.average_group_norm import AverageGroupNorm
 from tfmq_export.passes.base import Pass, PassReport, Semantics, run_passes
+from tfmq_export.passes.bind.fold_constants import FoldConstants
+from tfmq_export.passes.bind.split_skips import SplitSkips
 from tfmq_export.passes.check_model import CheckModel
-from tfmq_export.passes.fold_constants import FoldConstants
+from tfmq_export.passes.finish.name_outputs import NameOutputs
+from tfmq_export.passes.finish.strip_qdq import StripQdq
 from tfmq_export.passes.graph import export_model
-from tfmq_export.passes.name_outputs import NameOutputs
-from tfmq_export.passes.narrow_tables import NarrowTables
+from tfmq_export.passes.lower.average_group_norm import AverageGroupNorm
 from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.passes.split_results import results_to_split
-from tfmq_export.passes.split_skips import SplitSkips
-from tfmq_export.passes.strip_qdq import StripQdq
-from tfmq_export.passes.tabulate_tib import TabulateTib
-from tfmq_export.recipe import LayerRecipe, ProductRecipe, QuantRecipe
+from tfmq_export.passes.scaling.split_results import results_to_split
+from tfmq_export.passes.time.narrow_tables import NarrowTables
+from tfmq_export.passes.time.tabulate_tib import TabulateTib
+from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 from tfmq_export.target import find_target
 
 NETS: Sequence[Callable[[], Net]] = (conv_net, token_net, vector_net, skip_net, label_net, gated_net, map_net)
@@ -132,9 +132,8 @@ def run_chain(net: Net, recipe: QuantRecipe, chain: Sequence[Pass]) -> list[Rewr
 
 
 def pass_classes() -> list[type[Pass]]:
-    modules = [
-        importlib.import_module(f"{package.__name__}.{item.name}") for item in pkgutil.iter_modules(package.__path__)
-    ]
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    modules = [importlib.import_module(item.name) for item in found]
     members = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
     return sorted(
         (x for x in members if issubclass(x, Pass) and not inspect.isabstract(x)), key=lambda item: item.__name__

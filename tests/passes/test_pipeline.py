@@ -3,14 +3,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy_nets import conv_net, token_net
-from toy_recipes import recipe_for, scaled_recipe
+from nets.toy_nets import conv_net, token_net
+from nets.toy_recipes import recipe_for, scaled_recipe
 
-from tfmq_export.adapt import adapt
 from tfmq_export.errors import TargetError
-from tfmq_export.passes.half_precision import HalfPrecision
+from tfmq_export.passes.finish.half_precision import HalfPrecision
 from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.recipe import QuantRecipe, TimestepGrids
+from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.recipe import QuantRecipe, TimestepGrids
 from tfmq_export.target import TARGETS, Target, find_target
 
 

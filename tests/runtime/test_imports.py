@@ -27,7 +27,9 @@ import sys
 import numpy as np
 import tfmq_export, tfmq_export.runtime
 assert not {"onnxruntime", "openvino", "tensorrt"} & set(sys.modules)
-from tfmq_export.runtime import benchmark, compare, realized, sampler
+from tfmq_export.runtime import sampler
+from tfmq_export.runtime.engines import realized
+from tfmq_export.runtime.measure import benchmark, compare
 
 with tfmq_export.runtime.load(sys.argv[1], threads=1, verify=True) as denoise:
     schedule = sampler.DdimSchedule.from_config({}, 4)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from split_bundle import STEPS, split_bundle
+from standins.split_bundle import STEPS, split_bundle
 
-from tfmq_export.bundle import PassedTensor, PrologueInfo, open_bundle
+from tfmq_export.bundle.manifest import PassedTensor, PrologueInfo, open_bundle
 from tfmq_export.errors import BuildError, ConfigError, LoadError, TimestepError
 from tfmq_export.runtime import LoadedBundle, PreparedPrompt, load
 from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample

@@ -7,14 +7,14 @@ from typing import Self
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from small_bundle import SHAPE, Parts, small_bundle
+from standins.small_bundle import SHAPE, Parts, small_bundle
 
-from tfmq_export.bundle import Bundle, open_bundle
+from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.errors import ConfigError, LoadError, PrecisionError
 from tfmq_export.runtime import load, self_test
-from tfmq_export.runtime.denoiser import LoadedBundle
-from tfmq_export.runtime.machine import described
-from tfmq_export.runtime.ort_runner import OrtRunner, version
+from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner, version
+from tfmq_export.runtime.loaded import LoadedBundle
+from tfmq_export.runtime.measure.machine import described
 from tfmq_export.runtime.self_test import FILE, LIMIT, HostCheck, SelfTest, read_self_test, require_host
 
 Arrays = Mapping[str, NDArray[np.generic]]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import typer
-from small_bundle import Parts, small_bundle
-from triton_schema import parse_config
+from standins.small_bundle import Parts, small_bundle
+from standins.triton_schema import parse_config
 from typer.testing import CliRunner, Result
 
 from tfmq_export.cli.export import export

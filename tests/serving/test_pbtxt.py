@@ -1,6 +1,6 @@
 import pytest
 from google.protobuf import struct_pb2, text_format
-from triton_schema import parse_config
+from standins.triton_schema import parse_config
 
 from tfmq_export.serving.pbtxt import Symbol, map_entries, render
 

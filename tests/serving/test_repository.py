@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from small_bundle import SHAPE, TIMESTEPS, Parts, small_bundle
-from triton_schema import kind_name, parse_config, type_name
+from standins.small_bundle import SHAPE, TIMESTEPS, Parts, small_bundle
+from standins.triton_schema import kind_name, parse_config, type_name
 
-from tfmq_export.bundle import open_bundle
+from tfmq_export.bundle.manifest import open_bundle
 from tfmq_export.errors import ConfigError, LoadError, TfmqError
-from tfmq_export.runtime.ort_runner import OrtRunner
+from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
 from tfmq_export.serving.options import Serving
 from tfmq_export.serving.repository import write_repository
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import sensitivity
 from ablation_metrics import frechet_distance, inception_score, kernel_distance
-from tiny_model import tiny_folder
+from nets.tiny_model import tiny_folder
 
-from tfmq_export.compiler import compile_model
+from tfmq_export.compiler.chain import compile_model
 from tfmq_export.config import CompileConfig, Thresholds
 from tfmq_export.models.load import Source
 

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
-from tfmq_export.denoiser import Denoiser
-from tfmq_export.program import quiet_logger
-from tfmq_export.ptq.calibration import CalibrationStep
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.program import quiet_logger
+from tfmq_export.ptq.walk.calibration import CalibrationStep
 
 Rows = Sequence[dict[str, NDArray[np.generic]]]
 """Calibration inputs by name, one call each."""

@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 
 from tfmq_export.bench.report import BenchReport, Row, Setting
-from tfmq_export.replaced import replaced_file
+from tfmq_export.bundle.write import replaced_file
 
 OURS, BASE, OTHER = "#2b6cb0", "#4a5568", "#a0aec0"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from tfmq_export.bench.job import Ready, Turn
-from tfmq_export.bundle import Bundle
-from tfmq_export.replaced import replaced_file
-from tfmq_export.runtime.benchmark import Timing
-from tfmq_export.runtime.machine import adds_in_16_bits, features, processor, versions
+from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.bundle.write import replaced_file
+from tfmq_export.runtime.measure.benchmark import Timing
+from tfmq_export.runtime.measure.machine import adds_in_16_bits, features, processor, versions
 
 LATENCY = ("", "median ms", "p10", "p90", "p99", "speed", "per s")
 COSTS = ("", "cpu ms", "cores", "ours", "load s", "peak MB")

@@ -11,10 +11,10 @@ from tfmq_export.bench.candidates import Candidate
 from tfmq_export.bench.lockstep import Worker
 from tfmq_export.bench.report import BenchReport, Missing, Row, Setting, setting_title
 from tfmq_export.bench.workshop import Model, Workshop
-from tfmq_export.bundle import Bundle
+from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import BuildError, ConfigError, TfmqError
 from tfmq_export.progress import Progress
-from tfmq_export.runtime.benchmark import speedups, take_turns
+from tfmq_export.runtime.measure.benchmark import speedups, take_turns
 from tfmq_export.runtime.runner import one_line
 
 WARMUP = 3

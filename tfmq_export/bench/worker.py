@@ -19,18 +19,18 @@ from typing import Any, Self, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export import bundle
 from tfmq_export.bench.job import Job, Ready, Turn
-from tfmq_export.runtime.benchmark import peak_rss_bytes, rss_bytes
-from tfmq_export.runtime.engines import engine_version
-from tfmq_export.runtime.openvino_runner import OpenVinoRunner
-from tfmq_export.runtime.openvino_runner import version as openvino_version
-from tfmq_export.runtime.ort_runner import OrtRunner
-from tfmq_export.runtime.ort_runner import version as ort_version
+from tfmq_export.bundle import manifest as bundle
+from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
+from tfmq_export.runtime.engines.onnxruntime.runner import version as ort_version
+from tfmq_export.runtime.engines.open import engine_version
+from tfmq_export.runtime.engines.openvino.runner import OpenVinoRunner
+from tfmq_export.runtime.engines.openvino.runner import version as openvino_version
+from tfmq_export.runtime.engines.tensorrt.building.child import FLAVOURS
+from tfmq_export.runtime.engines.tensorrt.runner import import_tensorrt
+from tfmq_export.runtime.measure.benchmark import peak_rss_bytes, rss_bytes
 from tfmq_export.runtime.runner import ReportsSettings, Runner, one_line
 from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample
-from tfmq_export.runtime.trt_child import FLAVOURS
-from tfmq_export.runtime.trt_runner import import_tensorrt
 
 Denoise = Callable[..., NDArray[Any]]
 """``denoise(sample, timestep, **conditioning) -> prediction``."""

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from tfmq_export.bench.job import Job, SamplingJob
 from tfmq_export.bench.peers import Rows, batches_of, export_float
-from tfmq_export.bundle import Bundle, write_manifest
-from tfmq_export.denoiser import Denoiser
+from tfmq_export.bundle.manifest import Bundle, write_manifest
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.program import capture
 from tfmq_export.errors import ConfigError, LoadError, RecipeError
 from tfmq_export.models.load import Source, load
 from tfmq_export.passes.base import run_passes
+from tfmq_export.passes.finish.strip_qdq import StripQdq
 from tfmq_export.passes.graph import export_model, import_graph, save_model
-from tfmq_export.passes.strip_qdq import StripQdq
-from tfmq_export.program import capture
-from tfmq_export.ptq.calibration import calibrate
+from tfmq_export.ptq.walk.calibration import calibrate
 from tfmq_export.runtime.self_test import FILE as SELF_TEST
 
 CALIBRATION_IMAGES = 4

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tfmq_export.cli.console import bars, out, reports_errors, table
 from tfmq_export.cli.options import Factory, Quiet, require_folder_of, source_of
-from tfmq_export.console import bars, out, reports_errors, table
 from tfmq_export.errors import ConfigError
 
 BASELINES = (
@@ -44,7 +44,7 @@ def bench(
     from tfmq_export.bench.run import Plan
     from tfmq_export.bench.run import bench as run_bench
     from tfmq_export.bench.workshop import Model
-    from tfmq_export.bundle import open_bundle
+    from tfmq_export.bundle.manifest import open_bundle
 
     require_folder_of(json, plot)
     opened = [open_bundle(folder) for folder in bundles]

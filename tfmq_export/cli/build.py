@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tfmq_export.cli.console import bars, out, reports_errors, size, table
 from tfmq_export.cli.options import BundleFolder, Quiet
-from tfmq_export.console import bars, out, reports_errors, size, table
 
 if TYPE_CHECKING:
-    from tfmq_export.runtime.engine_files import BuiltEngine
+    from tfmq_export.runtime.engines.tensorrt.building.files import BuiltEngine
 
 Sm = Annotated[
     list[str] | None,
@@ -49,10 +49,10 @@ def build(
 
     TensorRT-RTX builds for any list of GPUs on a machine that has none; TensorRT builds for the GPU it finds.
     """
-    from tfmq_export.bundle import open_bundle
+    from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.errors import ConfigError
-    from tfmq_export.runtime.engine_files import EngineRequest, add_engines
-    from tfmq_export.runtime.trt_profile import parse_batch
+    from tfmq_export.runtime.engines.tensorrt.building.files import EngineRequest, add_engines
+    from tfmq_export.runtime.engines.tensorrt.building.profile import parse_batch
 
     opened = open_bundle(bundle)
     if tensorrt and sm:

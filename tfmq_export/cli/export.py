@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from tfmq_export.cli.console import bars, err, out, reports_errors, set_up_logging
 from tfmq_export.cli.options import (
     Conditioning,
     Factory,
@@ -21,10 +22,9 @@ from tfmq_export.cli.options import (
     Version,
 )
 from tfmq_export.cli.result import show
-from tfmq_export.console import bars, err, out, reports_errors, set_up_logging
 
 if TYPE_CHECKING:
-    from tfmq_export.bundle import Bundle
+    from tfmq_export.bundle.manifest import Bundle
     from tfmq_export.config import CompileConfig
     from tfmq_export.serving.options import Serving
 
@@ -158,7 +158,7 @@ def export(
 
     with bars(quiet) as progress:
         with progress.stage("Starting"):
-            from tfmq_export.compiler import checkpoint_of, compile_model
+            from tfmq_export.compiler.chain import checkpoint_of, compile_model
             from tfmq_export.models.load import Source
         source = Source(model, factory, steps, conditioning, guidance_scale, scheduler)
         try:
@@ -192,7 +192,7 @@ def _servable(target: str, name: str) -> "Serving":
 
 def _how_to_build(bundle: "Bundle") -> None:
     """The commands that build what was not built here."""
-    from tfmq_export.runtime.trtexec import SCRIPT, build_commands
+    from tfmq_export.runtime.engines.tensorrt.building.trtexec import SCRIPT, build_commands
     from tfmq_export.target import find_target
 
     target = find_target(bundle.manifest.target)
@@ -213,7 +213,7 @@ def _preset(settings: "CompileConfig", recipe: Path | None) -> str:
     """What the bundle will be: a recipe has its own preset."""
     if recipe is None:
         return settings.preset
-    from tfmq_export.recipe_io import load_recipe
+    from tfmq_export.recipe.io import load_recipe
 
     return load_recipe(recipe).preset
 

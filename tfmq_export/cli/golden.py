@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from tfmq_export.cli.console import out, reports_errors, size
 from tfmq_export.cli.options import BundleFolder, require_folder_of
-from tfmq_export.console import out, reports_errors, size
 
 
 @reports_errors
@@ -18,8 +18,8 @@ def golden(
     seed: Annotated[int, typer.Option(min=0, help="Of noise and pictures.")] = 0,
 ) -> None:
     """Write what an accepted bundle answers into a small file, for gates to compare with."""
-    from tfmq_export.bundle import open_bundle
-    from tfmq_export.testing.golden import make_golden, write_golden
+    from tfmq_export.bundle.manifest import open_bundle
+    from tfmq_export.gate.golden import make_golden, write_golden
 
     require_folder_of(output)
     opened = open_bundle(bundle)

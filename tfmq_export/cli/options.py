@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tfmq_export import __version__
-from tfmq_export.console import out
+from tfmq_export.cli.console import out
 from tfmq_export.errors import OutputError
 
 if TYPE_CHECKING:
-    from tfmq_export.bundle import Bundle
+    from tfmq_export.bundle.manifest import Bundle
     from tfmq_export.models.load import Source
 
 Model = Annotated[

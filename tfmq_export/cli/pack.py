@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from tfmq_export.cli.console import out, reports_errors, size
 from tfmq_export.cli.options import Conditioning, Guidance, require_folder_of
-from tfmq_export.console import out, reports_errors, size
 
 
 @reports_errors
@@ -18,9 +18,9 @@ def pack(
     guidance_scale: Guidance = None,
 ) -> None:
     """Pack a diffusers folder into one model.pt of plain data."""
-    from tfmq_export.models.checkpoint import write_checkpoint
     from tfmq_export.models.diffusers_model import PromptSet
     from tfmq_export.models.folder import read_folder, read_prompts
+    from tfmq_export.models.model_pt import write_checkpoint
 
     require_folder_of(output)
     model, scheduler = read_folder(folder)

@@ -2,18 +2,18 @@
 
 from typing import TYPE_CHECKING
 
-from tfmq_export.bundle import prologue_folder
-from tfmq_export.console import out, size, table
-from tfmq_export.runtime.machine import described
+from tfmq_export.bundle.manifest import prologue_folder
+from tfmq_export.cli.console import out, size, table
+from tfmq_export.runtime.measure.machine import described
 
 POOR = 18.0
 """dB. Below it a picture differs from the model's own in more than details; a blur of 4 pixels has 16."""
 
 if TYPE_CHECKING:
-    from tfmq_export.bundle import Bundle
-    from tfmq_export.runtime.compare import Comparison
-    from tfmq_export.runtime.receipt import Receipt
-    from tfmq_export.validate import Validation
+    from tfmq_export.bundle.manifest import Bundle
+    from tfmq_export.proof.validate import Validation
+    from tfmq_export.runtime.measure.compare import Comparison
+    from tfmq_export.runtime.measure.receipt import Receipt
 
 
 def show(bundle: "Bundle", validation: "Validation") -> None:
@@ -82,7 +82,7 @@ def _tables(validation: "Validation") -> str:
     tib = validation.temporal.tib
     if tib.stored == "fp32" or not tib.tables:
         return ""
-    from tfmq_export.narrow_rows import stored_bytes
+    from tfmq_export.recipe.narrow_rows import stored_bytes
 
     return f"; {tib.stored} rows, {stored_bytes(tib) / tib.nbytes:.2f} of their {size(tib.nbytes)} in fp32"
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from tfmq_export.cli.console import bars, out, reports_errors
 from tfmq_export.cli.options import BundleFolder, Factory, Quiet, Threads, require_folder_of, source_of
-from tfmq_export.console import bars, out, reports_errors
 
 
 @reports_errors
@@ -33,12 +33,12 @@ def sample(
     quiet: Quiet = False,
 ) -> None:
     """Draw images with a bundle; with --against, full precision above and compiled below."""
-    from tfmq_export.bundle import open_bundle
+    from tfmq_export.bundle.manifest import open_bundle
+    from tfmq_export.bundle.write import replaced_file
     from tfmq_export.errors import ConfigError
-    from tfmq_export.pictures import save_rows
-    from tfmq_export.replaced import replaced_file
-    from tfmq_export.runtime.compare import is_picture
-    from tfmq_export.sampling import Request, draw, draw_against
+    from tfmq_export.proof.draw import Request, draw, draw_against
+    from tfmq_export.proof.pictures import save_rows
+    from tfmq_export.runtime.measure.compare import is_picture
 
     require_folder_of(output)
     if output.suffix.lower() != ".png":

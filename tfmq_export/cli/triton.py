@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from tfmq_export.cli.console import out, reports_errors
 from tfmq_export.cli.options import BundleFolder
-from tfmq_export.console import out, reports_errors
 
 if TYPE_CHECKING:
-    from tfmq_export.bundle import Bundle
+    from tfmq_export.bundle.manifest import Bundle
     from tfmq_export.serving.options import Serving
 
 ENGINE_HELP = "TensorRT engine to serve, as PATH, or 8.9=PATH for each compute capability."
@@ -32,7 +32,7 @@ def triton(
     prologue_engine: Annotated[list[str] | None, typer.Option(help="The same for the prologue.")] = None,
 ) -> None:
     """Add a bundle to a model repository of Triton Inference Server."""
-    from tfmq_export.bundle import open_bundle
+    from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.serving.options import Serving
 
     serving = Serving(

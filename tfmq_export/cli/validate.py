@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from tfmq_export.cli.console import bars, out, reports_errors
 from tfmq_export.cli.options import BundleFolder, Factory, MinPsnr, MinSqnr, MinSsim, Quiet, require_folder_of
 from tfmq_export.cli.result import show
-from tfmq_export.console import bars, out, reports_errors
 from tfmq_export.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ def validate(
     quiet: Quiet = False,
 ) -> None:
     """Compare a bundle with the model it came from, on the same noise; exits with 6 on a miss."""
-    from tfmq_export.bundle import open_bundle
+    from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.config import load_config
 
     if host:
@@ -53,8 +53,8 @@ def validate(
     require_folder_of(json)
     with bars(quiet) as progress:
         with progress.stage("Loading and capturing the model"):
-            from tfmq_export.validate import subject_of
-            from tfmq_export.validate import validate as run_validation
+            from tfmq_export.proof.validate import subject_of
+            from tfmq_export.proof.validate import validate as run_validation
 
             subject = subject_of(opened, against, factory)
         validation = run_validation(subject, thresholds, images=images, seed=seed, progress=progress)
@@ -68,7 +68,7 @@ def validate(
 
 def _on_this_host(root: Path) -> None:
     """The bundle's self-test, and what it found."""
-    from tfmq_export.runtime.denoiser import load
+    from tfmq_export.runtime.loaded import load
     from tfmq_export.runtime.self_test import require_host
 
     with load(root, verify=True, self_test=False) as loaded:

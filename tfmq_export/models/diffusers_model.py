@@ -9,12 +9,12 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from tfmq_export.bundle import SamplerInfo
-from tfmq_export.denoiser import Conditioning, Denoiser
+from tfmq_export.bundle.manifest import SamplerInfo
+from tfmq_export.capture.denoiser import Conditioning, Denoiser
 from tfmq_export.errors import LoadError
 from tfmq_export.models import flat_modules
-from tfmq_export.models.sampling import DiffusersSampler
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
+from tfmq_export.models.walk import DiffusersSampler
 
 UNET, TRANSFORMER = "unet", "transformer"
 ARCHITECTURES: Mapping[str, str] = {

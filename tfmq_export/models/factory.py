@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tfmq_export.bundle import SamplerInfo
-from tfmq_export.denoiser import Denoiser, Description
+from tfmq_export.bundle.manifest import SamplerInfo
+from tfmq_export.capture.denoiser import Denoiser, Description
 from tfmq_export.errors import ConfigError, LoadError
-from tfmq_export.models.checkpoint import load_weights, read_tensors
 from tfmq_export.models.folder import first_line
-from tfmq_export.models.sampling import DiffusersSampler
+from tfmq_export.models.model_pt import load_weights, read_tensors
 from tfmq_export.models.schedulers import scheduler_config
-from tfmq_export.timesteps import TimestepSet
+from tfmq_export.models.walk import DiffusersSampler
+from tfmq_export.recipe.timesteps import TimestepSet
 
 
 def load_factory(reference: str, weights: Path, steps: int | None) -> Denoiser:

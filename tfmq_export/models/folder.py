@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from tfmq_export.bundle.pipeline_folder import is_pipeline
 from tfmq_export.errors import LoadError
 from tfmq_export.models.diffusers_model import TRANSFORMER, UNET, PromptSet, class_of
-from tfmq_export.pipeline_folder import is_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -3,14 +3,14 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tfmq_export.bundle import Bundle
-from tfmq_export.denoiser import Denoiser
+from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.bundle.pipeline_folder import is_pipeline
+from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.errors import ConfigError, LoadError
-from tfmq_export.models.checkpoint import read_checkpoint
 from tfmq_export.models.diffusers_model import PromptSet, Sampling, denoiser_of
 from tfmq_export.models.factory import load_factory
 from tfmq_export.models.folder import read_folder, read_prompts
-from tfmq_export.pipeline_folder import is_pipeline
+from tfmq_export.models.model_pt import read_checkpoint
 
 DEFAULT_STEPS = 50
 

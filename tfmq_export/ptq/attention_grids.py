@@ -3,7 +3,7 @@
 q, k and v have signed grids around 0; the softmax lies in [0, 1] and has an unsigned one. They are 8 bits wide under
 every preset: fewer would be emulated by the same kernels, and the softmax of many tokens has no room for them. Only the
 second factor, k or v, has 7 where no kernel may saturate: two codes of at most 64 keep any sum of two products within
-16 bits (``tfmq_export/pairs.py``), and an activation cannot be chosen so that its neighbours do.
+16 bits (``tfmq_export/recipe/pairs.py``), and an activation cannot be chosen so that its neighbours do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tfmq_export.attention import AttentionProduct
-from tfmq_export.ptq.block_runner import BlockRunner, Compute, LayerRule
+from tfmq_export.capture.attention import AttentionProduct
 from tfmq_export.ptq.fake_quant import Grid
-from tfmq_export.ptq.flow import Flow
 from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, merge, observe
-from tfmq_export.recipe import ProductRecipe
-from tfmq_export.spec import QuantSpec
+from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule
+from tfmq_export.ptq.walk.flow import Flow
+from tfmq_export.recipe.grid import QuantSpec
+from tfmq_export.recipe.recipe import ProductRecipe
 
 BITS = 8
 VALUES = 8192  # remembered of each factor in each batch of rows

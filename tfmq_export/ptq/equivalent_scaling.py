@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tfmq_export.ptq.fake_quant import round_through
-from tfmq_export.ptq.learning import Batch, Draw, GradientStep, adam, anneal
 from tfmq_export.ptq.pairs import Pairs
+from tfmq_export.ptq.walk.learning import Batch, Draw, GradientStep, adam, anneal
 from tfmq_export.ptq.weights import full_scale
-from tfmq_export.spec import QuantSpec
+from tfmq_export.recipe.grid import QuantSpec
 
 MOMENTUM = 0.95
 FOCUS = 20  # alpha

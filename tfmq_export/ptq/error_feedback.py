@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from tfmq_export.pairs import PAIR_SUM
 from tfmq_export.ptq.pairs import Pairs, shrink
 from tfmq_export.ptq.weights import per_output
-from tfmq_export.recipe import WEIGHT_REACH
-from tfmq_export.spec import QuantSpec
+from tfmq_export.recipe.grid import QuantSpec
+from tfmq_export.recipe.pairs import PAIR_SUM
+from tfmq_export.recipe.recipe import WEIGHT_REACH
 
 SAMPLES = 1 << 14  # inputs that a layer's products are summed over
 WIDEST = 2304  # weights that share their errors: 256 channels of a 3 x 3 convolution; the cost grows with the cube

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfmq_export.recipe import TimestepGrids
-from tfmq_export.spec import QParams, QuantSpec
+from tfmq_export.recipe.grid import QParams, QuantSpec
+from tfmq_export.recipe.recipe import TimestepGrids
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from tfmq_export.errors import CalibrationError
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, merge
-from tfmq_export.spec import QuantSpec
+from tfmq_export.recipe.grid import QuantSpec
 
 
 def calibrate_finite_set(

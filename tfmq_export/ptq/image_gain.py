@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tfmq_export.denoiser import Denoise, Denoiser
+from tfmq_export.capture.denoiser import Denoise, Denoiser
 from tfmq_export.errors import CalibrationError
 from tfmq_export.progress import Step
-from tfmq_export.ptq.calibration import CalibrationStep, record
+from tfmq_export.ptq.walk.calibration import CalibrationStep, record
 from tfmq_export.ptq.weights import nearest_codes, per_output, search_weight_scale
-from tfmq_export.spec import QuantSpec
+from tfmq_export.recipe.grid import QuantSpec
 
 WINDOWS = 10
 IMAGES = 4

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from tfmq_export.ptq.fake_quant import Grid, round_through
-from tfmq_export.ptq.learning import Batch, Draw, GradientStep, adam, anneal
+from tfmq_export.ptq.walk.learning import Batch, Draw, GradientStep, adam, anneal
 
 OFFSET_RATE = 50  # times the scale's: an offset moves in units of codes, a scale in units of itself
 

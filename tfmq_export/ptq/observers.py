@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tfmq_export.errors import CalibrationError
 from tfmq_export.ptq.fake_quant import Grid, fake_quantize
-from tfmq_export.spec import QuantSpec
+from tfmq_export.recipe.grid import QuantSpec
 
 SHRINK_STEPS = 80
 PERCENTILE = 0.9999

@@ -1,4 +1,4 @@
-"""The pair rule (``tfmq_export/pairs.py``) as a constraint of a weight's grid while its codes are chosen."""
+"""The pair rule (``tfmq_export/recipe/pairs.py``) as a constraint of a weight's grid while its codes are chosen."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tfmq_export.pairs import PAIR_SUM, partners
+from tfmq_export.recipe.pairs import PAIR_SUM, partners
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from tfmq_export.spec import QuantSpec
+from tfmq_export.recipe.grid import QuantSpec
 
 EXPONENTS = (-3, -2, -1, 0)
 QUORUM = 0.85  # kappa

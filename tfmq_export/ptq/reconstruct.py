@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 from tfmq_export.progress import Step
-from tfmq_export.ptq.draft import Draft
-from tfmq_export.ptq.effort import RoundingSchedule
-from tfmq_export.ptq.learning import Batch, Draw, GradientStep, adam
 from tfmq_export.ptq.rounding import (
     beta_at,
     hard_codes,
@@ -26,6 +23,9 @@ from tfmq_export.ptq.rounding import (
     soft_weight,
     undecided,
 )
+from tfmq_export.ptq.walk.draft import Draft
+from tfmq_export.ptq.walk.effort import RoundingSchedule
+from tfmq_export.ptq.walk.learning import Batch, Draw, GradientStep, adam
 from tfmq_export.ptq.weights import per_output
 
 REGULARIZER_WEIGHT = 0.01

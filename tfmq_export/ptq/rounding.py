@@ -10,9 +10,9 @@ so that the soft weight is the float weight. From better codes it starts on the 
 import torch
 from torch import Tensor
 
-from tfmq_export.pairs import PAIR_SUM
 from tfmq_export.ptq.pairs import Pairs
-from tfmq_export.spec import QuantSpec
+from tfmq_export.recipe.grid import QuantSpec
+from tfmq_export.recipe.pairs import PAIR_SUM
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 UNDECIDED = 0.5 - 1e-6  # of a step from a code: just short of the next one's half

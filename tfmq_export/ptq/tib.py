@@ -16,22 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tfmq_export.analysis import TIMESTEP, Operation, dependences, find_operations
-from tfmq_export.blocks import Block, temporal_block
-from tfmq_export.denoiser import Denoiser
-from tfmq_export.program import DiffusionProgram, evaluate
+from tfmq_export.capture.blocks import Block, temporal_block
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.dependences import TIMESTEP, Operation, dependences, find_operations
+from tfmq_export.capture.program import DiffusionProgram, evaluate
 from tfmq_export.progress import Step
-from tfmq_export.ptq.block_runner import BlockRunner, Compute, LayerRule, batch_symbol
-from tfmq_export.ptq.draft import Draft, decided_grids, input_key, quantized_rules, with_nearest_codes
-from tfmq_export.ptq.effort import RoundingSchedule
 from tfmq_export.ptq.fake_quant import fake_quantize
 from tfmq_export.ptq.finite_set import calibrate_finite_set
-from tfmq_export.ptq.flow import Rules
-from tfmq_export.ptq.learning import Batch, Draw
 from tfmq_export.ptq.observers import Estimator, Observation, activation_grid
 from tfmq_export.ptq.reconstruct import learn_rounding
-from tfmq_export.recipe import TemporalTable, TibRecipe
-from tfmq_export.spec import QuantSpec
+from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule, batch_symbol
+from tfmq_export.ptq.walk.draft import Draft, decided_grids, input_key, quantized_rules, with_nearest_codes
+from tfmq_export.ptq.walk.effort import RoundingSchedule
+from tfmq_export.ptq.walk.flow import Rules
+from tfmq_export.ptq.walk.learning import Batch, Draw
+from tfmq_export.recipe.grid import QuantSpec
+from tfmq_export.recipe.recipe import TemporalTable, TibRecipe
 
 KEEP_ALL = 1 << 14  # values of one temporal activation at one timestep
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from tfmq_export.pairs import PAIR_SUM
 from tfmq_export.ptq.pairs import Pairs
-from tfmq_export.spec import QuantSpec
+from tfmq_export.recipe.grid import QuantSpec
+from tfmq_export.recipe.pairs import PAIR_SUM
 
 SHRINK_STEPS = 80
 NORM = 2.4

@@ -6,10 +6,10 @@ from typing import Any
 
 from onnx import helper
 
-from tfmq_export.bundle import Bundle, InputInfo, PassedTensor
+from tfmq_export.bundle.manifest import Bundle, InputInfo, PassedTensor
 from tfmq_export.errors import LoadError
-from tfmq_export.passes.tabulate_tib import LOOKUP, SINGLE
-from tfmq_export.runtime.operations import read_graph
+from tfmq_export.passes.time.tabulate_tib import LOOKUP, SINGLE
+from tfmq_export.runtime.measure.operations import read_graph
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfmq_export.bundle import Bundle, Manifest, open_bundle
+from tfmq_export.bundle.manifest import Bundle, Manifest, open_bundle
 from tfmq_export.errors import ConfigError, OutputError
 from tfmq_export.runtime.self_test import read_self_test
 from tfmq_export.serving.interface import denoiser_interface, prologue_interface

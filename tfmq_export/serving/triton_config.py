@@ -8,7 +8,7 @@ has another first axis, or one timestep serves all samples, nothing is joined.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tfmq_export.bundle import Manifest
+from tfmq_export.bundle.manifest import Manifest
 from tfmq_export.errors import TargetError
 from tfmq_export.serving.interface import GraphTensor, Interface
 from tfmq_export.serving.options import EVERY_GPU, Serving, needs_gpu

@@ -1,0 +1,1 @@
+"""From names in the recipe to nodes of the graph."""

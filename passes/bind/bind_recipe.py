@@ -1,0 +1,105 @@
+"""Find each layer of the recipe in the graph and bring it into one shape.
+
+    conv     Conv(x, W, b)
+    linear   MatMul(x, W^T) [+ Add b]     or, for inputs of rank 2,     Gemm(x, W, b, transB=1)
+
+The bias of a MatMul becomes [1, 1, out]: one of rank 1 lets ONNX Runtime fuse MatMul and Add to a Gemm
+with a float bias, which silently runs in fp32 where shapes are static.
+
+The exporter names values after the captured graph, so a layer is found by the value it computes. The
+node that multiplies is renamed ``node_<layer>``; ``InsertQdq`` and ``QuantizeWeights`` look it up there.
+"""
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from tfmq_export.errors import PreconditionError
+from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.graph import constant
+from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe
+
+COMPUTES = {"conv": ("Conv",), "linear": ("MatMul", "Gemm")}
+
+PART = ".part_"
+"""Between the name of a layer that is computed in parts, or of its node, and the number of one of them."""
+
+
+def node_name(layer: LayerRecipe | ProductRecipe) -> str:
+    """Name of the node that does the multiplications of a layer, or of a product in attention."""
+    return f"node_{layer.name}"
+
+
+def bound_nodes(
+    graph: gs.Graph, recipe: QuantRecipe, names: Container[str] | None = None
+) -> list[tuple[LayerRecipe, gs.Node]]:
+    """Each layer with the node that ``BindRecipe`` named after it.
+
+    Args:
+        names: Of the layers to look for; all if None.
+    Raises:
+        PreconditionError: a layer has none.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    layers = [layer for layer in recipe.layers if names is None or layer.name in names]
+    for layer in layers:
+        if node_name(layer) not in nodes:
+            raise PreconditionError(f"{layer.path}: no node {node_name(layer)}; run BindRecipe first")
+    return [(layer, nodes[node_name(layer)]) for layer in layers]
+
+
+def is_transposed(node: gs.Node) -> bool:
+    """Whether the node that multiplies reads its weight as [in, out]."""
+    return node.op == "MatMul" or (node.op == "Gemm" and not node.attrs.get("transB", 0))
+
+
+@dataclass(frozen=True)
+class BindRecipe(Pass):
+    """Name the multiplying node of every layer after the layer."""
+
+    recipe: QuantRecipe
+    semantics: ClassVar[Semantics] = Semantics.EXACT
+
+    def apply(self, graph: gs.Graph) -> Changes:
+        values = graph.tensors()
+        found = {layer.name: _multiplier(layer, values) for layer in self.recipe.layers}
+        taken = {node_name(layer) for layer in self.recipe.layers}
+        for node in graph.nodes:
+            if node.name in taken:
+                node.name = f"{node.name}.rest"
+        for layer in self.recipe.layers:
+            node = found[layer.name]
+            node.name = node_name(layer)
+            shape = node.outputs[0].shape
+            if node.op == "MatMul" and (shape is None or len(shape) > 2):  # a result of rank 2 would change shape
+                _raise_bias_rank(node)
+        return Changes(tuple(layer.path for layer in self.recipe.layers))
+
+
+def _raise_bias_rank(product: gs.Node) -> None:
+    for add in product.outputs[0].outputs:
+        for position, bias in enumerate(add.inputs):
+            if add.op == "Add" and isinstance(bias, gs.Constant) and len(bias.shape) == 1:
+                add.inputs[position] = constant(f"{bias.name}.{product.name}", bias.values.reshape(1, 1, -1))
+
+
+def _multiplier(layer: LayerRecipe, values: Mapping[str, gs.Tensor]) -> gs.Node:
+    value = values.get(layer.name)
+    if value is None or not value.inputs:
+        raise PreconditionError(
+            f"{layer.path}: no value {layer.name} in the graph; was the recipe made from another model?"
+        )
+    node = value.inputs[0]
+    if node.op == "Add" and layer.kind == "linear":
+        products = [x.inputs[0] for x in node.inputs if x.inputs and x.inputs[0].op == "MatMul"]
+        if len(products) == 1:
+            node = products[0]
+    if node.op not in COMPUTES[layer.kind]:
+        raise PreconditionError(
+            f"{layer.path}: {layer.name} is computed by {node.op}, not by {COMPUTES[layer.kind][0]}"
+        )
+    if not isinstance(node.inputs[1], gs.Constant):
+        raise PreconditionError(f"{layer.path}: its weight is not a constant; fold constants first")
+    return node

@@ -1,0 +1,1 @@
+"""The last touches: names, shared constants, half precision."""

@@ -1,0 +1,1 @@
+"""Quantizers, integer weights and what integer kernels want of them."""

@@ -1,0 +1,89 @@
+"""How an activation grid sits in the 8-bit codes of a target.
+
+    uint8 codes    any grid of up to 8 bits, with its own zero point
+    int8 codes     zero point 0; a grid of 7 bits and fewer sits there as the interval [qmin - z, qmax - z]
+
+An 8-bit grid with a zero point of its own on a target that has none, or one of several codes, does not fit:
+``OffsetInputs`` lowers it. A grid per timestep is for ``LowerTimestepGrids``.
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from tfmq_export.passes.graph import constant, producer, variable
+from tfmq_export.recipe.grid import QParams
+from tfmq_export.recipe.recipe import LayerRecipe
+from tfmq_export.target import Target
+
+CODE_LEVELS = 255
+"""Steps that one 8-bit code resolves."""
+
+
+def code_type(target: Target) -> type[np.uint8] | type[np.int8]:
+    """Type of a target's activation codes."""
+    return np.int8 if target.symmetric else np.uint8
+
+
+def fits(layer: LayerRecipe, target: Target) -> bool:
+    """Whether one code holds the grid of a layer's input, at every timestep."""
+    if layer.input.spec.codes > 1 or layer.input_by_timestep is not None:
+        return False
+    lowest, highest = _interval(layer.input, target)
+    container = np.iinfo(code_type(target))
+    return bool(container.min <= lowest and highest <= container.max)
+
+
+def is_dequantized(value: gs.Tensor, *, turned: bool = False) -> bool:
+    """Whether a value comes straight out of a DequantizeLinear, or ``turned`` by one Transpose behind it."""
+    transpose = producer(value, "Transpose") if turned else None
+    origin = value if transpose is None else transpose.inputs[0]
+    return producer(origin, "DequantizeLinear") is not None
+
+
+def reads_dequantized(node: gs.Node) -> bool:
+    """Whether a layer's input is quantized already."""
+    return is_dequantized(node.inputs[0])
+
+
+def grid_constants(scale: np.ndarray, zero_point: int, codes: type[np.integer], prefix: str) -> list[gs.Constant]:
+    """Scale and zero point of a per-tensor grid. Rank 0: a [1]-shaped scale loses int8 on TensorRT."""
+    return [
+        constant(f"{prefix}.scale", np.asarray(scale, np.float32)),
+        constant(f"{prefix}.zero_point", np.asarray(zero_point, codes)),
+    ]
+
+
+def quantize_dequantize(graph: gs.Graph, source: gs.Tensor, grid: QParams, target: Target, prefix: str) -> gs.Variable:
+    """``Quantize -> Clip -> Dequantize`` of a grid that ``fits``; the Clip only where the codes are narrower.
+
+    A signed grid has int8 codes on every target. QuantizeLinear saturates at 8 bits only. Signed engines want nothing
+    between Q and DQ, so there the Clip is in front, on real numbers.
+    """
+    lowest, highest = _interval(grid, target)
+    stored = np.int8 if grid.spec.signed else code_type(target)
+    container = np.iinfo(stored)
+    narrow = (lowest, highest) != (container.min, container.max)
+    if narrow and target.symmetric:
+        source = clip(graph, source, np.array([lowest, highest], np.float32) * grid.scale, f"{prefix}.limits")
+    constants = grid_constants(grid.scale, 0 if target.symmetric else int(grid.zero_point), stored, prefix)
+    codes = variable(f"{prefix}.codes", dtype=stored, shape=source.shape)
+    graph.nodes.append(gs.Node("QuantizeLinear", f"{prefix}.quantize", inputs=[source, *constants], outputs=[codes]))
+    if narrow and not target.symmetric:
+        codes = clip(graph, codes, np.array([lowest, highest], stored), f"{prefix}.clip")
+    real = variable(f"{prefix}.dequantized", dtype=np.float32, shape=source.shape)
+    graph.nodes.append(gs.Node("DequantizeLinear", f"{prefix}.dequantize", inputs=[codes, *constants], outputs=[real]))
+    return real
+
+
+def _interval(grid: QParams, target: Target) -> tuple[int, int]:
+    """Lowest and highest code of the grid in the target's numbering."""
+    shift = int(grid.zero_point) if target.symmetric else 0
+    return grid.spec.qmin - shift, grid.spec.qmax - shift
+
+
+def clip(graph: gs.Graph, value: gs.Tensor, limits: np.ndarray, name: str) -> gs.Variable:
+    """Bound a value by two constants of its own type."""
+    bounds = [constant(f"{name}.{side}", limit) for side, limit in zip(("low", "high"), limits, strict=True)]
+    clipped = variable(f"{name}.clipped", dtype=limits.dtype.type, shape=value.shape)
+    graph.nodes.append(gs.Node("Clip", name, inputs=[value, *bounds], outputs=[clipped]))
+    return clipped

@@ -1,0 +1,52 @@
+"""Take what the codes of an input add up to too much off the bias of the layer that reads them."""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.qdq.integer_bias import accumulator_step, store_bias
+from tfmq_export.recipe.recipe import LayerRecipe
+from tfmq_export.target import Target
+
+OFFSET = ".offset_add"
+"""What the node is called, behind the layer's name, that adds to a product without a bias."""
+
+
+def take_off_bias(graph: gs.Graph, node: gs.Node, layer: LayerRecipe, surplus: int, target: Target) -> None:
+    """Lower a layer's bias by ``s surplus sum W``; one without a bias gets one.
+
+    Args:
+        node: The layer's, with a quantized weight.
+        surplus: Steps of the input's grid.
+    """
+    integers = layer.shifted_codes.reshape(len(layer.weight_codes), -1).sum(1, dtype=np.int64)
+    steps = -surplus * integers  # [out], on the accumulator's grid
+    step = accumulator_step(layer)
+    if node.op == "MatMul":
+        _add_behind(graph, node, steps * step.astype(np.float64), layer)
+        return
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if target.integer_bias:
+        before = 0 if bias is None else bias.inputs[0].inputs[0].values.astype(np.int64)
+        made: gs.Tensor = store_bias(graph, layer, before + steps, f"{layer.name}.offset_bias")
+    else:
+        before = 0 if bias is None else np.asarray(bias.values, np.float64)
+        made = constant(f"{layer.name}.offset_bias", (before + steps * step.astype(np.float64)).astype(np.float32))
+    node.inputs = [*node.inputs[:2], made]
+
+
+def _add_behind(graph: gs.Graph, product: gs.Node, amount: NDArray[np.float64], layer: LayerRecipe) -> None:
+    """A MatMul's bias is the Add behind it; where there is none, one is put there under the layer's name."""
+    (result,) = product.outputs
+    for reader in result.outputs:
+        for position, value in enumerate(reader.inputs):
+            if result.name != layer.name and reader.op == "Add" and isinstance(value, gs.Constant):
+                moved = (np.asarray(value.values, np.float64) + amount).astype(np.float32)
+                reader.inputs[position] = constant(f"{layer.name}.offset_bias", moved)
+                return
+    bare = variable(f"{layer.name}.product", np.float32, result.shape)
+    product.outputs = [bare]
+    rank = 3 if result.shape is None else len(result.shape)
+    bias = constant(f"{layer.name}.offset_bias", amount.astype(np.float32).reshape(*[1] * (rank - 1), -1))
+    graph.nodes.append(gs.Node("Add", f"{layer.name}{OFFSET}", inputs=[bare, bias], outputs=[result]))

@@ -1,0 +1,1 @@
+"""The factors of equivalent and power-of-two scaling."""

@@ -1,0 +1,61 @@
+"""How the shifts of power-of-two scaling (PTS) reach the weights, chosen per layer.
+
+    fold    the integers are shifted when they are stored, as plain int8
+    shift   the integers stay as they are, packed to 4 bits; a ``Mul(2^j)`` behind them is folded by the engine
+    split   the input channels of each exponent get a layer of their own, and the results are added
+
+All three are the same function. ``fold`` and ``shift`` run one layer on 8-bit containers, so the shifted integers
+must fit them; ``split`` takes weights of any width, for one more layer per exponent.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+from tfmq_export.errors import TargetError
+from tfmq_export.recipe.recipe import LayerRecipe
+from tfmq_export.target import PtsLowering, Target
+
+Form = Literal["fold", "shift", "split"]
+
+PACKED_BITS = 4
+
+
+def choose_form(layer: LayerRecipe, target: Target, asked: PtsLowering = "auto") -> Form | None:
+    """The form a layer takes; None if no channel is shifted against another.
+
+    Raises:
+        TargetError: the layer cannot take the form asked for, or none at all.
+    """
+    if layer.pts_exponent is None or len(set(layer.pts_exponent.tolist())) == 1:
+        return None
+    forms: tuple[Form, ...] = ("fold", "shift", "split")
+    obstacles = {form: _obstacle(layer, target, form) for form in forms}
+    if asked != "auto":
+        if obstacles[asked] is None:
+            return asked
+        possible = [form for form, obstacle in obstacles.items() if obstacle is None]
+        instead = f"--pts-lowering {possible[0]}, auto" if possible else "4-bit weights"
+        raise TargetError(f"{layer.path}: --pts-lowering {asked}: {obstacles[asked]}; use {instead} or --pts off")
+    if obstacles["shift"] is None and layer.weight.spec.bits <= PACKED_BITS:
+        return "shift"
+    for form in forms:
+        if obstacles[form] is None and form != "shift":
+            return form
+    raise TargetError(
+        f"{layer.path}: {obstacles['fold']}, and {obstacles['split']}; use 4-bit weights or --pts off for {target.name}"
+    )
+
+
+def _obstacle(layer: LayerRecipe, target: Target, form: Form) -> str | None:
+    """Why a layer cannot take a form."""
+    if form == "split":
+        if layer.kind in target.quantized_outputs or layer.output is not None:
+            return f"the sum over its exponents leaves no {layer.kind} with an output grid of its own"
+        return None
+    shifted, container = layer.shifted_codes, np.iinfo(np.int8)
+    if shifted.max() > container.max or shifted.min() < container.min:
+        return f"its {layer.weight.spec.bits}-bit weight shifted by PTS does not fit 8 bits"
+    if form == "shift" and not target.packed_weights:
+        return f"{target.name} does not fold arithmetic on integer constants"
+    return None

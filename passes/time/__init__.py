@@ -1,0 +1,1 @@
+"""What depends on the timestep or the prompt alone: tables, and the prologue."""

@@ -1,0 +1,1 @@
+"""What builds and lints TensorRT engines; needs no GPU."""

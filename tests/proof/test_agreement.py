@@ -1,0 +1,214 @@
+"""The agreement check itself: high where graph and recipe agree, low where any one number differs."""
+
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from nets.handwritten import FACTORIES, Quantized, captured, quantized
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from tfmq_export.bundle.manifest import Bundle, open_bundle
+from tfmq_export.capture.program import export_onnx
+from tfmq_export.compiler.emit import Graphs, emit
+from tfmq_export.config import Method, Thresholds, find_preset
+from tfmq_export.passes.base import run_passes
+from tfmq_export.passes.graph import export_model, import_graph
+from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.passes.scaling.split_results import results_to_split
+from tfmq_export.proof.agreement import Agreement, LockStep
+from tfmq_export.recipe.adapt import adapt
+from tfmq_export.target import find_target
+
+AGREED = Thresholds().agreement
+
+
+@functools.cache
+def exported(name: str, preset: str) -> tuple[tempfile.TemporaryDirectory, Bundle, Quantized]:
+    """With every idea in force: scaling, exponents, split skips and stacked output codes must agree as well."""
+    bits = find_preset(preset)
+    made = quantized(name, bits.weight_bits, bits.activation_bits, Method())
+    folder = tempfile.TemporaryDirectory()
+    return folder, written(made, "ort-cpu", Path(folder.name)), made
+
+
+def written(made: Quantized, target_name: str, root: Path) -> Bundle:
+    """Rewritten for a target, as a bundle."""
+    denoiser, recipe, target = made.denoiser, made.recipe, find_target(target_name)
+    graph = import_graph(export_onnx(made.program))
+    names = {"sample": denoiser.sample, "timestep": denoiser.timestep}
+    sizes = results_to_split(graph, recipe, target)
+    reports = run_passes(graph, passes_for(recipe, target, **names, split_results=sizes))
+    return emit(root, denoiser, recipe, target, Graphs(export_model(graph), reports))
+
+
+def compare(bundle: Bundle, made: Quantized) -> list[Agreement]:
+    lock_step = LockStep(made.program, made.recipe, bundle)
+    return [lock_step.compare(step.inputs) for step in made.steps]
+
+
+def tampered(bundle: Bundle, root: Path, initializer: str, change: Callable[[NDArray], NDArray]) -> Bundle:
+    """A copy of a bundle in which one initializer of the graph is another."""
+    shutil.copytree(bundle.root, root)
+    copy = Bundle(root, bundle.manifest)
+    model = onnx.load(copy.model)
+    (found,) = (x for x in model.graph.initializer if x.name == initializer)
+    before = numpy_helper.to_array(found)
+    after = change(before.copy()).astype(before.dtype)
+    assert not np.array_equal(before, after)
+    found.CopyFrom(numpy_helper.from_array(after, initializer))
+    onnx.save(model, copy.model)
+    return copy
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a6"])
+@pytest.mark.parametrize("name", list(FACTORIES))
+def test_graph_and_fake_quant_agree_at_every_timestep(name: str, preset: str) -> None:
+    _, bundle, made = exported(name, preset)
+
+    found = compare(bundle, made)
+
+    assert len(found) == len(captured(name)[0].timesteps)
+    assert min(agreement.sqnr for agreement in found) >= AGREED
+    # Every segment starts from the same numbers: at most a tie here and there falls to the other side.
+    assert max(agreement.mismatch_rate for agreement in found) < 0.01
+
+
+def negate_largest(codes: NDArray) -> NDArray:
+    at = np.unravel_index(np.abs(codes.astype(int)).argmax(), codes.shape)
+    codes[at] = -np.clip(codes[at].astype(int), -127, 127)
+    return codes
+
+
+def spoil_one_row(rows: NDArray) -> NDArray:
+    rows[1] += 0.5
+    return rows
+
+
+# A layer in the middle of each model: what comes after it runs on the graph's own numbers, so only a check
+# of every layer sees it.
+MIDDLE = {"film_unet": "mid.first", "dit": "blocks.0.mlp.0", "edm": "down"}
+
+
+@pytest.mark.parametrize("name", list(FACTORIES))
+@pytest.mark.parametrize(
+    ("suffix", "change"),
+    [
+        ("weight_codes", negate_largest),
+        ("weight_scale", lambda scale: scale * 1.5),
+    ],
+)
+def test_one_wrong_number_of_one_layer_shows(
+    name: str, suffix: str, change: Callable[[NDArray], NDArray], tmp_path: Path
+) -> None:
+    _, bundle, made = exported(name, "w8a8")
+    (layer,) = (layer for layer in made.recipe.layers if layer.path == MIDDLE[name])
+
+    found = compare(tampered(bundle, tmp_path / "out", f"{layer.name}.{suffix}", change), made)
+
+    assert max(agreement.sqnr for agreement in found) < AGREED - 10
+    assert {agreement.worst_layer for agreement in found} == {layer.path}
+
+
+@pytest.mark.parametrize("name", list(FACTORIES))
+def test_one_wrong_activation_scale_shows(name: str, tmp_path: Path) -> None:
+    _, bundle, made = exported(name, "w8a8")
+    (layer,) = (layer for layer in made.recipe.layers if layer.path == MIDDLE[name])
+    graph = onnx.load(bundle.model).graph
+    producers = {value: node for node in graph.node for value in node.output}
+    (node,) = (node for node in graph.node if node.name == f"node_{layer.name}")
+    scale = producers[node.input[0]].input[1]
+
+    found = compare(tampered(bundle, tmp_path / "out", scale, lambda s: s * 0.25), made)
+
+    assert max(agreement.sqnr for agreement in found) < AGREED - 10
+
+
+@pytest.mark.parametrize("name", list(FACTORIES))
+def test_one_wrong_table_row_shows_at_its_timestep_only(name: str, tmp_path: Path) -> None:
+    _, bundle, made = exported(name, "w8a8")
+    table = max(made.recipe.tib.tables, key=lambda table: table.rows.size)
+
+    found = compare(tampered(bundle, tmp_path / "out", f"temporal.{table.name}.table", spoil_one_row), made)
+
+    spoiled = [agreement.sqnr < AGREED - 10 for agreement in found]
+    assert spoiled == [row == 1 for row in range(len(spoiled))]
+
+
+FOLDED = {"dit": "blocks.0.qkv", "edm": "squeeze"}
+
+
+def scaled_layers(bundle: Bundle, made: Quantized) -> list[str]:
+    """Paths of the layers whose results carry the factor of the next one."""
+    computed = {name for node in onnx.load(bundle.model).graph.node for name in node.output}
+    return [layer.path for layer in made.recipe.layers if f"{layer.name}.scaled" in computed]
+
+
+@pytest.mark.parametrize("name", ["dit", "edm"])
+def test_layers_that_took_a_factor_are_compared_all_the_same(name: str, tmp_path: Path) -> None:
+    _, bundle, made = exported(name, "w8a8")
+    assert FOLDED[name] in scaled_layers(bundle, made)
+    (layer,) = (layer for layer in made.recipe.layers if layer.path == FOLDED[name])
+
+    found = compare(tampered(bundle, tmp_path / "out", f"{layer.name}.weight_codes", negate_largest), made)
+
+    assert max(agreement.sqnr for agreement in found) < AGREED
+    assert {agreement.worst_layer for agreement in found} == {layer.path}
+
+
+def wrong_in_one_channel(scale: NDArray) -> NDArray:
+    scale[-1] *= 1.5
+    return scale
+
+
+@pytest.mark.parametrize(("name", "reader"), [("dit", "blocks.0.proj"), ("edm", "excite")])
+def test_a_wrong_factor_shows_in_the_layer_that_reads_it(name: str, reader: str, tmp_path: Path) -> None:
+    _, bundle, made = exported(name, "w8a8")
+    (layer,) = (layer for layer in made.recipe.layers if layer.path == FOLDED[name])
+
+    found = compare(tampered(bundle, tmp_path / "out", f"{layer.name}.weight_scale", wrong_in_one_channel), made)
+
+    assert max(agreement.sqnr for agreement in found) < AGREED - 10
+    assert {agreement.worst_layer for agreement in found} <= {reader, layer.path}
+
+
+def test_layers_split_by_exponent_agree(tmp_path: Path) -> None:
+    # Exponents on 8-bit weights, which the algorithm does not choose; and biases in floating point.
+    made = quantized("dit", 8, 8, Method(cpus="vnni"))
+    layers = [
+        replace(layer, pts_exponent=-(np.arange(layer.weight_codes.shape[1]) % 3).astype(np.int8))
+        if layer.kind == "linear"
+        else layer
+        for layer in made.recipe.layers
+    ]
+    made = replace(made, recipe=replace(made.recipe, layers=tuple(layers)))
+
+    bundle = written(made, "openvino", tmp_path)
+
+    (report,) = [item for item in bundle.manifest.passes if item.name == "SplitExponents"]
+    assert report.notes[0] == (layers[1].path, "power-of-two scaling: split into 3")
+    assert open_bundle(tmp_path).manifest.passes == bundle.manifest.passes
+    found = compare(bundle, made)
+    assert min(agreement.sqnr for agreement in found) >= AGREED
+    assert max(agreement.mismatch_rate for agreement in found) < 0.01
+
+
+def test_layers_in_parts_are_compared_whole(tmp_path: Path) -> None:
+    made = quantized("film_unet", 8, 8, Method())
+    made = replace(made, recipe=adapt(made.recipe, find_target("openvino")))
+
+    (tmp_path / "right").mkdir()
+    bundle = written(made, "openvino", tmp_path / "right")
+
+    (layer,) = (layer for layer in made.recipe.layers if layer.path.endswith("to_qkv"))
+    found = compare(bundle, made)
+    assert min(agreement.sqnr for agreement in found) >= AGREED
+    assert max(agreement.code_steps for agreement in found) < 1.01  # a tie may fall to the other side
+    wrong = tampered(bundle, tmp_path / "wrong", f"{layer.name}.part_1.weight_codes", negate_largest)
+    assert {agreement.worst_layer for agreement in compare(wrong, made)} == {layer.path}

@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch import Tensor
+
+from tfmq_export.ptq.weights import nearest_codes, search_weight_scale
+from tfmq_export.recipe.grid import QuantSpec
+
+
+def error(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """``mean |w - w^|^2.4`` per output channel in float64, written out a second time."""
+    rows, steps = weight.double().reshape(len(weight), -1), scale.double()[:, None]
+    rounded = (rows / steps).round().clamp(spec.qmin, spec.qmax) * steps
+    return (rounded - rows).abs().pow(2.4).mean(1)
+
+
+def weights(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    heavy_tailed = torch.randn(6, 4, 3, 3, generator=generator) ** 3
+    return heavy_tailed * torch.logspace(-4, 2, 6)[:, None, None, None]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_search_finds_the_best_of_its_eighty_candidates(bits: int, seed: int) -> None:
+    spec, weight = QuantSpec(bits, axis=0), weights(seed)
+    widest = weight.reshape(6, -1).abs().amax(1) / spec.qmax
+    candidates = torch.stack([error(weight, widest * (1 - 0.01 * i), spec) for i in range(80)])  # [80, out]
+
+    found = error(weight, search_weight_scale(weight, spec), spec)
+
+    # The search adds up in fp32: two candidates closer than that may change places.
+    assert (found <= candidates.amin(0) * (1 + 1e-4)).all()
+    assert (found <= candidates[0] * (1 + 1e-4)).all()  # min-max
+    if bits < 8:
+        assert (found < candidates[0] * 0.9).any()
+
+
+def test_channels_are_searched_one_by_one() -> None:
+    spec, weight = QuantSpec(4, axis=0), weights(2)
+
+    together = search_weight_scale(weight, spec)
+
+    alone = torch.cat([search_weight_scale(weight[i : i + 1], spec) for i in range(6)])
+    assert torch.equal(together, alone)
+
+
+def test_one_candidate_is_the_full_range() -> None:
+    spec, weight = QuantSpec(4, axis=0), weights(2)
+
+    scale = search_weight_scale(weight, spec, candidates=1)
+
+    assert torch.equal(scale, weight.reshape(6, -1).abs().amax(1) / spec.qmax)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 3, 3), (4, 5), (4, 2, 7)])
+def test_codes_are_the_weight_rounded_to_its_grid(shape: tuple[int, ...]) -> None:
+    spec = QuantSpec(8, axis=0)
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+    scale = search_weight_scale(weight, spec)
+    codes = nearest_codes(weight, scale, spec)
+
+    steps = scale.reshape(-1, *[1] * (len(shape) - 1))
+    inside = (codes > -128) & (codes < 127)
+    assert codes.shape == shape
+    assert scale.shape == (4,)
+    assert torch.equal(codes, codes.to(torch.int8).float())
+    # Half a step, and a little: codes come from an fp32 division.
+    assert ((weight - steps * codes).abs() <= steps * 0.50001)[inside].all()
+
+
+def test_a_channel_of_zeros_stays_zero_and_disturbs_no_other() -> None:
+    spec = QuantSpec(4, axis=0)
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(4))
+    zeroed = weight.clone()
+    zeroed[1] = 0
+
+    scale, full_scale = (search_weight_scale(w, spec) for w in (zeroed, weight))
+    codes, full_codes = nearest_codes(zeroed, scale, spec), nearest_codes(weight, full_scale, spec)
+
+    assert not codes[1].any()
+    assert scale.isfinite().all()
+    assert (scale > 0).all()
+    assert torch.equal(codes[[0, 2]], full_codes[[0, 2]])
+    assert torch.equal(scale[[0, 2]], full_scale[[0, 2]])

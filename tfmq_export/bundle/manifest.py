@@ -1,0 +1,364 @@
+"""The output folder: where its files lie and what its manifest says.
+
+    OUT/<component>/model.onnx     the denoiser (unet, transformer, or denoiser for a factory)
+    OUT/<component>/config.json    the model's own configuration
+    OUT/<component>_prologue/      model.onnx: what the prompt decides, run once (``--prologue``)
+    OUT/<component>*/engines/      TensorRT engines built from the graph beside them (``tfmq-build``)
+    OUT/scheduler/                 the scheduler the schedule came from, where there is one
+    OUT/tfmq/                      recipe, manifest, report and conditioning examples
+
+A bundle is read with the standard library and numpy alone, so that a production host needs
+nothing else beside its engine.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfmq_export.bundle.write import replaced_file
+from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.recipe.recipe import TableType
+from tfmq_export.recipe.timesteps import TimestepSet
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class InputInfo:
+    """One graph input.
+
+    Attributes:
+        role: "sample", "timestep" or "conditioning".
+        dtype: numpy name of the element type.
+        shape: Without the batch axis; None for a size that may vary.
+    """
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerInfo:
+    """How images are drawn from the denoiser.
+
+    Attributes:
+        kind: A diffusers scheduler class such as "DDIMScheduler", or "function" for the user's own.
+        steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 means a single conditional pass.
+    """
+
+    kind: str
+    steps: int
+    guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer and the precision asked for; widths of 0 mean floating point."""
+
+    name: str
+    path: str
+    kind: str
+    macs: int
+    weight_bits: int
+    activation_bits: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PassInfo:
+    """What one graph pass did: how many sites it changed, which it left alone and why, and what it chose where."""
+
+    name: str
+    semantics: str
+    changed: int
+    skipped: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PassedTensor:
+    """What the prologue returns and the denoiser takes.
+
+    Attributes:
+        dtype: numpy name of the element type.
+        shape: Without the batch axis, and without the timestep axis of a table.
+        per_timestep: Whether it is a table over the schedule, [T, N, ...]; else it is [N, ...].
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    per_timestep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PrologueInfo:
+    """The graph that runs once per prompt.
+
+    Attributes:
+        reads: Conditioning inputs the prologue takes.
+        direct: Conditioning inputs the denoiser still takes itself.
+        tensors: What the denoiser takes in place of the rest.
+        layers: Names of the layers that moved.
+        macs: Multiply-accumulates of those layers for one sample: saved at every step but the prologue's.
+        share: Of the whole model's.
+        bit_equal: Whether both forms gave the same bits on the example prompts when the bundle was made.
+        kept: Products of the prompt that stay in the denoiser, with the reasons.
+    """
+
+    reads: tuple[str, ...]
+    direct: tuple[str, ...]
+    tensors: tuple[PassedTensor, ...]
+    layers: tuple[str, ...]
+    macs: int
+    share: float
+    bit_equal: bool
+    kept: tuple[tuple[str, str], ...] = ()
+
+    def bytes_per_sample(self, steps: int) -> int:
+        """Memory that a prepared prompt takes.
+
+        Args:
+            steps: Timesteps of the schedule.
+        """
+        return sum(
+            math.prod(x.shape) * np.dtype(x.dtype).itemsize * (steps if x.per_timestep else 1) for x in self.tensors
+        )
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """A TensorRT engine and where it runs.
+
+    Attributes:
+        file: Relative path; its receipt lies beside it, see ``receipt``.
+        graph: Relative path of the graph it was built from.
+        flavour: "tensorrt" or "tensorrt-rtx".
+        version: Of the library that built it, which is the one that can open it.
+        compute_capabilities: GPUs it runs on, such as 89.
+        size: Bytes.
+        profiles: Smallest, usual and largest shape of each input that may vary, once per profile.
+    """
+
+    file: str
+    graph: str
+    flavour: str
+    version: str
+    compute_capabilities: tuple[int, ...]
+    size: int
+    profiles: tuple[Mapping[str, tuple[Shape, Shape, Shape]], ...]
+
+    @property
+    def receipt(self) -> str:
+        """Relative path of what the build said: layers and their types, warnings, seconds."""
+        return f"{self.file}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything a runtime or an auditor needs to know about a bundle.
+
+    Attributes:
+        component: Folder of the graph.
+        source: File or folder name the model came from.
+        macs: Multiply-accumulates of the whole model for one sample.
+        weight_bytes: Of the full-precision weights.
+        integer_share: Share of ``macs`` asked to run in integers.
+        conditioning: Names of the arrays in ``tfmq/conditioning.npz``.
+        files: SHA-256 of each file of the bundle, by relative path.
+        prologue: Of a bundle in two graphs; None where one graph does it all.
+        tables: What rows of temporal tables are stored in: "fp32", "fp16" or "int8".
+        engines: Built from the bundle's graphs.
+    """
+
+    version: str
+    component: str
+    source: str
+    fingerprint: str
+    preset: str
+    target: str
+    inputs: tuple[InputInfo, ...]
+    output: str
+    timesteps: TimestepSet
+    sampler: SamplerInfo
+    macs: int
+    weight_bytes: int
+    integer_share: float
+    layers: tuple[LayerInfo, ...]
+    passes: tuple[PassInfo, ...]
+    versions: Mapping[str, str]
+    provenance: Mapping[str, str]
+    files: Mapping[str, str]
+    prologue: PrologueInfo | None = None
+    tables: TableType = "fp32"
+    engines: tuple[EngineInfo, ...] = ()
+    schema: int = SCHEMA
+
+    def input(self, role: str) -> tuple[InputInfo, ...]:
+        """The inputs that play a role, in graph order."""
+        return tuple(info for info in self.inputs if info.role == role)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A folder written by ``tfmq-export``."""
+
+    root: Path
+    manifest: Manifest
+
+    @property
+    def model(self) -> Path:
+        return self.root / self.manifest.component / "model.onnx"
+
+    @property
+    def prologue(self) -> Path | None:
+        """The graph that runs once per prompt, where the bundle has one."""
+        if self.manifest.prologue is None:
+            return None
+        return self.root / prologue_folder(self.manifest.component) / "model.onnx"
+
+    @property
+    def scheduler(self) -> Path:
+        return self.root / "scheduler" / "scheduler_config.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "tfmq" / "report.json"
+
+    def conditioning(self) -> dict[str, NDArray[np.generic]]:
+        """Example conditioning, [prompts, ...] under each input's name; ``<name>.unconditional`` beside it."""
+        path = self.root / "tfmq" / "conditioning.npz"
+        if not path.exists():
+            return {}
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    def verify(self) -> None:
+        """Check every file against the manifest's hashes.
+
+        Raises:
+            LoadError: names the first file that is missing or altered.
+        """
+        for name in self.manifest.files:
+            self.verify_file(name)
+
+    def verify_file(self, name: str) -> None:
+        """Check one file against its hash.
+
+        Args:
+            name: Relative path, listed in the manifest.
+        Raises:
+            LoadError: it is missing or altered.
+        """
+        path, again = self.root / name, "build it" if name.endswith(".engine") else "compile it"
+        if not path.is_file():
+            raise LoadError(f"{path}: missing from the bundle; {again} again")
+        if sha256(path) != self.manifest.files[name]:
+            raise LoadError(f"{path}: differs from the manifest's hash (truncated or altered); {again} again")
+
+    def extended(self, files: Iterable[str], engines: Iterable[EngineInfo] = ()) -> "Bundle":
+        """The bundle with these files, which are in the folder already, in its manifest; engines of the same name go.
+
+        Args:
+            files: Relative paths, those of the engines included.
+        """
+        hashes = {name: sha256(self.root / name) for name in files}
+        added = tuple(engines)
+        kept = tuple(x for x in self.manifest.engines if x.file not in {each.file for each in added})
+        manifest = replace(self.manifest, files={**self.manifest.files, **hashes}, engines=(*kept, *added))
+        write_manifest(self.root, manifest)
+        return Bundle(self.root, manifest)
+
+
+def prologue_folder(component: str) -> str:
+    """Folder of a component's prologue."""
+    return f"{component}_prologue"
+
+
+def sha256(path: Path) -> str:
+    """Hash of one file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_bundle(root: Path) -> Bundle:
+    """Read a bundle's manifest.
+
+    Raises:
+        LoadError: the folder is no bundle, or its manifest cannot be read.
+    """
+    path = root / "tfmq" / "manifest.json"
+    if not path.is_file():
+        raise LoadError(f"{root}: not a bundle (no tfmq/manifest.json); make one with `tfmq-export MODEL -o {root}`")
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        if data["schema"] != SCHEMA:
+            raise LoadError(f"{path}: schema {data['schema']}, this version reads {SCHEMA}; compile the model again")
+        return Bundle(root, _manifest_from(data))
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(f"{path}: not a readable manifest ({error!r}); compile the model again") from error
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write ``OUT/tfmq/manifest.json``."""
+    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
+    with replaced_file(root / "tfmq" / "manifest.json") as partial:  # a bundle that is served may be extended
+        partial.write_text(text + "\n", "utf-8")
+
+
+def _manifest_from(data: dict[str, Any]) -> Manifest:
+    """Build the dataclasses from parsed JSON; malformed input raises KeyError, TypeError or ValueError."""
+    timesteps = data["timesteps"]
+    return Manifest(
+        **{
+            **data,
+            "inputs": tuple(InputInfo(**{**item, "shape": tuple(item["shape"])}) for item in data["inputs"]),
+            "layers": tuple(LayerInfo(**item) for item in data["layers"]),
+            "passes": tuple(
+                PassInfo(**{**item, **{key: _pairs(item.get(key, ())) for key in ("skipped", "notes")}})
+                for item in data["passes"]
+            ),
+            "timesteps": TimestepSet(tuple(timesteps["values"]), timesteps["real"]),
+            "sampler": SamplerInfo(**data["sampler"]),
+            "prologue": _prologue_from(data["prologue"]) if data.get("prologue") else None,
+            "engines": tuple(_engine_from(item) for item in data.get("engines", ())),
+        }
+    )
+
+
+def _engine_from(data: dict[str, Any]) -> EngineInfo:
+    profiles = [
+        {name: tuple(tuple(shape) for shape in shapes) for name, shapes in profile.items()}
+        for profile in data["profiles"]
+    ]
+    return EngineInfo(
+        **{**data, "profiles": tuple(profiles), "compute_capabilities": tuple(data["compute_capabilities"])}
+    )
+
+
+def _prologue_from(data: dict[str, Any]) -> PrologueInfo:
+    return PrologueInfo(
+        **{
+            **data,
+            **{name: tuple(data[name]) for name in ("reads", "direct", "layers")},
+            "tensors": tuple(PassedTensor(**{**item, "shape": tuple(item["shape"])}) for item in data["tensors"]),
+            "kept": tuple((name, reason) for name, reason in data["kept"]),
+        }
+    )
+
+
+def _pairs(items: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((site, text) for site, text in items)

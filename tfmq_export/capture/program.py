@@ -1,0 +1,270 @@
+"""The model captured once, as a graph that PyTorch runs and ONNX shares."""
+
+import copy
+import hashlib
+import logging
+import operator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import onnx
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tfmq_export.capture.attention import AttentionProduct, find_attention
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.dependences import (
+    CONDITIONING,
+    SAMPLE,
+    TIMESTEP,
+    Operation,
+    TemporalFeature,
+    classify,
+    count_macs,
+    dependences,
+    find_operations,
+    find_temporal_features,
+)
+from tfmq_export.capture.device import device_of
+from tfmq_export.errors import ExportError
+
+logger = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+BATCH = "batch"
+OPSET = 23  # GroupNormalization and Attention stay single nodes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DiffusionProgram:
+    """The captured graph and its analysis.
+
+    Attributes:
+        onnx: The float ONNX graph. Its values carry the names of ``module``'s nodes.
+        module: The graph the ONNX exporter lowered, runnable.
+        operations: To be quantized, in forward order.
+        left_float: Operations that stay in floating point, each with the reason.
+        features: The temporal features.
+        macs: Of the compiled model for one sample: the temporal block, replaced by tables, is not counted.
+        roles: "sample", "timestep" or "conditioning" for each input name.
+        fingerprint: Hash of graph and weights.
+        attention: Products of two activations inside attention, in forward order.
+    """
+
+    onnx: torch.onnx.ONNXProgram
+    module: fx.GraphModule
+    operations: tuple[Operation, ...]
+    left_float: tuple[tuple[Operation, str], ...]
+    features: tuple[TemporalFeature, ...]
+    macs: int
+    roles: Mapping[str, str]
+    fingerprint: str
+    attention: tuple[AttentionProduct, ...] = ()
+
+    def value(self, name: str) -> Tensor:
+        """A weight of the graph, computed weights included (folded: they depend on no input)."""
+        (node,) = (node for node in self.module.graph.nodes if node.name == name)
+        return evaluate(self.module, [node], {})[name].detach()
+
+
+def capture(denoiser: Denoiser) -> DiffusionProgram:
+    """Capture a model with a dynamic batch axis and analyse the graph.
+
+    Raises:
+        ExportError: torch.export cannot trace the module, or its batch axis is fixed.
+    """
+    program = _export(denoiser)
+    exported = program.exported_program
+    assert exported is not None
+    module = exported.module(check_guards=False)
+    if not isinstance(module, fx.GraphModule):
+        raise ExportError("torch.export returned no graph module; this torch version is not supported")
+    _keep_prediction(module)
+    roles = {
+        name: SAMPLE if name == denoiser.sample else TIMESTEP if name == denoiser.timestep else CONDITIONING
+        for name in denoiser.example_inputs
+    }
+    _check_batch(module, denoiser)
+    depends = dependences(module.graph, roles)
+    operations, left_float = classify(find_operations(module.graph, depends), depends)
+    features = find_temporal_features(module.graph, depends)
+    attention = find_attention(module.graph, depends)
+    names = [op.name for op in operations] + [feature.name for feature in features]
+    merged = _optimize(program, names + [product.name for product in attention])
+    _merge(module, merged)
+    operations = tuple(op for op in operations if op.name not in merged)
+    features = tuple(feature for feature in features if feature.name not in merged)
+    attention = tuple(product for product in attention if product.source not in merged)
+    macs = count_macs(module, denoiser.example_inputs, depends)
+    logger.info("captured %d nodes, %d operations to quantize", len(module.graph.nodes), len(operations))
+    return DiffusionProgram(
+        program, module, operations, left_float, features, macs, roles, _fingerprint(module, exported), attention
+    )
+
+
+def program_on(program: DiffusionProgram, device: torch.device) -> DiffusionProgram:
+    """A program whose graph computes on a device, weights and what the graph makes itself included."""
+    if device_of(program.module) == device:
+        return program
+    graph = copy.deepcopy(program.module.graph)
+    held: dict[str, nn.Parameter] = {}
+    for node in graph.nodes:
+        node.args, node.kwargs = tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(program.module).detach().to(device)
+            held[str(node.target)] = nn.Parameter(value, requires_grad=False)
+    return replace(program, module=fx.GraphModule(held, graph))
+
+
+def evaluate(
+    module: fx.GraphModule,
+    wanted: Iterable[fx.Node],
+    feeds: Mapping[str, Tensor],
+    interpreter: type[fx.Interpreter] = fx.Interpreter,
+) -> dict[str, Tensor]:
+    """Compute a few values of the graph and what they need, nothing else."""
+    wanted = list(wanted)
+    needed: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    runner = interpreter(module, garbage_collect_values=False)
+    for node in module.graph.nodes:
+        if node in needed:
+            runner.env[node] = feeds[node.name] if node.op == "placeholder" else runner.run_node(node)
+    return {node.name: runner.env[node] for node in wanted}
+
+
+def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
+    """Capture and lower in one go.
+
+    The exporter renames nodes when it decomposes the captured program, so the analysis must read the
+    decomposed one: then a value has the same name in PyTorch and in ONNX.
+    """
+    inputs = dict(denoiser.example_inputs)
+    dynamic = {name: {0: torch.export.Dim.AUTO} if value.ndim else None for name, value in inputs.items()}
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), quiet_logger("torch.onnx"):
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=dynamic, strict=False)
+            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    except Exception as error:  # torch.export has no common base; whatever it raises comes from the model
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(
+            f"{denoiser.source}: torch.export cannot capture this module: {first}; "
+            "replace data-dependent Python control flow in forward() by tensor operations"
+        ) from error
+    assert program is not None
+    return program
+
+
+def _keep_prediction(module: fx.GraphModule) -> None:
+    """Drop every result but the first tensor, and what computes only them."""
+    graph = module.graph
+    (output,) = graph.find_nodes(op="output")
+    results = [leaf for leaf in tree_leaves(output.args) if isinstance(leaf, fx.Node)]
+    if not results:
+        raise ExportError("forward() returns no tensor that depends on its inputs; return the prediction")
+    output.args = (results[0],)
+    graph.set_codegen(fx.graph.CodeGen())  # inputs and output are flat now
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _optimize(program: torch.onnx.ONNXProgram, names: Iterable[str]) -> dict[str, str]:
+    """Simplify the ONNX graph around the named values, which passes look up later.
+
+    The exporter's optimizer renames, merges and fuses at will (a convolution disappears into the batch
+    norm behind it), but it leaves graph outputs alone: so the named values are outputs meanwhile.
+
+    Returns:
+        Values it found equal to another, and that other (a layer called twice on one input).
+    """
+    outputs = program.model.graph.outputs
+    prediction = outputs[0]
+    values = {value.name: value for node in program.model.graph for value in node.outputs}
+    outputs[:] = [prediction, *(values[name] for name in names if name in values and values[name] is not prediction)]
+    program.optimize()
+    merged = {}
+    for value in outputs:
+        node = value.producer()
+        source = node.inputs[0] if node is not None and node.op_type == "Identity" else None
+        if source is not None and source in outputs:
+            merged[str(value.name)] = str(source.name)
+    outputs[:] = [outputs[0]]
+    return merged
+
+
+def _merge(module: fx.GraphModule, merged: Mapping[str, str]) -> None:
+    """Compute equal values once, as the ONNX graph does."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    for name, kept in merged.items():
+        nodes[name].replace_all_uses_with(nodes[kept])
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+@contextmanager
+def quiet_logger(logger_name: str) -> Iterator[None]:
+    """Silence a library's warnings about packages this project does not use."""
+    noisy = logging.getLogger(logger_name)
+    before = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(before)
+
+
+def _check_batch(module: fx.GraphModule, denoiser: Denoiser) -> None:
+    samples = [node for node in module.graph.find_nodes(op="placeholder") if node.name == denoiser.sample]
+    if not samples or not samples[0].users:
+        raise ExportError(f"{denoiser.source}: forward() does not use its argument {denoiser.sample!r}")
+    (output,) = module.graph.find_nodes(op="output")
+    for node in (samples[0], output.args[0]):
+        shape = node.meta["val"].shape
+        if not shape or isinstance(shape[0], int):
+            raise ExportError(
+                f"{denoiser.source}: forward() fixes the batch size ({node.name} has shape {list(shape)}); "
+                "use x.shape[0] where a literal or int(...) stands for the batch"
+            )
+
+
+def _fingerprint(module: fx.GraphModule, exported: torch.export.ExportedProgram) -> str:
+    digest = hashlib.sha256(str(module.graph).encode())
+    for name, value in sorted(exported.state_dict.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def export_onnx(program: DiffusionProgram) -> onnx.ModelProto:
+    """The float graph: inputs named as the model's arguments, one output, batch axis ``batch``.
+
+    Every value keeps the name of its node in ``program.module``.
+
+    Raises:
+        ExportError: the output is not a single floating-point tensor with a batch axis.
+    """
+    model = program.onnx.model_proto
+    graph = model.graph
+    output = graph.output[0]
+    del graph.output[1:]
+    dims = output.type.tensor_type.shape.dim
+    if not dims or not dims[0].dim_param:
+        raise ExportError(f"the model's output {output.name} has no batch axis; return a tensor shaped like the sample")
+    _rename_batch(graph, dims[0].dim_param)
+    return model
+
+
+def _rename_batch(graph: onnx.GraphProto, symbol: str) -> None:
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param == symbol:
+                dim.dim_param = BATCH

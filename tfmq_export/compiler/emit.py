@@ -1,0 +1,152 @@
+"""Writing a bundle's files."""
+
+import contextlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from tfmq_export import __version__
+from tfmq_export.bundle.manifest import (
+    Bundle,
+    InputInfo,
+    LayerInfo,
+    Manifest,
+    PassInfo,
+    prologue_folder,
+    sha256,
+    write_manifest,
+)
+from tfmq_export.bundle.pipeline_folder import add_components
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.compiler.onnx_components import write_onnx_components
+from tfmq_export.compiler.prologue import Prologue
+from tfmq_export.config import Components
+from tfmq_export.passes.base import PassReport
+from tfmq_export.passes.graph import save_model
+from tfmq_export.passes.pipeline import OUTPUT
+from tfmq_export.recipe.io import save_recipe
+from tfmq_export.recipe.recipe import QuantRecipe, TableType
+from tfmq_export.runtime.engines.onnxruntime.runner import version as ort_version
+from tfmq_export.target import Target
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graphs:
+    """What the passes made.
+
+    Attributes:
+        model: The denoiser.
+        reports: What each pass did.
+        prologue: The graph that runs once per prompt, where it was asked for.
+        tables: What rows of temporal tables are stored in.
+    """
+
+    model: onnx.ModelProto
+    reports: tuple[PassReport, ...]
+    prologue: Prologue | None = None
+    tables: TableType = "fp32"
+
+
+def emit(
+    root: Path,
+    denoiser: Denoiser,
+    recipe: QuantRecipe,
+    target: Target,
+    graphs: Graphs,
+    components: Components = "link",
+) -> Bundle:
+    """Write everything but the report into an existing folder.
+
+    Args:
+        components: What happens to the other components of a pipeline folder.
+    """
+    component = root / denoiser.component
+    component.mkdir()
+    (root / "tfmq").mkdir()
+    _write_graph(graphs.model, component)
+    if graphs.prologue is not None:
+        folder = root / prologue_folder(denoiser.component)
+        folder.mkdir()
+        _write_graph(graphs.prologue.model, folder)
+    _write_json(component / "config.json", denoiser.config)
+    if denoiser.scheduler_config is not None:
+        (root / "scheduler").mkdir()
+        _write_json(root / "scheduler" / "scheduler_config.json", denoiser.scheduler_config)
+    if denoiser.pipeline is not None and components != "none":
+        kind, link = denoiser.sampler_info.kind, components != "copy"
+        add_components(denoiser.pipeline, root, denoiser.component, kind, link=link)
+        if components == "onnx":
+            write_onnx_components(denoiser.pipeline, root)
+    save_recipe(recipe, root / "tfmq")
+    if denoiser.conditioning:
+        arrays = {name: value.numpy() for name, value in denoiser.conditioning.items()}
+        arrays |= {f"{name}.unconditional": value.numpy() for name, value in denoiser.unconditional.items()}
+        np.savez(root / "tfmq" / "conditioning.npz", allow_pickle=False, **arrays)
+    manifest = Manifest(
+        version=__version__,
+        component=denoiser.component,
+        source=denoiser.source,
+        fingerprint=recipe.fingerprint,
+        preset=recipe.preset,
+        target=target.name,
+        inputs=_inputs(denoiser),
+        output=OUTPUT,
+        timesteps=denoiser.timesteps,
+        sampler=denoiser.sampler_info,
+        macs=recipe.macs,
+        weight_bytes=sum(value.nbytes for value in denoiser.module.parameters()),
+        integer_share=recipe.integer_share,
+        layers=_layers(recipe),
+        passes=_passes(graphs),
+        versions=_versions(),
+        provenance=dict(recipe.provenance),
+        files={str(path.relative_to(root)): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()},
+        prologue=None if graphs.prologue is None else graphs.prologue.info,
+        tables=graphs.tables,
+    )
+    write_manifest(root, manifest)
+    return Bundle(root, manifest)
+
+
+def _write_graph(model: onnx.ModelProto, folder: Path) -> None:
+    del model.graph.value_info[:]  # engines infer shapes; they would be 3 % of a small 4-bit file
+    save_model(model, folder / "model.onnx")
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that wrote and will have judged the bundle, where they are installed."""
+    found = {}
+    for package in ("onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return {"onnxruntime": ort_version(), **found}
+
+
+def _passes(graphs: Graphs) -> tuple[PassInfo, ...]:
+    done = tuple(PassInfo(r.name, r.semantics.value, len(r.changed), r.skipped, r.notes) for r in graphs.reports)
+    return done if graphs.prologue is None else (*done, graphs.prologue.report)
+
+
+def _inputs(denoiser: Denoiser) -> tuple[InputInfo, ...]:
+    roles = {denoiser.sample: "sample", denoiser.timestep: "timestep"}
+    return tuple(
+        InputInfo(name, roles.get(name, "conditioning"), str(value.numpy().dtype), tuple(value.shape[1:]))
+        for name, value in denoiser.example_inputs.items()
+    )
+
+
+def _layers(recipe: QuantRecipe) -> tuple[LayerInfo, ...]:
+    quantized = [
+        LayerInfo(x.name, x.path, x.kind, x.macs, x.weight.spec.bits, x.input.spec.bits) for x in recipe.layers
+    ]
+    quantized += [LayerInfo(x.name, x.path, "attention", x.macs, 0, x.left.spec.bits) for x in recipe.products]
+    return (*quantized, *(LayerInfo(x.name, x.path, "float", x.macs, 0, 0, x.reason) for x in recipe.kept_float))
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", "utf-8")

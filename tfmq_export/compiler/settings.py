@@ -1,0 +1,62 @@
+"""What is asked for, against what the target can do: decided and refused before long work."""
+
+from tfmq_export.config import CompileConfig, Method, find_preset
+from tfmq_export.errors import TargetError
+from tfmq_export.recipe.adapt import check_products, check_tables
+from tfmq_export.recipe.pairs import PAIR_SUM
+from tfmq_export.recipe.recipe import QuantRecipe
+from tfmq_export.target import Target
+
+
+def check_settings(config: CompileConfig, target: Target) -> None:
+    """Refuse before an hour of quantizing what would be refused after it.
+
+    Raises:
+        TargetError: the target cannot run what is asked for.
+    """
+    quantizes = find_preset(config.preset).weight_bits > 0
+    if config.method.attention == "integer":
+        if not quantizes:
+            raise TargetError(f"preset {config.preset} keeps attention in floating point; use --preset w8a8")
+        check_products(target)
+    if quantizes and not target.integers and not config.allow_precision_loss:
+        raise TargetError(
+            f"{target.name} has no integer kernels for QDQ graphs and runs every layer in floating point; "
+            "add --allow-precision-loss, or use --target tensorrt-rtx or --preset fp32"
+        )
+    if quantizes and config.method.fsc == "all" and "conv" in target.quantized_outputs:
+        raise TargetError(
+            f"{target.name} has no lowering for a grid per timestep under a quantized output; "
+            'set fsc = "tib" in [method], or use --target openvino'
+        )
+    check_tables(config.tables, target)
+
+
+def settle(method: Method, target: Target) -> Method:
+    """The method with what it leaves to the target decided."""
+    chosen: dict[str, str] = {}
+    if method.attention == "auto":
+        chosen["attention"] = "integer" if target.integer_attention else "float"
+    if not target.saturates:
+        chosen["cpus"] = "vnni"  # nothing there saturates: no reason to spare the weights
+    return method.model_copy(update=chosen) if chosen else method
+
+
+def check_pairs(recipe: QuantRecipe, target: Target, method: Method) -> None:
+    """Refuse weights that some of a target's hosts would compute wrongly (``pairs.py``), unless that was asked for.
+
+    Raises:
+        TargetError: neighbouring weights saturate on CPUs without VNNI.
+    """
+    if not target.saturates or "vnni" in (method.cpus, recipe.provenance.get("cpus")):
+        return
+    sums = {layer.path: layer.largest_pair for layer in recipe.layers}
+    sums |= {product.path: 2 * -product.right.spec.qmin for product in recipe.products}
+    broken = [path for path, found in sums.items() if found > PAIR_SUM]
+    if broken:
+        worst = max(broken, key=sums.__getitem__)
+        raise TargetError(
+            f"{len(broken)} of {len(sums)} layers hold weights that saturate on CPUs without VNNI (in {worst} two "
+            f"neighbours add up to {sums[worst]}, {PAIR_SUM} is safe); quantize again without --recipe for "
+            f"{target.name} on any CPU, or take the recipe as it is with --cpus vnni"
+        )

@@ -1,0 +1,1 @@
+"""Bundles in the pipelines of other libraries."""

@@ -1,0 +1,106 @@
+"""``model.pt``: one ``torch.save``d dict of plain data, read without running anything in it."""
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfmq_export.bundle.write import replaced_file
+from tfmq_export.errors import LoadError
+from tfmq_export.models.diffusers_model import PromptSet, build
+
+FORMAT = "tfmq-export model"
+VERSION = 1
+
+
+def read_tensors(path: Path) -> Any:
+    """``torch.load`` with ``weights_only``.
+
+    Raises:
+        LoadError: missing, truncated, or holding pickled code.
+    """
+    if not path.is_file():
+        raise LoadError(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, pickle.UnpicklingError) and "eights" in str(error):  # "Weights only load failed"
+            raise LoadError(
+                f"{path}: holds pickled Python objects, which could run code when loaded, so it was not; "
+                "save plain tensors (model.state_dict()) and use --factory, or pack a diffusers folder with tfmq-pack"
+            ) from error
+        raise LoadError(f"{path}: truncated, or not a file that torch.save wrote; save or download it again") from error
+
+
+def read_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any], PromptSet]:
+    """Load a ``model.pt``: the model, its scheduler's configuration and its conditioning.
+
+    Raises:
+        LoadError: the file is unreadable, of another format, or its weights do not fit its architecture.
+    """
+    data = read_tensors(path)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise LoadError(
+            f"{path}: holds tensors but no description of the model; pack a diffusers folder with "
+            "`tfmq-pack FOLDER -o model.pt`, or name the code that builds it: --factory package.module:build"
+        )
+    if data.get("version") != VERSION:
+        raise LoadError(f"{path}: format version {data.get('version')}, this release reads {VERSION}; pack it again")
+    missing = [key for key in ("architecture", "config", "state_dict", "scheduler") if key not in data]
+    if missing:
+        raise LoadError(f"{path}: lacks {', '.join(missing)}; pack it again with tfmq-pack")
+    model = build(data["architecture"], data["config"], path)
+    load_weights(model, data["state_dict"], path)
+    conditioning = data.get("conditioning") or {}
+    prompts = PromptSet(
+        conditioning.get("examples", {}), conditioning.get("unconditional", {}), conditioning.get("guidance_scale")
+    )
+    return model, data["scheduler"], prompts
+
+
+def load_weights(module: nn.Module, state: Any, path: Path) -> None:
+    """Put a state dict into a module, all of it.
+
+    Raises:
+        LoadError: keys or shapes differ.
+    """
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise LoadError(f"{path}: expected a state_dict of tensors")
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise LoadError(f"{path}: these weights belong to another architecture: {detail}") from error
+
+
+def write_checkpoint(path: Path, model: nn.Module, scheduler: dict[str, Any], prompts: PromptSet) -> None:
+    """Write a ``model.pt``, first under a temporary name."""
+    settings: Any = model.config  # of diffusers, which torch's types do not know
+    config = {key: _plain(value) for key, value in settings.items() if not key.startswith("_")}
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": type(model).__name__,
+        "config": config,
+        "state_dict": model.state_dict(),
+        "scheduler": _plain(scheduler),
+        "conditioning": {
+            "examples": dict(prompts.examples),
+            "unconditional": dict(prompts.unconditional),
+            "guidance_scale": prompts.guidance_scale,
+        },
+    }
+    with replaced_file(path) as partial:
+        torch.save(document, partial)
+
+
+def _plain(value: Any) -> Any:
+    """Lists, dicts and scalars only, so that ``weights_only`` reads them back."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

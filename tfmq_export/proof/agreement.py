@@ -1,0 +1,220 @@
+"""Whether the exported graph computes what PyTorch fake-quant computes.
+
+A quantized network amplifies rounding: one activation that lands on the other side of a tie moves a
+code, and a few layers later a third of all codes differ by one, although both sides are right. So the
+two run in lock-step: after each layer is compared, both go on from the graph's value. Then every
+segment from one quantizer to the next is held to one code step, and nothing hides behind noise.
+
+A layer whose result is split (``passes/scaling/split_results.py``) has ``<layer>.part_0`` and so on, which are put
+together again. A layer that took the next one's factor (``passes/scaling/fold_rescales.py``) has ``<layer>.scaled`` in
+the graph. It is compared after division by the factor its scales show; a wrong factor then shows in the layer that
+reads it.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from torch import Tensor
+
+from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.capture.dependences import TIMESTEP
+from tfmq_export.capture.program import DiffusionProgram
+from tfmq_export.passes.bind.bind_recipe import PART, node_name
+from tfmq_export.passes.scaling.fold_rescales import SCALED
+from tfmq_export.passes.scaling.split_exponents import PARTS
+from tfmq_export.passes.scaling.split_results import Sizes, result_parts, split_layers
+from tfmq_export.proof.simulate import Simulation
+from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe
+from tfmq_export.recipe.timesteps import timestep_vector
+from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
+from tfmq_export.runtime.measure.compare import sqnr_db
+from tfmq_export.target import find_target
+
+ROUNDING = 1e-3  # of a code step: what fp32 arithmetic in another order may leave
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The graph against fake-quant at one timestep.
+
+    Attributes:
+        sqnr: In lock-step, dB: the lowest of any layer's result and of the noise prediction.
+        free_sqnr: Of the noise prediction, when each side goes its own way, dB.
+        code_steps: Largest difference of any layer's result, in steps of its grid.
+        mismatch_rate: Share of codes that differ.
+        worst_layer: Where the largest difference is.
+    """
+
+    sqnr: float
+    free_sqnr: float
+    code_steps: float
+    mismatch_rate: float
+    worst_layer: str
+
+
+class LockStep:
+    """Runs a bundle's graph in floating point with every layer's result in sight.
+
+    Args:
+        bundle: Made from ``recipe``.
+    """
+
+    def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, bundle: Bundle) -> None:
+        integer_bias = find_target(bundle.manifest.target).integer_bias
+        self._simulation = Simulation(program, recipe, integer_bias=integer_bias)
+        graphs = [_Carried.read(path) for path in (bundle.model, bundle.prologue) if path is not None]
+        sizes = {name: found for graph in graphs for name, found in graph.sizes(recipe).items()}
+        self._parts = {
+            layer.name: result_parts(layer, sizes[layer.name]) for layer in recipe.layers if layer.name in sizes
+        }
+        watched = split_layers(recipe, sizes)
+        self._factors = {name: factor for graph in graphs for name, factor in graph.factors(watched).items()}
+        self._output = bundle.manifest.output
+        (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
+        with tempfile.TemporaryDirectory() as folder:
+            self._runner = _watched(bundle.model, watched, Path(folder) / "main")
+            self._prologue = (
+                None if bundle.prologue is None else _watched(bundle.prologue, watched, Path(folder) / "prologue")
+            )
+
+    def compare(self, inputs: Mapping[str, Tensor]) -> Agreement:
+        """Compare on one set of model inputs, by name in the program's order."""
+        results = self._results(_feeds(inputs, self._timestep))
+        free = self._simulation(inputs)
+        graph = results.pop(self._output)
+        for name, factor in self._factors.items():
+            results[name] = np.asarray(results.pop(f"{name}{SCALED}")) / factor
+        for name, parts in self._parts.items():
+            axis = 1 if parts[0].kind == "conv" else -1
+            results[name] = np.concatenate([results.pop(part.name) for part in parts], axis)
+        watcher = _Synchronizer(results)
+        synchronized = self._simulation(inputs, watcher)
+        worst = max(watcher.steps, key=lambda path: watcher.steps[path], default="")
+        return Agreement(
+            sqnr=min([sqnr_db(synchronized.numpy(), graph), *watcher.sqnr]),
+            free_sqnr=sqnr_db(free.numpy(), graph),
+            code_steps=watcher.steps.get(worst, 0.0),
+            mismatch_rate=watcher.differing / max(watcher.compared, 1),
+            worst_layer=worst,
+        )
+
+    def _results(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The prediction and every layer's result by name, of both graphs where there are two."""
+        once: dict[str, NDArray[Any]] = {}
+        if self._prologue is not None:
+            once = self._prologue.infer({name: feeds[name] for name in self._prologue.inputs})
+        given = {**feeds, **once}
+        return {**once, **self._runner.infer({name: given[name] for name in self._runner.inputs})}
+
+
+class _Synchronizer:
+    """Compares each layer's result with the graph's, and lets the graph's flow on."""
+
+    def __init__(self, results: Mapping[str, NDArray[Any]]) -> None:
+        self._results = results
+        self.steps: dict[str, float] = {}
+        self.sqnr: list[float] = []
+        self.differing = self.compared = 0
+
+    def __call__(self, layer: LayerRecipe | ProductRecipe, ours: Tensor) -> Tensor:
+        if layer.name not in self._results:
+            return ours  # the graph's output, compared by the caller
+        theirs = torch.from_numpy(np.asarray(self._results[layer.name]))
+        distance = (ours - theirs).abs() / code_step(layer)
+        self.steps[layer.path] = float(distance.max())
+        self.sqnr.append(sqnr_db(ours.numpy(), theirs.numpy()))
+        self.differing += int((distance > ROUNDING).sum())
+        self.compared += distance.numel()
+        return theirs
+
+
+def code_step(layer: LayerRecipe | ProductRecipe) -> float:
+    """One step of a result: of its own grid, or of an input code times the largest weight or second factor."""
+    if isinstance(layer, ProductRecipe):
+        return float(layer.left.scale * layer.right.scale) * layer.right.spec.qmax
+    if layer.output is not None:
+        return float(layer.output.scale)
+    largest = (np.abs(layer.weight_codes.reshape(len(layer.weight_codes), -1)).max(1) * layer.weight.scale).max()
+    return float(layer.input.scale * largest)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Carried:
+    """What a graph says of the layers it carries out.
+
+    Attributes:
+        values: Names of all that is computed.
+        nodes: Names of all nodes.
+        scales: Of the weight of each node that multiplies by a quantized one, [out].
+    """
+
+    values: frozenset[str]
+    nodes: frozenset[str]
+    scales: Mapping[str, NDArray[Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> "_Carried":
+        graph = onnx.load(path, load_external_data=False).graph
+        producers = {value: node for node in graph.node for value in node.output}
+        stored = {item.name: item for item in graph.initializer}
+        scales = {}
+        for node in graph.node:
+            weight = producers.get(node.input[1]) if len(node.input) > 1 else None
+            if weight is not None and weight.op_type == "DequantizeLinear" and weight.input[1] in stored:
+                scales[node.name] = numpy_helper.to_array(stored[weight.input[1]], str(path.parent))
+        return cls(frozenset(producers), frozenset(node.name for node in graph.node), scales)
+
+    def sizes(self, recipe: QuantRecipe) -> Sizes:
+        """The layers that are computed part by part, with nobody to put the parts together."""
+        found = {}
+        for layer in recipe.layers:
+            if {layer.name, f"{layer.name}{SCALED}"} & self.values or f"{layer.name}{PARTS}" in self.nodes:
+                continue
+            sizes: list[int] = []
+            while (scale := self.scales.get(f"{node_name(layer)}{PART}{len(sizes)}")) is not None:
+                sizes.append(len(scale))
+            if sizes:
+                found[layer.name] = tuple(sizes)
+        return found
+
+    def factors(self, recipe: QuantRecipe) -> dict[str, NDArray[Any]]:
+        """What each layer's result is multiplied by, where it is; against the result's channel axis."""
+        factors = {}
+        for layer in recipe.layers:
+            if f"{layer.name}{SCALED}" in self.values:
+                spatial = layer.weight_codes.ndim - 2 if layer.kind == "conv" else 0
+                scale = self.scales[node_name(layer)]
+                factors[layer.name] = (scale / layer.weight_step).reshape(-1, *[1] * spatial)
+        return factors
+
+
+def _watched(graph: Path, recipe: QuantRecipe, folder: Path) -> OrtRunner:
+    """The graph in floating point, returning every layer's result as well; large weights stay where they are."""
+    folder.mkdir()
+    model = onnx.load(graph, load_external_data=False)
+    computed = {name for node in model.graph.node for name in node.output}
+    computed -= {value.name for value in model.graph.output}
+    products = [product.name for product in recipe.products]
+    for name in (*products, *(name for layer in recipe.layers for name in (layer.name, f"{layer.name}{SCALED}"))):
+        if name in computed:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    path = folder / graph.name
+    onnx.save_model(model, str(path))
+    for data in graph.parent.glob(f"{graph.name}_data*"):
+        (folder / data.name).symlink_to(data.absolute())
+    return OrtRunner(path, integer=False)
+
+
+def _feeds(inputs: Mapping[str, Tensor], timestep: str) -> dict[str, NDArray[Any]]:
+    """Graph inputs as arrays."""
+    feeds = {name: value.numpy() for name, value in inputs.items()}
+    feeds[timestep] = timestep_vector(feeds[timestep])
+    return feeds

@@ -1,0 +1,121 @@
+"""Whether what runs is what was proven: a bundle as it is served against its own graph in floating point.
+
+Lock-step (``agreement.py``) proves the graph, in floating point. Here the engine's integer kernels are held to it: the
+prediction on the model's own trajectory and on inputs at the ends of their range, whole images, and every layer on its
+own, which names the ones at fault.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.proof.served import run_bundle
+from tfmq_export.ptq.walk.calibration import CalibrationStep
+from tfmq_export.runtime.engines.open import open_runner
+from tfmq_export.runtime.loaded import LoadedBundle
+from tfmq_export.runtime.measure.compare import sqnr_db
+from tfmq_export.runtime.measure.machine import adds_in_16_bits
+from tfmq_export.runtime.measure.receipt import LayerReceipt, Receipt
+from tfmq_export.runtime.measure.single_layers import wrong_layers
+from tfmq_export.runtime.self_test import LIMIT, LOWEST_LIMIT, MARGIN, SelfTest
+from tfmq_export.target import find_target
+
+TIMESTEPS = 8  # of the schedule, evenly
+EXTREME = 3  # of them, with samples at the ends of their range
+BOTH_HALVES = [0, -1]  # the first and the last row: with guidance one of each half
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KernelCheck:
+    """The served prediction against the graph's in floating point.
+
+    Attributes:
+        sqnr: At some timesteps of the trajectory, dB.
+        extreme: With samples at the ends of their range, dB.
+        self_test: For the bundle: the call on which both agree as well as on most.
+    """
+
+    sqnr: NDArray[np.float64]
+    extreme: NDArray[np.float64]
+    self_test: SelfTest
+
+
+def compare_kernels(
+    denoiser: Denoiser, trajectory: Sequence[CalibrationStep], served: LoadedBundle, reference: LoadedBundle
+) -> KernelCheck:
+    """Ask both for the same predictions.
+
+    Args:
+        trajectory: Recorded calls of the full-precision model.
+        served: As ``load`` opens it.
+        reference: The same with ``integer=False``.
+    """
+    count = min(TIMESTEPS, len(trajectory))
+    picked = [few_rows(trajectory[int(place)].inputs) for place in np.linspace(0, len(trajectory) - 1, count)]
+    found = [_compare(denoiser, inputs, served, reference) for inputs in picked]
+    ends = [_at_the_ends(denoiser, inputs) for inputs in (picked[0], picked[count // 2], picked[-1])]
+    typical = int(np.argsort(found)[len(found) // 2])
+    return KernelCheck(
+        np.array(found),
+        np.array([_compare(denoiser, inputs, served, reference) for inputs in ends]),
+        _self_test(denoiser, picked[typical], served, reference),
+    )
+
+
+def _self_test(
+    denoiser: Denoiser, inputs: Mapping[str, Tensor], served: LoadedBundle, reference: LoadedBundle
+) -> SelfTest:
+    """One sample of a call, and what both make of it."""
+    single = {name: value if value.ndim == 0 else value[-1:] for name, value in inputs.items()}
+    prediction = run_bundle(reference, denoiser, single)
+    limit = sqnr_db(prediction, run_bundle(served, denoiser, single)) - MARGIN
+    arrays = {name: value.numpy().reshape(-1) if value.ndim == 0 else value.numpy() for name, value in single.items()}
+    return SelfTest(arrays, prediction, float(np.clip(limit, LOWEST_LIMIT, LIMIT)))
+
+
+def few_rows(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first and the last sample of a recorded call."""
+    return {name: value if value.ndim == 0 else value[BOTH_HALVES] for name, value in inputs.items()}
+
+
+def counted(receipt: Receipt, wrong: Mapping[str, float]) -> Receipt:
+    """The receipt without the layers whose kernels compute something else here.
+
+    Args:
+        wrong: From ``wrong_layers``.
+    """
+    return replace(receipt, rows=tuple(_counted(row, wrong) for row in receipt.rows))
+
+
+def wrong_kernels(bundle: Bundle) -> dict[str, float]:
+    """``wrong_layers`` on the CPU engine that serves a bundle; none where it is served on a GPU."""
+    target = find_target(bundle.manifest.target)
+    if not target.saturates or not target.integers:
+        return {}
+    return wrong_layers(bundle, partial(open_runner, target=target.name))
+
+
+def _counted(row: LayerReceipt, wrong: Mapping[str, float]) -> LayerReceipt:
+    if row.reason or row.layer.name not in wrong:
+        return row
+    sqnr = wrong[row.layer.name]
+    cause = "its weights saturate on a CPU without VNNI" if adds_in_16_bits() else "the engine computes something else"
+    reason = f"its integer kernel is {sqnr:.0f} dB from floating point on this host: {cause}"
+    return replace(row, reason=reason, kernel_sqnr=sqnr)
+
+
+def _compare(denoiser: Denoiser, inputs: Mapping[str, Tensor], served: LoadedBundle, reference: LoadedBundle) -> float:
+    return sqnr_db(run_bundle(reference, denoiser, inputs), run_bundle(served, denoiser, inputs))
+
+
+def _at_the_ends(denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same call with samples of the largest magnitude only, signs kept."""
+    sample = inputs[denoiser.sample]
+    return {**inputs, denoiser.sample: torch.where(sample < 0, -1.0, 1.0) * sample.abs().max()}

@@ -1,0 +1,122 @@
+"""Pictures: rows of images, labelled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+
+from tfmq_export.errors import ConfigError
+from tfmq_export.runtime.measure.compare import is_picture
+
+PER_ROW = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TemporalRow:
+    """One way to serve temporal features: cosine and mismatch, [features, T]."""
+
+    label: str
+    cosine: NDArray[np.float64]
+    mismatch: NDArray[np.int64]
+
+
+SHOWN_PIXELS = 128  # small images are enlarged to about this, without smoothing
+
+
+def save_rows(path: Path, rows: Sequence[tuple[str, NDArray[np.float32]]], title: str = "") -> None:
+    """Write a PNG with one labelled strip for each batch of images.
+
+    Args:
+        rows: A label and images [N, C, H, W] in 0..1, C of 1 or 3.
+    """
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    width = max(min(len(images), PER_ROW) for _, images in rows)
+    strips = [_strip(images, width) for _, images in rows]
+    inches_wide = strips[0].shape[1] / 100
+    heights = [strip.shape[0] / 100 for strip in strips]
+    figure, axes = plt.subplots(
+        len(rows),
+        1,
+        figsize=(inches_wide + 0.2, sum(heights) + 0.35 * len(rows) + (0.35 if title else 0.05)),
+        gridspec_kw={"height_ratios": heights},
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (label, _), strip in zip(axes[:, 0], rows, strips, strict=True):
+        axis.imshow(strip, interpolation="nearest", cmap="gray" if strip.ndim == 2 else None, vmin=0, vmax=1)
+        axis.set_title(label, fontsize=10, loc="left")
+        axis.axis("off")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=100, format="png")
+    plt.close(figure)
+
+
+def load_picture(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Read a PNG of the model's own size, [C, H, W] in 0..1.
+
+    Args:
+        shape: [C, H, W].
+    Raises:
+        ConfigError: no readable picture, or another size.
+    """
+    from matplotlib.image import imread
+
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ConfigError(f"{path}: the model draws {list(shape)}, not pictures; it cannot start from one")
+    try:
+        pixels = np.asarray(imread(path, format="png"), np.float32)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"{path}: not a readable PNG: {error}") from error
+    channels = np.atleast_3d(pixels)[..., : shape[0]].transpose(2, 0, 1)  # alpha is dropped
+    if channels.shape != shape:
+        raise ConfigError(f"{path}: {list(channels.shape)}, the model draws {list(shape)}; scale the picture to it")
+    return channels
+
+
+def save_comparison(path: Path, reference: NDArray[np.float32], images: NDArray[np.float32]) -> None:
+    """Full precision above, compiled below; nothing for latents, which are no pictures."""
+    if is_picture(reference.shape):
+        save_rows(path, [("full precision", reference[:PER_ROW]), ("compiled", images[:PER_ROW])])
+
+
+def save_temporal(path: Path, timesteps: Sequence[float], rows: Sequence[TemporalRow]) -> None:
+    """Temporal feature error and mismatch over the schedule, a line per way to serve the features.
+
+    The upper panel shows the mean and the worst ``1 - cosine`` of all features, the lower one the largest mismatch.
+    """
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5.2), sharex=True, layout="constrained")
+    for row in rows:
+        error = np.maximum(1 - row.cosine, 1e-9)  # a logarithmic axis has no zero
+        (line,) = above.plot(timesteps, error.mean(0), label=row.label)
+        above.plot(timesteps, error.max(0), color=line.get_color(), linewidth=0.7, linestyle="--")
+        below.plot(timesteps, np.abs(row.mismatch).max(0), color=line.get_color())
+    above.set_yscale("log")
+    above.set_ylabel("1 - cosine\nmean (dashed: worst)")
+    above.legend(fontsize=8)
+    below.set_ylabel("largest mismatch\n(steps of the schedule)")
+    below.set_xlabel("timestep")
+    below.set_ylim(0, max(1, *(int(np.abs(row.mismatch).max()) for row in rows), 0) * 1.05)
+    below.invert_xaxis()
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _strip(images: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """Images side by side, PER_ROW to a line, [H, W] or [H, W, 3]."""
+    factor = max(1, SHOWN_PIXELS // images.shape[2])
+    tiles = images.repeat(factor, 2).repeat(factor, 3).transpose(0, 2, 3, 1)
+    tiles = np.pad(tiles, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=1.0)
+    while len(tiles) % width:
+        tiles = np.concatenate([tiles, np.ones_like(tiles[:1])])
+    lines = [np.concatenate(list(tiles[start : start + width]), 1) for start in range(0, len(tiles), width)]
+    strip = np.concatenate(lines, 0)
+    return strip[..., 0] if strip.shape[-1] == 1 else strip

@@ -1,0 +1,266 @@
+"""The proof: same images, same features, same arithmetic, and integers that really run.
+
+Both models start from the same noise. The full-precision trajectory is recorded once; the compiled
+graph is judged on it step by step, and draws its own images.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.bundle.write import replaced_file
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.program import DiffusionProgram, capture
+from tfmq_export.capture.rewrites.program_for import program_for
+from tfmq_export.config import Thresholds
+from tfmq_export.errors import RecipeError
+from tfmq_export.models.load import load, source_of
+from tfmq_export.progress import Progress, Silent, Step
+from tfmq_export.proof.agreement import Agreement, LockStep
+from tfmq_export.proof.kernels import compare_kernels, counted, few_rows, wrong_kernels
+from tfmq_export.proof.served import bundle_denoise, run_bundle
+from tfmq_export.proof.temporal_features import TemporalErrors, compare_temporal
+from tfmq_export.ptq.walk.calibration import CalibrationStep, record
+from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.io import load_recipe
+from tfmq_export.recipe.recipe import QuantRecipe
+from tfmq_export.runtime.engines.realized import realized_by_target
+from tfmq_export.runtime.loaded import load as load_bundle
+from tfmq_export.runtime.measure.compare import (
+    Comparison,
+    Report,
+    Threshold,
+    as_pictures,
+    has_ssim,
+    is_picture,
+    psnr,
+    sqnr_db,
+    ssim,
+)
+from tfmq_export.runtime.measure.machine import features, processor
+from tfmq_export.runtime.measure.receipt import Receipt
+from tfmq_export.runtime.self_test import SelfTest
+from tfmq_export.target import find_target
+
+FEW_IMAGES = 4  # drawn by the graph in floating point as well
+CLOSER = 3.0  # dB that kernels must be closer to their graph than the graph is to full precision
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Validation:
+    """Everything one validation found.
+
+    Attributes:
+        report: Comparisons and verdicts.
+        receipt: Requested against realized precision.
+        temporal: Every served temporal feature against full precision.
+        self_test: What the bundle must predict wherever it is served.
+        reference_images: Drawn by the full-precision model, [N, C, H, W] in 0..1.
+        images: Drawn by the compiled graph from the same noise.
+    """
+
+    report: Report
+    receipt: Receipt
+    temporal: TemporalErrors
+    self_test: SelfTest
+    reference_images: NDArray[np.float32]
+    images: NDArray[np.float32]
+
+    def to_json(self) -> dict[str, object]:
+        found = {
+            "precision": self.receipt.to_json(),
+            "temporal": self.temporal.to_json(),
+            "host": {"processor": processor(), "features": features()},
+        }
+        return {**self.report.to_json(), **found, "temporal_tables": self.temporal.storage}
+
+    def write(self, path: Path, extra: Mapping[str, object] | None = None) -> None:
+        """Write report.json."""
+        with replaced_file(path) as partial:
+            partial.write_text(json.dumps({**self.to_json(), **(extra or {})}, indent=1) + "\n", "utf-8")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """What is validated, and against what.
+
+    Attributes:
+        denoiser: The full-precision model.
+        program: Its captured graph.
+        recipe: The recipe the bundle was made with.
+        bundle: The compiled graph.
+    """
+
+    denoiser: Denoiser
+    program: DiffusionProgram
+    recipe: QuantRecipe
+    bundle: Bundle
+
+    def __post_init__(self) -> None:
+        if self.recipe.fingerprint != self.program.fingerprint:
+            raise RecipeError(
+                f"{self.bundle.root} was not compiled from {self.denoiser.source}: the weights or the graph differ"
+            )
+        if self.recipe.tib.timesteps != self.denoiser.timesteps:
+            raise RecipeError(
+                f"{self.bundle.root} was compiled for {len(self.recipe.tib.timesteps)} steps "
+                f"({self.recipe.tib.timesteps.describe()}), not for {len(self.denoiser.timesteps)} "
+                f"({self.denoiser.timesteps.describe()}); give the same --steps"
+            )
+
+    @property
+    def carried_out(self) -> QuantRecipe:
+        """The recipe as the bundle's target carries it out."""
+        manifest = self.bundle.manifest
+        return adapt(self.recipe, find_target(manifest.target), manifest.tables)
+
+
+def subject_of(bundle: Bundle, model: Path, factory: str | None = None) -> Subject:
+    """A bundle beside the model it came from, sampled the same way.
+
+    Args:
+        model: A folder, a ``model.pt``, or the weights of ``factory``.
+    Raises:
+        LoadError: the model cannot be read.
+        RecipeError: the bundle was not compiled from it.
+    """
+    denoiser = load(source_of(bundle, model, factory))
+    recipe = load_recipe(bundle.root)
+    return Subject(denoiser, program_for(capture(denoiser), recipe), recipe, bundle)
+
+
+def validate(
+    subject: Subject, thresholds: Thresholds, *, images: int = 16, seed: int = 1, progress: Progress | None = None
+) -> Validation:
+    """Measure a bundle against the model it came from.
+
+    Args:
+        seed: Of the starting noise; another than calibration's.
+    """
+    progress = progress or Silent()
+    denoiser = subject.denoiser
+    noise, prompts = denoiser.noise(images, seed), denoiser.prompts(images)
+    with progress.stage("Sampling in full precision") as step:
+        trajectory, reference = record(denoiser, denoiser.module_denoise(), noise, prompts, step)
+    root = subject.bundle.root
+    with (
+        load_bundle(root, self_test=False) as loaded,
+        load_bundle(root, self_test=False, integer=False, backend="onnxruntime") as in_float,
+    ):
+        with progress.stage("Sampling in integers") as step:
+            _, compiled = record(denoiser, bundle_denoise(loaded), noise, prompts, step)
+        with progress.stage("Comparing step by step") as step:
+            per_step = []
+            for done, recorded in enumerate(trajectory, start=1):
+                prediction = run_bundle(loaded, denoiser, recorded.inputs)
+                per_step.append(sqnr_db(recorded.prediction.numpy(), prediction))
+                step(done, len(trajectory))
+        with progress.stage("Checking the kernels against the graph") as step:
+            kernels = compare_kernels(denoiser, trajectory, loaded, in_float)
+            few = noise[:FEW_IMAGES], {name: value[:FEW_IMAGES] for name, value in prompts.items()}
+            served, defined = (
+                record(denoiser, bundle_denoise(each), *few, _part(step, part, 2))[1]
+                for part, each in enumerate((loaded, in_float))
+            )
+            wrong = wrong_kernels(subject.bundle)
+    reference_images, compiled_images, peak = as_images(reference, compiled)
+    with progress.stage("Checking the graph against fake-quant") as step:
+        agreements = _agreements(subject, trajectory, step)
+    with progress.stage("Reading the optimized graph"):
+        receipt = counted(realized_by_target(subject.bundle), wrong)
+    tib = subject.carried_out.tib
+    temporal = compare_temporal(subject.program, denoiser, tib, subject.bundle)
+    similarity: tuple[Comparison, ...] = ()
+    # Signals, points and tiny images have no SSIM; where one is demanded all the same, ssim says so.
+    if has_ssim(reference_images) or thresholds.ssim > 0:
+        similarity = (Comparison.of("image SSIM", ssim(reference_images, compiled_images, peak)),)
+    comparisons = (
+        Comparison.of("image PSNR (dB)", psnr(reference_images, compiled_images, peak)),
+        *similarity,
+        Comparison.of("noise-prediction SQNR per timestep (dB)", np.array(per_step)),
+        Comparison.of("integer kernels against the graph (dB)", kernels.sqnr),
+        Comparison.of("integer kernels at the ends of the range (dB)", kernels.extreme),
+        Comparison.of("images as served against the graph's (dB)", _psnr(defined, served)),
+        Comparison.of("the graph's images against full precision (dB)", _psnr(reference[:FEW_IMAGES], defined)),
+        Comparison.of("other pictures of the set (dB)", _others(reference_images, peak)),
+        Comparison.of("temporal feature cosine", _or_one(temporal.cosine)),
+        Comparison.of("temporal table exactness", _or_one(temporal.exact.astype(np.float64))),
+        Comparison.of("agreement with fake-quant, lock-step (dB)", np.array([a.sqnr for a in agreements])),
+        Comparison.of("agreement with fake-quant, free-running (dB)", np.array([a.free_sqnr for a in agreements])),
+        Comparison.of("largest layer difference (code steps)", np.array([a.code_steps for a in agreements])),
+        Comparison.of("share of codes that differ", np.array([a.mismatch_rate for a in agreements])),
+    )
+    by_name = {comparison.metric: comparison for comparison in comparisons}
+    preset = subject.recipe.preset
+    drift = by_name["the graph's images against full precision (dB)"].median + CLOSER
+    verdicts = (
+        Threshold("image PSNR (dB)", thresholds.psnr_of(preset)).judge(by_name["image PSNR (dB)"].mean),
+        *(Threshold("image SSIM", thresholds.ssim).judge(found.mean) for found in similarity),
+        Threshold("noise-prediction SQNR (dB)", thresholds.sqnr_of(preset)).judge(float(np.mean(per_step))),
+        *(
+            Threshold(name, thresholds.kernels).judge(by_name[name].median)
+            for name in (
+                "integer kernels against the graph (dB)",
+                "integer kernels at the ends of the range (dB)",
+            )
+        ),
+        Threshold("images as served against the graph's (dB)", min(thresholds.kernels, drift)).judge(
+            by_name["images as served against the graph's (dB)"].median
+        ),
+        Threshold("temporal feature cosine", thresholds.temporal_cosine_of(tib.source, tib.stored)).judge(
+            by_name["temporal feature cosine"].lowest
+        ),
+        Threshold("temporal table exactness", 1.0).judge(by_name["temporal table exactness"].lowest),
+        Threshold("agreement with fake-quant, lock-step (dB)", thresholds.agreement).judge(
+            by_name["agreement with fake-quant, lock-step (dB)"].lowest
+        ),
+    )
+    return Validation(
+        Report(comparisons, verdicts), receipt, temporal, kernels.self_test, reference_images, compiled_images
+    )
+
+
+def _psnr(reference: Tensor, images: Tensor) -> NDArray[np.float64]:
+    return psnr(*as_images(reference, images))
+
+
+def _others(images: NDArray[np.float32], peak: float) -> NDArray[np.float64]:
+    """PSNR of each image against the next one: what a picture of the same kind reaches by chance."""
+    return psnr(images, np.roll(images, 1, 0), peak)
+
+
+def _part(step: Step, part: int, parts: int) -> Step:
+    """Progress of one of several runs."""
+    return lambda done, total: step(part * total + done, parts * total)
+
+
+def _or_one(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """All values; 1 for a model without temporal features."""
+    return values.reshape(-1) if values.size else np.ones(1)
+
+
+def as_images(reference: Tensor, compiled: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+    """Both batches as pictures in 0..1, or as they are where they are latents; and the peak for PSNR."""
+    if is_picture(reference.shape):
+        return as_pictures(reference.numpy()), as_pictures(compiled.numpy()), 1.0
+    span = float(reference.max() - reference.min())
+    shaped = [
+        batch.reshape(len(batch), -1, *batch.shape[-2:]) if batch.ndim > 4 else batch for batch in (reference, compiled)
+    ]
+    return shaped[0].numpy(), shaped[1].numpy(), span
+
+
+def _agreements(subject: Subject, trajectory: tuple[CalibrationStep, ...], step: Any) -> list[Agreement]:
+    lock_step = LockStep(subject.program, subject.carried_out, subject.bundle)
+    found = []
+    for done, recorded in enumerate(trajectory, start=1):
+        found.append(lock_step.compare(few_rows(recorded.inputs)))
+        step(done, len(trajectory))
+    return found

@@ -1,0 +1,1 @@
+"""The machinery of quantization: calibration, the order of blocks, caches, checkpoints."""

@@ -1,0 +1,330 @@
+"""What is decided inside one block, idea by idea in the papers' order."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfmq_export.capture.rewrites.skip_concat import channel_axis
+from tfmq_export.config import Method
+from tfmq_export.errors import CalibrationError
+from tfmq_export.progress import Step
+from tfmq_export.ptq.attention_grids import GriddedProduct, product_rules
+from tfmq_export.ptq.equivalent_scaling import (
+    ScaledLayer,
+    TimestepWeights,
+    Weighting,
+    learn_scaling,
+    smooth_scaling,
+)
+from tfmq_export.ptq.error_feedback import SAMPLES, InputProducts, feedback_codes
+from tfmq_export.ptq.fake_quant import Grid
+from tfmq_export.ptq.finite_set import calibrate_finite_set
+from tfmq_export.ptq.learned_steps import learn_steps
+from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, merge, observe
+from tfmq_export.ptq.power_of_two import channel_errors, least_error_exponents, vote_exponents
+from tfmq_export.ptq.reconstruct import learn_rounding
+from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule
+from tfmq_export.ptq.walk.draft import Draft, decided_grids, input_key, output_key, quantized_rules, with_nearest_codes
+from tfmq_export.ptq.walk.effort import Effort
+from tfmq_export.ptq.walk.flow import Flow, draw_rows
+from tfmq_export.ptq.walk.input_watch import InputWatch
+from tfmq_export.ptq.walk.learning import Batch, Draw
+from tfmq_export.ptq.weights import SHRINK_STEPS
+from tfmq_export.recipe.grid import QuantSpec
+from tfmq_export.recipe.pairs import SAFE_WEIGHT_BITS
+
+VALUES_PER_STEP = 512  # remembered of each activation at each timestep
+CONTAINER_BITS = 8
+FEEDBACK_PULL = 0.5  # of the soft weights at the start, from codes whose errors cancel towards the float weights
+STEP_LEARNING_RATE = 2e-3
+TOKENS_RANK = 3
+STEPS = "timestep's position"  # in a batch, beside the values the block reads; no name of the graph has a space
+
+
+def target_of(name: str) -> str:
+    """Key of a written value's target in a batch."""
+    return f"target of {name}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockStage:
+    """Everything the ideas read about one block.
+
+    Attributes:
+        runner: The block.
+        wanted: The full-precision network's activations, up to the block.
+        given: The quantized network's.
+        inputs: Of its layers, in the full-precision network.
+        unnormalized: Values that carry the residual stream; PTS looks at their readers.
+        generator: Random rows; seeded for this block alone.
+        products: Of attention, on their grids.
+    """
+
+    runner: BlockRunner
+    wanted: Flow
+    given: Flow
+    inputs: InputWatch
+    method: Method
+    effort: Effort
+    unnormalized: frozenset[str]
+    generator: torch.Generator
+    products: tuple[GriddedProduct, ...] = ()
+
+    def run(self, drafts: Sequence[Draft], progress: Step) -> tuple[Draft, ...]:
+        """Quantize all layers of the block."""
+        drafts = tuple(part for group in by_input(drafts).values() for part in self._scale(group))
+        candidates = SHRINK_STEPS if self.method.weight_range == "search" else 1
+        drafts = tuple(with_nearest_codes(draft, candidates) for draft in drafts)
+        input_products = self._input_products(drafts)
+        drafts = self._lay_grids(drafts, input_products)
+        drafts = tuple(self._feed_back(draft, input_products.pop(draft.op.name, None)) for draft in drafts)
+        if self.method.reconstruct and self.effort.rounding.iterations:
+            drafts = self._round(drafts, progress)
+        if self.method.learned_steps and self.effort.step_iterations:
+            drafts = self._tune_steps(drafts)
+        return drafts
+
+    # -- equivalent and power-of-two scaling -------------------------------------------------
+
+    def _scale(self, drafts: Sequence[Draft]) -> list[Draft]:
+        """LES, then PTS, for the layers that read one value."""
+        shiftable = self.method.pts != "off" and self._may_shift(drafts)
+        if drafts[0].is_temporal or (self.method.les == "off" and not shiftable):
+            return list(drafts)
+        tau = self._equivalent_scale(drafts)
+        scaled = [draft if tau is None else replace(draft, tau=tau) for draft in drafts]
+        if not shiftable:
+            return scaled
+        exponent = self._exponents(scaled[0])
+        return scaled if not exponent.any() else [replace(draft, exponent=exponent) for draft in scaled]
+
+    def _equivalent_scale(self, drafts: Sequence[Draft]) -> Tensor | None:
+        method, schedule, value = self.method, self.effort.scaling, drafts[0].op.input
+        if method.les == "off":
+            return None
+        axis = channel_axis(drafts[0].op.kind)
+        if method.les == "smoothquant":
+            largest = self.inputs.read(value).abs().transpose(0, axis).flatten(1).amax(1)
+            return smooth_scaling(largest.to(self.runner.device), [draft.plain for draft in drafts])
+        layers = [
+            ScaledLayer(self._compute(draft), draft.plain, draft.op.groups, axis, draft.weight_spec, draft.pairs)
+            for draft in drafts
+        ]
+
+        def pick() -> Tensor:
+            return torch.randint(len(self.inputs.steps), (schedule.batch,), generator=self.generator)
+
+        def read(picks: Tensor) -> Batch:
+            x, steps = self.inputs.read(value, picks).to(self.runner.device), self.inputs.steps[picks]
+            return {"x": x, "steps": steps.repeat_interleave(len(x) // len(picks), output_size=len(x))}
+
+        draw = Draw.rows(pick, read, self.runner.device if self.inputs.is_at_hand(value) else None)
+        weights = TimestepWeights(Weighting(method.les), self.wanted.rows.timesteps, self.runner.device)
+        start = drafts[0].plain.new_ones(drafts[0].plain.shape[1] * drafts[0].op.groups)
+        return learn_scaling(draw, layers, drafts[0].input_spec, weights, schedule, start)
+
+    def _exponents(self, draft: Draft) -> Tensor:
+        scaled = draft.scale_input(self.inputs.read(draft.op.input).to(self.runner.device))
+        channels_last = channel_axis(draft.op.kind) == -1
+        rows = scaled.transpose(1, -1) if channels_last and scaled.ndim > 2 else scaled  # [N, C, ...]
+        observation = Observation(float(scaled.min()), float(scaled.max()), scaled.new_zeros(1))
+        grid = activation_grid(observation, draft.input_spec, Estimator.MIN_MAX)
+        exponents = tuple(range(1 - self.method.pts_exponents, 1))
+        spatial = rows.flatten(2) if rows.ndim > 2 else rows.unsqueeze(2)
+        errors = channel_errors(spatial, grid.scale, grid.zero_point, draft.input_spec, exponents)
+        if self.method.pts == "mse":
+            chosen = least_error_exponents(errors, exponents)
+        else:
+            chosen = vote_exponents(errors, exponents, self.method.pts_quorum)
+        return chosen.to(self.runner.device)
+
+    def _may_shift(self, drafts: Sequence[Draft]) -> bool:
+        bits = CONTAINER_BITS if self.method.cpus == "vnni" else SAFE_WEIGHT_BITS
+        room = all(draft.weight_spec.bits + self.method.pts_exponents - 1 <= bits for draft in drafts)
+        wanted = self.method.pts_layers == "all" or drafts[0].op.input in self.unnormalized
+        return room and wanted
+
+    def _compute(self, draft: Draft) -> Callable[[Tensor, Tensor], Tensor]:
+        node = self.runner.node(draft.op.name)
+        rest: Any = node.args[3:]
+
+        def compute(x: Tensor, weight: Tensor) -> Tensor:
+            return node.target(x, weight, None, *rest)  # type: ignore[operator, no-any-return]
+
+        return compute
+
+    # -- grids --------------------------------------------------------------------------------
+
+    def _lay_grids(self, drafts: Sequence[Draft], input_products: Mapping[str, InputProducts]) -> tuple[Draft, ...]:
+        """Observe every activation of the block where the quantized network feeds it.
+
+        Args:
+            input_products: By layer; summed up on the way.
+        """
+        timesteps = self.given.rows.timesteps
+        inputs: dict[str, list[list[Observation]]] = {}
+        outputs: dict[str, list[list[Observation]]] = {}
+        sampler = torch.Generator().manual_seed(self.generator.initial_seed())
+        firsts = {input_key(draft): draft.op.name for draft in reversed(drafts)}
+
+        def look(into: dict[str, list[list[Observation]]], key: str, x: Tensor, steps: Tensor) -> None:
+            per_timestep = into.setdefault(key, [[] for _ in range(timesteps)])
+            rows = x.reshape(len(steps), -1)
+            for step in sorted(set(steps.tolist())):
+                own = rows[(steps == step).to(x.device)]
+                share = -(-VALUES_PER_STEP * len(own) // self._rows_of_a_step)
+                per_timestep[step].append(observe(own, share, sampler))
+
+        def watching(draft: Draft, steps: Tensor) -> LayerRule:
+            def rule(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
+                x = draft.scale_input(operands[0])
+                if firsts[input_key(draft)] == draft.op.name:
+                    look(inputs, input_key(draft), x, steps)
+                shifted = draft.shift_back(x)
+                if draft.op.name in input_products:
+                    most = -(-SAMPLES * len(steps) // len(self.given.rows))
+                    input_products[draft.op.name].add(shifted, most)
+                y = compute(shifted, draft.weight)
+                if draft.output_spec is not None:
+                    look(outputs, output_key(draft), y, steps)
+                return y
+
+            return rule
+
+        with torch.no_grad():
+            for picks in self.given.chunks():
+                steps = self.given.rows.steps[picks]
+                rules = {draft.op.name: watching(draft, steps) for draft in drafts}
+                self.runner(self.given.read(self.runner, picks), rules | product_rules(self.products))
+        return tuple(
+            replace(
+                draft,
+                input=self._grid(inputs[input_key(draft)], draft.input_spec, draft.is_temporal),
+                output=None
+                if draft.output_spec is None
+                else self._grid(outputs[output_key(draft)], draft.output_spec, draft.is_temporal),
+            )
+            for draft in drafts
+        )
+
+    def _input_products(self, drafts: Sequence[Draft]) -> dict[str, InputProducts]:
+        """What error feedback needs to know of each layer, before anything was seen."""
+        if not self.method.error_feedback:
+            return {}
+        seed = self.generator.initial_seed()
+        return {
+            draft.op.name: InputProducts(self.runner.node(draft.op.name), draft.plain, draft.op.groups, seed)
+            for draft in drafts
+        }
+
+    def _feed_back(self, draft: Draft, input_products: InputProducts | None) -> Draft:
+        if input_products is None:
+            return draft
+        assert draft.input is not None
+        assert draft.scale is not None
+        step = draft.input.scale.square().mean().sqrt().expand(draft.plain.shape[1] * draft.op.groups)
+        if draft.exponent is not None:
+            step = step * torch.exp2(draft.exponent.to(step))
+        pieces = input_products.pieces(step.square() / 12)  # what rounding adds to a value, on average
+        if not all(piece.isfinite().all() for piece in pieces):
+            raise CalibrationError(f"{draft.op.path}: the squares of its inputs overflow float32")
+        codes = feedback_codes(draft.weight, draft.scale, draft.weight_spec, pieces, draft.pairs)
+        return replace(draft, codes=codes)
+
+    @property
+    def _rows_of_a_step(self) -> int:
+        return -(-len(self.given.rows) // self.given.rows.timesteps)
+
+    def _grid(self, observations: Sequence[Sequence[Observation]], spec: QuantSpec, is_temporal: bool) -> Grid:
+        merged = [merge(seen) if seen else None for seen in observations]
+        # Several codes resolve the ranges of all timesteps already.
+        per_timestep = spec.codes == 1 and (self.method.fsc == "all" or (is_temporal and self.method.fsc == "tib"))
+        grid = calibrate_finite_set(merged, spec, Estimator(self.method.estimator), per_timestep=per_timestep)
+        return grid.on(self.runner.device)
+
+    # -- what is learned on the block's output ------------------------------------------------
+
+    def _errors(self, rules: Callable[[Tensor], dict[str, LayerRule]], batch: Batch) -> Tensor:
+        """Squared error of the block for a batch, summed over the channels, [N]."""
+        attention = product_rules(self.products, soft=True)
+        written = self.runner(batch, attention | rules(batch[STEPS]))
+        return torch.stack([row_errors(value, batch[target_of(name)]) for name, value in written.items()]).sum(0)
+
+    def _batch(self, picks: Tensor) -> Batch:
+        """Everything the block's error at some rows depends on."""
+        targets = {target_of(name): value for name, value in self.wanted.read_target(self.runner, picks).items()}
+        return self.given.read(self.runner, picks) | targets | {STEPS: self.given.steps[picks]}
+
+    @property
+    def _draw(self) -> Draw:
+        def pick() -> Tensor:
+            return draw_rows(self.given.rows, self.effort.rounding.batch, self.generator)
+
+        block = self.runner.block
+        at_hand = self.given.is_at_hand(block.reads) and self.wanted.is_at_hand(block.writes)
+        return Draw.rows(pick, self._batch, self.runner.device if at_hand else None)
+
+    def _round(self, drafts: Sequence[Draft], progress: Step) -> tuple[Draft, ...]:
+        grids = decided_grids(drafts)
+
+        def loss(weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
+            return self._errors(
+                lambda steps: quantized_rules(drafts, steps, weights=weights, grids=grids), batch
+            ).mean()
+
+        pull = FEEDBACK_PULL if self.method.error_feedback else 1.0
+        return learn_rounding(drafts, self._draw, loss, self.effort.rounding, progress, pull)
+
+    def _tune_steps(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
+        """Tune the grids; keep the result only where it helps.
+
+        Every timestep counts by its own error: in a plain mean the noisiest ones would decide for all.
+        """
+        before = self._errors_by_timestep(drafts)
+
+        def loss(soft: Mapping[str, Grid], batch: Batch) -> Tensor:
+            errors = self._errors(lambda steps: quantized_rules(drafts, steps, grids=soft), batch)
+            return (errors / before[batch[STEPS]]).mean()
+
+        learned = learn_steps(self._draw, loss, decided_grids(drafts), self.effort.step_iterations, STEP_LEARNING_RATE)
+        tuned = tuple(
+            replace(draft, input=learned[input_key(draft)], output=learned.get(output_key(draft))) for draft in drafts
+        )
+        counts = torch.bincount(self.given.rows.steps, minlength=len(before)).to(before)
+        gain = (counts * (before / self._errors_by_timestep(tuned)).log()).mean()
+        return tuned if gain > 0 else tuple(drafts)
+
+    @torch.no_grad()
+    def _errors_by_timestep(self, drafts: Sequence[Draft]) -> Tensor:
+        """The block's mean error at each timestep, with everything rounded, [T]."""
+        rows = self.given.rows
+        errors = torch.cat(
+            [
+                self._errors(lambda steps: quantized_rules(drafts, steps), self._batch(picks))
+                for picks in self.given.chunks()
+            ]
+        )
+        steps = rows.steps.to(errors.device)
+        total = errors.new_zeros(rows.timesteps).index_add_(0, steps, errors)
+        count = torch.bincount(steps, minlength=rows.timesteps).clamp_min(1)
+        return (total / count).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def row_errors(ours: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of each row, summed over channels, mean over positions, [N]; rank 3 holds tokens [N, L, C]."""
+    squared = (ours - wanted).square()
+    if squared.ndim == 1:
+        return squared
+    errors = squared.sum(-1 if squared.ndim == TOKENS_RANK else 1)
+    return errors.reshape(len(errors), -1).mean(1)
+
+
+def by_input(drafts: Sequence[Draft]) -> dict[str, list[Draft]]:
+    """Layers grouped by the value they read: one tau, one grid, one quantizer in the graph."""
+    groups: dict[str, list[Draft]] = {}
+    for draft in drafts:
+        groups.setdefault(draft.op.input, []).append(draft)
+    return groups

@@ -1,0 +1,84 @@
+"""What is quantized, and how."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.program import DiffusionProgram
+from tfmq_export.capture.rewrites.skip_concat import find_skip_concats, split_skip_concats
+from tfmq_export.capture.rewrites.spell_attention import spell_attention
+from tfmq_export.config import Method
+from tfmq_export.ptq.tib import tabulate
+from tfmq_export.ptq.walk.calibration import CalibrationRows, CalibrationStep, pick_rows
+from tfmq_export.ptq.walk.effort import Effort
+from tfmq_export.recipe.recipe import SkipSplit, TibRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class QuantPlan:
+    """What to quantize, and how.
+
+    Attributes:
+        preset: Its name.
+        weight_bits: 0 leaves every layer in floating point.
+        activation_bits: Of layer inputs. First and last layer always take 8.
+        method: Which ideas are in force.
+        effort: How long they may take.
+        quantized_outputs: Kinds of layer whose output the target wants on a grid.
+        seed: Of every random choice.
+        max_memory: Bytes of cached activations to hold in memory; None is no ceiling.
+    """
+
+    preset: str
+    weight_bits: int
+    activation_bits: int
+    method: Method
+    effort: Effort
+    quantized_outputs: frozenset[str] = frozenset()
+    seed: int = 0
+    max_memory: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CalibratedModel:
+    """What is quantized.
+
+    Attributes:
+        program: With its skip concatenations split already, and its attention spelled out where it is quantized.
+        denoiser: The model it was captured from.
+        rows: Samples of the model's own trajectory.
+        exact: Temporal features in full precision.
+        splits: What was split.
+        provenance: For the recipe.
+    """
+
+    program: DiffusionProgram
+    denoiser: Denoiser
+    rows: CalibrationRows
+    exact: TibRecipe
+    splits: tuple[SkipSplit, ...]
+    provenance: Mapping[str, str]
+
+
+def prepare(
+    program: DiffusionProgram,
+    denoiser: Denoiser,
+    recorded: Sequence[CalibrationStep],
+    plan: QuantPlan,
+    provenance: Mapping[str, str],
+    weights: Tensor | None = None,
+) -> CalibratedModel:
+    """Bring a captured model and its recorded trajectory together.
+
+    Args:
+        recorded: From ``calibrate``.
+        weights: How much each timestep counts, [T]; None: all the same.
+    """
+    exact = tabulate(program, denoiser)
+    splits = find_skip_concats(program) if plan.method.split_skips else ()
+    rows = pick_rows(denoiser, recorded, plan.effort.rows_per_timestep, weights)
+    if plan.method.attention == "integer":
+        program = spell_attention(program)
+    return CalibratedModel(split_skip_concats(program, splits), denoiser, rows, exact, splits, provenance)

@@ -1,0 +1,140 @@
+"""Calibration: the full-precision model watched along its own sampling trajectory.
+
+Every step of one trajectory is recorded, so T steps cost T model calls (Q-Diffusion draws a fresh
+batch for every step: T^2). With guidance the conditional and unconditional halves run together.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfmq_export.capture.denoiser import Conditioning, Denoise, Denoiser
+from tfmq_export.errors import CalibrationError
+from tfmq_export.progress import Step
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples fall evenly between 0 and 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CalibrationStep:
+    """One recorded model call: its inputs by name, [N, ...], and the full-precision prediction."""
+
+    inputs: Mapping[str, Tensor]
+    prediction: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CalibrationRows:
+    """Samples picked from a trajectory, timestep after timestep.
+
+    Attributes:
+        inputs: Of the graph, by name, [R, ...]; one timestep per row.
+        steps: Position of each row's timestep in the schedule, int64 [R].
+        timesteps: T.
+        one_timestep: Whether the model takes a single timestep for the whole batch.
+    """
+
+    inputs: Mapping[str, Tensor]
+    steps: Tensor
+    timesteps: int
+    one_timestep: bool
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@torch.no_grad()
+def record(
+    denoiser: Denoiser, denoise: Denoise, noise: Tensor, conditioning: Conditioning, progress: Step
+) -> tuple[tuple[CalibrationStep, ...], Tensor]:
+    """Sample once and keep every model call.
+
+    Args:
+        denoise: Predicts, on behalf of ``denoiser``.
+        noise: [N, ...].
+    Returns:
+        The calls in order, and the final images.
+    """
+    steps: list[CalibrationStep] = []
+
+    def recorded(sample: Tensor, timestep: Any, /, **given: Tensor) -> Tensor:
+        prediction = denoise(sample, timestep, **given)
+        inputs = denoiser.inputs(sample, timestep, given)
+        steps.append(CalibrationStep({name: value.clone() for name, value in inputs.items()}, prediction))
+        progress(len(steps), max(len(steps), len(denoiser.timesteps)))  # warm-ups visit some timesteps twice
+        return prediction
+
+    images = denoiser.sampler(recorded, noise, conditioning)
+    return tuple(steps), images
+
+
+def calibrate(denoiser: Denoiser, *, images: int, seed: int, progress: Step) -> tuple[CalibrationStep, ...]:
+    """Record ``images`` images that the full-precision model draws.
+
+    Raises:
+        CalibrationError: the model predicted NaN or infinity.
+    """
+    noise, prompts = denoiser.noise(images, seed), denoiser.prompts(images)
+    steps, _ = record(denoiser, denoiser.module_denoise(), noise, prompts, progress)
+    for step in steps:
+        if not step.prediction.isfinite().all():
+            at = step.inputs[denoiser.timestep].reshape(-1)[0]
+            raise CalibrationError(
+                f"{denoiser.source} predicted NaN or infinity on its own trajectory, at timestep {at:g}; "
+                "check the checkpoint"
+            )
+    return steps
+
+
+def shares(weights: Tensor, per_timestep: int, most: int) -> list[int]:
+    """How many samples to take of each timestep: ``per_timestep`` on average, as many more as it counts more.
+
+    Args:
+        weights: How much each timestep counts, [T].
+        most: Samples there are of a timestep; what one cannot take goes to the others.
+    Returns:
+        At least 1 and at most ``most`` each.
+    """
+    budget = per_timestep * len(weights)
+    low, high = 0.0, float(budget * most / weights.clamp_min(1e-12).min())
+    for _ in range(100):  # the count grows with the factor: halve the interval
+        middle = (low + high) / 2
+        if float((weights * middle).clamp(1, most).sum()) > budget:
+            high = middle
+        else:
+            low = middle
+    return [int(count) for count in (weights * low).clamp(1, most).round()]
+
+
+def pick_rows(
+    denoiser: Denoiser, steps: Sequence[CalibrationStep], per_timestep: int, weights: Tensor | None = None
+) -> CalibrationRows:
+    """Take samples of every recorded call, spread evenly over its batch.
+
+    Args:
+        per_timestep: How many on average.
+        weights: How much each timestep counts, [T]; None: all the same.
+    """
+    timesteps = len(denoiser.timesteps)
+    batches = [len(step.inputs[denoiser.sample]) for step in steps]
+    counts = shares(torch.ones(timesteps) if weights is None else weights, per_timestep, min(batches))
+    picked: dict[str, list[Tensor]] = {name: [] for name in denoiser.example_inputs}
+    positions: list[Tensor] = []
+    for step in steps:
+        batch = len(step.inputs[denoiser.sample])
+        first = step.inputs[denoiser.timestep].reshape(-1)[:1].numpy()
+        (place,) = denoiser.timesteps.rows(first)
+        # Evenly over the batch, at every timestep from another start, so that all images are seen.
+        starts = torch.arange(counts[place], dtype=torch.float64) / counts[place] + float(place) * GOLDEN_RATIO
+        rows = (starts % 1 * batch).long()
+        for name, value in step.inputs.items():
+            picked[name].append(value.reshape(-1).expand(len(rows)) if value.ndim == 0 else value[rows])
+        visited = picked[denoiser.timestep][-1].numpy()
+        positions.append(torch.from_numpy(denoiser.timesteps.rows(visited)))
+    one_timestep = denoiser.example_inputs[denoiser.timestep].ndim == 0
+    order = torch.cat(positions).argsort(stable=True)
+    inputs = {name: torch.cat(values)[order] for name, values in picked.items()}
+    return CalibrationRows(inputs, torch.cat(positions)[order], timesteps, one_timestep)
