@@ -2,12 +2,14 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
+
+from tfmq_export.recipe.recipe import QuantRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class PassReport:
         changed: Sites rewritten.
         skipped: Sites left alone, each with its reason.
         notes: Sites where it had a choice, each with what it chose.
+        parts: Output channels of each part of the layers it divided, by the layer's name.
     """
 
     name: str
@@ -38,15 +41,22 @@ class PassReport:
     changed: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What ``Pass.apply`` returns: sites rewritten, sites left alone with their reasons, and choices made."""
+    """What ``Pass.apply`` returns: as in ``PassReport``, and the recipe.
+
+    Attributes:
+        recipe: For the passes behind this one, where it changed which layers there are; else None.
+    """
 
     changed: tuple[str, ...] = ()
-    skipped: tuple[tuple[str, str], ...] = field(default=())
-    notes: tuple[tuple[str, str], ...] = field(default=())
+    skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    recipe: QuantRecipe | None = None
 
 
 class Pass(ABC):
@@ -73,23 +83,48 @@ class Pass(ABC):
         """
 
 
+@dataclass(frozen=True)
+class RecipePass(Pass):
+    """A rewrite that carries out a recipe: the one it was made with, as the passes in front of it left it."""
+
+    recipe: QuantRecipe
+
+
+def run_pass(
+    graph: gs.Graph, rewrite: Pass, recipe: QuantRecipe | None = None
+) -> tuple[PassReport, QuantRecipe | None]:
+    """Run one pass.
+
+    Args:
+        recipe: As the passes in front of this one left it; None where none of them changed it.
+    Returns:
+        What it did, and the recipe for the passes behind it.
+    """
+    name = type(rewrite).__name__
+    if recipe is not None and isinstance(rewrite, RecipePass):
+        rewrite = replace(rewrite, recipe=recipe)
+    rewrite.requires(graph)
+    done = rewrite.apply(graph)
+    graph.cleanup().toposort()
+    rewrite.ensures(graph)
+    logger.info("%s: %d changed, %d skipped", name, len(done.changed), len(done.skipped))
+    report = PassReport(name, rewrite.semantics, done.changed, done.skipped, done.notes, done.parts)
+    return report, done.recipe or recipe
+
+
 def run_passes(
     graph: gs.Graph, passes: Sequence[Pass], after: Callable[[int, str, gs.Graph], None] | None = None
 ) -> tuple[PassReport, ...]:
-    """Run each pass once, in order.
+    """Run each pass once, in order; a recipe that one of them changes is the recipe of all behind it.
 
     Args:
         after: Called with position, name and graph when a pass is done (``--dump-dir``).
     """
-    reports = []
+    reports: list[PassReport] = []
+    recipe = None
     for position, rewrite in enumerate(passes, start=1):
-        name = type(rewrite).__name__
-        rewrite.requires(graph)
-        changes = rewrite.apply(graph)
-        graph.cleanup().toposort()
-        rewrite.ensures(graph)
-        reports.append(PassReport(name, rewrite.semantics, changes.changed, changes.skipped, changes.notes))
-        logger.info("%s: %d changed, %d skipped", name, len(changes.changed), len(changes.skipped))
+        report, recipe = run_pass(graph, rewrite, recipe)
+        reports.append(report)
         if after is not None:
-            after(position, name, graph)
+            after(position, report.name, graph)
     return tuple(reports)

@@ -6,21 +6,19 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import node_name
 from tfmq_export.passes.graph import check_valid
 from tfmq_export.passes.qdq.activation_codes import is_dequantized
 from tfmq_export.passes.qdq.quantize_attention import product_nodes
 from tfmq_export.passes.time.tabulate_tib import computed_from_time
-from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import Target
 
 
 @dataclass(frozen=True)
-class CheckModel(Pass):
+class CheckModel(RecipePass):
     """Change nothing; refuse a graph that would load and then quietly run in floating point."""
 
-    recipe: QuantRecipe
     target: Target
     timestep: str
     semantics: ClassVar[Semantics] = Semantics.EXACT

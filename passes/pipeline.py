@@ -1,7 +1,6 @@
 """The whole order of rewrites, in one list."""
 
 from collections.abc import Sequence
-from types import MappingProxyType
 
 from tfmq_export.passes.base import Pass
 from tfmq_export.passes.bind.bind_recipe import BindRecipe, node_name
@@ -27,8 +26,7 @@ from tfmq_export.passes.qdq.transpose_dequantized import TransposeDequantized
 from tfmq_export.passes.scaling.fold_rescales import FoldRescales
 from tfmq_export.passes.scaling.pts_lowering import choose_form
 from tfmq_export.passes.scaling.rescale_inputs import RescaleInputs
-from tfmq_export.passes.scaling.split_exponents import SplitExponents, split_recipe
-from tfmq_export.passes.scaling.split_results import Sizes, SplitResults, split_layers
+from tfmq_export.passes.scaling.split_results import SplitResults
 from tfmq_export.passes.time.binding_times import CONDITIONING, SAMPLE, TIMESTEP
 from tfmq_export.passes.time.narrow_tables import NarrowTables
 from tfmq_export.passes.time.tabulate_classes import TabulateClasses
@@ -39,7 +37,7 @@ from tfmq_export.target import PtsLowering, Target
 OUTPUT = "out_sample"
 
 
-def passes_for(  # noqa: PLR0913  # what a graph depends on, by keyword
+def passes_for(  # what a graph depends on, by keyword
     recipe: QuantRecipe,
     target: Target,
     *,
@@ -47,7 +45,6 @@ def passes_for(  # noqa: PLR0913  # what a graph depends on, by keyword
     timestep: str,
     labels: Sequence[str] = (),
     pts_lowering: PtsLowering = "auto",
-    split_results: Sizes = MappingProxyType({}),
 ) -> list[Pass]:
     """From the float graph of a model to the graph a target runs.
 
@@ -57,12 +54,9 @@ def passes_for(  # noqa: PLR0913  # what a graph depends on, by keyword
         timestep: Name of the input that holds the timestep.
         labels: Conditioning inputs; those that turn out to be class labels are tabulated with the timestep.
         pts_lowering: Form of power-of-two scaling; "auto" chooses per layer.
-        split_results: What ``results_to_split`` found in the graph.
     """
-    forms = {layer.name: choose_form(layer, target, pts_lowering) for layer in recipe.layers}
-    divided = frozenset(name for name, form in forms.items() if form == "split")
-    in_parts = {name: sizes for name, sizes in split_results.items() if name not in divided}
-    lowered = split_layers(split_recipe(recipe, divided), in_parts)
+    for layer in recipe.layers:
+        choose_form(layer, target, pts_lowering)  # refuses a layer that can take none before anything runs
     return [
         FoldConstants(),
         SplitSkips(recipe.splits),
@@ -75,24 +69,23 @@ def passes_for(  # noqa: PLR0913  # what a graph depends on, by keyword
         *([LowerAttention("mha")] if target.attention == "mha" and not recipe.products else []),
         LowerAttention("matmul"),  # whatever has no fused form
         RescaleInputs(recipe),
-        *([SplitExponents(recipe, divided)] if divided else []),
-        *([SplitResults(recipe, in_parts)] if in_parts else []),
-        InsertQdq(lowered, target),
+        *([SplitResults(recipe)] if target.split_results else []),
+        InsertQdq(recipe, target),
         *([QuantizeAttention(recipe, target)] if recipe.products else []),
         *([TransposeDequantized(recipe)] if recipe.products and target.turned_factors else []),
-        LowerTimestepGrids(lowered, target, sample),
-        QuantizeWeights(lowered, target, pts_lowering),
-        OffsetInputs(lowered, target),
-        *([] if target.zero_points else [FoldZeroPoints(lowered, target)]),
-        FoldRescales(lowered),  # behind QuantizeWeights: integers stay, their scales take the factors
+        LowerTimestepGrids(recipe, target, sample),
+        QuantizeWeights(recipe, target, pts_lowering),
+        OffsetInputs(recipe, target),
+        *([] if target.zero_points else [FoldZeroPoints(recipe, target)]),
+        FoldRescales(recipe),  # behind QuantizeWeights: integers stay, their scales take the factors
         # Behind FoldRescales, which looks for sigmoids and affines.
         *([LowerSilu()] if target.polynomial_tanh else []),
         *([AverageGroupNorm()] if target.channels_last else []),
-        StackOutputCodes(lowered, target.integer_bias),
+        StackOutputCodes(recipe, target.integer_bias),
         MergeConstants(),
         NameOutputs(OUTPUT),
-        *([HalfPrecision(lowered)] if target.float_type == "float16" else []),
-        CheckModel(lowered, target, timestep),
+        *([HalfPrecision(recipe)] if target.float_type == "float16" else []),
+        CheckModel(recipe, target, timestep),
     ]
 
 

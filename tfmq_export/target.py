@@ -7,7 +7,7 @@ from typing import Literal
 
 from tfmq_export.errors import ConfigError
 
-PtsLowering = Literal["auto", "fold", "shift", "split"]
+PtsLowering = Literal["auto", "fold", "shift"]
 """The form power-of-two scaling is asked to take in the graph."""
 
 

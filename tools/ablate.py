@@ -14,7 +14,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,23 +26,20 @@ from ablation_metrics import inception_metrics
 from torch import Tensor
 
 from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.capture.device import find_device, module_on, repeatable
-from tfmq_export.capture.program import capture, program_on
-from tfmq_export.config import Method, find_preset
+from tfmq_export.capture.device import find_device, module_on
+from tfmq_export.capture.program import program_on
+from tfmq_export.compiler.forms import Observed
+from tfmq_export.compiler.steps import calibration_images, capture, observe, quantize
+from tfmq_export.config import CompileConfig, Method
 from tfmq_export.models.load import Source, load
 from tfmq_export.progress import Step
 from tfmq_export.proof.simulate import Simulation
 from tfmq_export.proof.temporal_features import compare_temporal
 from tfmq_export.proof.validate import as_images
-from tfmq_export.ptq.image_gain import image_gain, weights_from
-from tfmq_export.ptq.walk.calibrated_model import QuantPlan, prepare
-from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate, record
-from tfmq_export.ptq.walk.effort import find_effort
-from tfmq_export.ptq.walk.quantize import quantize
+from tfmq_export.ptq.walk.calibration import CalibrationStep, record
 from tfmq_export.recipe.io import save_recipe
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.measure.compare import psnr, sqnr_db, ssim
-from tfmq_export.target import find_target
 
 Settings = Mapping[str, Any]
 
@@ -157,19 +155,12 @@ def _path(args: argparse.Namespace, row: tuple[str, ...]) -> Path:
 def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, name: str, seed: str) -> None:
     """Quantize, sample, compare; write the row's JSON."""
     denoiser, device = load(Source(args.model, steps=args.steps)), find_device(args.device)
-    there = replace(denoiser, module=module_on(denoiser.module, device))
-    widths = find_preset(preset)
-    schedule = find_effort(effort, widths.weight_bits)
-    recorded, reference, gain = _full_precision(args, there, schedule.images)
     method = Method(**GROUPS[group][name])
-    outputs = find_target("ort-cpu").quantized_outputs
-    plan = QuantPlan(preset, widths.weight_bits, widths.activation_bits, method, schedule, outputs, int(seed))
+    config = CompileConfig(preset=preset, effort=effort, method=method, device=args.device, seed=int(seed))
+    seen, reference = _full_precision(args, denoiser, config)
     start = time.perf_counter()
-    weights = weights_from(gain) if method.timestep_weights == "image" else None
-    subject = prepare(capture(denoiser), denoiser, recorded, plan, {}, weights)
-    program = program_on(subject.program, device)
-    with repeatable(device):
-        recipe = quantize(replace(subject, program=program), plan, _tell(seed))
+    made = quantize(capture(denoiser), config, observed=seen, progress=_Printed(seed))
+    program, recipe = program_on(made.program, device), made.recipe
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     simulation = Simulation(program, recipe)
@@ -180,7 +171,7 @@ def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, nam
     noise, prompts = denoiser.noise(args.images, 1), denoiser.prompts(args.images)
     _, images = record(denoiser, denoise, noise, prompts, lambda done, total: None)
     wanted, found, peak_value = as_images(reference, images)
-    per_step = [sqnr_db(step.prediction[:8].numpy(), simulation(_first(step, denoiser)).numpy()) for step in recorded]
+    per_step = [sqnr_db(step.prediction[:8].numpy(), simulation(_first(step, denoiser)).numpy()) for step in seen.calls]
     result = {
         "preset": preset,
         "effort": effort,
@@ -206,47 +197,50 @@ def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, nam
     partial.replace(partial.with_suffix(".json"))
 
 
-def _full_precision(
-    args: argparse.Namespace, denoiser: Denoiser, images: int
-) -> tuple[tuple[CalibrationStep, ...], Tensor, Tensor]:
-    """The calibration trajectory, the reference images and each timestep's gain, computed once per model.
-
-    Args:
-        images: To record.
-    """
-    path = args.output / f"full-precision-{images}-{args.images}.pt"
+def _full_precision(args: argparse.Namespace, denoiser: Denoiser, config: CompileConfig) -> tuple[Observed, Tensor]:
+    """The calibration trajectory with each timestep's gain, and the reference images: once per model and length."""
+    config = config.model_copy(update={"seed": 0, "method": Method()})  # of the model, not of the row
+    path = args.output / f"full-precision-{calibration_images(config)}-{args.images}.pt"
     if not path.exists():
-        steps = calibrate(denoiser, images=images, seed=0, progress=lambda done, total: None)
+        there = replace(denoiser, module=module_on(denoiser.module, find_device(args.device)))
         noise, prompts = denoiser.noise(args.images, 1), denoiser.prompts(args.images)
-        drawn = denoiser.sampler(denoiser.module_denoise(), noise, prompts)
-        gain = image_gain(denoiser, seed=0, progress=lambda done, total: None)
-        calls = [(dict(step.inputs), step.prediction) for step in steps]
+        drawn = there.sampler(there.module_denoise(), noise, prompts)
+        seen = observe(denoiser, config)
+        calls = [(dict(step.inputs), step.prediction) for step in seen.calls]
         partial = path.with_suffix(f".{os.getpid()}")
-        torch.save({"steps": calls, "images": drawn, "gain": gain}, partial)
+        torch.save({"steps": calls, "images": drawn, "gain": seen.gain}, partial)
         partial.replace(path)
     kept = torch.load(path, weights_only=True)
-    return tuple(CalibrationStep(*step) for step in kept["steps"]), kept["images"], kept["gain"]
+    return Observed(tuple(CalibrationStep(*step) for step in kept["steps"]), kept["gain"]), kept["images"]
 
 
 def _first(step: CalibrationStep, denoiser: Denoiser) -> dict[str, Tensor]:
     return {name: value if value.ndim == 0 else value[:8] for name, value in step.inputs.items()}
 
 
-def _tell(seed: str) -> Step:
-    """Progress in a log: a line for every twentieth part."""
-    last, start = -1, time.perf_counter()
+class _Printed:
+    """Progress in a log: a line for every twentieth part of a stage."""
 
-    def tell(done: int, total: int) -> None:
-        nonlocal last
-        if 20 * done // total > last:
-            last = 20 * done // total
-            print(f"  seed {seed}: {5 * last} %, {time.perf_counter() - start:.0f} s", flush=True)
+    def __init__(self, seed: str) -> None:
+        self._seed = seed
 
-    return tell
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Step]:
+        """Enter one step of the chain."""
+        last, start = -1, time.perf_counter()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal last
+            if 20 * done // total > last:
+                last = 20 * done // total
+                seconds = time.perf_counter() - start
+                print(f"  seed {self._seed}: {title}: {5 * last} %, {seconds:.0f} s", flush=True)
+
+        yield tell
 
 
 def _temporal(recipe: QuantRecipe, denoiser: Denoiser) -> dict[str, object]:
-    errors = compare_temporal(capture(denoiser), denoiser, recipe.tib)
+    errors = compare_temporal(capture(denoiser).program, denoiser, recipe.tib)
     return {
         "temporal_error": float((1 - errors.cosine).mean()),
         "temporal_error_worst": float((1 - errors.cosine).max()),

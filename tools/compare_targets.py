@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import shapes
 import torch
-from one_recipe import capture_once, carry, quantize_once
 from torch import Tensor
 
 from tfmq_export.capture.denoiser import Denoise, Denoiser
+from tfmq_export.compiler.steps import capture, lower, quantize, write
 from tfmq_export.config import CompileConfig, Method
 from tfmq_export.models.factory import describe
 from tfmq_export.models.load import Source, load
@@ -139,11 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         denoiser = load(Source(Path(args.model), steps=args.steps))
     config = CompileConfig(preset=args.preset, effort=args.effort, method=Method(les=args.les))
-    made = quantize_once(capture_once(denoiser, images=args.images), config)
+    made = quantize(capture(denoiser), config)
     canvas = Canvas.of(denoiser, args.images)
     reference = canvas.draw(denoiser.module_denoise())
     with tempfile.TemporaryDirectory() as folder:
-        subjects = [carry(made, find_target(name), Path(folder) / name) for name in args.targets]
+        subjects = []
+        for name in args.targets:
+            bundle = write(lower(made, config.model_copy(update={"target": name})), Path(folder) / name)
+            subjects.append(Subject(made.denoiser, made.program, made.recipe, bundle))
         drawn = {name: found for subject in subjects for name, found in drawn_by(subject, canvas)}
     title = f"{denoiser.source}, {args.preset}, {args.effort}, {args.steps} steps, {args.images} images"
     rows, pairs = rows_of(canvas, reference, drawn), pairs_of(canvas, drawn)

@@ -16,18 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from one_recipe import capture_once, quantize_once
 from torch import Tensor, fx
 
 from tfmq_export.capture.denoiser import Denoiser, first_tensor
 from tfmq_export.capture.program import DiffusionProgram
-from tfmq_export.capture.rewrites.program_for import program_for
-from tfmq_export.config import CompileConfig, find_preset
+from tfmq_export.compiler.steps import capture, observe, quantize, reuse
+from tfmq_export.config import CompileConfig, Method
 from tfmq_export.models.load import Source, load
 from tfmq_export.proof.simulate import QuantizedLayer
 from tfmq_export.proof.validate import as_images
-from tfmq_export.ptq.walk.calibration import CalibrationStep, record
-from tfmq_export.ptq.walk.effort import find_effort
+from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate, record
 from tfmq_export.recipe.io import load_recipe
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.runtime.measure.compare import psnr, sqnr_db
@@ -90,14 +88,14 @@ def _subject(
     denoiser: Denoiser, args: argparse.Namespace
 ) -> tuple[DiffusionProgram, QuantRecipe, Sequence[CalibrationStep]]:
     """What is looked at, and the trajectory to look at it on."""
+    config = CompileConfig(preset=args.preset, effort=args.effort, device="cpu")
+    model = capture(denoiser)
     if args.recipe is not None:
-        recipe = load_recipe(args.recipe)
-        captured = capture_once(denoiser, images=2)
-        return program_for(captured.program, recipe), recipe, captured.recorded
-    images = find_effort(args.effort, find_preset(args.preset).weight_bits).images
-    captured = capture_once(denoiser, images=images)
-    made = quantize_once(captured, CompileConfig(preset=args.preset, effort=args.effort))
-    return made.program, made.recipe, captured.recorded
+        made = reuse(model, load_recipe(args.recipe), CompileConfig(method=Method(cpus="vnni")))  # nothing is run
+        return made.program, made.recipe, calibrate(denoiser, images=2, seed=0, progress=_quiet)
+    seen = observe(denoiser, config)
+    made = quantize(model, config, observed=seen)
+    return made.program, made.recipe, seen.calls
 
 
 def _images_by_part(

@@ -17,7 +17,7 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.graph import constant
 from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 
@@ -56,10 +56,9 @@ def is_transposed(node: gs.Node) -> bool:
 
 
 @dataclass(frozen=True)
-class BindRecipe(Pass):
+class BindRecipe(RecipePass):
     """Name the multiplying node of every layer after the layer."""
 
-    recipe: QuantRecipe
     semantics: ClassVar[Semantics] = Semantics.EXACT
 
     def apply(self, graph: gs.Graph) -> Changes:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, export_model, variable
 from tfmq_export.passes.qdq.quantize_attention import product_nodes
@@ -37,10 +37,9 @@ LARGEST = np.finfo(np.float16).max
 
 
 @dataclass(frozen=True)
-class HalfPrecision(Pass):
+class HalfPrecision(RecipePass):
     """Compute in fp16 what is not quantized."""
 
-    recipe: QuantRecipe
     semantics: ClassVar[Semantics] = Semantics.ROUNDING
 
     def requires(self, graph: gs.Graph) -> None:

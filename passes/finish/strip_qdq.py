@@ -17,7 +17,6 @@ from tfmq_export.passes.graph import constant, read_instead
 from tfmq_export.passes.qdq.fold_zero_points import RAISED
 from tfmq_export.passes.qdq.offset_bias import OFFSET
 from tfmq_export.passes.scaling.rescale_inputs import RESCALE, scale_input_channels
-from tfmq_export.passes.scaling.split_exponents import PARTS
 
 THROUGH = ("Cast", "Clip")
 MULTIPLIERS = ("Conv", "Gemm", "MatMul")
@@ -51,8 +50,6 @@ class StripQdq(Pass):
             changed.append(node.name)
         for node in [node for node in graph.nodes if node.name.endswith(".output.sum")]:
             _unstack(node)
-        for node in [node for node in graph.nodes if node.name.endswith(PARTS)]:
-            _join_parts(graph, node)
         for node in [node for node in graph.nodes if node.name.endswith(RESCALE)]:
             _undo_rescale(node)
         return Changes(tuple(changed))
@@ -175,27 +172,6 @@ def _raise_bias(layer: gs.Node, amount: NDArray[np.float64]) -> None:
     else:
         values = bias.values
     layer.inputs[2] = constant(name, (values + amount).astype(np.float32))
-
-
-def _join_parts(graph: gs.Graph, total: gs.Node) -> None:
-    """Undo ``SplitExponents``: one layer on all channels."""
-    parts = [value.inputs[0] for value in total.inputs]
-    gathers = [part.inputs[0].inputs[0] if part.inputs[0].inputs else None for part in parts]
-    first, weights = parts[0], [np.asarray(part.inputs[1].values) for part in parts]
-    if all(gather is not None and gather.name.endswith(".gather") for gather in gathers):
-        axis = 0 if is_transposed(first) else 1
-        order = np.argsort(np.concatenate([gather.inputs[1].values for gather in gathers if gather is not None]))
-        weight = np.concatenate(weights, axis).take(order, axis)
-        source = gathers[0].inputs[0]  # type: ignore[union-attr]  # all() above
-    else:  # of a grouped convolution: zeros stand for the other parts' channels
-        weight, source = sum(weights[1:], weights[0]), first.inputs[0]
-    whole = total.name.removesuffix(PARTS)
-    (result,) = total.outputs
-    total.outputs.clear()
-    inputs = [source, constant(f"{whole}.weight.joined", weight), *first.inputs[2:]]
-    for part in parts:
-        part.inputs.clear()
-    graph.nodes.append(gs.Node(first.op, f"node_{whole}", dict(first.attrs), inputs, [result]))
 
 
 def _undo_rescale(node: gs.Node) -> None:

@@ -14,12 +14,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import variable
 from tfmq_export.passes.qdq.activation_codes import reads_dequantized
 from tfmq_export.passes.qdq.offset_bias import take_off_bias
-from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe.recipe import LayerRecipe
 from tfmq_export.target import Target
 
 RAISED = ".raised"
@@ -27,10 +27,9 @@ RAISED = ".raised"
 
 
 @dataclass(frozen=True)
-class FoldZeroPoints(Pass):
+class FoldZeroPoints(RecipePass):
     """Dequantize the inputs of linear layers without a zero point; runs behind ``QuantizeWeights``."""
 
-    recipe: QuantRecipe
     target: Target
     semantics: ClassVar[Semantics] = Semantics.EXACT
 

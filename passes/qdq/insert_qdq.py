@@ -13,20 +13,19 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import variable
 from tfmq_export.passes.qdq.activation_codes import fits, quantize_dequantize, reads_dequantized
 from tfmq_export.recipe.grid import QParams
-from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe.recipe import LayerRecipe
 from tfmq_export.target import Target
 
 
 @dataclass(frozen=True)
-class InsertQdq(Pass):
+class InsertQdq(RecipePass):
     """Quantize the input of every layer, and the outputs the target wants quantized."""
 
-    recipe: QuantRecipe
     target: Target
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
 

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.qdq.activation_codes import clip, code_type, grid_constants, reads_dequantized
@@ -27,10 +27,9 @@ from tfmq_export.target import Target
 
 
 @dataclass(frozen=True)
-class LowerTimestepGrids(Pass):
+class LowerTimestepGrids(RecipePass):
     """Quantize the inputs that have one grid per timestep; runs in front of ``QuantizeWeights``."""
 
-    recipe: QuantRecipe
     target: Target
     sample: str
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING

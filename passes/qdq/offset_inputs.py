@@ -18,23 +18,22 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.qdq.activation_codes import CODE_LEVELS, code_type, fits, grid_constants, reads_dequantized
 from tfmq_export.passes.qdq.offset_bias import take_off_bias
 from tfmq_export.recipe.grid import QParams
-from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe.recipe import LayerRecipe
 from tfmq_export.target import Target
 
 Pads = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class OffsetInputs(Pass):
+class OffsetInputs(RecipePass):
     """Quantize the inputs that ``InsertQdq`` left; runs behind ``QuantizeWeights``."""
 
-    recipe: QuantRecipe
     target: Target
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
 

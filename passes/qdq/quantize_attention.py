@@ -15,7 +15,7 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import node_name
 from tfmq_export.passes.qdq.activation_codes import is_dequantized, quantize_dequantize
 from tfmq_export.recipe.grid import QParams
@@ -24,10 +24,9 @@ from tfmq_export.target import Target
 
 
 @dataclass(frozen=True)
-class QuantizeAttention(Pass):
+class QuantizeAttention(RecipePass):
     """Quantize the factors of every product of the recipe."""
 
-    recipe: QuantRecipe
     target: Target
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
 

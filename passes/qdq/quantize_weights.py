@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, int4_constant, variable
 from tfmq_export.passes.qdq.integer_bias import accumulator_step, store_bias
 from tfmq_export.passes.scaling.pts_lowering import PACKED_BITS, Form, choose_form
 from tfmq_export.passes.scaling.rescale_inputs import scale_input_channels
 from tfmq_export.recipe.pairs import within_pairs
-from tfmq_export.recipe.recipe import WEIGHT_REACH, LayerRecipe, QuantRecipe
+from tfmq_export.recipe.recipe import WEIGHT_REACH, LayerRecipe
 from tfmq_export.target import PtsLowering, Target
 
 FARTHEST = WEIGHT_REACH + 1e-4
@@ -40,14 +40,13 @@ FARTHEST = WEIGHT_REACH + 1e-4
 
 
 @dataclass(frozen=True)
-class QuantizeWeights(Pass):
+class QuantizeWeights(RecipePass):
     """Give every layer of the recipe its integer weight and bias.
 
     Attributes:
-        pts_lowering: The form of shifted weights; layers that are split have no shifts left.
+        pts_lowering: The form of shifted weights.
     """
 
-    recipe: QuantRecipe
     target: Target
     pts_lowering: PtsLowering = "auto"
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
@@ -57,8 +56,7 @@ class QuantizeWeights(Pass):
             weight = node.inputs[1]
             if not isinstance(weight, gs.Constant):
                 raise PreconditionError(f"{layer.path}: its weight {weight.name} is not a constant")
-            if self._form(layer) == "split":
-                raise PreconditionError(f"{layer.path}: its integers have to be split first; run SplitExponents")
+            self._form(layer)
             _prove_binding(layer, weight.values.T if is_transposed(node) else weight.values)
 
     def apply(self, graph: gs.Graph) -> Changes:

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.qdq.activation_codes import CODE_LEVELS, is_dequantized
@@ -30,14 +30,13 @@ def stacked(recipe: QuantRecipe) -> list[LayerRecipe]:
 
 
 @dataclass(frozen=True)
-class StackOutputCodes(Pass):
+class StackOutputCodes(RecipePass):
     """Stack the copies on the output channels of one convolution, and add them up behind it.
 
     Attributes:
         integer_bias: Whether the target takes biases as integers.
     """
 
-    recipe: QuantRecipe
     integer_bias: bool = True
     semantics: ClassVar[Semantics] = Semantics.QUANTIZING
 

@@ -16,18 +16,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.graph import producer, read_instead, sole_consumer
 from tfmq_export.passes.lower.attention import TURN_MATRICES
 from tfmq_export.passes.qdq.quantize_attention import product_nodes
-from tfmq_export.recipe.recipe import QuantRecipe
 
 
 @dataclass(frozen=True)
-class TransposeDequantized(Pass):
+class TransposeDequantized(RecipePass):
     """Transpose, Q, DQ in front of a product -> Q, DQ, Transpose; runs behind ``QuantizeAttention``."""
 
-    recipe: QuantRecipe
     semantics: ClassVar[Semantics] = Semantics.EXACT
 
     def apply(self, graph: gs.Graph) -> Changes:

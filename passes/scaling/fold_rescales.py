@@ -16,24 +16,22 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import read_instead
 from tfmq_export.passes.scaling.absorb_factor import absorb, rank_of
 from tfmq_export.passes.scaling.rescale_inputs import RESCALE
-from tfmq_export.recipe.recipe import QuantRecipe
 
 SCALED = ".scaled"
 
 
 @dataclass(frozen=True)
-class FoldRescales(Pass):
+class FoldRescales(RecipePass):
     """Remove every Mul of ``RescaleInputs`` whose factor constants in front of it can take.
 
     Runs behind ``QuantizeWeights``, which proves that integers belong to their unscaled weights.
     """
 
-    recipe: QuantRecipe
     semantics: ClassVar[Semantics] = Semantics.EXACT
 
     def requires(self, graph: gs.Graph) -> None:

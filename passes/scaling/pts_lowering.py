@@ -2,10 +2,9 @@
 
     fold    the integers are shifted when they are stored, as plain int8
     shift   the integers stay as they are, packed to 4 bits; a ``Mul(2^j)`` behind them is folded by the engine
-    split   the input channels of each exponent get a layer of their own, and the results are added
 
-All three are the same function. ``fold`` and ``shift`` run one layer on 8-bit containers, so the shifted integers
-must fit them; ``split`` takes weights of any width, for one more layer per exponent.
+Both are the same function. The layer runs on 8-bit containers, which the shifted integers must fit: 4-bit weights
+shifted by up to 3 do, and the quantizer shifts no others.
 """
 
 from typing import Literal
@@ -16,7 +15,7 @@ from tfmq_export.errors import TargetError
 from tfmq_export.recipe.recipe import LayerRecipe
 from tfmq_export.target import PtsLowering, Target
 
-Form = Literal["fold", "shift", "split"]
+Form = Literal["fold", "shift"]
 
 PACKED_BITS = 4
 
@@ -29,7 +28,7 @@ def choose_form(layer: LayerRecipe, target: Target, asked: PtsLowering = "auto")
     """
     if layer.pts_exponent is None or len(set(layer.pts_exponent.tolist())) == 1:
         return None
-    forms: tuple[Form, ...] = ("fold", "shift", "split")
+    forms: tuple[Form, ...] = ("fold", "shift")
     obstacles = {form: _obstacle(layer, target, form) for form in forms}
     if asked != "auto":
         if obstacles[asked] is None:
@@ -39,20 +38,13 @@ def choose_form(layer: LayerRecipe, target: Target, asked: PtsLowering = "auto")
         raise TargetError(f"{layer.path}: --pts-lowering {asked}: {obstacles[asked]}; use {instead} or --pts off")
     if obstacles["shift"] is None and layer.weight.spec.bits <= PACKED_BITS:
         return "shift"
-    for form in forms:
-        if obstacles[form] is None and form != "shift":
-            return form
-    raise TargetError(
-        f"{layer.path}: {obstacles['fold']}, and {obstacles['split']}; use 4-bit weights or --pts off for {target.name}"
-    )
+    if obstacles["fold"] is None:
+        return "fold"
+    raise TargetError(f"{layer.path}: {obstacles['fold']}; use 4-bit weights or --pts off for {target.name}")
 
 
 def _obstacle(layer: LayerRecipe, target: Target, form: Form) -> str | None:
     """Why a layer cannot take a form."""
-    if form == "split":
-        if layer.kind in target.quantized_outputs or layer.output is not None:
-            return f"the sum over its exponents leaves no {layer.kind} with an output grid of its own"
-        return None
     shifted, container = layer.shifted_codes, np.iinfo(np.int8)
     if shifted.max() > container.max or shifted.min() < container.min:
         return f"its {layer.weight.spec.bits}-bit weight shifted by PTS does not fit 8 bits"

@@ -14,20 +14,19 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tfmq_export.errors import PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, variable
-from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe.recipe import LayerRecipe
 
 RESCALE = ".rescale"
 """What the names of the nodes end in."""
 
 
 @dataclass(frozen=True)
-class RescaleInputs(Pass):
+class RescaleInputs(RecipePass):
     """Put ``Mul(1 / (tau 2^d))`` in front of every scaled layer, and ``tau 2^d`` into its float weight."""
 
-    recipe: QuantRecipe
     semantics: ClassVar[Semantics] = Semantics.EXACT
 
     def requires(self, graph: gs.Graph) -> None:

@@ -15,25 +15,21 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
-from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import PART, bound_nodes, is_transposed, node_name
 from tfmq_export.passes.graph import constant, read_instead, variable
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
-from tfmq_export.target import Target
 
 Sizes = Mapping[str, tuple[int, ...]]
 """Output channels of each part, by the layer's name."""
 
 
-def results_to_split(graph: gs.Graph, recipe: QuantRecipe, target: Target) -> Sizes:
-    """The layers whose result goes into a Split along its channels and nowhere else, where a target wants parts.
+def results_to_split(graph: gs.Graph, recipe: QuantRecipe) -> Sizes:
+    """The layers whose result goes into a Split along its channels and nowhere else.
 
     Args:
-        graph: As it was exported.
         recipe: Adapted to the target.
     """
-    if not target.split_results:
-        return {}
     values, found = graph.tensors(), {}
     for layer in recipe.layers:
         split = _splitting(graph, values.get(layer.name), layer)
@@ -74,16 +70,19 @@ def result_parts(layer: LayerRecipe, sizes: tuple[int, ...]) -> list[LayerRecipe
 
 
 @dataclass(frozen=True)
-class SplitResults(Pass):
-    """Split the layers of ``sizes``; runs behind ``RescaleInputs`` and before ``InsertQdq``."""
+class SplitResults(RecipePass):
+    """Split layers; runs behind ``RescaleInputs`` and before ``InsertQdq``, which gets the recipe of the parts.
 
-    recipe: QuantRecipe
-    sizes: Sizes
+    Attributes:
+        sizes: Of the layers to split; None splits each that can be (``results_to_split``).
+    """
+
+    sizes: Sizes | None = None
     semantics: ClassVar[Semantics] = Semantics.EXACT
 
     def requires(self, graph: gs.Graph) -> None:
         values = graph.tensors()
-        for layer, node in self._chosen(graph):
+        for layer, node in bound_nodes(graph, self.recipe, self._sizes(graph)):
             if _splitting(graph, values.get(layer.name), layer) is None:
                 raise PreconditionError(f"{layer.path}: its result is not split along its channels")
             reason = _obstacle(layer)
@@ -96,19 +95,21 @@ class SplitResults(Pass):
                     raise PreconditionError(f"{layer.path}: its bias {bias.name} has no constant for each channel")
 
     def apply(self, graph: gs.Graph) -> Changes:
-        values, chosen = graph.tensors(), self._chosen(graph)
+        values, sizes = graph.tensors(), self._sizes(graph)
+        chosen = bound_nodes(graph, self.recipe, sizes)
         for layer, node in chosen:
-            _split(graph, node, values[layer.name], result_parts(layer, self.sizes[layer.name]))
-        return Changes(tuple(layer.path for layer, _ in chosen))
+            _split(graph, node, values[layer.name], result_parts(layer, sizes[layer.name]))
+        changed = tuple(layer.path for layer, _ in chosen)
+        return Changes(changed, parts=sizes, recipe=split_layers(self.recipe, sizes))
 
     def ensures(self, graph: gs.Graph) -> None:
-        names = {node.name for node in graph.nodes}
+        names, sizes = {node.name for node in graph.nodes}, self._sizes(graph)
         for layer in self.recipe.layers:
-            if layer.name in self.sizes and node_name(layer) in names:
+            if layer.name in sizes and node_name(layer) in names:
                 raise PostconditionError(f"{layer.path}: still computes all parts at once")
 
-    def _chosen(self, graph: gs.Graph) -> list[tuple[LayerRecipe, gs.Node]]:
-        return bound_nodes(graph, self.recipe, self.sizes)
+    def _sizes(self, graph: gs.Graph) -> Sizes:
+        return results_to_split(graph, self.recipe) if self.sizes is None else self.sizes
 
 
 def _axis(layer: LayerRecipe) -> int:

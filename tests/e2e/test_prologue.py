@@ -19,19 +19,17 @@ from torch import nn
 import tfmq_export
 from tfmq_export import Description
 from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.capture.program import DiffusionProgram, capture, export_onnx
+from tfmq_export.capture.program import DiffusionProgram, capture
 from tfmq_export.compiler.chain import Compiled
+from tfmq_export.compiler.forms import Captured
 from tfmq_export.compiler.prologue import cut_prologue
+from tfmq_export.compiler.steps import lower, quantize
 from tfmq_export.config import CompileConfig, Thresholds
 from tfmq_export.errors import PreconditionError
 from tfmq_export.models.factory import describe
 from tfmq_export.models.load import Source, load
-from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model, import_graph, save_model
-from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.proof.served import bundle_denoise
-from tfmq_export.ptq.tib import tabulate
-from tfmq_export.ptq.walk.quantize import unquantized
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.recipe import QuantRecipe, TableType
 from tfmq_export.runtime import load as load_bundle
@@ -98,11 +96,9 @@ def finished(
 ) -> tuple[Denoiser, DiffusionProgram, QuantRecipe, gs.Graph]:
     """What the passes make of a model in floating point."""
     denoiser, program = captured(name)
-    recipe = adapt(unquantized(program, "fp32", tabulate(program, denoiser), {}), find_target(target), tables)
-    graph = import_graph(export_onnx(program))
-    names = {"sample": denoiser.sample, "timestep": denoiser.timestep}
-    run_passes(graph, passes_for(recipe, find_target(target), **names))
-    return denoiser, program, recipe, graph
+    config = CompileConfig(preset="fp32", target=target, tables=tables)
+    lowered = lower(quantize(Captured(denoiser, program), config), config)
+    return denoiser, program, adapt(lowered.made.recipe, find_target(target), tables), import_graph(lowered.model)
 
 
 @functools.cache

@@ -16,22 +16,21 @@ import shapes
 from compare_targets import BF16, Canvas, drawn_by, pairs_of
 from nets.emoji import EXAMPLES
 from nets.handwritten import build_dit
-from one_recipe import Captured, Quantized, capture_once, carry, quantize_once
 from onnx import numpy_helper
 from torch import nn
 
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.compiler.chain import Compiled, compile_model
+from tfmq_export.compiler.forms import Captured, Quantized
+from tfmq_export.compiler.steps import capture, lower, quantize, write
 from tfmq_export.config import CompileConfig, Method, Thresholds
 from tfmq_export.errors import BuildError, PrecisionError
-from tfmq_export.models.factory import describe
-from tfmq_export.models.load import Source, load
+from tfmq_export.models.load import Source
 from tfmq_export.proof.validate import Subject, Validation, validate
 from tfmq_export.recipe.recipe import TableType
 from tfmq_export.runtime.engines.realized import realized_by_target, realized_on_openvino, realized_on_tensorrt
 from tfmq_export.runtime.engines.tensorrt.building.build import BuildOptions
 from tfmq_export.runtime.measure.receipt import Receipt
-from tfmq_export.target import find_target
 
 NO_GATE = Thresholds(psnr=-100, sqnr=-100)  # few images of a hasty recipe; agreement stays at 40 dB
 TARGETS = ("ort-cpu", "openvino", "tensorrt-rtx")
@@ -62,21 +61,21 @@ def carried(tmp_path_factory: pytest.TempPathFactory) -> Carried:
     @cache
     def captured(name: str) -> Captured:
         if name in EXAMPLE_MODELS:
-            denoiser = load(Source(EXAMPLES / name / "model.pt", steps=2))
-        else:
-            denoiser = describe(*shapes.build(name, "tiny", steps=2), steps=None, source=name)
-        return capture_once(denoiser, images=1)
+            return capture(Source(EXAMPLES / name / "model.pt", steps=2))
+        return capture(shapes.build(name, "tiny", steps=2))
 
     @cache
     def quantized(name: str, preset: str) -> Quantized:
         # Scaling is the slow part of "fast", and the shapes show it.
         method = {"les": "off"} if name in EXAMPLE_MODELS else {}
-        return quantize_once(captured(name), config_of(preset, **method))
+        return quantize(captured(name), config_of(preset, **method))
 
     @cache
     def run(name: str, preset: str, target: str, tables: TableType = "fp32") -> Subject:
-        root = folder / f"{name}-{preset}-{target}-{tables}"
-        return carry(quantized(name, preset), find_target(target), root, tables)
+        made = quantized(name, preset)
+        lowered = lower(made, CompileConfig(preset=preset, target=target, tables=tables))
+        bundle = write(lowered, folder / f"{name}-{preset}-{target}-{tables}")
+        return Subject(made.denoiser, made.program, made.recipe, bundle)
 
     return run
 

@@ -41,7 +41,7 @@ def test_a_factory_gets_its_weights_from_the_file(name: str, save: Callable, tmp
     state = trained_state()
     save(state, tmp_path / name)
 
-    denoiser = load(Source(path=tmp_path / name, factory="handwritten:build_edm"))
+    denoiser = load(Source(path=tmp_path / name, factory="nets.handwritten:build_edm"))
 
     loaded = denoiser.module.state_dict()
     assert loaded.keys() == state.keys()
@@ -54,7 +54,7 @@ def test_a_factory_gets_its_weights_from_the_file(name: str, save: Callable, tmp
 
 
 def test_a_factory_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "from handwritten import build_edm\n\ndef make():\n    return build_edm()\n"
+    code = "from nets.handwritten import build_edm\n\ndef make():\n    return build_edm()\n"
     (tmp_path / "my_model_of_this_test.py").write_text(code)
     save_pt(trained_state(), tmp_path / "w.pt")
     monkeypatch.chdir(tmp_path)
@@ -66,10 +66,10 @@ def test_a_factory_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: p
     ("factory", "error", "message"),
     [
         ("handwritten", ConfigError, "expected package.module:function"),
-        ("handwritten:build_nothing", ConfigError, "build_nothing"),
+        ("nets.handwritten:build_nothing", ConfigError, "build_nothing"),
         ("no_such_package:build", ConfigError, "no_such_package.*run from the folder"),
-        ("handwritten:captured.cache_clear", ConfigError, "captured.cache_clear"),
-        ("handwritten:EdmSignal", LoadError, "must return"),
+        ("nets.handwritten:captured.cache_clear", ConfigError, "captured.cache_clear"),
+        ("nets.handwritten:EdmSignal", LoadError, "must return"),
     ],
 )
 def test_a_wrong_factory_is_named(factory: str, error: type[Exception], message: str, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     save_pt(trained_state(), tmp_path / "w.pt")
 
     with pytest.raises(LoadError, match="another architecture"):
-        load(Source(path=tmp_path / "w.pt", factory="handwritten:build_dit"))
+        load(Source(path=tmp_path / "w.pt", factory="nets.handwritten:build_dit"))
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
@@ -91,19 +91,19 @@ def test_a_file_of_noise_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"\x80\x02no weights at all")
 
     with pytest.raises(LoadError, match=name):
-        load(Source(path=tmp_path / name, factory="handwritten:build_edm"))
+        load(Source(path=tmp_path / name, factory="nets.handwritten:build_edm"))
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"gone\.pt: no such file"):
-        load(Source(path=tmp_path / "gone.pt", factory="handwritten:build_edm"))
+        load(Source(path=tmp_path / "gone.pt", factory="nets.handwritten:build_edm"))
 
 
 def test_steps_other_than_the_samplers_own_are_refused(tmp_path: Path) -> None:
     save_pt(trained_state(), tmp_path / "w.pt")
 
     with pytest.raises(ConfigError, match="--steps 9, but your own sampler's schedule has 5"):
-        load(Source(path=tmp_path / "w.pt", factory="handwritten:build_edm", steps=9))
+        load(Source(path=tmp_path / "w.pt", factory="nets.handwritten:build_edm", steps=9))
 
 
 X, T, Y = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 0.5]), torch.tensor([0, 1])

@@ -1,6 +1,6 @@
 """Denoisers as people write them by hand: no diffusers class, no common base, no common names.
 
-Each ``build_*`` is a factory for ``--factory handwritten:build_*``; weights are random and seeded.
+Each ``build_*`` is a factory for ``--factory nets.handwritten:build_*``; weights are random and seeded.
 """
 
 import copy

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from tfmq_export import passes as package
-from tfmq_export.passes.base import Pass, PassReport, Semantics, run_passes
+from tfmq_export.passes.base import Pass, PassReport, Semantics, run_pass, run_passes
 from tfmq_export.passes.bind.fold_constants import FoldConstants
 from tfmq_export.passes.bind.split_skips import SplitSkips
 from tfmq_export.passes.check_model import CheckModel
@@ -32,7 +32,7 @@ from tfmq_export.passes.finish.strip_qdq import StripQdq
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.lower.average_group_norm import AverageGroupNorm
 from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.passes.scaling.split_results import results_to_split
+from tfmq_export.passes.scaling.split_results import SplitResults
 from tfmq_export.passes.time.narrow_tables import NarrowTables
 from tfmq_export.passes.time.tabulate_tib import TabulateTib
 from tfmq_export.recipe.adapt import adapt
@@ -69,17 +69,18 @@ def chains(net: Net, widths: tuple[int, int]) -> list[tuple[QuantRecipe, list[Pa
         (recipe, passes_for(recipe, portable, **names)),
         (recipe, [*quantizing, StripQdq()]),
         (signed, passes_for(signed, engine, **names)),
-        (by_timestep, passes_for(by_timestep, openvino, **names)),
+        # A layer in parts has no result of its own to compare.
+        (by_timestep, [x for x in passes_for(by_timestep, openvino, **names) if not isinstance(x, SplitResults)]),
         *([(attending, passes_for(attending, ort, **names))] if attending.products else []),
     ]
 
 
 def scaled_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
-    """Equivalent and power-of-two scaling, folded and shifted on one engine, split on another."""
+    """Equivalent and power-of-two scaling, shifted on one engine, folded on another."""
     ort, other = find_target("ort-cpu"), find_target("openvino")
     names = {"sample": "sample", "timestep": "timestep"}
-    narrow, wide = scaled_recipe(net, 4, outputs=True), scaled_recipe(net, 8, outputs=False)
-    return [(narrow, passes_for(narrow, ort, **names)), (wide, passes_for(wide, other, **names))]
+    gridded, plain = scaled_recipe(net, 4, outputs=True), scaled_recipe(net, 4, outputs=False)
+    return [(gridded, passes_for(gridded, ort, **names)), (plain, passes_for(plain, other, **names))]
 
 
 def openvino_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
@@ -87,8 +88,7 @@ def openvino_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
     openvino = find_target("openvino")
     recipe = adapt(with_products(recipe_for(net), net), openvino)
     names = {"sample": "sample", "timestep": "timestep"}
-    sizes = results_to_split(graph_of(net.model), recipe, openvino)
-    return [(recipe, [AverageGroupNorm()]), (recipe, passes_for(recipe, openvino, **names, split_results=sizes))]
+    return [(recipe, [AverageGroupNorm()]), (recipe, passes_for(recipe, openvino, **names))]
 
 
 def narrow_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
@@ -122,9 +122,9 @@ def rewrites() -> tuple[Rewrite, ...]:
 
 def run_chain(net: Net, recipe: QuantRecipe, chain: Sequence[Pass]) -> list[Rewrite]:
     graph, done = graph_of(net.model), []
-    before = export_model(graph)
+    before, changed = export_model(graph), None
     for step in chain:
-        (report,) = run_passes(graph, [step])
+        report, changed = run_pass(graph, step, changed)
         after = export_model(graph)
         done.append(Rewrite(net, recipe, report, before, after))
         before = after

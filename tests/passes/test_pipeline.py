@@ -57,14 +57,6 @@ def names(recipe: QuantRecipe, target: str, **options: Any) -> list[str]:
     return [type(item).__name__ for item in passes]
 
 
-def test_layers_are_split_by_exponent_only_where_nothing_else_will_do() -> None:
-    narrow, wide = (scaled_recipe(token_net(), bits, outputs=False) for bits in (4, 8))
-
-    assert "SplitExponents" not in names(narrow, "tensorrt")
-    assert "SplitExponents" in names(wide, "tensorrt")
-    assert "SplitExponents" in names(narrow, "ort-cpu", pts_lowering="split")
-
-
 def test_a_form_no_layer_can_take_is_refused_before_anything_runs() -> None:
     narrow = scaled_recipe(token_net(), 4, outputs=False)
 

@@ -15,13 +15,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from tfmq_export.bundle.manifest import Bundle, open_bundle
-from tfmq_export.capture.program import export_onnx
-from tfmq_export.compiler.emit import Graphs, emit
-from tfmq_export.config import Method, Thresholds, find_preset
-from tfmq_export.passes.base import run_passes
-from tfmq_export.passes.graph import export_model, import_graph
-from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.passes.scaling.split_results import results_to_split
+from tfmq_export.compiler import forms
+from tfmq_export.compiler.steps import lower, write
+from tfmq_export.config import CompileConfig, Method, Thresholds, find_preset
 from tfmq_export.proof.agreement import Agreement, LockStep
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.target import find_target
@@ -40,12 +36,8 @@ def exported(name: str, preset: str) -> tuple[tempfile.TemporaryDirectory, Bundl
 
 def written(made: Quantized, target_name: str, root: Path) -> Bundle:
     """Rewritten for a target, as a bundle."""
-    denoiser, recipe, target = made.denoiser, made.recipe, find_target(target_name)
-    graph = import_graph(export_onnx(made.program))
-    names = {"sample": denoiser.sample, "timestep": denoiser.timestep}
-    sizes = results_to_split(graph, recipe, target)
-    reports = run_passes(graph, passes_for(recipe, target, **names, split_results=sizes))
-    return emit(root, denoiser, recipe, target, Graphs(export_model(graph), reports))
+    form = forms.Quantized(made.denoiser, made.program, made.recipe)
+    return write(lower(form, CompileConfig(target=target_name)), root)
 
 
 def compare(bundle: Bundle, made: Quantized) -> list[Agreement]:
@@ -178,27 +170,6 @@ def test_a_wrong_factor_shows_in_the_layer_that_reads_it(name: str, reader: str,
     assert {agreement.worst_layer for agreement in found} <= {reader, layer.path}
 
 
-def test_layers_split_by_exponent_agree(tmp_path: Path) -> None:
-    # Exponents on 8-bit weights, which the algorithm does not choose; and biases in floating point.
-    made = quantized("dit", 8, 8, Method(cpus="vnni"))
-    layers = [
-        replace(layer, pts_exponent=-(np.arange(layer.weight_codes.shape[1]) % 3).astype(np.int8))
-        if layer.kind == "linear"
-        else layer
-        for layer in made.recipe.layers
-    ]
-    made = replace(made, recipe=replace(made.recipe, layers=tuple(layers)))
-
-    bundle = written(made, "openvino", tmp_path)
-
-    (report,) = [item for item in bundle.manifest.passes if item.name == "SplitExponents"]
-    assert report.notes[0] == (layers[1].path, "power-of-two scaling: split into 3")
-    assert open_bundle(tmp_path).manifest.passes == bundle.manifest.passes
-    found = compare(bundle, made)
-    assert min(agreement.sqnr for agreement in found) >= AGREED
-    assert max(agreement.mismatch_rate for agreement in found) < 0.01
-
-
 def test_layers_in_parts_are_compared_whole(tmp_path: Path) -> None:
     made = quantized("film_unet", 8, 8, Method())
     made = replace(made, recipe=adapt(made.recipe, find_target("openvino")))
@@ -210,5 +181,6 @@ def test_layers_in_parts_are_compared_whole(tmp_path: Path) -> None:
     found = compare(bundle, made)
     assert min(agreement.sqnr for agreement in found) >= AGREED
     assert max(agreement.code_steps for agreement in found) < 1.01  # a tie may fall to the other side
+    assert open_bundle(bundle.root).manifest.parts == {layer.name: (8, 8, 8)}
     wrong = tampered(bundle, tmp_path / "wrong", f"{layer.name}.part_1.weight_codes", negate_largest)
     assert {agreement.worst_layer for agreement in compare(wrong, made)} == {layer.path}

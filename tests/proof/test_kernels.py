@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import one_recipe
 import onnx
 import pytest
 from nets.handwritten import Quantized, quantized
@@ -17,6 +16,8 @@ from standins.saturating_runner import SaturatingRunner
 from standins.small_bundle import Parts, small_bundle
 
 from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.compiler import forms
+from tfmq_export.compiler.steps import lower, write
 from tfmq_export.config import Method, Thresholds
 from tfmq_export.errors import AccuracyError, PrecisionError
 from tfmq_export.proof import kernels
@@ -32,7 +33,6 @@ from tfmq_export.runtime.measure.machine import adds_in_16_bits
 from tfmq_export.runtime.measure.single_layers import wrong_layers
 from tfmq_export.runtime.runner import Runner
 from tfmq_export.runtime.self_test import LIMIT, MARGIN, require_host
-from tfmq_export.target import find_target
 
 ASKED = Thresholds().kernels
 NO_GATE = Thresholds(psnr=-100, sqnr=-100)
@@ -48,8 +48,9 @@ def recipe_of(name: str, cpus: str) -> Quantized:
 def subject_for(name: str, cpus: str) -> tuple[tempfile.TemporaryDirectory, Subject]:
     """The bundle for ONNX Runtime, made once for all tests that only look."""
     made, folder = recipe_of(name, cpus), tempfile.TemporaryDirectory()
-    subject = one_recipe.Quantized(made.denoiser, made.program, made.recipe)
-    return folder, one_recipe.carry(subject, find_target("ort-cpu"), Path(folder.name) / "out")
+    form = forms.Quantized(made.denoiser, made.program, made.recipe)
+    bundle = write(lower(form), Path(folder.name) / "out")
+    return folder, Subject(made.denoiser, made.program, made.recipe, bundle)
 
 
 def bundle_of(name: str, cpus: str) -> Bundle:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,7 @@ class Manifest:
         prologue: Of a bundle in two graphs; None where one graph does it all.
         tables: What rows of temporal tables are stored in: "fp32", "fp16" or "int8".
         engines: Built from the bundle's graphs.
+        parts: Output channels of each node that a layer became, for layers computed in parts, by the layer's name.
     """
 
     version: str
@@ -205,6 +206,7 @@ class Manifest:
     prologue: PrologueInfo | None = None
     tables: TableType = "fp32"
     engines: tuple[EngineInfo, ...] = ()
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def input(self, role: str) -> tuple[InputInfo, ...]:
@@ -335,6 +337,7 @@ def _manifest_from(data: dict[str, Any]) -> Manifest:
             "sampler": SamplerInfo(**data["sampler"]),
             "prologue": _prologue_from(data["prologue"]) if data.get("prologue") else None,
             "engines": tuple(_engine_from(item) for item in data.get("engines", ())),
+            "parts": {name: tuple(sizes) for name, sizes in data.get("parts", {}).items()},
         }
     )
 

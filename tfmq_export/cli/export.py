@@ -61,7 +61,7 @@ def export(
         str | None, typer.Option(help="Power-of-two scaling: vote, mse or off.", show_default="vote")
     ] = None,
     pts_lowering: Annotated[
-        str | None, typer.Option(help="Its form in the graph: fold, shift, split or auto.", show_default="auto")
+        str | None, typer.Option(help="Its form in the graph: fold, shift or auto.", show_default="auto")
     ] = None,
     estimator: Annotated[
         str | None, typer.Option(help="Activation ranges: mse, minmax, kl or percentile.", show_default="mse")

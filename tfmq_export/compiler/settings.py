@@ -1,8 +1,11 @@
 """What is asked for, against what the target can do: decided and refused before long work."""
 
+from pathlib import Path
+
 from tfmq_export.config import CompileConfig, Method, find_preset
-from tfmq_export.errors import TargetError
+from tfmq_export.errors import ConfigError, TargetError
 from tfmq_export.recipe.adapt import check_products, check_tables
+from tfmq_export.recipe.io import load_recipe
 from tfmq_export.recipe.pairs import PAIR_SUM
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import Target
@@ -60,3 +63,22 @@ def check_pairs(recipe: QuantRecipe, target: Target, method: Method) -> None:
             f"neighbours add up to {sums[worst]}, {PAIR_SUM} is safe); quantize again without --recipe for "
             f"{target.name} on any CPU, or take the recipe as it is with --cpus vnni"
         )
+
+
+def recipe_as_asked(path: Path, config: CompileConfig) -> QuantRecipe:
+    """Read a recipe, and refuse what was asked for by name and is otherwise in it: it is quantized already.
+
+    Raises:
+        RecipeError: it cannot be read.
+        ConfigError: a setting that was given is not the recipe's.
+    """
+    recipe = load_recipe(path)
+    asked = config.model_dump(include={"preset", "effort"}, exclude_unset=True)
+    asked |= config.method.model_dump(exclude_unset=True)
+    made = {**recipe.provenance, "preset": recipe.preset}
+    for name, value in asked.items():
+        if value != "auto" and str(value) != made.get(name, str(value)):
+            raise ConfigError(
+                f"{name} {value}: the recipe was made with {made[name]}; leave it out, or quantize without --recipe"
+            )
+    return recipe

@@ -5,10 +5,10 @@ code, and a few layers later a third of all codes differ by one, although both s
 two run in lock-step: after each layer is compared, both go on from the graph's value. Then every
 segment from one quantizer to the next is held to one code step, and nothing hides behind noise.
 
-A layer whose result is split (``passes/scaling/split_results.py``) has ``<layer>.part_0`` and so on, which are put
-together again. A layer that took the next one's factor (``passes/scaling/fold_rescales.py``) has ``<layer>.scaled`` in
-the graph. It is compared after division by the factor its scales show; a wrong factor then shows in the layer that
-reads it.
+A layer whose result is split (``passes/scaling/split_results.py``) has ``<layer>.part_0`` and so on, as the manifest
+says; they are put together again. A layer that took the next one's factor (``passes/scaling/fold_rescales.py``) has
+``<layer>.scaled`` in the graph. It is compared after division by the factor its scales show; a wrong factor then shows
+in the layer that reads it.
 """
 
 import tempfile
@@ -27,10 +27,9 @@ from torch import Tensor
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.capture.dependences import TIMESTEP
 from tfmq_export.capture.program import DiffusionProgram
-from tfmq_export.passes.bind.bind_recipe import PART, node_name
+from tfmq_export.passes.bind.bind_recipe import node_name
 from tfmq_export.passes.scaling.fold_rescales import SCALED
-from tfmq_export.passes.scaling.split_exponents import PARTS
-from tfmq_export.passes.scaling.split_results import Sizes, result_parts, split_layers
+from tfmq_export.passes.scaling.split_results import result_parts, split_layers
 from tfmq_export.proof.simulate import Simulation
 from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 from tfmq_export.recipe.timesteps import timestep_vector
@@ -71,11 +70,11 @@ class LockStep:
         integer_bias = find_target(bundle.manifest.target).integer_bias
         self._simulation = Simulation(program, recipe, integer_bias=integer_bias)
         graphs = [_Carried.read(path) for path in (bundle.model, bundle.prologue) if path is not None]
-        sizes = {name: found for graph in graphs for name, found in graph.sizes(recipe).items()}
+        parts = bundle.manifest.parts
         self._parts = {
-            layer.name: result_parts(layer, sizes[layer.name]) for layer in recipe.layers if layer.name in sizes
+            layer.name: result_parts(layer, parts[layer.name]) for layer in recipe.layers if layer.name in parts
         }
-        watched = split_layers(recipe, sizes)
+        watched = split_layers(recipe, parts)
         self._factors = {name: factor for graph in graphs for name, factor in graph.factors(watched).items()}
         self._output = bundle.manifest.output
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
@@ -152,12 +151,10 @@ class _Carried:
 
     Attributes:
         values: Names of all that is computed.
-        nodes: Names of all nodes.
         scales: Of the weight of each node that multiplies by a quantized one, [out].
     """
 
     values: frozenset[str]
-    nodes: frozenset[str]
     scales: Mapping[str, NDArray[Any]]
 
     @classmethod
@@ -170,20 +167,7 @@ class _Carried:
             weight = producers.get(node.input[1]) if len(node.input) > 1 else None
             if weight is not None and weight.op_type == "DequantizeLinear" and weight.input[1] in stored:
                 scales[node.name] = numpy_helper.to_array(stored[weight.input[1]], str(path.parent))
-        return cls(frozenset(producers), frozenset(node.name for node in graph.node), scales)
-
-    def sizes(self, recipe: QuantRecipe) -> Sizes:
-        """The layers that are computed part by part, with nobody to put the parts together."""
-        found = {}
-        for layer in recipe.layers:
-            if {layer.name, f"{layer.name}{SCALED}"} & self.values or f"{layer.name}{PARTS}" in self.nodes:
-                continue
-            sizes: list[int] = []
-            while (scale := self.scales.get(f"{node_name(layer)}{PART}{len(sizes)}")) is not None:
-                sizes.append(len(scale))
-            if sizes:
-                found[layer.name] = tuple(sizes)
-        return found
+        return cls(frozenset(producers), scales)
 
     def factors(self, recipe: QuantRecipe) -> dict[str, NDArray[Any]]:
         """What each layer's result is multiplied by, where it is; against the result's channel axis."""

@@ -20,13 +20,10 @@ from tfmq_export.passes.bind.bind_recipe import BindRecipe
 from tfmq_export.passes.finish.strip_qdq import StripQdq
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.passes.qdq.fold_zero_points import FoldZeroPoints
 from tfmq_export.passes.qdq.insert_qdq import InsertQdq
 from tfmq_export.passes.qdq.quantize_weights import QuantizeWeights
 from tfmq_export.passes.qdq.stack_output_codes import StackOutputCodes
 from tfmq_export.passes.scaling.rescale_inputs import RescaleInputs
-from tfmq_export.passes.scaling.split_exponents import SplitExponents, split_recipe
-from tfmq_export.passes.scaling.split_results import results_to_split
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.grid import QParams, QuantSpec
 from tfmq_export.recipe.recipe import LayerRecipe
@@ -72,9 +69,7 @@ def dequantized(layer: LayerRecipe) -> NDArray[np.float64]:
 
 def twin(net: Net, target: Target) -> gs.Graph:
     recipe, graph = adapt(with_products(recipe_for(net), net), target), graph_of(net.model)
-    sizes = results_to_split(graph, recipe, target)
-    passes = passes_for(recipe, target, sample="sample", timestep="timestep", split_results=sizes)
-    run_passes(graph, [*passes, StripQdq()])
+    run_passes(graph, [*passes_for(recipe, target, sample="sample", timestep="timestep"), StripQdq()])
     return graph
 
 
@@ -96,35 +91,6 @@ def test_the_forms_of_a_target_leave_its_twin_as_it_is(make: Callable[[], Net]) 
         feeds["timestep"] = feeds["timestep"].reshape(-1)
         (actual,), (expected,) = infer(own, feeds), infer(portable, feeds)
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_the_twin_of_a_split_layer_is_one_layer(op: str) -> None:
-    layer = scaled_layer(op, grid(0.01, 120), None, 8, TAU, EXPONENT)
-    weight, bias = float_weight(op), normal(1, len(layer.weight_codes))
-    recipe, graph = recipe_with([layer]), graph_of(float_model(op, weight, bias))
-    names = frozenset([layer.name])
-    parts = split_recipe(recipe, names)
-    openvino = find_target("openvino")
-
-    before = [BindRecipe(recipe), RescaleInputs(recipe), SplitExponents(recipe, names)]
-    run_passes(
-        graph,
-        [
-            *before,
-            InsertQdq(parts, openvino),
-            QuantizeWeights(parts, openvino),
-            FoldZeroPoints(parts, openvino),
-            StripQdq(),
-        ],
-    )
-
-    real = dequantized(layer)
-    real = (real / per_weight(op, TAU.astype(np.float64), real)).astype(np.float32)
-    x = sample(op)
-    (expected,) = infer(float_model(op, real, bias), {"x": x})
-    assert_near(infer(export_model(graph), {"x": x})[0], expected, layer)
-    assert sorted(ops(graph)) == sorted(ops(graph_of(float_model(op, weight, bias))))
 
 
 def assert_near(actual: NDArray, expected: NDArray, layer: LayerRecipe) -> None:

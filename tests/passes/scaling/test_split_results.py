@@ -18,13 +18,14 @@ from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Pass, run_passes
 from tfmq_export.passes.bind.bind_recipe import BindRecipe
 from tfmq_export.passes.graph import export_model
+from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.passes.qdq.fold_zero_points import FoldZeroPoints
 from tfmq_export.passes.qdq.insert_qdq import InsertQdq
 from tfmq_export.passes.qdq.quantize_weights import QuantizeWeights
 from tfmq_export.passes.scaling.rescale_inputs import RescaleInputs
-from tfmq_export.passes.scaling.split_results import SplitResults, result_parts, results_to_split, split_layers
+from tfmq_export.passes.scaling.split_results import SplitResults, result_parts, results_to_split
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
-from tfmq_export.target import find_target
+from tfmq_export.target import TARGETS, find_target
 
 OPENVINO = find_target("openvino")
 IN = 4
@@ -92,11 +93,14 @@ def test_the_parts_are_what_the_split_result_was(op: str, sizes: list[int], seed
     model = split_model(op, sizes)
     recipe = recipe_with([layer_of(op, sizes, 4 if narrow else 8, exponent=narrow)])
     graph, whole = imported(model), imported(model)
-    found = results_to_split(graph, recipe, OPENVINO)
+    found = results_to_split(graph, recipe)
     assert list(found.values()) == [tuple(sizes)]
     run_passes(whole, chain(recipe, recipe))
 
-    run_passes(graph, chain(recipe, split_layers(recipe, found), SplitResults(recipe, found)))
+    # What comes behind gets the recipe of the parts by itself.
+    *_, report = run_passes(graph, chain(recipe, recipe, SplitResults(recipe)))[:3]
+
+    assert report.parts == found
 
     assert "Split" not in ops(graph)
     assert ops(graph).count("QuantizeLinear") == 1
@@ -121,9 +125,12 @@ def test_parts_share_out_everything_a_layer_has() -> None:
 
 
 def test_nothing_is_split_where_the_target_does_not_ask() -> None:
-    graph, recipe = imported(split_model("MatMul", (2, 4))), recipe_with([layer_of("MatMul", (2, 4))])
+    recipe, names = recipe_with([layer_of("MatMul", (2, 4))]), {"sample": "x", "timestep": "t"}
 
-    assert results_to_split(graph, recipe, find_target("ort-cpu")) == {}
+    split = {name: SplitResults(recipe) in passes_for(recipe, find_target(name), **names) for name in TARGETS}
+
+    assert split == {name: target.split_results for name, target in TARGETS.items()}
+    assert set(split.values()) == {False, True}
 
 
 OBSTACLES = ("another reader", "another axis", "an output grid", "unknown shape", "an output", "a part nobody reads")
@@ -145,7 +152,7 @@ def test_what_cannot_be_split_is_not_found(case: str) -> None:
     elif case == "a part nobody reads":  # a layer for it would be dropped as soon as it is made
         split.outputs[1].outputs[0].inputs.clear()
 
-    assert results_to_split(graph, recipe_with([layer]), OPENVINO) == {}
+    assert results_to_split(graph, recipe_with([layer])) == {}
 
 
 def test_a_result_that_is_not_split_is_refused() -> None:

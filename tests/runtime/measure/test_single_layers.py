@@ -22,7 +22,6 @@ from tfmq_export.bundle.manifest import Bundle, LayerInfo
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.pipeline import passes_for
-from tfmq_export.passes.scaling.split_results import results_to_split
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.engines.open import open_runner
@@ -47,14 +46,14 @@ def compiled(net: Net, recipe: QuantRecipe, target_name: str, root: Path) -> tup
     """A bundle, and how often each layer is in its graph: as often as it has parts."""
     target = find_target(target_name)
     graph, adapted = graph_of(net.model), adapt(recipe, target)
-    sizes = results_to_split(graph, adapted, target)
-    run_passes(graph, passes_for(adapted, target, sample="sample", timestep="timestep", split_results=sizes))
+    reports = run_passes(graph, passes_for(adapted, target, sample="sample", timestep="timestep"))
+    parts = {name: sizes for report in reports for name, sizes in report.parts.items()}
     layers = [LayerInfo(x.name, x.path, x.kind, 1, x.weight.spec.bits, x.input.spec.bits) for x in recipe.layers]
     layers += [LayerInfo(x.name, x.path, "attention", 1, 0, x.left.spec.bits) for x in recipe.products]
     layers.append(LayerInfo("linear_in_float", "", "linear", 1, 0, 0))
     bundle = small_bundle(root / "bundle", Parts(target=target_name), layers=tuple(layers))
     onnx.save(export_model(graph), bundle.model)
-    found = Counter({layer.name: len(sizes.get(layer.name, ())) or 1 for layer in layers if layer.activation_bits})
+    found = Counter({layer.name: len(parts.get(layer.name, ())) or 1 for layer in layers if layer.activation_bits})
     return bundle, found
 
 

@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,56 +22,33 @@ from tfmq_export.bundle.manifest import (
 )
 from tfmq_export.bundle.pipeline_folder import add_components
 from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.compiler.forms import Lowered
 from tfmq_export.compiler.onnx_components import write_onnx_components
-from tfmq_export.compiler.prologue import Prologue
 from tfmq_export.config import Components
-from tfmq_export.passes.base import PassReport
 from tfmq_export.passes.graph import save_model
 from tfmq_export.passes.pipeline import OUTPUT
 from tfmq_export.recipe.io import save_recipe
-from tfmq_export.recipe.recipe import QuantRecipe, TableType
+from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.engines.onnxruntime.runner import version as ort_version
-from tfmq_export.target import Target
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Graphs:
-    """What the passes made.
-
-    Attributes:
-        model: The denoiser.
-        reports: What each pass did.
-        prologue: The graph that runs once per prompt, where it was asked for.
-        tables: What rows of temporal tables are stored in.
-    """
-
-    model: onnx.ModelProto
-    reports: tuple[PassReport, ...]
-    prologue: Prologue | None = None
-    tables: TableType = "fp32"
-
-
-def emit(
-    root: Path,
-    denoiser: Denoiser,
-    recipe: QuantRecipe,
-    target: Target,
-    graphs: Graphs,
-    components: Components = "link",
-) -> Bundle:
-    """Write everything but the report into an existing folder.
+def write(lowered: Lowered, root: Path, components: Components = "link") -> Bundle:
+    """Write everything but the proof into a folder.
 
     Args:
+        root: New, or empty.
         components: What happens to the other components of a pipeline folder.
     """
+    denoiser, recipe = lowered.made.denoiser, lowered.made.recipe
+    root.mkdir(parents=True, exist_ok=True)
     component = root / denoiser.component
     component.mkdir()
     (root / "tfmq").mkdir()
-    _write_graph(graphs.model, component)
-    if graphs.prologue is not None:
+    _write_graph(lowered.model, component)
+    if lowered.prologue is not None:
         folder = root / prologue_folder(denoiser.component)
         folder.mkdir()
-        _write_graph(graphs.prologue.model, folder)
+        _write_graph(lowered.prologue.model, folder)
     _write_json(component / "config.json", denoiser.config)
     if denoiser.scheduler_config is not None:
         (root / "scheduler").mkdir()
@@ -93,7 +69,7 @@ def emit(
         source=denoiser.source,
         fingerprint=recipe.fingerprint,
         preset=recipe.preset,
-        target=target.name,
+        target=lowered.target.name,
         inputs=_inputs(denoiser),
         output=OUTPUT,
         timesteps=denoiser.timesteps,
@@ -102,12 +78,13 @@ def emit(
         weight_bytes=sum(value.nbytes for value in denoiser.module.parameters()),
         integer_share=recipe.integer_share,
         layers=_layers(recipe),
-        passes=_passes(graphs),
+        passes=_passes(lowered),
         versions=_versions(),
         provenance=dict(recipe.provenance),
         files={str(path.relative_to(root)): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()},
-        prologue=None if graphs.prologue is None else graphs.prologue.info,
-        tables=graphs.tables,
+        prologue=None if lowered.prologue is None else lowered.prologue.info,
+        tables=lowered.tables,
+        parts={name: sizes for report in lowered.reports for name, sizes in report.parts.items()},
     )
     write_manifest(root, manifest)
     return Bundle(root, manifest)
@@ -127,9 +104,9 @@ def _versions() -> dict[str, str]:
     return {"onnxruntime": ort_version(), **found}
 
 
-def _passes(graphs: Graphs) -> tuple[PassInfo, ...]:
-    done = tuple(PassInfo(r.name, r.semantics.value, len(r.changed), r.skipped, r.notes) for r in graphs.reports)
-    return done if graphs.prologue is None else (*done, graphs.prologue.report)
+def _passes(lowered: Lowered) -> tuple[PassInfo, ...]:
+    done = tuple(PassInfo(r.name, r.semantics.value, len(r.changed), r.skipped, r.notes) for r in lowered.reports)
+    return done if lowered.prologue is None else (*done, lowered.prologue.report)
 
 
 def _inputs(denoiser: Denoiser) -> tuple[InputInfo, ...]:

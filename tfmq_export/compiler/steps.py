@@ -1,0 +1,289 @@
+"""The steps of the compiler: capture, then ``quantize``, ``lower``, ``write`` and ``prove``.
+
+Each takes plain data and gives plain data, and none knows of another. ``chain.compile_model`` is all of them in a
+row; whoever wants many bundles of one model calls them:
+
+    model = capture("model.pt")
+    made = quantize(model, CompileConfig(preset="w4a8"))
+    for target in ("ort-cpu", "openvino"):
+        config = CompileConfig(preset="w4a8", target=target)
+        bundle = write(lower(made, config), Path("out") / target)
+        prove(made, bundle, config)
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import nn
+
+from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.capture import program as capturing
+from tfmq_export.capture.denoiser import Denoiser, Description
+from tfmq_export.capture.device import find_device, module_on, repeatable
+from tfmq_export.capture.program import export_onnx, program_on
+from tfmq_export.capture.rewrites.program_for import program_for
+from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
+from tfmq_export.compiler.onnx_components import check_components
+from tfmq_export.compiler.prologue import cut_prologue
+from tfmq_export.compiler.settings import check_pairs, settle
+from tfmq_export.compiler.write import write
+from tfmq_export.config import CompileConfig, Components, find_preset
+from tfmq_export.errors import ConfigError, RecipeError
+from tfmq_export.models.factory import describe
+from tfmq_export.models.load import Source, load
+from tfmq_export.passes.base import run_passes
+from tfmq_export.passes.graph import dump_to, export_model, import_graph
+from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.progress import Progress, Silent
+from tfmq_export.proof.pictures import TemporalRow, save_comparison, save_temporal
+from tfmq_export.proof.validate import Subject, Validation, validate
+from tfmq_export.ptq import image_gain as weighing
+from tfmq_export.ptq.tib import tabulate
+from tfmq_export.ptq.walk import quantize as walking
+from tfmq_export.ptq.walk.calibrated_model import QuantPlan, prepare
+from tfmq_export.ptq.walk.calibration import calibrate
+from tfmq_export.ptq.walk.checkpoint import Checkpoint
+from tfmq_export.ptq.walk.effort import find_effort
+from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.recipe import QuantRecipe
+from tfmq_export.runtime.engines.tensorrt.building.files import add_engines_in_place
+from tfmq_export.runtime.engines.tensorrt.building.lint import lint_model, raise_if_any
+from tfmq_export.runtime.measure.benchmark import peak_rss_bytes
+from tfmq_export.target import find_target
+
+__all__ = ["capture", "load_model", "lower", "observe", "prove", "quantize", "reuse", "write"]
+
+Model = str | Path | Source | tuple[nn.Module, Description]
+"""A folder or file, a ``Source`` with more options, or any module with its ``Description``."""
+
+PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy")
+SILENT = Silent()
+
+
+def load_model(model: Model, components: Components = "none", progress: Progress = SILENT) -> Denoiser:
+    """Load a model of any form.
+
+    Args:
+        components: What a pipeline's other components will have to become: refused now where they cannot.
+    Raises:
+        LoadError, ConfigError: the model or a component cannot be used.
+    """
+    with progress.stage("Loading"):
+        if isinstance(model, tuple):
+            if len(model) != 2:
+                raise ConfigError("expected (module, tfmq_export.Description)")
+            denoiser = describe(*model, steps=None, source=type(model[0]).__name__)
+        else:
+            denoiser = load(model if isinstance(model, Source) else Source(Path(model)))
+        check_components(denoiser.pipeline, components)
+        return denoiser
+
+
+def capture(model: Model | Denoiser, progress: Progress = SILENT) -> Captured:
+    """Capture a model's graph; loads it first where that is still to do.
+
+    Raises:
+        LoadError, ConfigError: the model cannot be used.
+        ExportError: torch.export cannot trace the module, or its batch axis is fixed.
+    """
+    denoiser = model if isinstance(model, Denoiser) else load_model(model, progress=progress)
+    with progress.stage("Capturing the graph"):
+        return Captured(denoiser, capturing.capture(denoiser))
+
+
+def observe(denoiser: Denoiser, config: CompileConfig, progress: Progress = SILENT) -> Observed:
+    """Draw images in full precision, record every call, and weigh the timesteps where the method asks for it.
+
+    Raises:
+        CalibrationError: the model predicts NaN or infinity.
+    """
+    device = find_device(config.device)
+    with repeatable(device):
+        there = replace(denoiser, module=module_on(denoiser.module, device))
+        with progress.stage("Recording the model's own trajectory") as step:
+            calls = calibrate(there, images=calibration_images(config), seed=config.seed, progress=step)
+        if config.method.timestep_weights != "image":
+            return Observed(calls)
+        with progress.stage("Weighing the timesteps") as step:
+            return Observed(calls, weighing.image_gain(there, seed=config.seed, progress=step))
+
+
+def quantize(
+    model: Captured,
+    config: CompileConfig | None = None,
+    *,
+    observed: Observed | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> Quantized:
+    """Calibrate on the model's own trajectory, choose grids, round every weight.
+
+    Args:
+        observed: The trajectory, where ``observe`` recorded it before.
+        checkpoint: Folder where finished blocks are kept until the run is done.
+        resume: Go on from that folder, where it was left by a run with these settings.
+    Raises:
+        ConfigError: the settings do not fit each other.
+        CalibrationError: the model predicts NaN or infinity.
+    """
+    config = config or CompileConfig()
+    denoiser, program, plan, device = model.denoiser, model.program, _plan(config), find_device(config.device)
+    provenance = _provenance(denoiser, config, plan)
+    if not plan.weight_bits:
+        recipe = walking.unquantized(program, config.preset, tabulate(program, denoiser), provenance)
+        return Quantized(denoiser, program, recipe)
+    settings = {"fingerprint": program.fingerprint, "preset": config.preset, **provenance}
+    settings |= {"timesteps": f"{len(denoiser.timesteps)}: {denoiser.timesteps.describe()}"}
+    settings |= {"quantized outputs": ", ".join(sorted(plan.quantized_outputs)) or "none"}
+    keeper = nullcontext() if checkpoint is None else Checkpoint(checkpoint, settings, resume=resume)
+    with keeper as kept, repeatable(device):
+        seen = observed or observe(denoiser, config, progress)
+        weights = None
+        if plan.method.timestep_weights == "image" and seen.gain is not None:
+            provenance["image_gain"] = " ".join(f"{value:.3g}" for value in seen.gain.tolist())
+            weights = weighing.weights_from(seen.gain)
+        with progress.stage("Tabulating the timesteps"):
+            subject = prepare(program, denoiser, seen.calls, plan, provenance, weights)
+        with progress.stage("Quantizing") as step:
+            moved = replace(subject, program=program_on(subject.program, device))
+            return Quantized(denoiser, subject.program, walking.quantize(moved, plan, step, kept))
+
+
+def reuse(model: Captured, recipe: QuantRecipe, config: CompileConfig | None = None) -> Quantized:
+    """Take a recipe that was made before, in place of ``quantize``.
+
+    Raises:
+        RecipeError: it was made from another model or for another schedule.
+        TargetError: its weights would saturate on some of the target's hosts.
+    """
+    config, denoiser = config or CompileConfig(), model.denoiser
+    if recipe.fingerprint != model.program.fingerprint:
+        raise RecipeError(
+            f"the recipe was made from another model than {denoiser.source}; quantize again without --recipe"
+        )
+    if recipe.tib.timesteps != denoiser.timesteps:
+        raise RecipeError(
+            f"the recipe is for {len(recipe.tib.timesteps)} steps ({recipe.tib.timesteps.describe()}), "
+            f"--steps asks for {len(denoiser.timesteps)} ({denoiser.timesteps.describe()})"
+        )
+    check_pairs(recipe, find_target(config.target), config.method)
+    return Quantized(denoiser, program_for(model.program, recipe), recipe)
+
+
+def lower(
+    made: Quantized, config: CompileConfig | None = None, *, dump_dir: Path | None = None, progress: Progress = SILENT
+) -> Lowered:
+    """Rewrite the graph for ``config.target``.
+
+    Args:
+        dump_dir: Save the graph after each pass here.
+    Raises:
+        TargetError: the target has no lowering for something in the recipe.
+        PreconditionError, PostconditionError: a pass cannot keep its law on this graph.
+    """
+    config, denoiser = config or CompileConfig(), made.denoiser
+    target = find_target(config.target)
+    with progress.stage("Rewriting the graph"):
+        graph = import_graph(export_onnx(made.program))
+        passes = passes_for(
+            adapt(made.recipe, target, config.tables),
+            target,
+            sample=denoiser.sample,
+            timestep=denoiser.timestep,
+            labels=tuple(denoiser.conditioning) if config.class_tables else (),
+            pts_lowering=config.pts_lowering,
+        )
+        reports = run_passes(graph, passes, None if dump_dir is None else dump_to(dump_dir))
+        lowered = Lowered(made, target, export_model(graph), reports, tables=config.tables)
+    if config.prologue:
+        with progress.stage("Cutting the prologue off"):
+            main, prologue = cut_prologue(graph, denoiser, made.recipe)
+            lowered = replace(lowered, model=main, prologue=prologue)
+    if target.engine == "tensorrt":
+        _lint(lowered)
+    return lowered
+
+
+def prove(
+    made: Quantized,
+    bundle: Bundle,
+    config: CompileConfig | None = None,
+    *,
+    seconds: Mapping[str, float] | None = None,
+    progress: Progress = SILENT,
+) -> Validation:
+    """Measure a bundle against the model it came from, and finish it: report, pictures, self-test.
+
+    Args:
+        seconds: What the stages took, for the report; read at the end.
+    Raises:
+        PrecisionError: a layer would not run in the integers asked for.
+        AccuracyError: a threshold was missed.
+    """
+    config = config or CompileConfig()
+    subject = Subject(made.denoiser, made.program, made.recipe, bundle)
+    validation = validate(
+        subject, config.thresholds, images=config.validation_images, seed=config.seed + 1, progress=progress
+    )
+    if not config.allow_precision_loss:
+        validation.receipt.raise_if_lost()
+    validation.report.raise_if_failed()
+    if find_target(bundle.manifest.target).built_in_place:
+        with progress.stage("Building the engine"):
+            bundle = add_engines_in_place(bundle, allow_precision_loss=config.allow_precision_loss)
+    extra: dict[str, object] = {"seconds": dict(seconds or {}), "peak_memory_bytes": peak_rss_bytes()}
+    if bundle.manifest.prologue is not None:
+        extra["prologue"] = asdict(bundle.manifest.prologue)
+    bundle = validation.self_test.save(bundle)
+    validation.write(bundle.report, extra)
+    if made.recipe.tib.source != "table":
+        errors = validation.temporal
+        row = TemporalRow(made.recipe.tib.source, errors.cosine, errors.mismatch)
+        save_temporal(bundle.root / "tfmq" / "temporal.png", made.denoiser.timesteps.values, [row])
+    save_comparison(bundle.root / "tfmq" / "samples.png", validation.reference_images, validation.images)
+    return validation
+
+
+def _plan(config: CompileConfig) -> QuantPlan:
+    target, preset = find_target(config.target), find_preset(config.preset)
+    return QuantPlan(
+        config.preset,
+        preset.weight_bits,
+        preset.activation_bits,
+        settle(config.method, target),
+        find_effort(config.effort, preset.weight_bits),
+        target.quantized_outputs,
+        config.seed,
+        config.max_memory,
+    )
+
+
+def calibration_images(config: CompileConfig) -> int:
+    """How many trajectories are recorded together: as asked, or as the effort says."""
+    return config.calibration_images or find_effort(config.effort, find_preset(config.preset).weight_bits).images
+
+
+def _provenance(denoiser: Denoiser, config: CompileConfig, plan: QuantPlan) -> dict[str, str]:
+    """What the recipe says of its making."""
+    return {
+        "model": denoiser.source,
+        "seed": str(config.seed),
+        "effort": config.effort,
+        "device": find_device(config.device).type,
+        "calibration_images": str(calibration_images(config)),
+        **{name: str(value) for name, value in plan.method.model_dump().items()},
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _lint(lowered: Lowered) -> None:
+    prologue = lowered.prologue
+    raise_if_any(lint_model(lowered.model, profiled=[] if prologue is None else prologue.tables), lowered.target.name)
+    if prologue is not None:
+        raise_if_any(lint_model(prologue.model), lowered.target.name)
