@@ -67,11 +67,9 @@ class Thresholds(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    psnr: float | None = Field(None, description="mean PSNR of the images, dB; None: the preset's floor")
-    ssim: float = Field(0.0, description="mean SSIM of the images")
-    sqnr: float | None = Field(
-        None, description="noise-prediction SQNR, mean over the timesteps, dB; None: the preset's floor"
-    )
+    psnr: float | None = Field(None, description="least mean PSNR of the images, dB; else the preset's floor")
+    ssim: float = Field(0.0, description="least mean SSIM of the images")
+    sqnr: float | None = Field(None, description="least mean SQNR of the noise prediction, dB; else the preset's floor")
     kernels: float = Field(
         25.0, description="SQNR of the integer kernels against the graph in floating point, median over timesteps, dB"
     )
@@ -140,19 +138,25 @@ class CompileConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    preset: str = "w8a8"
-    target: str = "ort-cpu"
-    effort: Literal["fast", "standard", "paper"] = "standard"
+    preset: str = Field("w8a8", description="bits of weights and activations")
+    target: str = Field("ort-cpu", description="the engine that will run the bundle")
+    effort: Literal["fast", "standard", "paper"] = Field(
+        "standard", description="how long rounding is learned: not at all, some minutes, or as in the papers"
+    )
     method: Method = Method.model_construct()
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where quantization computes; auto: a GPU where there is one"
     )
-    max_memory: ByteSize | None = Field(None, ge=1 << 20, description="for cached activations; the rest goes to disk")
-    calibration_images: int | None = Field(None, ge=1, description="trajectories to record; the effort decides")
-    validation_images: int = Field(16, ge=1)
-    seed: int = Field(0, ge=0)
+    max_memory: ByteSize | None = Field(
+        None, ge=1 << 20, description="ceiling on cached activations, such as 2GiB; the rest goes to disk"
+    )
+    calibration_images: int | None = Field(
+        None, ge=1, description="images whose sampling is recorded for calibration; the effort decides"
+    )
+    validation_images: int = Field(16, ge=1, description="images to compare at the end")
+    seed: int = Field(0, ge=0, description="of noise and sampling")
     thresholds: Thresholds = Thresholds.model_construct()
-    allow_precision_loss: bool = False
+    allow_precision_loss: bool = Field(False, description="keep a bundle whose layers do not all run in integers")
     pts_lowering: PtsLowering = Field("auto", description="form of power-of-two scaling in the graph; auto: per layer")
     tables: TableType = Field("fp32", description="what rows of temporal tables are stored in: fp32, fp16 or int8")
     class_tables: bool = Field(False, description="tabulate what class label and timestep decide, where it is small")

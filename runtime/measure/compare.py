@@ -7,7 +7,7 @@ it goes to JSON and decides nothing it does not show.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -106,6 +106,26 @@ def temporal_mismatch(exact: NDArray[np.generic], served: NDArray[np.generic]) -
     return np.asarray(nearest - np.arange(len(x)), np.int64)
 
 
+class Metric(StrEnum):
+    """What a validation measures, as reports and verdicts name it; all in dB but where it says otherwise."""
+
+    IMAGE_PSNR = "image PSNR (dB)"
+    IMAGE_SSIM = "image SSIM"
+    STEP_SQNR = "noise-prediction SQNR per timestep (dB)"
+    SQNR = "noise-prediction SQNR (dB)"
+    KERNELS = "integer kernels against the graph (dB)"
+    KERNELS_AT_ENDS = "integer kernels at the ends of the range (dB)"
+    SERVED_IMAGES = "images as served against the graph's (dB)"
+    GRAPH_IMAGES = "the graph's images against full precision (dB)"
+    OTHER_PICTURES = "other pictures of the set (dB)"
+    FEATURE_COSINE = "temporal feature cosine"
+    TABLE_EXACTNESS = "temporal table exactness"
+    LOCK_STEP = "agreement with fake-quant, lock-step (dB)"
+    FREE_RUNNING = "agreement with fake-quant, free-running (dB)"
+    CODE_STEPS = "largest layer difference (code steps)"
+    MISMATCH_RATE = "share of codes that differ"
+
+
 class Direction(Enum):
     """Which side of a threshold is good."""
 
@@ -191,6 +211,17 @@ class Report:
 
     comparisons: tuple[Comparison, ...]
     verdicts: tuple[Verdict, ...]
+
+    def __getitem__(self, metric: str) -> Comparison:
+        """One comparison.
+
+        Raises:
+            KeyError: it was not made.
+        """
+        return {comparison.metric: comparison for comparison in self.comparisons}[metric]
+
+    def __contains__(self, metric: str) -> bool:
+        return any(comparison.metric == metric for comparison in self.comparisons)
 
     @property
     def passed(self) -> bool:

@@ -17,13 +17,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.recipe.plain import build
 from tfmq_export.recipe.recipe import TableType
 from tfmq_export.recipe.timesteps import TimestepSet
 
@@ -309,7 +309,7 @@ def open_bundle(root: Path) -> Bundle:
         data = json.loads(path.read_text("utf-8"))
         if data["schema"] != SCHEMA:
             raise LoadError(f"{path}: schema {data['schema']}, this version reads {SCHEMA}; compile the model again")
-        return Bundle(root, _manifest_from(data))
+        return Bundle(root, build(Manifest, data))
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadError(f"{path}: not a readable manifest ({error!r}); compile the model again") from error
 
@@ -319,49 +319,3 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
     with replaced_file(root / "tfmq" / "manifest.json") as partial:  # a bundle that is served may be extended
         partial.write_text(text + "\n", "utf-8")
-
-
-def _manifest_from(data: dict[str, Any]) -> Manifest:
-    """Build the dataclasses from parsed JSON; malformed input raises KeyError, TypeError or ValueError."""
-    timesteps = data["timesteps"]
-    return Manifest(
-        **{
-            **data,
-            "inputs": tuple(InputInfo(**{**item, "shape": tuple(item["shape"])}) for item in data["inputs"]),
-            "layers": tuple(LayerInfo(**item) for item in data["layers"]),
-            "passes": tuple(
-                PassInfo(**{**item, **{key: _pairs(item.get(key, ())) for key in ("skipped", "notes")}})
-                for item in data["passes"]
-            ),
-            "timesteps": TimestepSet(tuple(timesteps["values"]), timesteps["real"]),
-            "sampler": SamplerInfo(**data["sampler"]),
-            "prologue": _prologue_from(data["prologue"]) if data.get("prologue") else None,
-            "engines": tuple(_engine_from(item) for item in data.get("engines", ())),
-            "parts": {name: tuple(sizes) for name, sizes in data.get("parts", {}).items()},
-        }
-    )
-
-
-def _engine_from(data: dict[str, Any]) -> EngineInfo:
-    profiles = [
-        {name: tuple(tuple(shape) for shape in shapes) for name, shapes in profile.items()}
-        for profile in data["profiles"]
-    ]
-    return EngineInfo(
-        **{**data, "profiles": tuple(profiles), "compute_capabilities": tuple(data["compute_capabilities"])}
-    )
-
-
-def _prologue_from(data: dict[str, Any]) -> PrologueInfo:
-    return PrologueInfo(
-        **{
-            **data,
-            **{name: tuple(data[name]) for name in ("reads", "direct", "layers")},
-            "tensors": tuple(PassedTensor(**{**item, "shape": tuple(item["shape"])}) for item in data["tensors"]),
-            "kept": tuple((name, reason) for name, reason in data["kept"]),
-        }
-    )
-
-
-def _pairs(items: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    return tuple((site, text) for site, text in items)

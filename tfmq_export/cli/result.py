@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from tfmq_export.bundle.manifest import prologue_folder
 from tfmq_export.cli.console import out, size, table
+from tfmq_export.runtime.measure.compare import Metric
 from tfmq_export.runtime.measure.machine import described
 
 POOR = 18.0
@@ -19,11 +20,10 @@ if TYPE_CHECKING:
 def show(bundle: "Bundle", validation: "Validation") -> None:
     """The result for people."""
     manifest, receipt = bundle.manifest, validation.receipt
-    by_name = {comparison.metric: comparison for comparison in validation.report.comparisons}
-    psnr, ssim = by_name["image PSNR (dB)"], by_name.get("image SSIM")
-    similarity = "" if ssim is None else f", SSIM {ssim.mean:.3f}"
-    sqnr = by_name["noise-prediction SQNR per timestep (dB)"]
-    cosine, agreement = by_name["temporal feature cosine"], by_name["agreement with fake-quant, lock-step (dB)"]
+    found = validation.report
+    psnr, sqnr = found[Metric.IMAGE_PSNR], found[Metric.STEP_SQNR]
+    similarity = f", SSIM {found[Metric.IMAGE_SSIM].mean:.3f}" if Metric.IMAGE_SSIM in found else ""
+    cosine, agreement = found[Metric.FEATURE_COSINE], found[Metric.LOCK_STEP]
     convolutions, linears = receipt.counts("conv"), receipt.counts("linear")
     products = receipt.counts("attention")
     attention = f"{products[0]}/{products[1]} attention products, " if products[1] else ""
@@ -32,7 +32,7 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
         (
             "images",
             f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}, {len(psnr.values)} images"
-            f"{_in_words(psnr.mean, by_name['other pictures of the set (dB)'].mean)}",
+            f"{_in_words(psnr.mean, found[Metric.OTHER_PICTURES].mean)}",
         ),
         ("noise prediction", f"SQNR {sqnr.mean:.1f} dB, worst timestep {sqnr.lowest:.1f}"),
         (
@@ -40,7 +40,7 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
             f"cosine {cosine.lowest:.7f} at worst, {len(manifest.timesteps)} timesteps{_tables(validation)}",
         ),
         ("graph = fake-quant", f"{agreement.lowest:.0f} dB at worst, layer by layer in lock-step"),
-        *_kernels_row(receipt, by_name["integer kernels against the graph (dB)"]),
+        *_kernels_row(receipt, found[Metric.KERNELS]),
         (
             "in integers",
             f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear layers, "

@@ -4,8 +4,8 @@ from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import ConfigError, DependencyError
 from tfmq_export.gate.checks import Result, worst_first
 from tfmq_export.gate.gate_file import ModelBounds
+from tfmq_export.runtime.measure.compare import Metric
 
-PER_STEP = "noise-prediction SQNR per timestep (dB)"
 WORST = 3
 
 
@@ -33,8 +33,7 @@ def compare_with_model(bounds: ModelBounds, bundle: Bundle) -> Result:
     found = validate(
         subject_of(bundle, bounds.path, bounds.factory), thresholds, images=bounds.images, seed=bounds.seed
     )
-    by_name = {comparison.metric: comparison for comparison in found.report.comparisons}
-    psnr, steps = by_name["image PSNR (dB)"], by_name[PER_STEP]
+    psnr, steps = found.report[Metric.IMAGE_PSNR], found.report[Metric.STEP_SQNR]
     timesteps = bundle.manifest.timesteps.values
     problems = [verdict.describe() for verdict in found.report.failed]
     if problems:

@@ -5,7 +5,7 @@ graph is judged on it step by step, and draws its own images.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,11 @@ from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.io import load_recipe
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.engines.realized import realized_by_target
+from tfmq_export.runtime.loaded import LoadedBundle
 from tfmq_export.runtime.loaded import load as load_bundle
 from tfmq_export.runtime.measure.compare import (
     Comparison,
+    Metric,
     Report,
     Threshold,
     as_pictures,
@@ -145,11 +147,10 @@ def validate(
         seed: Of the starting noise; another than calibration's.
     """
     progress = progress or Silent()
-    denoiser = subject.denoiser
+    denoiser, root = subject.denoiser, subject.bundle.root
     noise, prompts = denoiser.noise(images, seed), denoiser.prompts(images)
     with progress.stage("Sampling in full precision") as step:
         trajectory, reference = record(denoiser, denoiser.module_denoise(), noise, prompts, step)
-    root = subject.bundle.root
     with (
         load_bundle(root, self_test=False) as loaded,
         load_bundle(root, self_test=False, integer=False, backend="onnxruntime") as in_float,
@@ -157,11 +158,7 @@ def validate(
         with progress.stage("Sampling in integers") as step:
             _, compiled = record(denoiser, bundle_denoise(loaded), noise, prompts, step)
         with progress.stage("Comparing step by step") as step:
-            per_step = []
-            for done, recorded in enumerate(trajectory, start=1):
-                prediction = run_bundle(loaded, denoiser, recorded.inputs)
-                per_step.append(sqnr_db(recorded.prediction.numpy(), prediction))
-                step(done, len(trajectory))
+            per_step = _per_step(denoiser, trajectory, loaded, step)
         with progress.stage("Checking the kernels against the graph") as step:
             kernels = compare_kernels(denoiser, trajectory, loaded, in_float)
             few = noise[:FEW_IMAGES], {name: value[:FEW_IMAGES] for name, value in prompts.items()}
@@ -175,56 +172,68 @@ def validate(
         agreements = _agreements(subject, trajectory, step)
     with progress.stage("Reading the optimized graph"):
         receipt = counted(realized_by_target(subject.bundle), wrong)
-    tib = subject.carried_out.tib
-    temporal = compare_temporal(subject.program, denoiser, tib, subject.bundle)
-    similarity: tuple[Comparison, ...] = ()
+    temporal = compare_temporal(subject.program, denoiser, subject.carried_out.tib, subject.bundle)
+    found = {
+        Metric.IMAGE_PSNR: psnr(reference_images, compiled_images, peak),
+        Metric.STEP_SQNR: per_step,
+        Metric.KERNELS: kernels.sqnr,
+        Metric.KERNELS_AT_ENDS: kernels.extreme,
+        Metric.SERVED_IMAGES: _psnr(defined, served),
+        Metric.GRAPH_IMAGES: _psnr(reference[:FEW_IMAGES], defined),
+        Metric.OTHER_PICTURES: _others(reference_images, peak),
+        Metric.FEATURE_COSINE: _or_one(temporal.cosine),
+        Metric.TABLE_EXACTNESS: _or_one(temporal.exact.astype(np.float64)),
+        **_by_metric(agreements),
+    }
     # Signals, points and tiny images have no SSIM; where one is demanded all the same, ssim says so.
     if has_ssim(reference_images) or thresholds.ssim > 0:
-        similarity = (Comparison.of("image SSIM", ssim(reference_images, compiled_images, peak)),)
-    comparisons = (
-        Comparison.of("image PSNR (dB)", psnr(reference_images, compiled_images, peak)),
-        *similarity,
-        Comparison.of("noise-prediction SQNR per timestep (dB)", np.array(per_step)),
-        Comparison.of("integer kernels against the graph (dB)", kernels.sqnr),
-        Comparison.of("integer kernels at the ends of the range (dB)", kernels.extreme),
-        Comparison.of("images as served against the graph's (dB)", _psnr(defined, served)),
-        Comparison.of("the graph's images against full precision (dB)", _psnr(reference[:FEW_IMAGES], defined)),
-        Comparison.of("other pictures of the set (dB)", _others(reference_images, peak)),
-        Comparison.of("temporal feature cosine", _or_one(temporal.cosine)),
-        Comparison.of("temporal table exactness", _or_one(temporal.exact.astype(np.float64))),
-        Comparison.of("agreement with fake-quant, lock-step (dB)", np.array([a.sqnr for a in agreements])),
-        Comparison.of("agreement with fake-quant, free-running (dB)", np.array([a.free_sqnr for a in agreements])),
-        Comparison.of("largest layer difference (code steps)", np.array([a.code_steps for a in agreements])),
-        Comparison.of("share of codes that differ", np.array([a.mismatch_rate for a in agreements])),
-    )
-    by_name = {comparison.metric: comparison for comparison in comparisons}
-    preset = subject.recipe.preset
-    drift = by_name["the graph's images against full precision (dB)"].median + CLOSER
-    verdicts = (
-        Threshold("image PSNR (dB)", thresholds.psnr_of(preset)).judge(by_name["image PSNR (dB)"].mean),
-        *(Threshold("image SSIM", thresholds.ssim).judge(found.mean) for found in similarity),
-        Threshold("noise-prediction SQNR (dB)", thresholds.sqnr_of(preset)).judge(float(np.mean(per_step))),
-        *(
-            Threshold(name, thresholds.kernels).judge(by_name[name].median)
-            for name in (
-                "integer kernels against the graph (dB)",
-                "integer kernels at the ends of the range (dB)",
-            )
+        found[Metric.IMAGE_SSIM] = ssim(reference_images, compiled_images, peak)
+    report = judge({metric: Comparison.of(metric, values) for metric, values in found.items()}, subject, thresholds)
+    return Validation(report, receipt, temporal, kernels.self_test, reference_images, compiled_images)
+
+
+def judge(found: Mapping[Metric, Comparison], subject: Subject, thresholds: Thresholds) -> Report:
+    """What was measured against what is demanded; the floors are the preset's where nothing else was said."""
+    preset, tib = subject.recipe.preset, subject.carried_out.tib
+    drift = found[Metric.GRAPH_IMAGES].median + CLOSER
+    asked = [
+        (Metric.IMAGE_PSNR, thresholds.psnr_of(preset), found[Metric.IMAGE_PSNR].mean),
+        (Metric.SQNR, thresholds.sqnr_of(preset), found[Metric.STEP_SQNR].mean),
+        (Metric.KERNELS, thresholds.kernels, found[Metric.KERNELS].median),
+        (Metric.KERNELS_AT_ENDS, thresholds.kernels, found[Metric.KERNELS_AT_ENDS].median),
+        (Metric.SERVED_IMAGES, min(thresholds.kernels, drift), found[Metric.SERVED_IMAGES].median),
+        (
+            Metric.FEATURE_COSINE,
+            thresholds.temporal_cosine_of(tib.source, tib.stored),
+            found[Metric.FEATURE_COSINE].lowest,
         ),
-        Threshold("images as served against the graph's (dB)", min(thresholds.kernels, drift)).judge(
-            by_name["images as served against the graph's (dB)"].median
-        ),
-        Threshold("temporal feature cosine", thresholds.temporal_cosine_of(tib.source, tib.stored)).judge(
-            by_name["temporal feature cosine"].lowest
-        ),
-        Threshold("temporal table exactness", 1.0).judge(by_name["temporal table exactness"].lowest),
-        Threshold("agreement with fake-quant, lock-step (dB)", thresholds.agreement).judge(
-            by_name["agreement with fake-quant, lock-step (dB)"].lowest
-        ),
-    )
-    return Validation(
-        Report(comparisons, verdicts), receipt, temporal, kernels.self_test, reference_images, compiled_images
-    )
+        (Metric.TABLE_EXACTNESS, 1.0, found[Metric.TABLE_EXACTNESS].lowest),
+        (Metric.LOCK_STEP, thresholds.agreement, found[Metric.LOCK_STEP].lowest),
+    ]
+    if Metric.IMAGE_SSIM in found:
+        asked.insert(1, (Metric.IMAGE_SSIM, thresholds.ssim, found[Metric.IMAGE_SSIM].mean))
+    verdicts = tuple(Threshold(metric, least).judge(value) for metric, least, value in asked)
+    return Report(tuple(found[metric] for metric in Metric if metric in found), verdicts)
+
+
+def _per_step(
+    denoiser: Denoiser, trajectory: tuple[CalibrationStep, ...], loaded: LoadedBundle, step: Step
+) -> NDArray[np.float64]:
+    """SQNR of the prediction at every call of the full-precision trajectory, dB."""
+    found = []
+    for done, recorded in enumerate(trajectory, start=1):
+        found.append(sqnr_db(recorded.prediction.numpy(), run_bundle(loaded, denoiser, recorded.inputs)))
+        step(done, len(trajectory))
+    return np.array(found)
+
+
+def _by_metric(agreements: Sequence[Agreement]) -> dict[Metric, NDArray[np.float64]]:
+    return {
+        Metric.LOCK_STEP: np.array([each.sqnr for each in agreements]),
+        Metric.FREE_RUNNING: np.array([each.free_sqnr for each in agreements]),
+        Metric.CODE_STEPS: np.array([each.code_steps for each in agreements]),
+        Metric.MISMATCH_RATE: np.array([each.mismatch_rate for each in agreements]),
+    }
 
 
 def _psnr(reference: Tensor, images: Tensor) -> NDArray[np.float64]:
