@@ -18,6 +18,7 @@ from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.compiler import forms
 from tfmq_export.compiler.steps import lower, write
 from tfmq_export.config import CompileConfig, Method, Thresholds, find_preset
+from tfmq_export.errors import LoadError
 from tfmq_export.proof.agreement import Agreement, LockStep
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.target import find_target
@@ -184,3 +185,14 @@ def test_layers_in_parts_are_compared_whole(tmp_path: Path) -> None:
     assert open_bundle(bundle.root).manifest.parts == {layer.name: (8, 8, 8)}
     wrong = tampered(bundle, tmp_path / "wrong", f"{layer.name}.part_1.weight_codes", negate_largest)
     assert {agreement.worst_layer for agreement in compare(wrong, made)} == {layer.path}
+
+
+def test_parts_that_the_manifest_does_not_name_are_refused(tmp_path: Path) -> None:
+    made = quantized("film_unet", 8, 8, Method())
+    made = replace(made, recipe=adapt(made.recipe, find_target("openvino")))
+    bundle = written(made, "openvino", tmp_path / "out")
+
+    silent = replace(bundle, manifest=replace(bundle.manifest, parts={}))
+
+    with pytest.raises(LoadError, match="are not in the graph as its manifest says"):
+        compare(silent, made)

@@ -222,19 +222,17 @@ def test_a_table_is_finite(value: float) -> None:
         TibRecipe(TimestepSet((2, 1, 0)), (table(rows),))
 
 
-def test_shares_are_weighted_by_work_and_by_size() -> None:
+def test_shares_are_weighted_by_work() -> None:
     recipe = recipe_with([replace(CONV, macs=600), replace(LINEAR, macs=100)])
     recipe = replace(recipe, macs=1000, kept_float=(FloatLayer("out", "net.out", 300, "first reason"),))
 
     assert recipe.integer_share == 0.7
-    assert recipe.mean_weight_bits == pytest.approx((108 * 8 + 12 * 4) / 120)
 
 
 def test_a_float_recipe_has_no_integer_share() -> None:
     recipe = recipe_with()
 
     assert recipe.integer_share == 0.0
-    assert recipe.mean_weight_bits == 32.0
 
 
 @pytest.mark.parametrize(

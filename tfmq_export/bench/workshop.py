@@ -164,8 +164,7 @@ class Workshop:
             return folder
         folder = self.folder / "twins" / f"{len(self._twins)}"
         # Not the components of a pipeline, which may be gigabytes.
-        graphs = [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]
-        for part in (bundle.root / "tfmq", *(graph.parent for graph in graphs)):
+        for part in (bundle.root / "tfmq", *(graph.parent for graph in bundle.graphs)):
             shutil.copytree(part, folder / part.name)
         graph = import_graph(onnx.load(bundle.model))
         run_passes(graph, [StripQdq()])

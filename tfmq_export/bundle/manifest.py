@@ -233,6 +233,11 @@ class Bundle:
         return self.root / prologue_folder(self.manifest.component) / "model.onnx"
 
     @property
+    def graphs(self) -> tuple[Path, ...]:
+        """The denoiser, and behind it the prologue where the bundle has one."""
+        return (self.model,) if self.prologue is None else (self.model, self.prologue)
+
+    @property
     def scheduler(self) -> Path:
         return self.root / "scheduler" / "scheduler_config.json"
 

@@ -117,7 +117,6 @@ def _pipeline_row(bundle: "Bundle") -> list[tuple[str, str]]:
 
 
 def _sizes(bundle: "Bundle") -> str:
-    graphs = [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]
-    stored = sum(path.stat().st_size for graph in graphs for path in graph.parent.glob("model.onnx*"))
+    stored = sum(path.stat().st_size for graph in bundle.graphs for path in graph.parent.glob("model.onnx*"))
     full = bundle.manifest.weight_bytes
     return f"{size(stored)}, {stored / full:.3f} of the {size(full)} of fp32 weights"

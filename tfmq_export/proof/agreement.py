@@ -27,6 +27,7 @@ from torch import Tensor
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.capture.dependences import TIMESTEP
 from tfmq_export.capture.program import DiffusionProgram
+from tfmq_export.errors import LoadError
 from tfmq_export.passes.bind.bind_recipe import node_name
 from tfmq_export.passes.scaling.fold_rescales import SCALED
 from tfmq_export.passes.scaling.split_results import result_parts, split_layers
@@ -69,7 +70,7 @@ class LockStep:
     def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, bundle: Bundle) -> None:
         integer_bias = find_target(bundle.manifest.target).integer_bias
         self._simulation = Simulation(program, recipe, integer_bias=integer_bias)
-        graphs = [_Carried.read(path) for path in (bundle.model, bundle.prologue) if path is not None]
+        graphs = [_Carried.read(path) for path in bundle.graphs]
         parts = bundle.manifest.parts
         self._parts = {
             layer.name: result_parts(layer, parts[layer.name]) for layer in recipe.layers if layer.name in parts
@@ -77,6 +78,7 @@ class LockStep:
         watched = split_layers(recipe, parts)
         self._factors = {name: factor for graph in graphs for name, factor in graph.factors(watched).items()}
         self._output = bundle.manifest.output
+        self._names = [*(layer.name for layer in recipe.layers), *(product.name for product in recipe.products)]
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
         with tempfile.TemporaryDirectory() as folder:
             self._runner = _watched(bundle.model, watched, Path(folder) / "main")
@@ -85,7 +87,11 @@ class LockStep:
             )
 
     def compare(self, inputs: Mapping[str, Tensor]) -> Agreement:
-        """Compare on one set of model inputs, by name in the program's order."""
+        """Compare on one set of model inputs, by name in the program's order.
+
+        Raises:
+            LoadError: the graph has no results of layers that the manifest does not explain.
+        """
         results = self._results(_feeds(inputs, self._timestep))
         free = self._simulation(inputs)
         graph = results.pop(self._output)
@@ -94,6 +100,12 @@ class LockStep:
         for name, parts in self._parts.items():
             axis = 1 if parts[0].kind == "conv" else -1
             results[name] = np.concatenate([results.pop(part.name) for part in parts], axis)
+        unseen = [name for name in self._names if name not in results]
+        if len(unseen) > 1:  # one is the graph's own output
+            raise LoadError(
+                f"{unseen[0]} and {len(unseen) - 1} other layers are not in the graph as its manifest says; "
+                "compile the model again"
+            )
         watcher = _Synchronizer(results)
         synchronized = self._simulation(inputs, watcher)
         worst = max(watcher.steps, key=lambda path: watcher.steps[path], default="")

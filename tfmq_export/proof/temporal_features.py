@@ -95,7 +95,7 @@ def _full_precision(program: DiffusionProgram, denoiser: Denoiser, tib: TibRecip
 def _stored(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     """The rows that each feature is looked up in, by the feature's name; equal tables are stored once."""
     found = {}
-    for path in [bundle.model] if bundle.prologue is None else [bundle.model, bundle.prologue]:
+    for path in bundle.graphs:
         graph = onnx.load(path, load_external_data=False).graph
         stored = {initializer.name: initializer for initializer in graph.initializer}
         inputs = {node.name: node.input for node in graph.node}

@@ -6,7 +6,6 @@ to the integers of the weight.
 """
 
 from collections.abc import Sequence
-from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -15,14 +14,6 @@ from tfmq_export.recipe.grid import QuantSpec
 
 EXPONENTS = (-3, -2, -1, 0)
 QUORUM = 0.85  # kappa
-
-
-class Choice(StrEnum):
-    """How exponents are chosen."""
-
-    VOTE = "vote"
-    MSE = "mse"
-    OFF = "off"
 
 
 def channel_errors(

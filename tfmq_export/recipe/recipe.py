@@ -303,10 +303,3 @@ class QuantRecipe:
         """Share of the multiply-accumulates that quantized layers and products hold."""
         integer = sum(layer.macs for layer in self.layers) + sum(product.macs for product in self.products)
         return integer / self.macs if self.macs else 0.0
-
-    @property
-    def mean_weight_bits(self) -> float:
-        """Stored bits per quantized weight."""
-        counts = [layer.weight_codes.size for layer in self.layers]
-        bits = [layer.weight.spec.bits for layer in self.layers]
-        return float(np.average(bits, weights=counts)) if counts else 32.0
