@@ -42,6 +42,26 @@ SHARE = {"ddpm": 0.9, "sd": 0.7, "dit": 0.85, "emoji32": 0.9, "emoji32-cond": 0.
 Carried = Callable[..., Subject]
 
 
+def on(name: str) -> pytest.MarkDecorator:
+    """Tests of one model share a worker, and with it what was compiled."""
+    return pytest.mark.xdist_group(f"targets {name}")
+
+
+MODELS = [pytest.param(name, marks=on(name)) for name in [*shapes.SHAPES, *EXAMPLE_MODELS]]
+
+
+def seldom(name: str, preset: str) -> list[pytest.MarkDecorator]:
+    """Of the examples one preset is enough for every day: shapes and laws show the same of the others."""
+    return [pytest.mark.slow] if name in EXAMPLE_MODELS and preset != "w4a6" else []
+
+
+CASES = [
+    pytest.param(name, preset, marks=[on(name), *seldom(name, preset)])
+    for name in [*shapes.SHAPES, *EXAMPLE_MODELS]
+    for preset in PRESETS
+]
+
+
 def config_of(preset: str, **method: object) -> CompileConfig:
     return CompileConfig(
         preset=preset,
@@ -96,8 +116,7 @@ def assert_proven(done: Validation) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", [*shapes.SHAPES, *EXAMPLE_MODELS])
+@pytest.mark.parametrize(("name", "preset"), CASES)
 def test_every_layer_asked_for_runs_in_integers(name: str, preset: str, target: str, carried: Carried) -> None:
     subject = carried(name, preset, target)
 
@@ -107,8 +126,7 @@ def test_every_layer_asked_for_runs_in_integers(name: str, preset: str, target: 
     assert done.receipt.integer_share == subject.bundle.manifest.integer_share > SHARE[name]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", [*shapes.SHAPES, *EXAMPLE_MODELS])
+@pytest.mark.parametrize(("name", "preset"), CASES)
 def test_with_the_rest_in_bf16_openvino_runs_the_same_layers_in_integers(
     name: str, preset: str, carried: Carried
 ) -> None:
@@ -117,12 +135,12 @@ def test_with_the_rest_in_bf16_openvino_runs_the_same_layers_in_integers(
     assert_realized(realized_on_openvino(bundle, bundle.manifest.layers, precision="bf16"))
 
 
-@pytest.mark.parametrize("name", ["ddpm", "sd", *EXAMPLE_MODELS])  # for unnormalized inputs, of which a DiT has none
+@pytest.mark.parametrize("name", [each for each in MODELS if each.values != ("dit",)])  # it normalizes every input
 def test_power_of_two_scaling_is_among_what_was_shown(name: str, carried: Carried) -> None:
     assert any(layer.pts_exponent is not None for layer in carried(name, "w4a6", "ort-cpu").recipe.layers)
 
 
-@pytest.mark.parametrize("name", list(shapes.SHAPES))
+@pytest.mark.parametrize("name", [each for each in MODELS if each.values[0] in shapes.SHAPES])
 def test_every_layer_of_a_shape_is_asked_for(name: str, carried: Carried) -> None:
     module, _ = shapes.build(name, "tiny")
     layers = carried(name, "w8a8", "ort-cpu").recipe.layers
@@ -202,6 +220,7 @@ def test_a_shape_is_the_same_on_every_call_and_predicts_unit_noise(name: str) ->
     assert 0.5 < float(prediction.std()) < 2
 
 
+@on("ddpm")
 @pytest.mark.parametrize(
     ("target", "tables", "least", "most"),
     [
@@ -231,6 +250,7 @@ def test_narrow_tables_save_bytes_and_are_reported_as_they_are(
     assert sum(values.nbytes for values in rows) == storage["bytes"]
 
 
+@on("ddpm")
 def test_images_of_two_targets_differ_by_what_their_concessions_explain(carried: Carried) -> None:
     subjects = [carried("ddpm", "w4a8", target) for target in TARGETS]
     canvas = Canvas.of(subjects[0].denoiser, 4)
@@ -293,6 +313,7 @@ def spoiled(bundle: Bundle, folder: Path, inject: Injection, layer: str) -> Bund
     return copy
 
 
+@on("dit")
 @pytest.mark.parametrize(
     ("target", "kind", "inject", "reason"),
     [
@@ -314,6 +335,7 @@ def test_one_layer_spoiled_in_a_compiled_graph_is_named(
         receipt.raise_if_lost()
 
 
+@on("dit")
 def test_turing_in_the_list_is_refused_for_a_compiled_graph(carried: Carried) -> None:
     # It costs the convolutions (test_realized_tensorrt.py), and linear layers in fp32 islands do not build at all.
     bundle = carried("dit", "w8a8", "tensorrt-rtx").bundle
