@@ -127,7 +127,7 @@ def checked(info: InputInfo, value: NDArray[np.generic]) -> NDArray[np.generic]:
     """The value as an array, if it is what the manifest asks for.
 
     Raises:
-        ConfigError: another type or shape, or an empty batch.
+        ConfigError: another type or shape, an empty batch, or a number that is not finite.
     """
     array = np.asarray(value)
     if array.dtype != np.dtype(info.dtype):
@@ -141,6 +141,8 @@ def checked(info: InputInfo, value: NDArray[np.generic]) -> NDArray[np.generic]:
         raise ConfigError(f"{info.name}: shape {list(array.shape)}, needs [{wanted}]")
     if array.shape[0] == 0:
         raise ConfigError(f"{info.name}: the batch is empty; give at least one sample")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():  # integer kernels would make finite numbers of it
+        raise ConfigError(f"{info.name}: holds NaN or infinity; look for what made it")
     return array
 
 

@@ -210,7 +210,7 @@ def guided(
         conditioning: [N, ...] by input name.
         unconditional: [...] by input name, the same for every sample.
     """
-    if guidance_scale == 1:
+    if guidance_scale <= 1:  # as in diffusers' pipelines
         return prompted(denoise, conditioning)
     if missing := conditioning.keys() - unconditional.keys():
         raise ConfigError(

@@ -65,7 +65,7 @@ class Thresholds(BaseModel):
     The floors catch a broken build. A release gate sets its own.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     psnr: float | None = Field(None, description="least mean PSNR of the images, dB; else the preset's floor")
     ssim: float = Field(0.0, description="least mean SSIM of the images")
@@ -102,7 +102,7 @@ class Thresholds(BaseModel):
 class Method(BaseModel):
     """Which parts of the algorithms are in force; the defaults are all of both papers, joined, and error feedback."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     tib: Literal["table", "quantized", "select"] = Field("table", description="how temporal features are served")
     tiar: bool = Field(True, description="reconstruct the temporal block jointly; off: inside the blocks, as others do")
@@ -136,7 +136,7 @@ class Method(BaseModel):
 class CompileConfig(BaseModel):
     """Everything the compiler can be asked for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     preset: str = Field("w8a8", description="bits of weights and activations")
     target: str = Field("ort-cpu", description="the engine that will run the bundle")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from tfmq_export.models.diffusers_model import PromptSet
 from tfmq_export.models.folder import read_folder
 from tfmq_export.models.model_pt import write_checkpoint
+from tfmq_export.models.prompts import PromptSet
 
 CLASSES = [0, 1, 3, 4, 7]  # flags, faces, animals, food and plants, symbols
 NO_CLASS = 9

@@ -9,8 +9,9 @@ from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DCondit
 from torch import nn
 
 from tfmq_export.errors import LoadError
-from tfmq_export.models.diffusers_model import PromptSet, Sampling, build, denoiser_of
+from tfmq_export.models.diffusers_model import Sampling, build, denoiser_of
 from tfmq_export.models.folder import read_folder
+from tfmq_export.models.prompts import PromptSet
 
 DDPM = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}

@@ -18,9 +18,9 @@ def pack(
     guidance_scale: Guidance = None,
 ) -> None:
     """Pack a diffusers folder into one model.pt of plain data."""
-    from tfmq_export.models.diffusers_model import PromptSet
-    from tfmq_export.models.folder import read_folder, read_prompts
+    from tfmq_export.models.folder import read_folder
     from tfmq_export.models.model_pt import write_checkpoint
+    from tfmq_export.models.prompts import PromptSet, read_prompts
 
     require_folder_of(output)
     model, scheduler = read_folder(folder)

@@ -24,6 +24,7 @@ from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.capture import program as capturing
 from tfmq_export.capture.denoiser import Denoiser, Description
 from tfmq_export.capture.device import find_device, module_on, repeatable
+from tfmq_export.capture.eager import require_running
 from tfmq_export.capture.program import export_onnx, program_on
 from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
@@ -91,6 +92,8 @@ def capture(model: Model | Denoiser, progress: Progress = SILENT) -> Captured:
         ExportError: torch.export cannot trace the module, or its batch axis is fixed.
     """
     denoiser = model if isinstance(model, Denoiser) else load_model(model, progress=progress)
+    with progress.stage("Running the model once"):
+        require_running(denoiser)
     with progress.stage("Capturing the graph"):
         return Captured(denoiser, capturing.capture(denoiser))
 

@@ -136,4 +136,5 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
 
 
 def _array(value: Tensor, dtype: str) -> NDArray[np.generic]:
-    return np.asarray(value.numpy(force=True), dtype)
+    plain = value.float() if value.is_floating_point() else value  # numpy has no bfloat16
+    return np.asarray(plain.numpy(force=True), dtype)

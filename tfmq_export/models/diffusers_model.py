@@ -1,20 +1,21 @@
 """diffusers denoisers: which classes load, and how their ``forward`` becomes one flat tensor function."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tfmq_export.bundle.manifest import SamplerInfo
-from tfmq_export.capture.denoiser import Conditioning, Denoiser
+from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.errors import LoadError
 from tfmq_export.models import flat_modules
+from tfmq_export.models.prompts import PromptSet, effective_scale, fitted
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
-from tfmq_export.models.walk import DiffusersSampler
+from tfmq_export.models.walk import DiffusersSampler, require_finite_walk
 
 UNET, TRANSFORMER = "unet", "transformer"
 ARCHITECTURES: Mapping[str, str] = {
@@ -30,21 +31,6 @@ SAMPLE_OF: Mapping[str, str] = {UNET: "sample", TRANSFORMER: "hidden_states"}
 
 DIT_GUIDANCE = 4.0
 """Of diffusers' DiTPipeline, where nothing else is said."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptSet:
-    """Conditioning to calibrate with.
-
-    Attributes:
-        examples: [examples, ...] by input name.
-        unconditional: [...] by input name; empty without guidance.
-        guidance_scale: None leaves guidance off.
-    """
-
-    examples: Conditioning = field(default_factory=dict)
-    unconditional: Conditioning = field(default_factory=dict)
-    guidance_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +88,11 @@ def denoiser_of(
     settings: Any = model.config  # of diffusers, which torch's types do not know
     config: dict[str, Any] = {**settings}
     module, prompts = _flatten(model, config, prompts, where)
-    guidance = prompts.guidance_scale if prompts.guidance_scale is not None and prompts.unconditional else 1.0
+    asked = 1.0 if prompts.guidance_scale is None else prompts.guidance_scale
+    guidance = effective_scale(asked, prompts.unconditional, prompts.examples, where)
     chosen = choose_scheduler(scheduler, sampling.scheduler, where)
     sampler = DiffusersSampler(chosen, sampling.steps, prompts.unconditional, guidance)
+    require_finite_walk(sampler)
     size = config["sample_size"]
     if size is None:
         raise LoadError(f"{where}: config.json has no sample_size; add the height and width the model was trained on")
@@ -145,42 +133,24 @@ def _flatten(
             if config.get(option) is not None:
                 raise LoadError(f"{where}: models with {option} need their extra inputs named; use --factory")
         text = {"encoder_hidden_states": ("prompts", "tokens", config["cross_attention_dim"])}
-        return flat_modules.CrossAttention(model), _checked(prompts, text, where)
+        return flat_modules.CrossAttention(model), fitted(prompts, text, where)
     if isinstance(model, diffusers.SD3Transformer2DModel):
         shapes: dict[str, tuple[object, ...]] = {
             "encoder_hidden_states": ("prompts", "tokens", config["joint_attention_dim"]),
             "pooled_projections": ("prompts", config["pooled_projection_dim"]),
         }
-        return flat_modules.PromptTransformer(model), _checked(prompts, shapes, where)
+        return flat_modules.PromptTransformer(model), fitted(prompts, shapes, where)
     if isinstance(model, diffusers.DiTTransformer2DModel):
         classes = config["num_embeds_ada_norm"]
         scale = DIT_GUIDANCE if prompts.guidance_scale is None else prompts.guidance_scale
         labels = {"class_labels": torch.arange(classes)}
         return flat_modules.ClassTransformer(model), PromptSet(labels, {"class_labels": torch.tensor(classes)}, scale)
-    if config.get("num_class_embeds"):
+    if config.get("class_embed_type") not in (None, "timestep", "identity"):
+        raise LoadError(f"{where}: class_embed_type {config['class_embed_type']!r} is none that diffusers knows")
+    labelled = bool(config.get("num_class_embeds"))
+    if given := sorted({*prompts.examples, *prompts.unconditional} - ({"class_labels"} if labelled else set())):
+        raise LoadError(f"{where}: {type(model).__name__} takes no conditioning of this kind, got {', '.join(given)}")
+    if labelled:
         labels = {"class_labels": torch.arange(config["num_class_embeds"])}
         return flat_modules.ClassConditional(model), replace(prompts, examples=labels)
-    if prompts.examples:
-        raise LoadError(f"{where}: {type(model).__name__} takes no conditioning, got {', '.join(prompts.examples)}")
     return flat_modules.Unconditional(model), prompts
-
-
-def _checked(prompts: PromptSet, shapes: Mapping[str, tuple[object, ...]], where: str) -> PromptSet:
-    """The prompts as float32, if they have every input in its shape; words stand for sizes that may vary."""
-    examples: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        given = prompts.examples.get(name)
-        if given is None or not _fits(tuple(given.shape), shape):
-            got = "none" if given is None else str(list(given.shape))
-            raise LoadError(
-                f"{where}: calibration needs real prompt embeddings, {name} [{', '.join(map(str, shape))}], "
-                f"got {got}; give a safetensors file with --conditioning"
-            )
-        examples[name] = given.float()
-    return replace(prompts, examples=examples)
-
-
-def _fits(given: tuple[int, ...], shape: tuple[object, ...]) -> bool:
-    return len(given) == len(shape) and all(
-        not isinstance(size, int) or size == actual for size, actual in zip(shape, given, strict=True)
-    )

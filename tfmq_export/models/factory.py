@@ -18,9 +18,11 @@ from tfmq_export.bundle.manifest import SamplerInfo
 from tfmq_export.capture.denoiser import Denoiser, Description
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.folder import first_line
-from tfmq_export.models.model_pt import load_weights, read_tensors
+from tfmq_export.models.model_pt import read_tensors
+from tfmq_export.models.prompts import effective_scale
 from tfmq_export.models.schedulers import scheduler_config
-from tfmq_export.models.walk import DiffusersSampler
+from tfmq_export.models.walk import DiffusersSampler, require_finite_walk
+from tfmq_export.models.weights import load_weights
 from tfmq_export.recipe.timesteps import TimestepSet
 
 
@@ -127,8 +129,11 @@ def _sampler(
     listed = None if description.timesteps is None else TimestepSet.of(torch.as_tensor(description.timesteps).numpy())
     if isinstance(given, SchedulerMixin):
         wanted = steps or (len(listed) if listed is not None else 50)
-        scale = description.guidance_scale if description.unconditional else 1.0
+        scale = effective_scale(
+            description.guidance_scale, description.unconditional, description.conditioning, "Description"
+        )
         sampler = DiffusersSampler(given, wanted, description.unconditional, scale)
+        require_finite_walk(sampler)
         timesteps = sampler.timesteps
         if torch.as_tensor(description.example_inputs[description.timestep]).is_floating_point():
             timesteps = TimestepSet.of(timesteps.array.astype(np.float32))

@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from tfmq_export.bundle.pipeline_folder import is_pipeline
 from tfmq_export.errors import LoadError
-from tfmq_export.models.diffusers_model import TRANSFORMER, UNET, PromptSet, class_of
+from tfmq_export.models.diffusers_model import TRANSFORMER, UNET, class_of
+from tfmq_export.models.weights import require_finite, require_float_files, require_keys
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -29,44 +27,24 @@ def read_folder(root: Path) -> tuple[nn.Module, dict[str, Any]]:
     config = read_json(component / "config.json")
     name = str(config.get("_class_name"))
     known = class_of(name, component)
-    if not any(component.glob("diffusion_pytorch_model*.safetensors")):
+    files = sorted(component.glob("diffusion_pytorch_model*.safetensors"))
+    if not files:
         pickled = any(component.glob("*.bin"))
         why = "only pickled weights, which could run code" if pickled else f"no {WEIGHTS}"
         raise LoadError(f"{component}: {why}; save the model with save_pretrained(safe_serialization=True)")
     try:
-        model: nn.Module = known.from_pretrained(
-            component, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+        model, found = known.from_pretrained(
+            component, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise LoadError(f"{component}: cannot load {name}: {first_line(error)}") from error
+    require_keys(found["missing_keys"], found["unexpected_keys"], component)
+    require_float_files(files, model)
+    require_finite(model, component)
     for place in (root / "scheduler" / "scheduler_config.json", component / "scheduler_config.json"):
         if place.is_file():
             return model, read_json(place)
     raise LoadError(f"{root}: no scheduler_config.json beside the model or in scheduler/; copy it from the pipeline")
-
-
-def read_prompts(path: Path, guidance_scale: float | None) -> PromptSet:
-    """Read ``--conditioning``: ``NAME`` [examples, ...] and ``NAME.unconditional`` [...] for each input.
-
-    Args:
-        path: A safetensors file, or the conditioning.npz of a bundle.
-    Raises:
-        LoadError: the file is missing or of another format.
-    """
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
-        else:
-            arrays = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise LoadError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
-    suffix = ".unconditional"
-    return PromptSet(
-        {name: value for name, value in arrays.items() if not name.endswith(suffix)},
-        {name.removesuffix(suffix): value for name, value in arrays.items() if name.endswith(suffix)},
-        guidance_scale,
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

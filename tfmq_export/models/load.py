@@ -7,10 +7,11 @@ from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.bundle.pipeline_folder import is_pipeline
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.errors import ConfigError, LoadError
-from tfmq_export.models.diffusers_model import PromptSet, Sampling, denoiser_of
+from tfmq_export.models.diffusers_model import Sampling, denoiser_of
 from tfmq_export.models.factory import load_factory
-from tfmq_export.models.folder import read_folder, read_prompts
+from tfmq_export.models.folder import read_folder
 from tfmq_export.models.model_pt import read_checkpoint
+from tfmq_export.models.prompts import PromptSet, read_prompts
 
 DEFAULT_STEPS = 50
 

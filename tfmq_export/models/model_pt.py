@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.errors import LoadError
-from tfmq_export.models.diffusers_model import PromptSet, build
+from tfmq_export.models.diffusers_model import build
+from tfmq_export.models.prompts import PromptSet, read_stored
+from tfmq_export.models.weights import load_weights
 
 FORMAT = "tfmq-export model"
 VERSION = 1
@@ -56,26 +58,7 @@ def read_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any], PromptSet]:
         raise LoadError(f"{path}: lacks {', '.join(missing)}; pack it again with tfmq-pack")
     model = build(data["architecture"], data["config"], path)
     load_weights(model, data["state_dict"], path)
-    conditioning = data.get("conditioning") or {}
-    prompts = PromptSet(
-        conditioning.get("examples", {}), conditioning.get("unconditional", {}), conditioning.get("guidance_scale")
-    )
-    return model, data["scheduler"], prompts
-
-
-def load_weights(module: nn.Module, state: Any, path: Path) -> None:
-    """Put a state dict into a module, all of it.
-
-    Raises:
-        LoadError: keys or shapes differ.
-    """
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise LoadError(f"{path}: expected a state_dict of tensors")
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())[:300]
-        raise LoadError(f"{path}: these weights belong to another architecture: {detail}") from error
+    return model, data["scheduler"], read_stored(data.get("conditioning", {}), path)
 
 
 def write_checkpoint(path: Path, model: nn.Module, scheduler: dict[str, Any], prompts: PromptSet) -> None:

@@ -4,6 +4,7 @@ A model is trained on one noise schedule; several schedulers walk it. They diffe
 are the rows of the bundle's tables: so the scheduler is chosen when a model is compiled.
 """
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,6 @@ NAMED: Mapping[str, tuple[str, Mapping[str, object]]] = {
 """What ``--scheduler`` takes by name: a class, and options that it sets in the model's own configuration."""
 
 OWN = "own"
-_NOISE_SCHEDULE = frozenset({"num_train_timesteps", "beta_schedule", "trained_betas"})
 
 
 def choose_scheduler(config: Mapping[str, Any], choice: str | None, where: str) -> SchedulerMixin:
@@ -73,12 +73,25 @@ def _require_walkable(config: Mapping[str, Any], own: str, name: str, where: str
             raise ConfigError(f"{where}: trained by flow matching ({own}), which {name} cannot walk; use own or flow")
     elif name.startswith("FlowMatch"):
         raise ConfigError(f"{where}: trained on a noise schedule ({own}), not by flow matching; use ddim or another")
-    elif not _NOISE_SCHEDULE & config.keys():
-        raise ConfigError(f"{where}: no noise schedule that {name} can walk; pass a sampler with --factory")
+    elif not _has_noise_schedule(own, config):
+        raise ConfigError(
+            f"{where}: {own} has no noise schedule that {name} can walk (betas, one per timestep); use --scheduler "
+            "own, or pass a sampler with --factory"
+        )
 
 
 def _flows(name: str, config: Mapping[str, Any]) -> bool:
     return name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+
+
+def _has_noise_schedule(own: str, config: Mapping[str, Any]) -> bool:
+    """Whether there are betas, one per discrete timestep; consistency, EDM and continuous schedules have none."""
+    if config.get("timestep_type") == "continuous":
+        return False
+    if {"beta_schedule", "trained_betas"} & config.keys():
+        return True
+    known = getattr(diffusers, own, None)
+    return known is not None and "beta_schedule" in inspect.signature(known.__init__).parameters
 
 
 def _build_from_file(path: Path) -> SchedulerMixin:

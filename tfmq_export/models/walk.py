@@ -21,7 +21,7 @@ class DiffusersSampler:
     Attributes:
         scheduler: A template; every run works on its own copy.
         unconditional: The "no prompt" value of each conditioning input, [...] by name.
-        guidance_scale: 1 means a single conditional pass.
+        guidance_scale: 1 and less means a single conditional pass, as in diffusers' pipelines.
     """
 
     scheduler: SchedulerMixin
@@ -32,7 +32,7 @@ class DiffusersSampler:
     @property
     def walk(self) -> Tensor:
         """The timestep of each model call of a whole run, [calls]; warm-ups repeat some."""
-        calls: Tensor = self._fresh().timesteps
+        calls: Tensor = self.fresh().timesteps
         return calls
 
     def walk_from(self, strength: float) -> Tensor:
@@ -41,7 +41,7 @@ class DiffusersSampler:
         Raises:
             ConfigError: a strength that leaves no step, or a scheduler that cannot start there.
         """
-        scheduler = self._fresh()
+        scheduler = self.fresh()
         calls: Tensor = scheduler.timesteps[self._begin(scheduler, strength) :]
         return calls
 
@@ -53,7 +53,7 @@ class DiffusersSampler:
     @torch.no_grad()
     def __call__(self, denoise: Denoise, noise: Tensor, conditioning: Conditioning) -> Tensor:
         """Denoise ``noise`` [N, ...] to images, conditional and unconditional halves in one batch."""
-        scheduler = self._fresh()
+        scheduler = self.fresh()
         # Flow matching starts from the noise itself and has no such factor.
         return self._run(scheduler, 0, denoise, noise * getattr(scheduler, "init_noise_sigma", 1.0), conditioning)
 
@@ -68,7 +68,7 @@ class DiffusersSampler:
             noise: Standard normal, [N, ...].
             strength: Share of the walk, above 0 and up to 1; its last timesteps are visited, which the table holds.
         """
-        scheduler = self._fresh()
+        scheduler = self.fresh()
         begin = self._begin(scheduler, strength)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
@@ -77,7 +77,8 @@ class DiffusersSampler:
         sample = scheduler.add_noise(images, noise, start) if noisy is None else noisy(images, start, noise)
         return self._run(scheduler, begin, denoise, sample, conditioning)
 
-    def _fresh(self) -> Any:
+    def fresh(self) -> Any:
+        """A scheduler of one's own, set to the sampler's steps."""
         scheduler = copy.deepcopy(self.scheduler)
         try:
             scheduler.set_timesteps(self.steps)
@@ -99,7 +100,7 @@ class DiffusersSampler:
         options = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             options["generator"] = torch.Generator().manual_seed(0)
-        guided = self.guidance_scale != 1.0 and bool(self.unconditional)
+        guided = self.guidance_scale > 1 and bool(self.unconditional)
         if guided:
             conditioning = {
                 name: torch.cat([self.unconditional[name].expand(len(sample), *value.shape[1:]), value])
@@ -116,6 +117,25 @@ class DiffusersSampler:
             prediction = without_variance(prediction, sample, scheduler.config.get("variance_type"))
             sample = scheduler.step(prediction, timestep, sample, **options).prev_sample
         return sample
+
+
+def require_finite_walk(sampler: DiffusersSampler) -> None:
+    """Refuse a schedule that starts from pure noise with a model that predicts the noise: the first step divides by 0.
+
+    Raises:
+        ConfigError: says what to choose instead.
+    """
+    scheduler = sampler.fresh()
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None or scheduler.config.get("prediction_type", "epsilon") != "epsilon":
+        return
+    pure = [step for step in scheduler.timesteps.tolist() if float(alphas[int(step)]) <= 0]
+    if pure:
+        raise ConfigError(
+            f"{type(scheduler).__name__}: timestep {pure[0]:g} is pure noise (rescale_betas_zero_snr), where a "
+            "prediction of the noise says nothing about the image and the step divides by zero; use a model that "
+            "predicts v (v_prediction), or timestep_spacing leading"
+        )
 
 
 def without_variance(prediction: Tensor, sample: Tensor, variance_type: object) -> Tensor:
