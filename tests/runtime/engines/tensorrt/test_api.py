@@ -22,7 +22,7 @@ from tfmq_export.runtime.engines.tensorrt import cuda_driver
 from tfmq_export.runtime.engines.tensorrt import runner as trt_runner
 from tfmq_export.runtime.engines.tensorrt.building import child as trt_child
 
-GOLDEN = Path(__file__).parents[4] / "golden"
+GOLDEN = Path(__file__).parents[3] / "golden"
 FILES = (trt_child, trt_runner)
 RTX_CLASSES = {"IRuntimeCache"}
 RTX_MEMBERS = {
