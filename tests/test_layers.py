@@ -44,8 +44,8 @@ TOP = frozenset({"compiler", "cli"})
 ENGINES = {
     "onnxruntime": "runtime/engines/onnxruntime/runner.py",
     "openvino": "runtime/engines/openvino/runner.py",
-    "tensorrt": "runtime/engines/tensorrt/building/child.py",
-    "tensorrt_rtx": "runtime/engines/tensorrt/building/child.py",
+    "tensorrt": "runtime/engines/tensorrt/library.py",
+    "tensorrt_rtx": "runtime/engines/tensorrt/library.py",
 }
 HEAVY = (
     "torch",
@@ -140,6 +140,15 @@ def test_each_engine_has_a_file_of_its_own() -> None:
         if part(path) == "runtime":
             for engine in imports_of(path) & (ENGINES.keys() | {"openvino"}):
                 assert place(path) == ENGINES[engine]
+
+
+def test_what_builds_engines_stands_apart_from_what_runs_them() -> None:
+    building = "tfmq_export.runtime.engines.tensorrt.building"
+
+    users = {place(path) for path in sources() if any(name.startswith(building) for name in imports_of(path))}
+
+    outside = {user for user in users if "/building/" not in user and user.partition("/")[0] not in TOP}
+    assert outside == {"runtime/engines/tensorrt/receipt.py"}
 
 
 def test_nobody_imports_the_top() -> None:

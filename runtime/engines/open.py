@@ -2,19 +2,18 @@
 
 import importlib.util
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from tfmq_export.bundle.manifest import Bundle, EngineInfo
+from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
 from tfmq_export.runtime.engines.onnxruntime import runner as ort_runner
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
 from tfmq_export.runtime.engines.openvino import runner as openvino_runner
 from tfmq_export.runtime.engines.openvino.runner import OpenVinoRunner
-from tfmq_export.runtime.engines.tensorrt.building.child import FLAVOURS
+from tfmq_export.runtime.engines.tensorrt.choose import EngineHost, choose_engine
 from tfmq_export.runtime.engines.tensorrt.cuda_driver import CudaDevice, has_gpu
-from tfmq_export.runtime.engines.tensorrt.runner import TrtRunner, import_tensorrt
+from tfmq_export.runtime.engines.tensorrt.library import FLAVOURS, import_tensorrt
+from tfmq_export.runtime.engines.tensorrt.runner import TrtRunner
 from tfmq_export.runtime.runner import Runner
 from tfmq_export.target import Target, find_target
 
@@ -32,45 +31,6 @@ def require_engine(target: Target) -> None:
             f"{target.name}: TensorRT-RTX is not installed, whose engine proves without a GPU what runs in int8; "
             "pip install 'tfmq-export[tensorrt-rtx]'"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class EngineHost:
-    """What decides whether an engine runs here.
-
-    Attributes:
-        flavour: The library asked for, "tensorrt" or "tensorrt-rtx".
-        version: Of that library.
-        capability: Compute capability of the GPU, such as 89.
-    """
-
-    flavour: str
-    version: str
-    capability: int
-
-    def why_not(self, engine: EngineInfo) -> str:
-        """The reason why an engine cannot run here; empty where it can."""
-        if engine.flavour != self.flavour:
-            return f"for {FLAVOURS[engine.flavour]}"
-        if engine.version != self.version:
-            return f"of {FLAVOURS[engine.flavour]} {engine.version}, {self.version} is installed"
-        if self.capability not in engine.compute_capabilities:
-            built = ", ".join(map(str, engine.compute_capabilities))
-            return f"for SM {built}, this GPU is SM {self.capability}"
-        return ""
-
-
-def choose_engine(engines: Sequence[EngineInfo], host: EngineHost) -> EngineInfo:
-    """The engine built for the fewest other GPUs among those that run here.
-
-    Raises:
-        ConfigError: there is none, with the reason for each.
-    """
-    fitting = [each for each in engines if not host.why_not(each)]
-    if fitting:
-        return min(fitting, key=lambda each: len(each.compute_capabilities))
-    reasons = "; ".join(f"{Path(each.file).name}: {host.why_not(each)}" for each in engines) or "none was built"
-    raise ConfigError(f"no engine of this bundle runs here ({reasons}); build one with tfmq-build")
 
 
 def open_graph(

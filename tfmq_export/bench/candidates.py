@@ -11,7 +11,7 @@ from tfmq_export.bench.peers import nncf_quantize, quantize_static
 from tfmq_export.bench.workshop import Workshop
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import ConfigError, DependencyError
-from tfmq_export.runtime.engines.tensorrt.building.child import FLAVOURS
+from tfmq_export.runtime.engines.tensorrt.library import FLAVOURS
 from tfmq_export.target import find_target
 
 TWIN = "twin"

@@ -26,8 +26,7 @@ from tfmq_export.runtime.engines.onnxruntime.runner import version as ort_versio
 from tfmq_export.runtime.engines.open import engine_version
 from tfmq_export.runtime.engines.openvino.runner import OpenVinoRunner
 from tfmq_export.runtime.engines.openvino.runner import version as openvino_version
-from tfmq_export.runtime.engines.tensorrt.building.child import FLAVOURS
-from tfmq_export.runtime.engines.tensorrt.runner import import_tensorrt
+from tfmq_export.runtime.engines.tensorrt.library import FLAVOURS, import_tensorrt
 from tfmq_export.runtime.measure.benchmark import peak_rss_bytes, rss_bytes
 from tfmq_export.runtime.runner import ReportsSettings, Runner, one_line
 from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample

@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX engines, opened from a file.
 
-The library is imported in one place, ``building.child.load``; what runs is ``EngineSession``, one per thread.
+What runs is ``EngineSession``, one per thread.
 """
 
 import contextlib
@@ -16,14 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.bundle.write import replaced_file
-from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
+from tfmq_export.errors import BuildError, ConfigError, LoadError
 from tfmq_export.runtime.engines.tensorrt.api import ICudaEngine, IRuntimeCache, IRuntimeConfig, Runtime
-from tfmq_export.runtime.engines.tensorrt.building.child import FLAVOURS, RefusedError, recorder
-from tfmq_export.runtime.engines.tensorrt.building.child import load as load_library
-from tfmq_export.runtime.engines.tensorrt.building.profile import ShapeRange
 from tfmq_export.runtime.engines.tensorrt.cuda_driver import CudaDevice
+from tfmq_export.runtime.engines.tensorrt.library import FLAVOURS, import_tensorrt, recorder
 from tfmq_export.runtime.engines.tensorrt.session import EngineSession
-from tfmq_export.runtime.engines.tensorrt.tensors import EngineTensors
+from tfmq_export.runtime.engines.tensorrt.tensors import EngineTensors, ShapeRange
 from tfmq_export.runtime.runner import one_line
 
 _log = logging.getLogger(__name__)
@@ -63,7 +61,7 @@ class TrtRunner:
             raise LoadError(f"{engine_path}: no such engine; build it with tfmq-build")
         trt = import_tensorrt(flavour)
         self._path = engine_path
-        self._device = device if isinstance(device, CudaDevice) else CudaDevice(device)
+        self._device = CudaDevice(device) if isinstance(device, int) else device
         self._cuda_graphs = cuda_graphs
         self._own_graphs = flavour == "tensorrt"
         self._messages: deque[str] = deque(maxlen=8)
@@ -210,20 +208,6 @@ class TrtRunner:
 
     def _said(self) -> str:
         return "; ".join(list(self._messages)[-2:]) or "it gave no reason"
-
-
-def import_tensorrt(flavour: str) -> Any:
-    """The library's module.
-
-    Raises:
-        DependencyError: it is not installed, or does not load.
-    """
-    try:
-        return load_library(flavour)
-    except RefusedError as refusal:
-        raise DependencyError(
-            f"{FLAVOURS[flavour]} is not installed ({refusal.lines[0]}); pip install 'tfmq-export[{flavour}]'"
-        ) from refusal
 
 
 def _tensors(trt: Any, engine: ICudaEngine, path: Path) -> EngineTensors:

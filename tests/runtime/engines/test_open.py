@@ -13,9 +13,10 @@ from tfmq_export.runtime import load
 from tfmq_export.runtime.engines import open as engines
 from tfmq_export.runtime.engines.onnxruntime import runner as ort_runner
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
-from tfmq_export.runtime.engines.open import EngineHost, choose_engine, open_runner
+from tfmq_export.runtime.engines.open import open_runner
 from tfmq_export.runtime.engines.openvino import runner as openvino_runner
 from tfmq_export.runtime.engines.openvino.runner import OpenVinoRunner
+from tfmq_export.runtime.engines.tensorrt.choose import EngineHost, choose_engine
 from tfmq_export.runtime.engines.tensorrt.cuda_driver import has_gpu
 
 pytest.importorskip("openvino")
