@@ -173,6 +173,7 @@ def test_the_command_line_loads_nothing_heavy_before_it_must() -> None:
     [
         ("tfmq_export", HEAVY),
         ("tfmq_export.runtime", HEAVY),
+        ("tfmq_export.runtime.loaded", (*HEAVY, "tensorrt_rtx", "tfmq_export.runtime.engines.tensorrt.building")),
         ("tfmq_export.runtime.engines.tensorrt.receipt", HEAVY),
         ("tfmq_export.gate.plugin", (*HEAVY, "numpy")),
         ("tfmq_export.gate.checks", HEAVY),

@@ -1,5 +1,6 @@
 """TensorRT and TensorRT-RTX; the only file that imports them, for what runs engines and for what builds them."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,11 @@ from tfmq_export.errors import DependencyError
 
 FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 """Names of the libraries by what picks them."""
+
+MISSING = (
+    "{target}: TensorRT-RTX is not installed, whose engine proves without a GPU what runs in int8; "
+    "pip install 'tfmq-export[tensorrt-rtx]'"
+)
 
 
 def import_tensorrt(flavour: str) -> Any:
@@ -27,6 +33,16 @@ def import_tensorrt(flavour: str) -> Any:
         raise DependencyError(
             f"{FLAVOURS[flavour]} is not installed ({error}); pip install 'tfmq-export[{flavour}]'"
         ) from error
+
+
+def version(flavour: str) -> str:
+    """Version of the installed library."""
+    return str(import_tensorrt(flavour).__version__)
+
+
+def can_prove() -> bool:
+    """Whether TensorRT-RTX is here, which receipts need; it is not loaded, which takes its time."""
+    return importlib.util.find_spec("tensorrt_rtx") is not None
 
 
 def recorder(trt: Any, write: Callable[[str, str], None]) -> Any:

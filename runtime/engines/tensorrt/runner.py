@@ -15,14 +15,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from tfmq_export.bundle.manifest import Bundle, EngineInfo
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.errors import BuildError, ConfigError, LoadError
 from tfmq_export.runtime.engines.tensorrt.api import ICudaEngine, IRuntimeCache, IRuntimeConfig, Runtime
+from tfmq_export.runtime.engines.tensorrt.choose import EngineHost, choose_engine
 from tfmq_export.runtime.engines.tensorrt.cuda_driver import CudaDevice
-from tfmq_export.runtime.engines.tensorrt.library import FLAVOURS, import_tensorrt, recorder
+from tfmq_export.runtime.engines.tensorrt.library import FLAVOURS, import_tensorrt, recorder, version
 from tfmq_export.runtime.engines.tensorrt.session import EngineSession
 from tfmq_export.runtime.engines.tensorrt.tensors import EngineTensors, ShapeRange
-from tfmq_export.runtime.runner import one_line
+from tfmq_export.runtime.runner import GraphRequest, one_line
 
 _log = logging.getLogger(__name__)
 
@@ -208,6 +210,40 @@ class TrtRunner:
 
     def _said(self) -> str:
         return "; ".join(list(self._messages)[-2:]) or "it gave no reason"
+
+
+def open_graph(request: GraphRequest) -> TrtRunner:
+    """Open the engine built from one graph of a bundle that runs on this machine's first GPU.
+
+    Raises:
+        ConfigError: none was built for it, or reference numerics are asked for.
+        DependencyError: the library is not installed, or there is no GPU.
+        LoadError: the engine is missing or altered.
+        BuildError: the library refuses it.
+    """
+    graph, flavour, bundle = request.graph, request.backend, request.bundle
+    if not request.integer:
+        raise ConfigError(f"{flavour} has no reference numerics; use the onnxruntime backend")
+    engines = [] if bundle is None else _built_from(graph, bundle)
+    if bundle is None or not any(each.flavour == flavour for each in engines):
+        raise ConfigError(f"{graph}: no engine for {FLAVOURS[flavour]} was built from it; build one with tfmq-build")
+    installed = version(flavour)
+    device = CudaDevice()
+    try:
+        chosen = choose_engine(engines, EngineHost(flavour, installed, device.capability))
+        path = bundle.root / chosen.file
+        # Comparing sizes costs nothing; a hash, which ``load(verify=True)`` compares, reads the whole file.
+        if path.is_file() and path.stat().st_size != chosen.size:
+            raise LoadError(f"{path}: {path.stat().st_size} bytes, the manifest says {chosen.size}; build it again")
+        return TrtRunner(path, flavour=flavour, device=device)
+    except BaseException:
+        device.close()
+        raise
+
+
+def _built_from(graph: Path, bundle: Bundle) -> list[EngineInfo]:
+    name = graph.relative_to(bundle.root).as_posix()
+    return [each for each in bundle.manifest.engines if each.graph == name]
 
 
 def _tensors(trt: Any, engine: ICudaEngine, path: Path) -> EngineTensors:
