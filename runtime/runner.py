@@ -1,11 +1,35 @@
 """What every engine offers: named arrays in, named arrays out."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tfmq_export.bundle.manifest import Bundle
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRequest:
+    """A graph, and how it is to run.
+
+    Attributes:
+        backend: The name that the engine was asked for by.
+        threads: Of one inference on a CPU; None leaves the choice to the engine.
+        integer: False gives the reference numerics: the same graph computed in floating point.
+        precision: What computes where nothing is quantized, on an engine that leaves it open; None takes its usual.
+        bundle: Which the graph lies in, for engines that run what was built from it.
+    """
+
+    graph: Path
+    backend: str
+    threads: int | None = None
+    integer: bool = True
+    precision: str | None = None
+    bundle: Bundle | None = None
 
 
 class Runner(Protocol):

@@ -44,8 +44,8 @@ TOP = frozenset({"compiler", "cli"})
 ENGINES = {
     "onnxruntime": "runtime/engines/onnxruntime/runner.py",
     "openvino": "runtime/engines/openvino/runner.py",
-    "tensorrt": "runtime/engines/tensorrt/building/child.py",
-    "tensorrt_rtx": "runtime/engines/tensorrt/building/child.py",
+    "tensorrt": "runtime/engines/tensorrt/library.py",
+    "tensorrt_rtx": "runtime/engines/tensorrt/library.py",
 }
 HEAVY = (
     "torch",
@@ -142,6 +142,15 @@ def test_each_engine_has_a_file_of_its_own() -> None:
                 assert place(path) == ENGINES[engine]
 
 
+def test_what_builds_engines_stands_apart_from_what_runs_them() -> None:
+    building = "tfmq_export.runtime.engines.tensorrt.building"
+
+    users = {place(path) for path in sources() if any(name.startswith(building) for name in imports_of(path))}
+
+    outside = {user for user in users if "/building/" not in user and user.partition("/")[0] not in TOP}
+    assert outside == {"runtime/engines/tensorrt/receipt.py"}
+
+
 def test_nobody_imports_the_top() -> None:
     # cli calls the compiler, and the package offers it lazily.
     allowed = {"cli/export.py": {"compiler"}, "__init__.py": {"compiler"}}
@@ -164,6 +173,7 @@ def test_the_command_line_loads_nothing_heavy_before_it_must() -> None:
     [
         ("tfmq_export", HEAVY),
         ("tfmq_export.runtime", HEAVY),
+        ("tfmq_export.runtime.loaded", (*HEAVY, "tensorrt_rtx", "tfmq_export.runtime.engines.tensorrt.building")),
         ("tfmq_export.runtime.engines.tensorrt.receipt", HEAVY),
         ("tfmq_export.gate.plugin", (*HEAVY, "numpy")),
         ("tfmq_export.gate.checks", HEAVY),

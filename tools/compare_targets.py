@@ -33,8 +33,9 @@ from tfmq_export.proof.served import bundle_denoise
 from tfmq_export.proof.simulate import Simulation
 from tfmq_export.proof.validate import Subject, as_images
 from tfmq_export.ptq.walk.calibration import record
+from tfmq_export.runtime.engines.openvino.receipt import realized_on_openvino
 from tfmq_export.runtime.engines.openvino.runner import OpenVinoRunner
-from tfmq_export.runtime.engines.realized import realized_by_target, realized_on_openvino
+from tfmq_export.runtime.engines.realized import realized_by_target
 from tfmq_export.runtime.loaded import LoadedBundle
 from tfmq_export.runtime.loaded import load as load_bundle
 from tfmq_export.runtime.measure.compare import psnr

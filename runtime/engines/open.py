@@ -1,76 +1,24 @@
-"""Which engine runs a bundle."""
+"""Which engine runs a graph: the one asked for by name, else its target's, else ONNX Runtime."""
 
-import importlib.util
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from tfmq_export.bundle.manifest import Bundle, EngineInfo
-from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
-from tfmq_export.runtime.engines.onnxruntime import runner as ort_runner
-from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
-from tfmq_export.runtime.engines.openvino import runner as openvino_runner
-from tfmq_export.runtime.engines.openvino.runner import OpenVinoRunner
-from tfmq_export.runtime.engines.tensorrt.building.child import FLAVOURS
-from tfmq_export.runtime.engines.tensorrt.cuda_driver import CudaDevice, has_gpu
-from tfmq_export.runtime.engines.tensorrt.runner import TrtRunner, import_tensorrt
-from tfmq_export.runtime.runner import Runner
+from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.errors import BuildError, ConfigError, DependencyError
+from tfmq_export.runtime.engines.table import ENGINES, FALLBACK, engine_named
+from tfmq_export.runtime.engines.tensorrt.cuda_driver import has_gpu
+from tfmq_export.runtime.runner import GraphRequest, Runner
 from tfmq_export.target import Target, find_target
-
-BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "openvino", *FLAVOURS)
 
 _log = logging.getLogger(__name__)
 
 
 def require_engine(target: Target) -> None:
     """Raise DependencyError now if a target's engine is missing, not after an hour of quantizing."""
-    if target.engine == "openvino":
-        openvino_runner.version()
-    if target.engine == "tensorrt" and importlib.util.find_spec("tensorrt_rtx") is None:
-        raise DependencyError(
-            f"{target.name}: TensorRT-RTX is not installed, whose engine proves without a GPU what runs in int8; "
-            "pip install 'tfmq-export[tensorrt-rtx]'"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class EngineHost:
-    """What decides whether an engine runs here.
-
-    Attributes:
-        flavour: The library asked for, "tensorrt" or "tensorrt-rtx".
-        version: Of that library.
-        capability: Compute capability of the GPU, such as 89.
-    """
-
-    flavour: str
-    version: str
-    capability: int
-
-    def why_not(self, engine: EngineInfo) -> str:
-        """The reason why an engine cannot run here; empty where it can."""
-        if engine.flavour != self.flavour:
-            return f"for {FLAVOURS[engine.flavour]}"
-        if engine.version != self.version:
-            return f"of {FLAVOURS[engine.flavour]} {engine.version}, {self.version} is installed"
-        if self.capability not in engine.compute_capabilities:
-            built = ", ".join(map(str, engine.compute_capabilities))
-            return f"for SM {built}, this GPU is SM {self.capability}"
-        return ""
-
-
-def choose_engine(engines: Sequence[EngineInfo], host: EngineHost) -> EngineInfo:
-    """The engine built for the fewest other GPUs among those that run here.
-
-    Raises:
-        ConfigError: there is none, with the reason for each.
-    """
-    fitting = [each for each in engines if not host.why_not(each)]
-    if fitting:
-        return min(fitting, key=lambda each: len(each.compute_capabilities))
-    reasons = "; ".join(f"{Path(each.file).name}: {host.why_not(each)}" for each in engines) or "none was built"
-    raise ConfigError(f"no engine of this bundle runs here ({reasons}); build one with tfmq-build")
+    engine = ENGINES[target.engine]
+    if not engine.installed():
+        raise DependencyError(engine.missing.format(target=target.name))
 
 
 def open_graph(
@@ -85,53 +33,25 @@ def open_graph(
     """Open one graph of a bundle: an engine built from it, or the graph itself.
 
     Args:
-        backend: As in ``open_runner``, and "tensorrt" or "tensorrt-rtx" for an engine. "auto" takes an engine where
-            one runs here.
-        precision: What OpenVINO computes in where nothing is quantized: "f32" if None.
+        backend: As in ``open_runner``, or one that runs what was built from the graph, which "auto" takes where some
+            of it runs here.
+        precision: As in ``open_runner``.
     Raises:
         ConfigError: no such backend, or no engine that runs here.
         LoadError: the engine is missing or altered.
         DependencyError: what was asked for by name is not installed, or there is no GPU.
     """
-    if backend in FLAVOURS:
-        if not integer:
-            raise ConfigError(f"{backend} has no reference numerics; use the onnxruntime backend")
-        return open_engine(bundle, graph, backend)
-    target = find_target(bundle.manifest.target)
-    if backend == "auto" and integer and target.engine == "tensorrt":
+    target, request = bundle.manifest.target, GraphRequest(graph, backend, threads, integer, precision, bundle)
+    if backend != "auto" and engine_named(backend).built:
+        return engine_named(backend).open_graph(request)
+    own = ENGINES[find_target(target).engine]
+    if backend == "auto" and integer and own.built:
         for flavour in dict.fromkeys(each.flavour for each in bundle.manifest.engines):
             try:
-                return open_engine(bundle, graph, flavour)
+                return own.open_graph(replace(request, backend=flavour))
             except (ConfigError, DependencyError, BuildError) as error:
                 _log.warning("%s: on ONNX Runtime, in floating point: %s", graph, error)
-    return open_runner(graph, target.name, backend, threads=threads, integer=integer, precision=precision)
-
-
-def open_engine(bundle: Bundle, graph: Path, flavour: str) -> TrtRunner:
-    """Open the engine built from one graph of a bundle that runs on this machine's first GPU.
-
-    Raises:
-        ConfigError: none was built for it.
-        DependencyError: the library is not installed, or there is no GPU.
-        LoadError: the engine is missing or altered.
-        BuildError: the library refuses it.
-    """
-    name = graph.relative_to(bundle.root).as_posix()
-    engines = [each for each in bundle.manifest.engines if each.graph == name]
-    if not any(each.flavour == flavour for each in engines):
-        raise ConfigError(f"{graph}: no engine for {FLAVOURS[flavour]} was built from it; build one with tfmq-build")
-    version = str(import_tensorrt(flavour).__version__)
-    device = CudaDevice()
-    try:
-        chosen = choose_engine(engines, EngineHost(flavour, version, device.capability))
-        path = bundle.root / chosen.file
-        # Comparing sizes costs nothing; a hash, which ``load(verify=True)`` compares, reads the whole file.
-        if path.is_file() and path.stat().st_size != chosen.size:
-            raise LoadError(f"{path}: {path.stat().st_size} bytes, the manifest says {chosen.size}; build it again")
-        return TrtRunner(path, flavour=flavour, device=device)
-    except BaseException:
-        device.close()
-        raise
+    return open_runner(graph, target, backend, threads=threads, integer=integer, precision=precision)
 
 
 def open_runner(
@@ -147,42 +67,43 @@ def open_runner(
 
     Args:
         target: Name of the target the graph was compiled for.
-        backend: "onnxruntime", "onnxruntime-cuda", "openvino", or "auto": the engine the graph was compiled for where
-            it is installed, else ONNX Runtime, which computes the same numbers, if not in integers. Reference numerics
-            are always ONNX Runtime's under "auto".
+        backend: A name in ``ENGINES``, or "auto": the engine the graph was compiled for where it is installed, else
+            ONNX Runtime, which computes the same numbers, if not in integers. Reference numerics are always ONNX
+            Runtime's under "auto".
         threads: Of one inference; None leaves the choice to the engine.
         integer: False gives the reference numerics: the same graph computed in floating point.
-        precision: What OpenVINO computes in where nothing is quantized: "f32" if None.
+        precision: What computes where nothing is quantized, on an engine that leaves it open.
     Raises:
         ConfigError: no such backend, or one that does not compute this target's graphs rightly.
         DependencyError: a backend asked for by name is not installed, or ONNX Runtime where nothing else is.
     """
-    if backend not in BACKENDS or backend in FLAVOURS:
-        raise ConfigError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        backend = "onnxruntime-cuda" if target == "ort-cuda" and has_gpu() else "onnxruntime"
-        if integer and find_target(target).engine == "openvino":
-            if openvino_runner.is_installed():
-                backend = "openvino"
-            else:
-                _log.warning("%s was compiled for openvino, which is not installed; on ONNX Runtime", graph)
-    if backend == "openvino" and find_target(target).engine != "openvino":
-        # Seen with 2026.4: some of its quantized outputs come out as zeros there, without a word.
+    made_for = find_target(target)
+    backend = _usual_backend(graph, made_for, integer) if backend == "auto" else backend
+    engine = engine_named(backend, built=False)
+    if target not in engine.targets:
         raise ConfigError(
-            f"{graph}: compiled for {target}; OpenVINO computes such a graph wrongly; compile it with --target openvino"
+            f"{graph}: compiled for {target}; {engine.title} computes such a graph wrongly; "
+            f"compile it with --target {' or '.join(engine.targets)}"
         )
-    if backend == "openvino":
-        return OpenVinoRunner(graph, threads=threads, integer=integer, precision=precision or "f32")
-    if precision is not None:
-        raise ConfigError(f"precision {precision!r} is OpenVINO's option; {backend} computes in the graph's own types")
-    # A TensorRT graph's integers are the GPU's; here it gives its reference numerics.
-    integer = integer and find_target(target).engine != "tensorrt"
-    provider = "cuda" if backend == "onnxruntime-cuda" else "cpu"
-    return OrtRunner(graph, threads=threads, integer=integer, provider=provider)
+    if precision is not None and not engine.precisions:
+        takers = " and ".join(each.title for each in ENGINES.values() if each.precisions)
+        raise ConfigError(f"precision {precision!r} is {takers}'s option; {backend} computes in the graph's own types")
+    # The integers of what is built from a graph are the GPU's; the graph itself gives its reference numerics.
+    integer = integer and not ENGINES[made_for.engine].built
+    return engine.open_graph(GraphRequest(graph, backend, threads, integer, precision))
 
 
 def engine_version(target: str) -> str:
     """Name and version of the engine that ``open_runner`` takes for a target."""
-    if find_target(target).engine == "openvino" and openvino_runner.is_installed():
-        return f"openvino {openvino_runner.version()}"
-    return f"onnxruntime {ort_runner.version()}"
+    own = ENGINES[find_target(target).engine]
+    engine = own if not own.built and own.installed() else ENGINES[FALLBACK]
+    return f"{engine.name} {engine.versions[engine.name]()}"
+
+
+def _usual_backend(graph: Path, target: Target, integer: bool) -> str:
+    own = ENGINES[target.engine]
+    if integer and not own.built and own.name != FALLBACK:
+        if own.installed():
+            return own.name
+        _log.warning("%s was compiled for %s, which is not installed; on ONNX Runtime", graph, own.name)
+    return "onnxruntime-cuda" if target.name == "ort-cuda" and has_gpu() else FALLBACK

@@ -1,31 +1,13 @@
 """Requested against realized precision, by whichever engine a bundle was compiled for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tfmq_export.bundle.manifest import Bundle, LayerInfo
 from tfmq_export.errors import ConfigError
-from tfmq_export.runtime.engines.onnxruntime.receipt import realized_on_ort
-from tfmq_export.runtime.engines.openvino.receipt import realized_on_openvino
-from tfmq_export.runtime.engines.tensorrt.receipt import build_options, realized_on_tensorrt
-from tfmq_export.runtime.measure.receipt import LayerReceipt, Receipt, total_macs
+from tfmq_export.runtime.engines.table import ENGINES
+from tfmq_export.runtime.measure.receipt import Receipt, total_macs
 from tfmq_export.target import find_target
-
-__all__ = [
-    "LayerReceipt",
-    "Receipt",
-    "realized",
-    "realized_by_target",
-    "realized_on_openvino",
-    "realized_on_ort",
-    "realized_on_tensorrt",
-]
-
-_ENGINES: Mapping[str, Callable[..., Receipt]] = {
-    "onnxruntime": realized_on_ort,
-    "openvino": realized_on_openvino,
-    "tensorrt": realized_on_tensorrt,
-}
 
 
 def realized(
@@ -37,26 +19,21 @@ def realized(
 
     Args:
         requested: The layers and the precision asked for.
-        engine: "onnxruntime", "openvino" or "tensorrt".
+        engine: A name in ``ENGINES``.
         macs: Multiply-accumulates of the whole model; the sum over ``requested`` if None.
     Raises:
         ConfigError: no such engine.
         DependencyError: the engine is not installed.
         BuildError: the engine refuses the graph.
     """
-    if engine not in _ENGINES:
-        raise ConfigError(f"there is no receipt for engine {engine!r}; there is {', '.join(_ENGINES)}")
-    receipt_of, total = _ENGINES[engine], total_macs(requested, macs)
+    if engine not in ENGINES:
+        raise ConfigError(f"there is no receipt for engine {engine!r}; there is {', '.join(ENGINES)}")
+    receipt_of, total = ENGINES[engine].receipt, total_macs(requested, macs)
     info = model.manifest.prologue if isinstance(model, Bundle) else None
     if not isinstance(model, Bundle) or info is None or model.prologue is None:
         return receipt_of(model, requested, macs=total)
-    moved = [layer for layer in requested if layer.name in info.layers]
-    stayed = [layer for layer in requested if layer.name not in info.layers]
-    once = receipt_of(model.prologue, moved, macs=total)
-    if engine == "tensorrt":
-        each = realized_on_tensorrt(model.model, stayed, options=build_options(model.manifest), macs=total)
-    else:
-        each = receipt_of(model.model, stayed, macs=total)
+    once = receipt_of(model.prologue, [layer for layer in requested if layer.name in info.layers], macs=total)
+    each = receipt_of(model, [layer for layer in requested if layer.name not in info.layers], macs=total)
     rows = {row.layer.name: row for row in (*once.rows, *each.rows)}
     return Receipt(tuple(rows[layer.name] for layer in requested), once.strays + each.strays, total)
 

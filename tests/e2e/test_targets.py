@@ -28,8 +28,10 @@ from tfmq_export.errors import BuildError, PrecisionError
 from tfmq_export.models.load import Source
 from tfmq_export.proof.validate import Subject, Validation, validate
 from tfmq_export.recipe.recipe import TableType
-from tfmq_export.runtime.engines.realized import realized_by_target, realized_on_openvino, realized_on_tensorrt
+from tfmq_export.runtime.engines.openvino.receipt import realized_on_openvino
+from tfmq_export.runtime.engines.realized import realized_by_target
 from tfmq_export.runtime.engines.tensorrt.building.build import BuildOptions
+from tfmq_export.runtime.engines.tensorrt.receipt import realized_on_tensorrt
 from tfmq_export.runtime.measure.receipt import Receipt
 
 NO_GATE = Thresholds(psnr=-100, sqnr=-100)  # few images of a hasty recipe; agreement stays at 40 dB

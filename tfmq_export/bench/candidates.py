@@ -11,7 +11,7 @@ from tfmq_export.bench.peers import nncf_quantize, quantize_static
 from tfmq_export.bench.workshop import Workshop
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import ConfigError, DependencyError
-from tfmq_export.runtime.engines.tensorrt.building.child import FLAVOURS
+from tfmq_export.runtime.engines.table import ENGINES, engine_named
 from tfmq_export.target import find_target
 
 TWIN = "twin"
@@ -138,7 +138,7 @@ def _backend_of(bundle: Bundle, backend: str) -> str:
     if not known:
         return backend
     built = {engine.flavour for engine in bundle.manifest.engines}
-    runnable = [name for name in known if name not in FLAVOURS or name in built]
+    runnable = [name for name in known if not engine_named(name).built or name in built]
     if backend == "auto" and runnable:
         return runnable[0]
     if backend in runnable:
@@ -152,8 +152,9 @@ def _backend_of(bundle: Bundle, backend: str) -> str:
 def _gpu_backends(bundle: Bundle) -> tuple[str, ...]:
     """What runs a bundle on a GPU, the first choice first; nothing for CPU targets."""
     target = find_target(bundle.manifest.target)
-    if target.engine == "tensorrt":
-        return tuple(sorted(FLAVOURS, key=lambda flavour: flavour != target.name))
+    engine = ENGINES[target.engine]
+    if engine.built:
+        return tuple(sorted(engine.versions, key=lambda flavour: flavour != target.name))
     return () if target.integers else ("onnxruntime-cuda",)
 
 

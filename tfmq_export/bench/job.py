@@ -31,8 +31,8 @@ class Job:
         sample: Name of the sample input.
         timestep: Name of the timestep input.
         threads: Of one inference.
-        backend: Of a bundle as ``runtime.load`` takes it; of a graph "onnxruntime" or "openvino".
-        precision: What OpenVINO computes in where a graph says float.
+        backend: Of a bundle as ``runtime.load`` takes it; of a graph by name.
+        precision: What computes where a graph says float, on an engine that leaves it open.
         scalar_timestep: Whether a graph takes the timestep as a number, not one per sample.
         source: Fields of ``models.load.Source``, for torch.
         sampling: Time whole sampling runs; None times single calls.

@@ -21,15 +21,10 @@ from numpy.typing import NDArray
 
 from tfmq_export.bench.job import Job, Ready, Turn
 from tfmq_export.bundle import manifest as bundle
-from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
-from tfmq_export.runtime.engines.onnxruntime.runner import version as ort_version
 from tfmq_export.runtime.engines.open import engine_version
-from tfmq_export.runtime.engines.openvino.runner import OpenVinoRunner
-from tfmq_export.runtime.engines.openvino.runner import version as openvino_version
-from tfmq_export.runtime.engines.tensorrt.building.child import FLAVOURS
-from tfmq_export.runtime.engines.tensorrt.runner import import_tensorrt
+from tfmq_export.runtime.engines.table import engine_named
 from tfmq_export.runtime.measure.benchmark import peak_rss_bytes, rss_bytes
-from tfmq_export.runtime.runner import ReportsSettings, Runner, one_line
+from tfmq_export.runtime.runner import GraphRequest, ReportsSettings, Runner, one_line
 from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample
 
 Denoise = Callable[..., NDArray[Any]]
@@ -169,12 +164,8 @@ def import_libraries(job: Job) -> None:
         torch.set_num_interop_threads(1)
     elif job.kind == "bundle" and job.backend == "auto":
         engine_version(bundle.open_bundle(Path(job.path)).manifest.target)
-    elif job.backend == "openvino":
-        openvino_version()
-    elif job.backend in FLAVOURS:
-        import_tensorrt(job.backend)
     else:
-        ort_version()
+        engine_named(job.backend).versions[job.backend]()
 
 
 def open_candidate(job: Job, meter: Meter) -> Opened:
@@ -195,11 +186,8 @@ def open_bundle(job: Job, meter: Meter) -> Opened:
 
 def open_graph(job: Job, meter: Meter) -> Opened:
     """A graph file on the same engine, with the same options, as a bundle's."""
-    runner: Runner
-    if job.backend == "openvino":
-        runner = OpenVinoRunner(Path(job.path), threads=job.threads, precision=job.precision)
-    else:
-        runner = OrtRunner(Path(job.path), threads=job.threads)
+    request = GraphRequest(Path(job.path), job.backend, threads=job.threads, precision=job.precision)
+    runner = engine_named(job.backend).open_graph(request)
     infer = meter.timed(runner.infer)
     with np.load(job.inputs, allow_pickle=False) as arrays:
         dtype = arrays[job.timestep].dtype

@@ -11,9 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
-from tfmq_export.runtime.runner import one_line
+from tfmq_export.runtime.runner import GraphRequest, one_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+BACKENDS = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
+"""Provider by the name that it is asked for by."""
+
+MISSING = "onnxruntime is not installed; pip install onnxruntime"
 
 IDLE_BUFFERS = 8
 """Sets of device buffers that wait for their next use."""
@@ -176,6 +181,12 @@ class DeviceBuffers:
         return shapes, binding, inputs
 
 
+def open_graph(request: GraphRequest) -> OrtRunner:
+    """Open a graph on the provider asked for."""
+    provider = BACKENDS[request.backend]
+    return OrtRunner(request.graph, threads=request.threads, integer=request.integer, provider=provider)
+
+
 def version() -> str:
     """Version of the installed ONNX Runtime."""
     return str(_onnxruntime().__version__)
@@ -185,7 +196,7 @@ def _onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise DependencyError("onnxruntime is not installed; pip install onnxruntime") from error
+        raise DependencyError(MISSING) from error
     module: ModuleType = onnxruntime
     return module
 

@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
-from tfmq_export.runtime.runner import one_line
+from tfmq_export.runtime.runner import GraphRequest, one_line
 
 PRECISIONS = ("f32", "bf16", "f16")
 """What may compute the layers that are not quantized; a CPU without the type falls back to f32."""
+
+MISSING = "openvino is not installed; pip install openvino"
 
 OWN_SHAPES = 3
 """Sets of input shapes that get a compiled graph of their own; a bundle's self-test brings the first."""
@@ -252,13 +254,10 @@ def _fused_away(compiled: Any) -> set[str]:
     return {name.removesuffix("_original") for item in operations if item.kind == "Subgraph" for name in item.origins}
 
 
-def is_installed() -> bool:
-    """Whether OpenVINO can be imported here."""
-    try:
-        _openvino()
-    except DependencyError:
-        return False
-    return True
+def open_graph(request: GraphRequest) -> OpenVinoRunner:
+    """Open a graph on the CPU."""
+    precision = request.precision or PRECISIONS[0]
+    return OpenVinoRunner(request.graph, threads=request.threads, precision=precision, integer=request.integer)
 
 
 def version() -> str:
@@ -270,7 +269,7 @@ def _openvino() -> ModuleType:
     try:
         import openvino
     except ImportError as error:
-        raise DependencyError("openvino is not installed; pip install openvino") from error
+        raise DependencyError(MISSING) from error
     module: ModuleType = openvino
     return module
 

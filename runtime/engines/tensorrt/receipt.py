@@ -1,21 +1,24 @@
 """The receipt of a TensorRT engine: which layers its build log says run in int8.
 
 An engine is built for real, ahead of time, and thrown away: its list of layers names the ONNX nodes each one computes
-and the types it reads. Where a layer was lost, the lint of the graph gives the reason.
+and the types it reads. Where a layer was lost, the lint of the graph gives the reason. What builds is imported when a
+receipt is asked for: a host that runs engines needs none of it.
 """
 
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tfmq_export.bundle.manifest import Bundle, LayerInfo, Manifest
+from tfmq_export.bundle.manifest import Bundle, LayerInfo
 from tfmq_export.errors import BuildError, DependencyError
-from tfmq_export.runtime.engines.tensorrt.building.build import BuildOptions, build_engine
-from tfmq_export.runtime.engines.tensorrt.building.layers import EngineLayer
-from tfmq_export.runtime.engines.tensorrt.building.profile import step_profiles
 from tfmq_export.runtime.measure.operations import layer_named
 from tfmq_export.runtime.measure.receipt import LayerReceipt, Receipt, total_macs
+
+if TYPE_CHECKING:
+    from tfmq_export.runtime.engines.tensorrt.building.build import BuildOptions
+    from tfmq_export.runtime.engines.tensorrt.building.layers import EngineLayer
 
 TURING = 75
 """The one compute capability whose presence takes int8 convolutions from all the others."""
@@ -54,7 +57,7 @@ def realized_on_tensorrt(
     model: Path | Bundle,
     requested: Sequence[LayerInfo],
     *,
-    options: BuildOptions | None = None,
+    options: "BuildOptions | None" = None,
     work_dir: Path | None = None,
     macs: int | None = None,
 ) -> Receipt:
@@ -62,15 +65,19 @@ def realized_on_tensorrt(
 
     Args:
         requested: The layers and the precision asked for.
-        options: How to build; by default ahead of time with TensorRT-RTX for compute capabilities 80, 89 and 120.
+        options: How to build; by default ahead of time with TensorRT-RTX for compute capabilities 80, 89 and 120, and
+            for the shapes that a bundle's manifest says.
         work_dir: Where the engine may lie for a while; the system's own place if None.
         macs: Multiply-accumulates of the whole model; the sum over ``requested`` if None.
     Raises:
         BuildError: the parser or builder refuses the graph or crashes on it, or lists no layers.
         DependencyError: TensorRT-RTX, or onnx, is not installed.
     """
-    options = BuildOptions() if options is None else options
-    path = model.model if isinstance(model, Bundle) else model
+    from tfmq_export.runtime.engines.tensorrt.building.build import BuildOptions, build_engine
+    from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, step_profiles
+
+    path, profiles = (model, (Profile(),)) if isinstance(model, Path) else (model.model, step_profiles(model.manifest))
+    options = options or BuildOptions(profiles=profiles)
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         build = build_engine(path, Path(folder) / "engine", options)
     if not build.layers:
@@ -79,13 +86,8 @@ def realized_on_tensorrt(
     return receipt_of_engine(build.layers, requested, total, read_facts(path, options))
 
 
-def build_options(manifest: Manifest) -> BuildOptions:
-    """Options for the graph of one step."""
-    return BuildOptions(profiles=step_profiles(manifest))
-
-
 def receipt_of_engine(
-    layers: Sequence[EngineLayer], requested: Sequence[LayerInfo], macs: int, facts: GraphFacts
+    layers: Sequence["EngineLayer"], requested: Sequence[LayerInfo], macs: int, facts: GraphFacts
 ) -> Receipt:
     """Compare what was asked with the layers of an engine."""
     found: dict[str, list[EngineLayer]] = {layer.name: [] for layer in requested}
@@ -105,7 +107,7 @@ def receipt_of_engine(
     return Receipt(tuple(rows), tuple(sorted(strays.items())), macs)
 
 
-def read_facts(path: Path, options: BuildOptions) -> GraphFacts:
+def read_facts(path: Path, options: "BuildOptions") -> GraphFacts:
     """Read a graph without its weights, and lint it."""
     try:
         import onnx
@@ -132,12 +134,12 @@ def read_facts(path: Path, options: BuildOptions) -> GraphFacts:
     )
 
 
-def _computing(layers: Sequence[EngineLayer]) -> list[EngineLayer]:
+def _computing(layers: Sequence["EngineLayer"]) -> list["EngineLayer"]:
     """Those that do the arithmetic; all of them where it was fused into a generated kernel."""
     return [layer for layer in layers if layer.computes] or list(layers)
 
 
-def _loss(layer: LayerInfo, computing: Sequence[EngineLayer], facts: GraphFacts) -> str:
+def _loss(layer: LayerInfo, computing: Sequence["EngineLayer"], facts: GraphFacts) -> str:
     """Why a layer is not what was asked; empty where it is."""
     integer = [each for each in computing if each.computes and each.type == "Int8"]
     if not layer.activation_bits:

@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX engines, opened from a file.
 
-The library is imported in one place, ``building.child.load``; what runs is ``EngineSession``, one per thread.
+What runs is ``EngineSession``, one per thread.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from tfmq_export.bundle.manifest import Bundle, EngineInfo
 from tfmq_export.bundle.write import replaced_file
-from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
+from tfmq_export.errors import BuildError, ConfigError, LoadError
 from tfmq_export.runtime.engines.tensorrt.api import ICudaEngine, IRuntimeCache, IRuntimeConfig, Runtime
-from tfmq_export.runtime.engines.tensorrt.building.child import FLAVOURS, RefusedError, recorder
-from tfmq_export.runtime.engines.tensorrt.building.child import load as load_library
-from tfmq_export.runtime.engines.tensorrt.building.profile import ShapeRange
+from tfmq_export.runtime.engines.tensorrt.choose import EngineHost, choose_engine
 from tfmq_export.runtime.engines.tensorrt.cuda_driver import CudaDevice
+from tfmq_export.runtime.engines.tensorrt.library import FLAVOURS, import_tensorrt, recorder, version
 from tfmq_export.runtime.engines.tensorrt.session import EngineSession
-from tfmq_export.runtime.engines.tensorrt.tensors import EngineTensors
-from tfmq_export.runtime.runner import one_line
+from tfmq_export.runtime.engines.tensorrt.tensors import EngineTensors, ShapeRange
+from tfmq_export.runtime.runner import GraphRequest, one_line
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class TrtRunner:
             raise LoadError(f"{engine_path}: no such engine; build it with tfmq-build")
         trt = import_tensorrt(flavour)
         self._path = engine_path
-        self._device = device if isinstance(device, CudaDevice) else CudaDevice(device)
+        self._device = CudaDevice(device) if isinstance(device, int) else device
         self._cuda_graphs = cuda_graphs
         self._own_graphs = flavour == "tensorrt"
         self._messages: deque[str] = deque(maxlen=8)
@@ -212,18 +212,38 @@ class TrtRunner:
         return "; ".join(list(self._messages)[-2:]) or "it gave no reason"
 
 
-def import_tensorrt(flavour: str) -> Any:
-    """The library's module.
+def open_graph(request: GraphRequest) -> TrtRunner:
+    """Open the engine built from one graph of a bundle that runs on this machine's first GPU.
 
     Raises:
-        DependencyError: it is not installed, or does not load.
+        ConfigError: none was built for it, or reference numerics are asked for.
+        DependencyError: the library is not installed, or there is no GPU.
+        LoadError: the engine is missing or altered.
+        BuildError: the library refuses it.
     """
+    graph, flavour, bundle = request.graph, request.backend, request.bundle
+    if not request.integer:
+        raise ConfigError(f"{flavour} has no reference numerics; use the onnxruntime backend")
+    engines = [] if bundle is None else _built_from(graph, bundle)
+    if bundle is None or not any(each.flavour == flavour for each in engines):
+        raise ConfigError(f"{graph}: no engine for {FLAVOURS[flavour]} was built from it; build one with tfmq-build")
+    installed = version(flavour)
+    device = CudaDevice()
     try:
-        return load_library(flavour)
-    except RefusedError as refusal:
-        raise DependencyError(
-            f"{FLAVOURS[flavour]} is not installed ({refusal.lines[0]}); pip install 'tfmq-export[{flavour}]'"
-        ) from refusal
+        chosen = choose_engine(engines, EngineHost(flavour, installed, device.capability))
+        path = bundle.root / chosen.file
+        # Comparing sizes costs nothing; a hash, which ``load(verify=True)`` compares, reads the whole file.
+        if path.is_file() and path.stat().st_size != chosen.size:
+            raise LoadError(f"{path}: {path.stat().st_size} bytes, the manifest says {chosen.size}; build it again")
+        return TrtRunner(path, flavour=flavour, device=device)
+    except BaseException:
+        device.close()
+        raise
+
+
+def _built_from(graph: Path, bundle: Bundle) -> list[EngineInfo]:
+    name = graph.relative_to(bundle.root).as_posix()
+    return [each for each in bundle.manifest.engines if each.graph == name]
 
 
 def _tensors(trt: Any, engine: ICudaEngine, path: Path) -> EngineTensors:

@@ -7,9 +7,30 @@ from typing import Any
 import numpy as np
 
 from tfmq_export.errors import ConfigError
-from tfmq_export.runtime.engines.tensorrt.building.profile import ShapeRange
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRange:
+    """The shapes an input may take: the engine accepts all between the ends and is tuned for the usual one."""
+
+    smallest: tuple[int, ...]
+    usual: tuple[int, ...]
+    largest: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.smallest) == len(self.usual) == len(self.largest):
+            raise ConfigError(f"the shapes of a profile differ in rank: {self.smallest} {self.usual} {self.largest}")
+        for sizes in zip(self.smallest, self.usual, self.largest, strict=True):
+            if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+                raise ConfigError(f"a profile's sizes must grow from smallest to largest, got {sizes}")
+
+    def covers(self, shape: tuple[int, ...]) -> bool:
+        """Whether a shape lies between the ends."""
+        return len(shape) == len(self.smallest) and all(
+            low <= size <= high for low, size, high in zip(self.smallest, shape, self.largest, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)

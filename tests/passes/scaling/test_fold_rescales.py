@@ -25,7 +25,7 @@ from tfmq_export.passes.qdq.quantize_weights import QuantizeWeights
 from tfmq_export.passes.scaling.fold_rescales import FoldRescales
 from tfmq_export.passes.scaling.rescale_inputs import RescaleInputs
 from tfmq_export.recipe.recipe import LayerRecipe
-from tfmq_export.runtime.engines.realized import realized_on_ort
+from tfmq_export.runtime.engines.onnxruntime.receipt import realized_on_ort
 from tfmq_export.target import find_target
 
 

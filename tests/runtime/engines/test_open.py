@@ -10,12 +10,13 @@ from standins import trt_standin
 from tfmq_export.bundle.manifest import EngineInfo, open_bundle
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
 from tfmq_export.runtime import load
-from tfmq_export.runtime.engines import open as engines
 from tfmq_export.runtime.engines.onnxruntime import runner as ort_runner
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
-from tfmq_export.runtime.engines.open import EngineHost, choose_engine, open_runner
+from tfmq_export.runtime.engines.open import open_runner
 from tfmq_export.runtime.engines.openvino import runner as openvino_runner
 from tfmq_export.runtime.engines.openvino.runner import OpenVinoRunner
+from tfmq_export.runtime.engines.tensorrt import runner as trt_runner
+from tfmq_export.runtime.engines.tensorrt.choose import EngineHost, choose_engine
 from tfmq_export.runtime.engines.tensorrt.cuda_driver import has_gpu
 
 pytest.importorskip("openvino")
@@ -137,7 +138,7 @@ def test_an_engine_of_another_size_is_never_opened(
     if not trt_standin.HAS_COMPILER:
         pytest.skip("needs a C compiler")
     driver = trt_standin.Driver(tmp_path)
-    monkeypatch.setattr(engines, "CudaDevice", driver.device)
+    monkeypatch.setattr(trt_runner, "CudaDevice", driver.device)
     root = tiny_bundle(target="tensorrt-rtx")
     path = root / "unet/engines/89.engine"
     path.parent.mkdir()

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
-from tfmq_export.runtime.engines.tensorrt.building.child import FLAVOURS, BuildJob
+from tfmq_export.runtime.engines.tensorrt.building.child import BuildJob
 from tfmq_export.runtime.engines.tensorrt.building.layers import EngineLayer, parse_layers
-from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, ShapeRange
+from tfmq_export.runtime.engines.tensorrt.building.profile import Profile
 from tfmq_export.runtime.engines.tensorrt.cuda_driver import gpu_capability
+from tfmq_export.runtime.engines.tensorrt.library import FLAVOURS
+from tfmq_export.runtime.engines.tensorrt.tensors import ShapeRange
 
 _CHILD = Path(__file__).with_name("child.py")
 _WORTH_TELLING = frozenset({"INTERNAL_ERROR", "ERROR", "WARNING"})
@@ -193,7 +195,7 @@ def _raise_unless_built(job: BuildJob, code: int, log: Sequence[tuple[str, str]]
     result: dict[str, Any] = json.loads(Path(job.result).read_text("utf-8"))
     kind, lines = result["error"], result["lines"]
     if kind == "import":
-        raise DependencyError(f"{library} is not installed ({lines[0]}); pip install 'tfmq-export[{job.flavour}]'")
+        raise DependencyError(lines[0])
     if kind == "option":
         raise ConfigError(f"{job.onnx}: {library} {result['version']}: {_one_line(lines)}")
     if kind:

@@ -1,9 +1,9 @@
-"""The process that builds an engine; the only file that imports TensorRT or TensorRT-RTX.
+"""The process that builds an engine.
 
     python child.py JOB.json
 
 The job is ``BuildJob`` as JSON. The log goes to a file line by line, so that it outlives a builder that crashes; the
-result is written last. Nothing here needs tfmq_export or numpy.
+result is written last.
 
 One path for TensorRT 10, TensorRT 11 and TensorRT-RTX: precision is what the graph's own types say, and nothing that
 TensorRT 11 removed is touched.
@@ -11,20 +11,18 @@ TensorRT 11 removed is touched.
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO
+
+from tfmq_export.errors import DependencyError
+from tfmq_export.runtime.engines.tensorrt.library import import_tensorrt, recorder
 
 if TYPE_CHECKING:
     from tfmq_export.runtime.engines.tensorrt.api import Builder, IBuilderConfig, INetworkDefinition, OnnxParser
 
 Shapes = dict[str, tuple[tuple[int, ...], ...]]
 """Smallest, usual and largest shape by input name."""
-
-FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-"""Names of the libraries by what picks them."""
 
 STRONGLY_TYPED_ALWAYS = 11
 """Major version from which every network is strongly typed and the flag is gone."""
@@ -68,28 +66,16 @@ def main(job_path: str) -> int:
     result: dict[str, Any] = {"error": "", "lines": [], "version": "", "profiles": []}
     with Path(job.log).open("w", encoding="utf-8") as log:
         try:
-            trt = load(job.flavour)
+            trt = import_tensorrt(job.flavour)
             result["version"] = trt.__version__
             engine, result["profiles"] = build(trt, job, log)
             Path(job.engine).write_bytes(engine)
+        except DependencyError as error:
+            result |= {"error": "import", "lines": [str(error)]}
         except RefusedError as refusal:
             result |= {"error": refusal.kind, "lines": refusal.lines}
     Path(job.result).write_text(json.dumps(result), "utf-8")
     return 0
-
-
-def load(flavour: str) -> ModuleType:
-    """The TensorRT module of a flavour."""
-    try:
-        if flavour == "tensorrt-rtx":
-            import tensorrt_rtx
-
-            return tensorrt_rtx
-        import tensorrt
-
-        return tensorrt
-    except ImportError as error:
-        raise RefusedError("import", str(error)) from error
 
 
 def build(trt: Any, job: BuildJob, log: TextIO) -> tuple[memoryview, list[Shapes]]:
@@ -131,19 +117,6 @@ def build(trt: Any, job: BuildJob, log: TextIO) -> tuple[memoryview, list[Shapes
         partial.write_bytes(bytes(config.get_timing_cache().serialize()))
         partial.replace(cache)  # builds may share it
     return memoryview(engine), profiles
-
-
-def recorder(trt: Any, write: Callable[[str, str], None]) -> Any:
-    """A TensorRT logger that hands on the severity and text of everything at once."""
-
-    class Recorder(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, text: str) -> None:
-            write(severity.name, text)
-
-    return Recorder()
 
 
 def set_compute_capabilities(trt: Any, config: "IBuilderConfig", capabilities: tuple[int, ...]) -> None:

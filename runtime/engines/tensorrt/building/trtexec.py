@@ -4,7 +4,8 @@ from pathlib import Path
 
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import DependencyError
-from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, ShapeRange, step_profiles
+from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, step_profiles
+from tfmq_export.runtime.engines.tensorrt.tensors import ShapeRange
 
 SCRIPT = "tfmq/build_tensorrt.sh"
 """Its place in a bundle."""

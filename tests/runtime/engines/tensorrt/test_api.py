@@ -19,11 +19,12 @@ import tensorrt_api
 
 from tfmq_export.runtime.engines.tensorrt import api as trt_api
 from tfmq_export.runtime.engines.tensorrt import cuda_driver
+from tfmq_export.runtime.engines.tensorrt import library as trt_library
 from tfmq_export.runtime.engines.tensorrt import runner as trt_runner
 from tfmq_export.runtime.engines.tensorrt.building import child as trt_child
 
 GOLDEN = Path(__file__).parents[3] / "golden"
-FILES = (trt_child, trt_runner)
+FILES = (trt_child, trt_library, trt_runner)
 RTX_CLASSES = {"IRuntimeCache"}
 RTX_MEMBERS = {
     "IBuilderConfig.num_compute_capabilities",

@@ -25,7 +25,8 @@ from standins.tensorrt_patterns import (
 
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
 from tfmq_export.runtime.engines.tensorrt.building.build import BuildOptions, EngineBuild, build_engine, engine_name
-from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, ShapeRange, parse_batch
+from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, parse_batch
+from tfmq_export.runtime.engines.tensorrt.tensors import ShapeRange
 
 has_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13")
 
