@@ -102,7 +102,10 @@ class Thresholds(BaseModel):
 
 
 class Method(BaseModel):
-    """Which parts of the algorithms are in force; the defaults are all of both papers, joined, and error feedback."""
+    """Which parts of the algorithms are in force; the defaults are all of both papers, joined, and error feedback.
+
+    The ``[method]`` table of ``--config``. docs/algorithms.md says what each part does.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -136,23 +139,27 @@ class Method(BaseModel):
 
 
 class CompileConfig(BaseModel):
-    """Everything the compiler can be asked for."""
+    """Everything the compiler can be asked for. Frozen; the defaults are those of the command line.
+
+    In Python a wrong value is pydantic's ``ValidationError``, an unknown preset a ``ConfigError``; ``load_config``
+    turns both into a ``ConfigError`` that names the nearest right one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    preset: str = "w8a8"
-    target: str = "ort-cpu"
-    effort: Literal["fast", "standard", "paper"] = "standard"
-    method: Method = Method.model_construct()
+    preset: str = Field("w8a8", description="widths of weights and activations: w8a8, w4a8, w4a6 or fp32")
+    target: str = Field("ort-cpu", description="engine the graph is for: a name in ``tfmq_export.target.TARGETS``")
+    effort: Literal["fast", "standard", "paper"] = Field("standard", description="how long quantization may take")
+    method: Method = Field(Method.model_construct(), description="which parts of the algorithms are in force")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where quantization computes; auto: a GPU where there is one"
     )
     max_memory: ByteSize | None = Field(None, ge=1 << 20, description="for cached activations; the rest goes to disk")
-    calibration_images: int | None = Field(None, ge=1, description="trajectories to record; the effort decides")
-    validation_images: int = Field(16, ge=1)
-    seed: int = Field(0, ge=0)
-    thresholds: Thresholds = Thresholds.model_construct()
-    allow_precision_loss: bool = False
+    calibration_images: int | None = Field(None, ge=1, description="trajectories to record; None: the effort decides")
+    validation_images: int = Field(16, ge=1, description="images of the proof, drawn by both models")
+    seed: int = Field(0, ge=0, description="of noise and of every random choice; one seed gives one recipe")
+    thresholds: Thresholds = Field(Thresholds.model_construct(), description="bounds the bundle must keep")
+    allow_precision_loss: bool = Field(False, description="keep a bundle whose layers do not all run in integers")
     pts_lowering: PtsLowering = Field("auto", description="form of power-of-two scaling in the graph; auto: per layer")
     tables: TableType = Field("fp32", description="what rows of temporal tables are stored in: fp32, fp16 or int8")
     class_tables: bool = Field(False, description="tabulate what class label and timestep decide, where it is small")

@@ -23,10 +23,6 @@ def qdq_model(scale: float, zero_point: int) -> onnx.ModelProto:
     return build(nodes, {"x": [None]}, {"y": [None]}, {"scale": np.float32(scale), "zero_point": np.uint8(zero_point)})
 
 
-def test_every_estimator_may_be_asked_for() -> None:
-    assert set(get_args(Method.model_fields["estimator"].annotation)) == set(ESTIMATORS)
-
-
 ONE_STEP = torch.tensor([0])
 """Every row at the first timestep of the schedule."""
 
@@ -108,6 +104,10 @@ def test_mse_is_never_worse_than_min_max_and_better_where_outliers_are(bits: int
     assert by_mse <= by_range * (1 + 1e-5)
     if tail == 3.0 and bits == 4:
         assert by_mse < 0.9 * by_range
+
+
+def test_every_estimator_may_be_asked_for() -> None:
+    assert set(get_args(Method.model_fields["estimator"].annotation)) == set(ESTIMATORS)
 
 
 def test_observing_keeps_the_true_range_and_a_sample_of_the_values() -> None:

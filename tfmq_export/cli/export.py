@@ -22,6 +22,7 @@ from tfmq_export.cli.options import (
     Version,
 )
 from tfmq_export.cli.result import show
+from tfmq_export.target import TARGETS
 
 if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import Bundle
@@ -37,7 +38,7 @@ def export(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="w8a8, w4a8, w4a6 or fp32.", show_default="w8a8")] = None,
     target: Annotated[
-        str | None, typer.Option(help="ort-cpu, openvino, tensorrt-rtx, tensorrt or ort-cuda.", show_default="ort-cpu")
+        str | None, typer.Option(help=f"Engine to compile for: {', '.join(TARGETS)}.", show_default="ort-cpu")
     ] = None,
     steps: Steps = None,
     scheduler: Scheduler = None,
