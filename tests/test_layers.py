@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from read_imports import ROOT, imports, imports_of, part, parts_of, place, sources, third_party
@@ -91,6 +93,15 @@ def test_each_engine_has_a_file_of_its_own() -> None:
         if part(path) == "runtime":
             for engine in imports_of(path) & (ENGINES.keys() | {"openvino"}):
                 assert place(path) == ENGINES[engine]
+
+
+def test_every_room_is_installed() -> None:
+    listed = tomllib.loads((ROOT.parent / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {Path(place(path)).parent.as_posix() for path in sources() if path.name == "__init__.py"}
+
+    assert set(listed) == {
+        "tfmq_export" if name == "." else f"tfmq_export.{name.replace('/', '.')}" for name in folders
+    }
 
 
 def test_nobody_imports_the_top() -> None:
