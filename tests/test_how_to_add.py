@@ -148,7 +148,7 @@ def assert_predicts(out: Path, module: nn.Module) -> None:
 
 def test_a_new_target_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = Target("toy-cpu", engine="onnxruntime", integer_bias=True, packed_weights=False, saturates=True)
-    monkeypatch.setitem(TARGETS, toy.name, toy)  # type: ignore[arg-type]  # read-only to everybody else
+    monkeypatch.setitem(TARGETS, toy.name, toy)  # read-only to everybody else
 
     made = tfmq_export.compile(points(), tmp_path / "out", FAST.model_copy(update={"target": "toy-cpu"}))
 
@@ -209,7 +209,7 @@ def test_a_new_estimator_is_a_function_and_a_row(tmp_path: Path, monkeypatch: py
         given.append(float(grid.scale))
         return grid
 
-    monkeypatch.setitem(ESTIMATORS, "generous", generous)  # type: ignore[arg-type]  # read-only to everybody else
+    monkeypatch.setitem(ESTIMATORS, "generous", generous)  # read-only to everybody else
     asked = Method().model_copy(update={"estimator": "generous", "learned_steps": False})
 
     tfmq_export.compile(points(), tmp_path / "out", FAST.model_copy(update={"method": asked}))

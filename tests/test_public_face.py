@@ -21,6 +21,12 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
     assert found.__doc__
 
 
+def test_every_public_name_is_in_the_api_reference() -> None:
+    listed = (ROOT.parent / "docs" / "api.md").read_text("utf-8").splitlines()
+
+    assert not [name for name in NAMES if f"::: tfmq_export.{name}" not in listed]
+
+
 def test_the_public_names_show_in_dir_and_others_are_refused() -> None:
     assert set(tfmq_export.__all__) <= set(dir(tfmq_export))
     with pytest.raises(AttributeError, match="no attribute 'complie'"):
