@@ -171,7 +171,7 @@ class LoadedBundle:
 
 
 def load(  # noqa: PLR0913  # options of the one public entry, by keyword
-    root: Path,
+    root: str | Path,
     *,
     backend: str = "auto",
     threads: int | None = None,
@@ -182,7 +182,11 @@ def load(  # noqa: PLR0913  # options of the one public entry, by keyword
 ) -> LoadedBundle:
     """Open a bundle, and ask it for the prediction that it brings along.
 
+    What it returns is called like a function, by any number of threads at once, and is a context manager that frees the
+    engine: ``with load(root) as denoiser: denoiser(sample, timestep, **conditioning)``.
+
     Args:
+        root: A folder written by ``tfmq-export``.
         backend: "onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt", "tensorrt-rtx", or "auto": an engine of
             the bundle that runs on this GPU, else what the bundle was compiled for if installed, else ONNX Runtime.
         threads: Of one inference on a CPU; None leaves the choice to the engine.

@@ -3,14 +3,12 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
 from pathlib import Path
 
 import pytest
+from read_imports import ROOT, imports, imports_of, part, parts_of, place, sources, third_party
 
-import tfmq_export
-
-ROOT = Path(tfmq_export.__file__).parent
 DATA = frozenset({"errors", "progress", "config", "target", "recipe", "bundle"})
 """Plain data, which everybody may read."""
 MODEL = frozenset({"capture", "models", "ptq"})
@@ -61,51 +59,6 @@ HEAVY = (
 )
 
 
-def sources() -> list[Path]:
-    """Every module; ``passes`` and ``runtime`` are links, which a search from the root does not enter."""
-    rooms = [path for path in ROOT.iterdir() if path.is_dir()]
-    return sorted([*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))])
-
-
-def place(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-def part(path: Path) -> str:
-    """First name below tfmq_export: a module or a package."""
-    return place(path).partition("/")[0].removesuffix(".py")
-
-
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of what is imported anywhere, inside functions too; not what types alone need."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports would hide from this test"
-            if node.module == "tfmq_export":
-                yield from (f"tfmq_export.{alias.name}" for alias in node.names)
-            else:
-                yield node.module or ""
-        yield from imports(node)
-
-
-def imports_of(path: Path) -> set[str]:
-    return set(imports(ast.parse(path.read_text("utf-8"))))
-
-
-def parts_of(names: set[str]) -> set[str]:
-    """Parts of tfmq_export among imported names; a name such as ``__version__`` is no part."""
-    inner = {name.split(".")[1] for name in names if name.startswith("tfmq_export.")}
-    return {name for name in inner if (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()}
-
-
-def third_party(names: set[str]) -> set[str]:
-    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"tfmq_export"}
-
-
 def test_the_reader_of_imports_sees_them_all() -> None:
     code = """
 import torch.nn as nn
@@ -151,9 +104,18 @@ def test_what_builds_engines_stands_apart_from_what_runs_them() -> None:
     assert outside == {"runtime/engines/tensorrt/receipt.py"}
 
 
+def test_every_room_is_installed() -> None:
+    listed = tomllib.loads((ROOT.parent / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {Path(place(path)).parent.as_posix() for path in sources() if path.name == "__init__.py"}
+
+    assert set(listed) == {
+        "tfmq_export" if name == "." else f"tfmq_export.{name.replace('/', '.')}" for name in folders
+    }
+
+
 def test_nobody_imports_the_top() -> None:
-    # cli calls the compiler, and the package offers it lazily.
-    allowed = {"cli/export.py": {"compiler"}, "__init__.py": {"compiler"}}
+    # cli calls the compiler, and ``python -m`` calls cli.
+    allowed = {"cli/export.py": {"compiler"}, "__main__.py": {"cli"}}
 
     for path in sources():
         assert parts_of(imports_of(path)) & TOP - {part(path)} <= allowed.get(place(path), set()), place(path)

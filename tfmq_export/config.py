@@ -100,7 +100,10 @@ class Thresholds(BaseModel):
 
 
 class Method(BaseModel):
-    """Which parts of the algorithms are in force; the defaults are all of both papers, joined, and error feedback."""
+    """Which parts of the algorithms are in force; the defaults are all of both papers, joined, and error feedback.
+
+    The ``[method]`` table of ``--config``. docs/algorithms.md says what each part does.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -134,7 +137,11 @@ class Method(BaseModel):
 
 
 class CompileConfig(BaseModel):
-    """Everything the compiler can be asked for."""
+    """Everything the compiler can be asked for. Frozen; the defaults are those of the command line.
+
+    In Python a wrong value is pydantic's ``ValidationError``, an unknown preset a ``ConfigError``; ``load_config``
+    turns both into a ``ConfigError`` that names the nearest right one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.dependences import TIMESTEP, dependences, find_operations
 from tfmq_export.capture.program import DiffusionProgram
-from tfmq_export.ptq.observers import Estimator
 from tfmq_export.ptq.tib import (
     TemporalBlock,
     TemporalPlan,
@@ -46,7 +45,7 @@ def tables_of(
     """Exact tables, and those of the quantized block."""
     denoiser, program = net(name)
     exact, block = tabulate(program, denoiser), TemporalBlock(program, denoiser)
-    plan = TemporalPlan(per_timestep, Estimator.MIN_MAX, schedule)
+    plan = TemporalPlan(per_timestep, "minmax", schedule)
     drafts = reconstruct_temporal(block, temporal_drafts(program, *bits), plan, silent)
     return exact, quantized_tables(block, drafts, exact)
 
@@ -145,7 +144,7 @@ def test_each_idea_helps_alone_and_both_help_most() -> None:
 
 def test_finished_drafts_hold_integers_and_a_grid_for_every_timestep() -> None:
     denoiser, program = net("dit")
-    plan = TemporalPlan(True, Estimator.MIN_MAX, RoundingSchedule(30, 0, 1e-2))
+    plan = TemporalPlan(True, "minmax", RoundingSchedule(30, 0, 1e-2))
 
     drafts = reconstruct_temporal(TemporalBlock(program, denoiser), temporal_drafts(program, 4, 6), plan, silent)
 

@@ -301,12 +301,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def open_bundle(root: Path) -> Bundle:
-    """Read a bundle's manifest.
+def open_bundle(root: str | Path) -> Bundle:
+    """Read a bundle's manifest. No engine is opened and no hash compared: ``Bundle.verify`` does that.
 
+    Args:
+        root: A folder written by ``tfmq-export``.
     Raises:
         LoadError: the folder is no bundle, or its manifest cannot be read.
     """
+    root = Path(root)
     path = root / "tfmq" / "manifest.json"
     if not path.is_file():
         raise LoadError(f"{root}: not a bundle (no tfmq/manifest.json); make one with `tfmq-export MODEL -o {root}`")

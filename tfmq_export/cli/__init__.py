@@ -12,7 +12,7 @@ def app_of(name: str) -> typer.Typer:
     """A command, ready to run."""
     command = getattr(importlib.import_module(f"tfmq_export.cli.{name}"), name)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(help=command.__doc__)(command)
+    app.command(help=command.__doc__, context_settings={"help_option_names": ["-h", "--help"]})(command)
     return app
 
 

@@ -21,7 +21,7 @@ from tfmq_export.target import find_target
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What ``compile_model`` made.
+    """What ``tfmq_export.compile`` made.
 
     Attributes:
         bundle: The output folder.
@@ -50,11 +50,21 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         model: A path (diffusers folder, pipeline folder or ``model.pt``), a ``Source`` with more options, or any
             module with its ``Description``.
         output: The bundle's folder; an older bundle there is replaced at the very end.
-        recipe: Take this recipe instead of quantizing again.
+        config: Preset, target, effort and all else that the command line knows; w8a8 for ``ort-cpu`` if None.
+        recipe: Take the recipe of this bundle or file instead of quantizing again.
         resume: Go on where an interrupted run with this output and these settings stopped.
         dump_dir: Save the graph after each pass here.
+        progress: Told of each stage and how far it is; silent if None.
+    Returns:
+        The bundle, the proof that went into its report, and the seconds of each stage.
     Raises:
-        LoadError, ConfigError, ExportError, RecipeError: the input or the options cannot be used.
+        LoadError: the model cannot be read.
+        ConfigError: options that do not fit together, or a schedule that cannot be walked.
+        DependencyError: the target's engine is not installed.
+        TargetError: the target cannot run what is asked for; known before any long work.
+        ExportError: the model cannot be captured.
+        RecipeError: the recipe was made from another model or schedule.
+        BuildError: the engine refused the graph.
         PrecisionError: a layer would not run in the integers asked for.
         AccuracyError: a threshold was missed. Nothing half-written is left behind; finished blocks stay in
             ``.NAME.checkpoint`` beside the output, for ``resume``.

@@ -3,8 +3,7 @@
 Each takes plain data and gives plain data, and none knows of another. ``chain.compile_model`` is all of them in a
 row; whoever wants many bundles of one model calls them:
 
-    model = capture("model.pt")
-    made = quantize(model, CompileConfig(preset="w4a8"))
+    made = quantize("model.pt", CompileConfig(preset="w4a8"))
     for target in ("ort-cpu", "openvino"):
         config = CompileConfig(preset="w4a8", target=target)
         bundle = write(lower(made, config), Path("out") / target)
@@ -116,7 +115,7 @@ def observe(denoiser: Denoiser, config: CompileConfig, progress: Progress = SILE
 
 
 def quantize(
-    model: Captured,
+    model: Captured | Denoiser | Model,
     config: CompileConfig | None = None,
     *,
     observed: Observed | None = None,
@@ -127,6 +126,7 @@ def quantize(
     """Calibrate on the model's own trajectory, choose grids, round every weight.
 
     Args:
+        model: As ``capture`` gives it; any other form is captured first.
         observed: The trajectory, where ``observe`` recorded it before.
         checkpoint: Folder where finished blocks are kept until the run is done.
         resume: Go on from that folder, where it was left by a run with these settings.
@@ -135,7 +135,8 @@ def quantize(
         CalibrationError: the model predicts NaN or infinity.
     """
     config = config or CompileConfig()
-    denoiser, program, plan, device = model.denoiser, model.program, _plan(config), find_device(config.device)
+    captured = model if isinstance(model, Captured) else capture(model, progress)
+    denoiser, program, plan, device = captured.denoiser, captured.program, _plan(config), find_device(config.device)
     provenance = _provenance(denoiser, config, plan)
     if not plan.weight_bits:
         recipe = walking.unquantized(program, config.preset, tabulate(program, denoiser), provenance)

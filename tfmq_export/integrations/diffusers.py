@@ -33,6 +33,11 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
 
     It computes on the CPU in the bundle's engine; tensors on another device or in another float type are brought there
     and back.
+
+    Args:
+        loaded: From ``tfmq_export.load``; ``from_pretrained`` does both.
+    Raises:
+        LoadError: the bundle was compiled from no class of diffusers, or its configuration cannot be read.
     """
 
     config_name = "config.json"
@@ -68,7 +73,15 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         verify: bool = False,
         self_test: bool = True,
     ) -> "CompiledDenoiser":
-        """Open a bundle; options and errors are those of ``tfmq_export.runtime.load``."""
+        """Open a bundle; errors are those of ``tfmq_export.load``, which says more of each option.
+
+        Args:
+            root: A folder written by ``tfmq-export`` from a model of diffusers.
+            backend: Engine that runs it; "auto" takes what the bundle was compiled for, if installed.
+            threads: Of one inference on a CPU; None leaves the choice to the engine.
+            verify: Compare every file with the manifest's hashes first.
+            self_test: False saves the one call that asks this host's kernels for a stored prediction.
+        """
         return cls(load(Path(root), backend=backend, threads=threads, verify=verify, self_test=self_test))
 
     def save_pretrained(self, *args: object, **options: object) -> None:
@@ -108,6 +121,12 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
     def forward(self, *args: Any, return_dict: bool = True, **named: Any) -> Any:
         """Predict, with the arguments of the model's own ``forward``.
 
+        Args:
+            args: The sample, [N, C, H, W], the timestep and the rest, as the model takes them by position.
+            return_dict: False gives a tuple with the prediction alone.
+            named: The same by name; conditioning is [N, ...].
+        Returns:
+            The prediction, [N, C, H, W], on the sample's device and in its type, in the output class of the model.
         Raises:
             TimestepError: the timestep is not in the bundle's table.
             ConfigError: an argument that the compiled graph does not have, or another shape than it was compiled for.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tfmq_export.capture.attention import AttentionProduct
 from tfmq_export.ptq.fake_quant import Grid
-from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, merge, observe
+from tfmq_export.ptq.observers import Observation, activation_grid, merge, observe
 from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule
 from tfmq_export.ptq.walk.flow import Flow
 from tfmq_export.recipe.grid import QuantSpec
@@ -64,7 +64,7 @@ def lay_attention_grids(
     runner: BlockRunner,
     given: Flow,
     products: Sequence[AttentionProduct],
-    estimator: Estimator,
+    estimator: str,
     seed: int,
     second_bits: int = BITS,
 ) -> tuple[GriddedProduct, ...]:
@@ -102,6 +102,6 @@ def lay_attention_grids(
     )
 
 
-def _grid(seen: Sequence[Observation], spec: QuantSpec, estimator: Estimator, device: torch.device) -> Grid:
+def _grid(seen: Sequence[Observation], spec: QuantSpec, estimator: str, device: torch.device) -> Grid:
     grid = activation_grid(merge(seen), spec, estimator)
     return grid.on(device)

@@ -10,12 +10,12 @@ import torch
 
 from tfmq_export.errors import CalibrationError
 from tfmq_export.ptq.fake_quant import Grid
-from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, merge
+from tfmq_export.ptq.observers import Observation, activation_grid, merge
 from tfmq_export.recipe.grid import QuantSpec
 
 
 def calibrate_finite_set(
-    observations: Sequence[Observation | None], spec: QuantSpec, estimator: Estimator, *, per_timestep: bool
+    observations: Sequence[Observation | None], spec: QuantSpec, estimator: str, *, per_timestep: bool
 ) -> Grid:
     """Grids over what one activation showed.
 

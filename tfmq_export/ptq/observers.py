@@ -1,8 +1,7 @@
 """From observed activations to a grid."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 import torch
@@ -12,18 +11,12 @@ from tfmq_export.errors import CalibrationError
 from tfmq_export.ptq.fake_quant import Grid, fake_quantize
 from tfmq_export.recipe.grid import QuantSpec
 
+Cost = Callable[[Tensor, Tensor, Tensor, QuantSpec], Tensor]
+"""Of values on a grid: ``cost(values, scale, zero_point, spec)``, a scalar."""
+
 SHRINK_STEPS = 80
 PERCENTILE = 0.9999
 BINS = 2048  # of the histogram that KL compares
-
-
-class Estimator(StrEnum):
-    """How a range becomes a scale."""
-
-    MIN_MAX = "minmax"
-    MSE = "mse"
-    KL = "kl"
-    PERCENTILE = "percentile"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,28 +52,69 @@ def merge(parts: Sequence[Observation]) -> Observation:
     )
 
 
-def activation_grid(observation: Observation, spec: QuantSpec, estimator: Estimator) -> Grid:
+def activation_grid(observation: Observation, spec: QuantSpec, estimator: str) -> Grid:
     """A per-tensor grid; 0 is always inside its range, and the middle of a signed one.
 
-    ``MSE`` and ``KL`` shrink the observed range by (1 - 0.01 i), i < 80, and keep the i of least squared error, or
-    of least divergence between the histograms before and after; ``PERCENTILE`` cuts 0.01 % off either end.
+    Args:
+        estimator: A key of ``ESTIMATORS``.
     """
-    low, high = min(observation.low, 0.0), max(observation.high, 0.0)
-    if estimator is Estimator.PERCENTILE:
-        ends = torch.tensor([1 - PERCENTILE, PERCENTILE])
-        low, high = (float(end) for end in observation.values.quantile(ends))
-        low, high = min(low, 0.0), max(high, 0.0)
+    return ESTIMATORS[estimator](observation, spec)
+
+
+def min_max(observation: Observation, spec: QuantSpec) -> Grid:
+    """The whole range that was observed."""
+    return _grid_over(observation.low, observation.high, spec)
+
+
+def percentile(observation: Observation, spec: QuantSpec) -> Grid:
+    """The range less 0.01 % of the values at either end."""
+    ends = torch.tensor([1 - PERCENTILE, PERCENTILE])
+    low, high = (float(end) for end in observation.values.quantile(ends))
+    return _grid_over(low, high, spec)
+
+
+def least_squares(observation: Observation, spec: QuantSpec) -> Grid:
+    """The range shrunk by (1 - 0.01 i), i < 80, with the i of least squared error."""
+    return _least(_squared_error, observation, spec)
+
+
+def least_divergence(observation: Observation, spec: QuantSpec) -> Grid:
+    """The range shrunk likewise, with the i of least divergence between the histograms before and after."""
+    return _least(_divergence, observation, spec)
+
+
+ESTIMATORS: Mapping[str, Callable[[Observation, QuantSpec], Grid]] = {
+    "mse": least_squares,
+    "minmax": min_max,
+    "kl": least_divergence,
+    "percentile": percentile,
+}
+"""How a range becomes a scale, by the names that ``Method.estimator`` takes."""
+
+
+def _grid_over(low: float, high: float, spec: QuantSpec) -> Grid:
+    scales, zero_points = _grids_over(low, high, spec, torch.ones(1, dtype=torch.float64))
+    return Grid(spec, scales[0], zero_points[0])
+
+
+def _grids_over(low: float, high: float, spec: QuantSpec, shrink: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of the range times each factor.
+
+    Args:
+        shrink: float64, [candidates].
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
     if spec.signed:
         high = max(-low, high)
         low = high * spec.qmin / spec.qmax
-    shrink = torch.ones(1, dtype=torch.float64)
-    if estimator in (Estimator.MSE, Estimator.KL):
-        shrink = 1 - 0.01 * torch.arange(SHRINK_STEPS, dtype=torch.float64)
     scale = (max(high - low, 1e-8) * shrink / (spec.qmax - spec.qmin)).float()  # [candidates]
     zero_point = (spec.qmin - torch.round(low * shrink.float() / scale)).clamp(spec.qmin, spec.qmax)  # [candidates]
-    if len(shrink) == 1:
-        return Grid(spec, scale[0], zero_point[0])
-    cost = _divergence if estimator is Estimator.KL else _squared_error
+    return scale, zero_point
+
+
+def _least(cost: Cost, observation: Observation, spec: QuantSpec) -> Grid:
+    shrink = 1 - 0.01 * torch.arange(SHRINK_STEPS, dtype=torch.float64)
+    scale, zero_point = _grids_over(observation.low, observation.high, spec, shrink)
     costs = [cost(observation.values, s, z, spec) for s, z in zip(scale, zero_point, strict=True)]
     best = int(torch.stack(costs).argmin())
     return Grid(spec, scale[best], zero_point[best])

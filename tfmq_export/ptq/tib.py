@@ -23,7 +23,7 @@ from tfmq_export.capture.program import DiffusionProgram, evaluate
 from tfmq_export.progress import Step
 from tfmq_export.ptq.fake_quant import fake_quantize
 from tfmq_export.ptq.finite_set import calibrate_finite_set
-from tfmq_export.ptq.observers import Estimator, Observation, activation_grid
+from tfmq_export.ptq.observers import Observation, min_max
 from tfmq_export.ptq.reconstruct import learn_rounding
 from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule, batch_symbol
 from tfmq_export.ptq.walk.draft import Draft, decided_grids, input_key, quantized_rules, with_nearest_codes
@@ -142,7 +142,7 @@ class TemporalPlan:
     """
 
     per_timestep: bool
-    estimator: Estimator
+    estimator: str
     schedule: RoundingSchedule
 
 
@@ -195,7 +195,7 @@ def select_tables(exact: TibRecipe, quantized: TibRecipe, activation_bits: int) 
         rows = []
         for wanted, computed in zip(torch.from_numpy(full.rows), torch.from_numpy(ours.rows), strict=True):
             seen = Observation(float(wanted.min()), float(wanted.max()), wanted.reshape(-1))
-            grid = activation_grid(seen, QuantSpec(activation_bits, signed=False), Estimator.MIN_MAX)
+            grid = min_max(seen, QuantSpec(activation_bits, signed=False))
             cached = fake_quantize(wanted, grid.scale, grid.zero_point, grid.spec)
             errors = [(row - wanted).square().sum() for row in (computed, cached)]
             rows.append(cached if errors[1] < errors[0] else computed)

@@ -23,7 +23,7 @@ from tfmq_export.ptq.error_feedback import SAMPLES, InputProducts, feedback_code
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.finite_set import calibrate_finite_set
 from tfmq_export.ptq.learned_steps import learn_steps
-from tfmq_export.ptq.observers import Estimator, Observation, activation_grid, merge, observe
+from tfmq_export.ptq.observers import Observation, merge, min_max, observe
 from tfmq_export.ptq.power_of_two import channel_errors, least_error_exponents, vote_exponents
 from tfmq_export.ptq.reconstruct import learn_rounding
 from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule
@@ -131,7 +131,7 @@ class BlockStage:
         channels_last = channel_axis(draft.op.kind) == -1
         rows = scaled.transpose(1, -1) if channels_last and scaled.ndim > 2 else scaled  # [N, C, ...]
         observation = Observation(float(scaled.min()), float(scaled.max()), scaled.new_zeros(1))
-        grid = activation_grid(observation, draft.input_spec, Estimator.MIN_MAX)
+        grid = min_max(observation, draft.input_spec)
         exponents = tuple(range(1 - self.method.pts_exponents, 1))
         spatial = rows.flatten(2) if rows.ndim > 2 else rows.unsqueeze(2)
         errors = channel_errors(spatial, grid.scale, grid.zero_point, draft.input_spec, exponents)
@@ -242,7 +242,7 @@ class BlockStage:
         merged = [merge(seen) if seen else None for seen in observations]
         # Several codes resolve the ranges of all timesteps already.
         per_timestep = spec.codes == 1 and (self.method.fsc == "all" or (is_temporal and self.method.fsc == "tib"))
-        grid = calibrate_finite_set(merged, spec, Estimator(self.method.estimator), per_timestep=per_timestep)
+        grid = calibrate_finite_set(merged, spec, self.method.estimator, per_timestep=per_timestep)
         return grid.on(self.runner.device)
 
     # -- what is learned on the block's output ------------------------------------------------

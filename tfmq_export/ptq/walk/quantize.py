@@ -20,7 +20,6 @@ from tfmq_export.capture.rewrites.spell_attention import OFF, float_products, in
 from tfmq_export.progress import Step
 from tfmq_export.ptq.attention_grids import BITS as ATTENTION_BITS
 from tfmq_export.ptq.attention_grids import GriddedProduct, lay_attention_grids, product_rules
-from tfmq_export.ptq.observers import Estimator
 from tfmq_export.ptq.tib import (
     TemporalBlock,
     TemporalPlan,
@@ -130,7 +129,7 @@ def _temporal_tables(
     if decided is None:
         method = plan.method
         schedule = plan.effort.temporal if method.reconstruct else replace(plan.effort.temporal, iterations=0)
-        temporal = TemporalPlan(method.fsc != "off", Estimator(method.estimator), schedule)
+        temporal = TemporalPlan(method.fsc != "off", method.estimator, schedule)
         decided = reconstruct_temporal(block, drafts, temporal, lambda done, total: None)
         if checkpoint is not None:
             checkpoint.save("temporal", decided)
@@ -197,7 +196,7 @@ class Walk:
             return ()
         inside = frozenset(runner.block.nodes)
         products = [product for product in integer_products(self._program) if product.name in inside]
-        estimator = Estimator(self._plan.method.estimator)
+        estimator = self._plan.method.estimator
         bits = SAFE_WEIGHT_BITS if self._plan.method.cpus == "any" else ATTENTION_BITS
         return lay_attention_grids(runner, self._given, products, estimator, self._seed(index), bits)
 
