@@ -109,6 +109,7 @@ def temporal_mismatch(exact: NDArray[np.generic], served: NDArray[np.generic]) -
 class Metric(StrEnum):
     """What a validation measures, as reports and verdicts name it; all in dB but where it says otherwise."""
 
+    FINITE = "finite share of the images"
     IMAGE_PSNR = "image PSNR (dB)"
     IMAGE_SSIM = "image SSIM"
     STEP_SQNR = "noise-prediction SQNR per timestep (dB)"

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from tfmq_export.bundle.manifest import prologue_folder
-from tfmq_export.cli.console import out, size, table
+from tfmq_export.cli.console import err, out, size, table
 from tfmq_export.runtime.measure.compare import Metric
 from tfmq_export.runtime.measure.machine import described
 
@@ -52,6 +52,8 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
         *_pipeline_row(bundle),
     ]
     table(f"{manifest.source}: {manifest.preset} for {manifest.target}", rows)
+    for note in validation.notes:
+        err.print(f"warning: {note}", style="yellow", markup=False, highlight=False)
     kept = [layer for layer in manifest.layers if layer.activation_bits == 0]
     for reason in sorted({layer.reason for layer in kept}):
         paths = [layer.path for layer in kept if layer.reason == reason]

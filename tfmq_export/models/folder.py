@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from safetensors import SafetensorError
 from torch import nn
 
@@ -32,6 +33,8 @@ def read_folder(root: Path) -> tuple[nn.Module, dict[str, Any]]:
         pickled = any(component.glob("*.bin"))
         why = "only pickled weights, which could run code" if pickled else f"no {WEIGHTS}"
         raise LoadError(f"{component}: {why}; save the model with save_pretrained(safe_serialization=True)")
+    require_float_files(files)
+    diffusers.logging.set_verbosity_error()  # what it warns of at length is an error here, in one line
     try:
         model, found = known.from_pretrained(
             component, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
@@ -39,7 +42,6 @@ def read_folder(root: Path) -> tuple[nn.Module, dict[str, Any]]:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise LoadError(f"{component}: cannot load {name}: {first_line(error)}") from error
     require_keys(found["missing_keys"], found["unexpected_keys"], component)
-    require_float_files(files, model)
     require_finite(model, component)
     for place in (root / "scheduler" / "scheduler_config.json", component / "scheduler_config.json"):
         if place.is_file():

@@ -17,6 +17,8 @@ from tfmq_export.errors import LoadError
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 STORED_FLOATS = ("F32", "F16", "BF16", "F64")
 """The same, as safetensors calls them."""
+STORED_INDICES = ("I64", "I32")
+"""Of buffers that count positions; as a weight they would not fit the model's type."""
 WRAPPERS = ("module.", "_orig_mod.", "model.", "unet.", "transformer.", "model.diffusion_model.", "ema.", "net.")
 """What training frameworks and whole checkpoints put in front of a model's own keys."""
 SHOWN = 3
@@ -61,7 +63,7 @@ def require_keys(missing: Iterable[str], unexpected: Iterable[str], path: Path) 
     raise LoadError(f"{path}: {' and '.join(parts)}; {_advice(missing, unexpected)}")
 
 
-def require_float_files(files: Iterable[Path], module: nn.Module) -> None:
+def require_float_files(files: Iterable[Path]) -> None:
     """Refuse stored types that would be cast to floating point without their meaning.
 
     Args:
@@ -69,7 +71,6 @@ def require_float_files(files: Iterable[Path], module: nn.Module) -> None:
     Raises:
         LoadError: names the file and the tensor.
     """
-    own = module.state_dict()
     for path in files:
         try:
             with safe_open(path, "pt") as stored:
@@ -77,7 +78,7 @@ def require_float_files(files: Iterable[Path], module: nn.Module) -> None:
         except (OSError, SafetensorError) as error:
             raise LoadError(f"{path}: not a readable safetensors file: {error}") from error
         for name, kind in types.items():
-            if kind not in STORED_FLOATS and (name not in own or own[name].is_floating_point()):
+            if kind not in (*STORED_FLOATS, *STORED_INDICES):
                 raise LoadError(_wrong_type(path, name, kind))
 
 

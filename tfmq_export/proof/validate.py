@@ -24,6 +24,7 @@ from tfmq_export.errors import RecipeError
 from tfmq_export.models.load import load, source_of
 from tfmq_export.progress import Progress, Silent, Step
 from tfmq_export.proof.agreement import Agreement, LockStep
+from tfmq_export.proof.float_model import look_at
 from tfmq_export.proof.kernels import compare_kernels, counted, few_rows, wrong_kernels
 from tfmq_export.proof.served import bundle_denoise, run_bundle
 from tfmq_export.proof.temporal_features import TemporalErrors, compare_temporal
@@ -66,6 +67,7 @@ class Validation:
         self_test: What the bundle must predict wherever it is served.
         reference_images: Drawn by the full-precision model, [N, C, H, W] in 0..1.
         images: Drawn by the compiled graph from the same noise.
+        notes: What looks wrong about the float model, in sentences.
     """
 
     report: Report
@@ -74,12 +76,14 @@ class Validation:
     self_test: SelfTest
     reference_images: NDArray[np.float32]
     images: NDArray[np.float32]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         found = {
             "precision": self.receipt.to_json(),
             "temporal": self.temporal.to_json(),
             "host": {"processor": processor(), "features": features()},
+            "notes": list(self.notes),
         }
         return {**self.report.to_json(), **found, "temporal_tables": self.temporal.storage}
 
@@ -151,6 +155,8 @@ def validate(
     noise, prompts = denoiser.noise(images, seed), denoiser.prompts(images)
     with progress.stage("Sampling in full precision") as step:
         trajectory, reference = record(denoiser, denoiser.module_denoise(), noise, prompts, step)
+    with progress.stage("Looking at the float model"):
+        notes = look_at(denoiser, noise, trajectory, reference)
     with (
         load_bundle(root, self_test=False) as loaded,
         load_bundle(root, self_test=False, integer=False, backend="onnxruntime") as in_float,
@@ -173,7 +179,9 @@ def validate(
     with progress.stage("Reading the optimized graph"):
         receipt = counted(realized_by_target(subject.bundle), wrong)
     temporal = compare_temporal(subject.program, denoiser, subject.carried_out.tib, subject.bundle)
+    finite = np.isfinite(np.stack([reference.numpy(), compiled.numpy()]))
     found = {
+        Metric.FINITE: finite.reshape(2, len(noise), -1).mean(2),
         Metric.IMAGE_PSNR: psnr(reference_images, compiled_images, peak),
         Metric.STEP_SQNR: per_step,
         Metric.KERNELS: kernels.sqnr,
@@ -189,7 +197,7 @@ def validate(
     if has_ssim(reference_images) or thresholds.ssim > 0:
         found[Metric.IMAGE_SSIM] = ssim(reference_images, compiled_images, peak)
     report = judge({metric: Comparison.of(metric, values) for metric, values in found.items()}, subject, thresholds)
-    return Validation(report, receipt, temporal, kernels.self_test, reference_images, compiled_images)
+    return Validation(report, receipt, temporal, kernels.self_test, reference_images, compiled_images, tuple(notes))
 
 
 def judge(found: Mapping[Metric, Comparison], subject: Subject, thresholds: Thresholds) -> Report:
@@ -197,6 +205,7 @@ def judge(found: Mapping[Metric, Comparison], subject: Subject, thresholds: Thre
     preset, tib = subject.recipe.preset, subject.carried_out.tib
     drift = found[Metric.GRAPH_IMAGES].median + CLOSER
     asked = [
+        (Metric.FINITE, 1.0, found[Metric.FINITE].lowest),
         (Metric.IMAGE_PSNR, thresholds.psnr_of(preset), found[Metric.IMAGE_PSNR].mean),
         (Metric.SQNR, thresholds.sqnr_of(preset), found[Metric.STEP_SQNR].mean),
         (Metric.KERNELS, thresholds.kernels, found[Metric.KERNELS].median),
@@ -211,7 +220,7 @@ def judge(found: Mapping[Metric, Comparison], subject: Subject, thresholds: Thre
         (Metric.LOCK_STEP, thresholds.agreement, found[Metric.LOCK_STEP].lowest),
     ]
     if Metric.IMAGE_SSIM in found:
-        asked.insert(1, (Metric.IMAGE_SSIM, thresholds.ssim, found[Metric.IMAGE_SSIM].mean))
+        asked.insert(2, (Metric.IMAGE_SSIM, thresholds.ssim, found[Metric.IMAGE_SSIM].mean))
     verdicts = tuple(Threshold(metric, least).judge(value) for metric, least, value in asked)
     return Report(tuple(found[metric] for metric in Metric if metric in found), verdicts)
 

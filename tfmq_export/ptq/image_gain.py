@@ -49,12 +49,11 @@ def image_gain(
     noise, prompts, plain = denoiser.noise(images, seed), denoiser.prompts(images), denoiser.module_denoise()
     coarse = replace(denoiser, module=coarsened(denoiser.module)).module_denoise()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # a sampler may draw noise of its own: the same in every run
-        calls, reference = record(denoiser, plain, noise, prompts, lambda done, total: None)
+        calls, reference = record(denoiser, plain, noise, prompts, lambda done, total: None, seed)
         edges = np.unique(np.linspace(0, len(calls), windows + 1).round().astype(int))
         logs = []
         for number, (first, stop) in enumerate(pairwise(edges.tolist())):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed)  # as record did: a sampler may draw noise of its own, the same in every run
             disturbed = _Disturbed(plain, coarse, calls, range(first, stop))
             moved = (denoiser.sampler(disturbed, noise, prompts) - reference).double().square().flatten(1).mean(1)
             logs.append(float((moved / max(disturbed.power, 1e-30)).clamp_min(1e-30).log().mean()))

@@ -48,13 +48,14 @@ class CalibrationRows:
 
 @torch.no_grad()
 def record(
-    denoiser: Denoiser, denoise: Denoise, noise: Tensor, conditioning: Conditioning, progress: Step
+    denoiser: Denoiser, denoise: Denoise, noise: Tensor, conditioning: Conditioning, progress: Step, seed: int = 0
 ) -> tuple[tuple[CalibrationStep, ...], Tensor]:
     """Sample once and keep every model call.
 
     Args:
         denoise: Predicts, on behalf of ``denoiser``.
         noise: [N, ...].
+        seed: Of torch's own generator meanwhile: a sampler that draws from it draws the same in every run.
     Returns:
         The calls in order, and the final images.
     """
@@ -67,7 +68,9 @@ def record(
         progress(len(steps), max(len(steps), len(denoiser.timesteps)))  # warm-ups visit some timesteps twice
         return prediction
 
-    images = denoiser.sampler(recorded, noise, conditioning)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        images = denoiser.sampler(recorded, noise, conditioning)
     return tuple(steps), images
 
 
