@@ -152,3 +152,9 @@ def test_thresholds_come_from_file_and_flags(tmp_path: Path) -> None:
     thresholds = load_config(path, {"thresholds.psnr": 0.0}).thresholds
 
     assert (thresholds.psnr_of("w8a8"), thresholds.sqnr_of("w8a8"), thresholds.kernels) == (0.0, 3.5, 20.0)
+
+
+@pytest.mark.parametrize("text", ["[thresholds]\nsqnr = nan\n", "[thresholds]\nkernels = inf\n"])
+def test_a_threshold_that_is_no_number_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="finite number"):
+        load_config(toml(tmp_path, text), {})

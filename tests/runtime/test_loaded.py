@@ -120,3 +120,12 @@ def test_a_missing_graph_and_a_broken_one_are_told_apart(tiny_bundle: Write) -> 
     path.unlink()
     with pytest.raises(LoadError, match="no such file"):
         load(root)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_sample_that_is_not_finite_is_refused(tiny_bundle: Write, value: float) -> None:
+    sample = NOISE.copy()
+    sample[1, 2, 3, 4] = value
+
+    with load(tiny_bundle(), threads=1) as denoise, pytest.raises(ConfigError, match="sample: holds NaN or infinity"):
+        denoise(sample, 500)
