@@ -1,15 +1,24 @@
 """Networks in the shapes people deploy, with random weights: nothing is downloaded, and speed is the same.
 
-A DDPM U-Net, a latent U-Net with cross-attention as in Stable Diffusion, and a class-conditional DiT; each ``tiny``
-for tests and ``full`` for benchmarks. The weights are seeded and scaled as in a trained network: every layer keeps
-the variance of its input, channels differ in magnitude, and the prediction of unit noise has unit variance.
+    python tools/shapes.py sd out/sd.safetensors        # the weights, which every command takes as the model
+    tfmq-export out/sd.safetensors --factory tools.shapes:sd --steps 4 -o out/sd --min-psnr -100 --min-sqnr -100
+    tfmq-bench out/sd --against out/sd.safetensors --factory tools.shapes:sd --accuracy
+
+A DDPM U-Net, a latent U-Net with cross-attention as in Stable Diffusion, and a class-conditional DiT (``ddpm``, ``sd``,
+``dit``), each ``full`` for benchmarks and ``tiny`` for tests (``tiny_sd``). The weights are seeded and scaled as in a
+trained network: every layer keeps the variance of its input, channels differ in magnitude, and the prediction of unit
+noise has unit variance.
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tfmq_export.capture.denoiser import Description, first_tensor
@@ -147,6 +156,16 @@ def _dit(size: str) -> Shape:
 SHAPES: Mapping[str, Callable[[str], Shape]] = {"ddpm": _ddpm, "sd": _sd, "dit": _dit}
 
 
+def _factory(name: str, size: str) -> tuple[nn.Module, Description]:
+    """As ``--factory`` calls it; ``--steps`` says which timesteps."""
+    module, description = build(name, size)
+    return module, replace(description, timesteps=None)
+
+
+ddpm, sd, dit = (partial(_factory, name, "full") for name in SHAPES)
+tiny_ddpm, tiny_sd, tiny_dit = (partial(_factory, name, "tiny") for name in SHAPES)
+
+
 @torch.no_grad()
 def _scale(module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     """Give every layer weights that keep its input's variance, and the prediction a variance of 1."""
@@ -170,3 +189,9 @@ def _scale(module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
 def _gains(channels: int) -> Tensor:
     """Log-normal, with a mean square of 1."""
     return torch.exp(SPREAD * torch.randn(channels) - SPREAD**2)
+
+
+if __name__ == "__main__":
+    _, name, weights = sys.argv
+    module, _ = globals()[name]()
+    save_file(module.state_dict(), weights)

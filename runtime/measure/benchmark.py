@@ -55,18 +55,6 @@ class Timing:
         return {"median": self.median, "p10": self.p10, "p90": self.p90, "p99": self.p99, "count": self.count}
 
 
-def time_interleaved(
-    candidates: Mapping[str, Callable[[], object]],
-    *,
-    rounds: int = 30,
-    warmup: int = 3,
-    seconds_budget: float = math.inf,
-) -> dict[str, Timing]:
-    """Time every candidate once per round; see ``take_turns``."""
-    turns = {name: stopwatch(call) for name, call in candidates.items()}
-    return take_turns(turns, rounds=rounds, warmup=warmup, seconds_budget=seconds_budget)
-
-
 def take_turns(
     candidates: Mapping[str, Callable[[], float]],
     *,
@@ -100,17 +88,6 @@ def take_turns(
             if position >= 0:
                 seconds[name].append(elapsed)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
-
-
-def stopwatch(call: Callable[[], object]) -> Callable[[], float]:
-    """The call, answering with its seconds."""
-
-    def timed() -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    return timed
 
 
 def speedups(timings: Mapping[str, Timing], baseline: str) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""How fast a bundle is, and against what: the command tfmq-bench.
+"""How fast and how exact a bundle is, and against what: the command tfmq-bench.
 
 candidates    what to run: bundles, and the baselines a user would pick instead
-workshop      makes what they need: graphs, calibration rows, inputs
-worker        one candidate in a process of its own: load time, memory, one turn at a time
+workshop      makes what they need: graphs, inputs, calls to calibrate on and to judge on
+worker        one candidate in a process of its own: load time, memory, accuracy, one turn at a time
 run           lets all workers take turns
 report, plot  what was found
 """

@@ -16,6 +16,8 @@ from tfmq_export.target import find_target
 
 TWIN = "twin"
 """Each bundle's own graph without Q/DQ, on the same engine."""
+OPENVINO_BF16 = "openvino-bf16"
+"""A backend of bundles beside those of ``runtime.load``: OpenVINO with bf16 where nothing is quantized."""
 
 Make = Callable[[Workshop, int], Job]
 """``make(workshop, threads)``: builds what the candidate needs, once per workshop."""
@@ -60,11 +62,11 @@ def _quantize_static(workshop: Workshop, threads: int) -> Job:
     return workshop.graph_job(path, threads, "onnxruntime")
 
 
-def _nncf(workshop: Workshop, threads: int, *, transformer: bool) -> Job:
+def _nncf(workshop: Workshop, threads: int, *, transformer: bool, precision: str = "f32") -> Job:
     path = workshop.folder / ("nncf-transformer" if transformer else "nncf") / "model.xml"
     if not path.exists():
         nncf_quantize(workshop.float_graph, path, workshop.rows, transformer=transformer)
-    return workshop.graph_job(path, threads, "openvino")
+    return workshop.graph_job(path, threads, "openvino", precision)
 
 
 def _torch(workshop: Workshop, threads: int, *, kind: str) -> Job:
@@ -78,7 +80,9 @@ BASELINES: Mapping[str, Baseline] = {
     "openvino-fp32": Baseline(_OPENVINO, partial(_float, backend="openvino")),
     "openvino-bf16": Baseline(_OPENVINO, partial(_float, backend="openvino", precision="bf16")),
     "nncf": Baseline(_NNCF, partial(_nncf, transformer=False)),
+    "nncf-bf16": Baseline(_NNCF, partial(_nncf, transformer=False, precision="bf16")),
     "nncf-transformer": Baseline(_NNCF, partial(_nncf, transformer=True)),
+    "nncf-transformer-bf16": Baseline(_NNCF, partial(_nncf, transformer=True, precision="bf16")),
     "torch": Baseline((), partial(_torch, kind="torch")),
     "torch-compile": Baseline((), partial(_torch, kind="torch-compile")),
 }
@@ -123,6 +127,8 @@ def candidates_of(bundles: Sequence[Bundle], backends: Sequence[str], baselines:
 
 
 def _bundle(workshop: Workshop, threads: int, *, bundle: Bundle, backend: str) -> Job:
+    if backend == OPENVINO_BF16:
+        return workshop.job("bundle", bundle.root, threads, backend="openvino", precision="bf16")
     return workshop.job("bundle", bundle.root, threads, backend=_backend_of(bundle, backend))
 
 

@@ -1,9 +1,12 @@
 """What the parent tells a worker, and what the worker answers: plain data, one line of JSON each."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+PREDICTION = "<prediction>"
+"""In a file of held-out calls, beside the model's inputs by name: no argument can be called that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,9 @@ class Job:
         scalar_timestep: Whether a graph takes the timestep as a number, not one per sample.
         source: Fields of ``models.load.Source``, for torch.
         sampling: Time whole sampling runs; None times single calls.
+        held_out: Folder of calls to judge the predictions on, an npz file for each timestep: the inputs by name, one
+            call after the other, [calls, batch, ...] ([calls] for a timestep that is a number), and ``PREDICTION``,
+            the float model's, [samples, ...]. None judges nothing.
     """
 
     kind: str
@@ -49,6 +55,7 @@ class Job:
     scalar_timestep: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
     sampling: SamplingJob | None = None
+    held_out: str | None = None
 
     def to_line(self) -> str:
         """One line of JSON."""
@@ -63,17 +70,21 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker has given its first prediction.
+    """A worker has given its first prediction, and all it is judged by.
 
     Attributes:
         load_seconds: From opening the files to the first prediction; importing the libraries is not in it.
         libraries_bytes: Memory of the process before it, with all libraries imported; None where unknown.
         ran: What really runs, in the engine's own words: version, threads, precision.
+        file_bytes: Of graphs and weights; 0 where there is no graph.
+        sqnr: Of the prediction against the float model's, dB, one per held-out timestep.
     """
 
     load_seconds: float
     libraries_bytes: int | None
     ran: Mapping[str, str]
+    file_bytes: int = 0
+    sqnr: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ class Worker:
         self._log = folder / "worker.log"
         self.turns: list[Turn] = []
         threads = {key: str(job.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        paths = os.pathsep.join([*(path or os.getcwd() for path in sys.path), os.getcwd()])  # where a factory may lie
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TMPDIR": str(folder)}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(

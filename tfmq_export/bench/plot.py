@@ -12,7 +12,7 @@ OURS, BASE, OTHER = "#2b6cb0", "#4a5568", "#a0aec0"
 
 
 def save_bars(path: Path, report: BenchReport) -> None:
-    """Median of each candidate with a whisker from p10 to p90, the fastest below, speed beside each."""
+    """Median of each candidate with a whisker from p10 to p90, the fastest below, speed and accuracy beside each."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -46,9 +46,10 @@ def _panel(axis: "matplotlib.axes.Axes", setting: Setting) -> None:
         error_kw={"elinewidth": 1, "capsize": 2},
     )
     for place, row, end in zip(places, rows, high, strict=True):
-        axis.annotate(f"{row.speedup:.2f}x", (end, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
+        said = f"{row.speedup:.2f}x" + (f", {row.accuracy.mean:.1f} dB" if row.accuracy is not None else "")
+        axis.annotate(said, (end, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(places, [row.name for row in rows], fontsize=8)
-    axis.set_xlim(0, high.max() * 1.12)
+    axis.set_xlim(0, high.max() * (1.12 if setting.rows[0].accuracy is None else 1.25))
     axis.set_title(setting.title, fontsize=9, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
 

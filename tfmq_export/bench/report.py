@@ -12,11 +12,13 @@ from tfmq_export.bench.job import Ready, Turn
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.runtime.measure.benchmark import Timing
+from tfmq_export.runtime.measure.compare import Comparison, Metric, json_number
 from tfmq_export.runtime.measure.machine import adds_in_16_bits, features, processor, versions
 
 LATENCY = ("", "median ms", "p10", "p90", "p99", "speed", "per s")
-COSTS = ("", "cpu ms", "cores", "ours", "load s", "peak MB")
-"""Columns of the two tables; ``Row`` says what they are."""
+ACCURACY = ("SQNR dB", "worst")
+COSTS = ("", "cpu ms", "cores", "ours", "load s", "peak MB", "file MB")
+"""Columns of the two tables, the first with ``ACCURACY`` where that was judged; ``Row`` says what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,14 @@ class Row:
         """The same per turn, in seconds."""
         return float(np.median([turn.seconds - turn.engine_seconds for turn in self.turns]))
 
+    @property
+    def accuracy(self) -> Comparison | None:
+        """Of the prediction at each held-out timestep; None where it was not judged."""
+        return Comparison(Metric.STEP_SQNR, tuple(self.ready.sqnr)) if self.ready.sqnr else None
+
     def to_json(self, batch: int) -> dict[str, object]:
-        """Plain data; seconds and bytes."""
+        """Plain data; seconds, bytes and dB."""
+        judged = self.accuracy
         return {
             "seconds": self.timing.to_json(),
             "speedup": self.speedup,
@@ -80,20 +88,24 @@ class Row:
             "load_seconds": self.ready.load_seconds,
             "libraries_bytes": self.ready.libraries_bytes,
             "peak_bytes": self.peak_bytes,
+            "file_bytes": self.ready.file_bytes,
+            "sqnr_db": None if judged is None else _plain(judged),
             "ran": dict(self.ready.ran),
         }
 
     def latency(self, batch: int) -> tuple[str, ...]:
-        """One cell per column of ``LATENCY``."""
-        timing = self.timing
+        """One cell per column of ``LATENCY``, and of ``ACCURACY`` where it was judged."""
+        timing, judged = self.timing, self.accuracy
         times = [_short(value * 1e3) for value in (timing.median, timing.p10, timing.p90, timing.p99)]
-        return (self.name, *times, f"{self.speedup:.2f}x", _short(batch / timing.median))
+        accuracy = () if judged is None else (f"{judged.mean:.1f}", f"{judged.lowest:.1f}")
+        return (self.name, *times, f"{self.speedup:.2f}x", _short(batch / timing.median), *accuracy)
 
     def costs(self) -> tuple[str, ...]:
         """One cell per column of ``COSTS``."""
         peak = "-" if self.peak_bytes is None else f"{self.peak_bytes / 1e6:.0f}"
         cpu, load = _short(self.cpu_seconds * 1e3), f"{self.ready.load_seconds:.2f}"
-        return (self.name, cpu, f"{self.cores:.2f}", f"{self.overhead:.1%}", load, peak)
+        file = f"{self.ready.file_bytes / 1e6:.2f}" if self.ready.file_bytes else "-"
+        return (self.name, cpu, f"{self.cores:.2f}", f"{self.overhead:.1%}", load, peak, file)
 
     def ran(self) -> str:
         """What really ran, in one line."""
@@ -123,6 +135,11 @@ class Setting:
     def title(self) -> str:
         """What its candidates have in common, in words."""
         return setting_title(self.threads, self.batch)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of its rows' latencies."""
+        return LATENCY if self.rows[0].accuracy is None else LATENCY + ACCURACY
 
     @property
     def rounds(self) -> int:
@@ -195,6 +212,11 @@ class BenchReport:
         """Write the figures as JSON; a file that is there is replaced in one step."""
         with replaced_file(path) as partial:
             partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")
+
+
+def _plain(judged: Comparison) -> dict[str, object]:
+    each = [json_number(value) for value in judged.values]
+    return {"mean": json_number(judged.mean), "worst": json_number(judged.lowest), "per_timestep": each}
 
 
 def _short(value: float) -> str:

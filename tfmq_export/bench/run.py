@@ -1,5 +1,6 @@
 """All candidates, all threads and batch sizes: load, take turns, put together what was found."""
 
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from tfmq_export.bench.candidates import Candidate
 from tfmq_export.bench.lockstep import Worker
 from tfmq_export.bench.report import BenchReport, Missing, Row, Setting, setting_title
-from tfmq_export.bench.workshop import Model, Workshop
+from tfmq_export.bench.workshop import CALIBRATION_SEED, Model, Workshop
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import BuildError, ConfigError, TfmqError
 from tfmq_export.progress import Progress
@@ -30,6 +31,7 @@ class Plan:
         rounds: Turns of every candidate.
         seconds: For the turns of all settings together; a setting runs one round at least.
         sampling: Time whole sampling runs in place of single calls.
+        accuracy: Judge every prediction against the float model's, on a trajectory that nothing was calibrated on.
     """
 
     threads: tuple[int, ...] = (1,)
@@ -37,6 +39,7 @@ class Plan:
     rounds: int = 30
     seconds: float = math.inf
     sampling: bool = False
+    accuracy: bool = False
 
     def __post_init__(self) -> None:
         for name, values in (("--threads", self.threads), ("--batch", self.batches)):
@@ -59,11 +62,14 @@ def bench(
         bundles: Of one model and one schedule; the first one's prompts are sampled.
         keep: Given all results so far after each setting, so that an interrupted run leaves what it has.
     Raises:
-        ConfigError: the bundles cannot be compared.
+        ConfigError: the bundles cannot be compared, or not be judged without the model.
         RecipeError: a bundle was compiled from another model.
         BuildError: nothing could be timed.
     """
     _require_comparable(bundles)
+    if plan.accuracy and model is None:
+        raise ConfigError("--accuracy: predictions are judged against those of the float model: --against MODEL")
+    seed = unseen_seed(bundles) if plan.accuracy else None
     if model is not None:
         with progress.stage("Loading the model"):
             for bundle in bundles:
@@ -72,7 +78,7 @@ def bench(
     share = plan.seconds / (len(plan.threads) * len(plan.batches))
     with tempfile.TemporaryDirectory() as folder:
         for batch in plan.batches:
-            workshop = Workshop(bundles[0], model, Path(folder) / f"batch{batch}", batch, plan.sampling)
+            workshop = Workshop(bundles[0], model, Path(folder) / f"batch{batch}", batch, plan.sampling, seed)
             for threads in plan.threads:
                 settings.append(_setting(workshop, candidates, threads, plan, share, progress))
                 keep(BenchReport.of(bundles, plan.sampling, settings))
@@ -89,6 +95,12 @@ def _require_comparable(bundles: Sequence[Bundle]) -> None:
                     f"{bundle.root} and {bundles[0].root}: compiled with another {what}; only bundles of one model "
                     "and one schedule can be compared"
                 )
+
+
+def unseen_seed(bundles: Sequence[Bundle]) -> int:
+    """The first seed that nothing was calibrated with."""
+    seen = {str(CALIBRATION_SEED), *(bundle.manifest.provenance.get("seed") for bundle in bundles)}
+    return next(seed for seed in itertools.count() if str(seed) not in seen)
 
 
 def _setting(

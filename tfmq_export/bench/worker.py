@@ -1,7 +1,7 @@
 """One candidate in a process of its own: ``python -m tfmq_export.bench.worker``, spoken to in lines of JSON.
 
-The first line in is the job, the answer ``Ready``; then each ``turn`` is answered by a ``Turn``, and ``close`` by the
-peak of memory. A candidate that cannot run answers with the reason.
+The first line in is the job, the answer ``Ready``, with its accuracy where that is asked for; then each ``turn`` is
+answered by a ``Turn``, and ``close`` by the peak of memory. A candidate that cannot run answers with the reason.
 """
 
 import importlib
@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import Any, Self, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.bench.job import Job, Ready, Turn
+from tfmq_export.bench.job import PREDICTION, Job, Ready, Turn
 from tfmq_export.bundle import manifest as bundle
 from tfmq_export.runtime.engines.open import engine_version
 from tfmq_export.runtime.engines.table import engine_named
 from tfmq_export.runtime.measure.benchmark import peak_rss_bytes, rss_bytes
+from tfmq_export.runtime.measure.compare import sqnr_db
 from tfmq_export.runtime.runner import GraphRequest, ReportsSettings, Runner, one_line
 from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample
 
@@ -76,6 +77,7 @@ class Opened:
 
     denoise: Denoise
     settings: Callable[[], Mapping[str, str]]
+    graphs: tuple[Path, ...] = ()
 
 
 def main() -> None:
@@ -90,7 +92,7 @@ def main() -> None:
 
 
 def serve(job: Job, questions: TextIO, answers: TextIO) -> None:
-    """Load, then one turn for each question."""
+    """Load, be judged, then one turn for each question."""
     import_libraries(job)
     meter, libraries = Meter(), rss_bytes()
     with np.load(job.inputs, allow_pickle=False) as arrays:
@@ -99,7 +101,9 @@ def serve(job: Job, questions: TextIO, answers: TextIO) -> None:
     opened = open_candidate(job, meter)
     call = single_call(opened.denoise, job, inputs)
     call()
-    answer(answers, asdict(Ready(time.perf_counter() - start, libraries, dict(opened.settings()))))
+    seconds = time.perf_counter() - start
+    sqnr = tuple(judged(opened.denoise, job))
+    answer(answers, asdict(Ready(seconds, libraries, dict(opened.settings()), bytes_of(opened.graphs), sqnr)))
     turn = call if job.sampling is None else partial(sampling_run, opened.denoise, job, inputs)
     for question in questions:
         if question.strip() == "close":
@@ -129,6 +133,29 @@ def single_call(denoise: Denoise, job: Job, inputs: Mapping[str, NDArray[Any]]) 
     conditioning = {name: np.concatenate([value] * halves) for name, value in conditioning_of(job, inputs).items()}
     step = prompted(denoise, conditioning)
     return partial(step, np.concatenate([inputs[job.sample]] * halves), inputs[job.timestep].item())
+
+
+def judged(denoise: Denoise, job: Job) -> Iterator[float]:
+    """SQNR of the prediction against the float model's, dB, at each held-out timestep.
+
+    The calls are those of a turn: as large, the timestep a number. One timestep is in memory at a time, so that peaks
+    stay the candidate's own.
+    """
+    for path in sorted(Path(job.held_out).iterdir()) if job.held_out is not None else ():
+        with np.load(path, allow_pickle=False) as arrays:
+            inputs = dict(arrays)
+        wanted, samples, timesteps = (inputs.pop(name) for name in (PREDICTION, job.sample, job.timestep))
+        given = [
+            denoise(sample, timesteps.flat[0].item(), **{name: calls[index] for name, calls in inputs.items()})
+            for index, sample in enumerate(samples)
+        ]
+        yield sqnr_db(wanted, np.concatenate(given))
+
+
+def bytes_of(graphs: tuple[Path, ...]) -> int:
+    """Graphs and weights; each has a folder of its own."""
+    files = [file for graph in graphs for file in graph.parent.iterdir() if file.suffix != ".json" and file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def sampling_run(denoise: Denoise, job: Job, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -178,10 +205,12 @@ def open_bundle(job: Job, meter: Meter) -> Opened:
     """As a user opens it."""
     from tfmq_export.runtime import load
 
-    loaded = load(Path(job.path), backend=job.backend, threads=job.threads)
+    precision = job.precision if job.backend == "openvino" else None
+    loaded = load(Path(job.path), backend=job.backend, threads=job.threads, precision=precision)
     prologue = None if loaded.prologue is None else MeteredRunner(loaded.prologue, meter)
     metered = replace(loaded, runner=MeteredRunner(loaded.runner, meter), prologue=prologue)
-    return Opened(metered, partial(settings_of, loaded.runner))
+    graphs = [graph for graph in (loaded.bundle.model, loaded.bundle.prologue) if graph is not None]
+    return Opened(metered, partial(settings_of, loaded.runner), tuple(graphs))
 
 
 def open_graph(job: Job, meter: Meter) -> Opened:
@@ -197,7 +226,7 @@ def open_graph(job: Job, meter: Meter) -> Opened:
         values = infer({job.sample: noisy, job.timestep: np.full(shape, timestep, dtype), **conditioning})
         return np.asarray(next(iter(values.values())))
 
-    return Opened(denoise, partial(settings_of, runner))
+    return Opened(denoise, partial(settings_of, runner), (Path(job.path),))
 
 
 def open_torch(job: Job, meter: Meter) -> Opened:

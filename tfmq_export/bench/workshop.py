@@ -1,18 +1,18 @@
-"""What candidates need, made once per batch size: inputs, the float graph, rows to calibrate peers with."""
+"""What candidates need, made once per batch size: inputs, the float graph, calls to calibrate on and to judge on."""
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from tfmq_export.bench.job import Job, SamplingJob
+from tfmq_export.bench.job import PREDICTION, Job, SamplingJob
 from tfmq_export.bench.peers import Rows, batches_of, export_float
 from tfmq_export.bundle.manifest import Bundle, write_manifest
 from tfmq_export.capture.denoiser import Denoiser
@@ -22,12 +22,17 @@ from tfmq_export.models.load import Source, load
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.finish.strip_qdq import StripQdq
 from tfmq_export.passes.graph import export_model, import_graph, save_model
-from tfmq_export.ptq.walk.calibration import calibrate
+from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate
 from tfmq_export.runtime.self_test import FILE as SELF_TEST
 
-CALIBRATION_IMAGES = 4
+T = TypeVar("T")
+IMAGES = 4
+"""Trajectories that peers are calibrated with, and as many to judge on."""
+CALIBRATION_SEED = 0
 CALIBRATION_ROWS = 32
 """Calls that peers are calibrated with, spread over the schedule."""
+HELD_OUT_STEPS = 16
+"""Timesteps that predictions are judged at, likewise."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Workshop:
         folder: Takes what is made.
         batch: Samples per call, or images per sampling run.
         sampling: Whether whole runs are timed.
+        held_out_seed: Of the trajectories that predictions are judged on; None judges nothing.
     """
 
     bundle: Bundle
@@ -66,6 +72,7 @@ class Workshop:
     folder: Path
     batch: int
     sampling: bool
+    held_out_seed: int | None = None
 
     @cached_property
     def guidance_scale(self) -> float:
@@ -119,11 +126,24 @@ class Workshop:
     @cached_property
     def rows(self) -> Rows:
         """Recorded calls of the model, evenly over the schedule."""
-        images = -(-CALIBRATION_IMAGES // self.rows_per_call) * self.rows_per_call
-        steps = calibrate(self.denoiser, images=images, seed=0, progress=lambda done, total: None)
-        calls = [dict(call) for step in steps for call in batches_of(step, self.rows_per_call)]
-        kept = np.unique(np.linspace(0, len(calls) - 1, min(len(calls), CALIBRATION_ROWS)).round().astype(int))
-        return [calls[index] for index in kept]
+        steps = self._recorded(CALIBRATION_SEED)
+        return spread([call for step in steps for call in batches_of(step, self.rows_per_call)], CALIBRATION_ROWS)
+
+    @cached_property
+    def held_out(self) -> Path | None:
+        """Recorded calls with the float model's predictions, a file for each timestep as ``Job`` says."""
+        if self.held_out_seed is None:
+            return None
+        steps = spread(self._recorded(self.held_out_seed), HELD_OUT_STEPS)
+        folder = self.folder / "held_out"
+        folder.mkdir(parents=True)
+        for place, step in enumerate(steps):
+            np.savez(folder / f"{place:04}.npz", **held_out_calls(step, self.rows_per_call))  # type: ignore[arg-type]
+        return folder
+
+    def _recorded(self, seed: int) -> Sequence[CalibrationStep]:
+        images = -(-IMAGES // self.rows_per_call) * self.rows_per_call
+        return calibrate(self.denoiser, images=images, seed=seed, progress=lambda done, total: None)
 
     def job(self, kind: str, path: Path, threads: int, **settings: Any) -> Job:
         """A job on this workshop's inputs."""
@@ -137,6 +157,7 @@ class Workshop:
             timestep=timestep.name,
             threads=threads,
             sampling=self._sampling_job() if self.sampling else None,
+            held_out=None if self.held_out is None else str(self.held_out.absolute()),
             **settings,
         )
 
@@ -189,6 +210,19 @@ class Workshop:
         except (OSError, ValueError) as error:
             raise LoadError(f"{self.bundle.scheduler}: not a readable scheduler configuration ({error})") from error
         return SamplingJob(config, info.steps, self.guidance_scale)
+
+
+def held_out_calls(step: CalibrationStep, batch: int) -> dict[str, NDArray[Any]]:
+    """One timestep of a trajectory as calls of this size, beside what the float model predicts."""
+    calls = batches_of(step, batch)
+    arrays = {name: np.stack([call[name] for call in calls]) for name in step.inputs}
+    return {**arrays, PREDICTION: step.prediction[: len(calls) * batch].numpy()}
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many, evenly over all, the first and the last among them."""
+    kept = np.unique(np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int))
+    return [items[index] for index in kept]
 
 
 def _plain(source: Source) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""tfmq-bench: how fast a bundle is, and against what."""
+"""tfmq-bench: how fast and how exact a bundle is, and against what."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,8 @@ from tfmq_export.cli.options import Factory, Quiet, require_folder_of, source_of
 from tfmq_export.errors import ConfigError
 
 BASELINES = (
-    "twin, ort-fp32, quantize-static, openvino-fp32, openvino-bf16, nncf, nncf-transformer, torch, torch-compile"
+    "twin, ort-fp32, quantize-static, openvino-fp32, openvino-bf16, nncf, nncf-bf16, nncf-transformer, "
+    "nncf-transformer-bf16, torch, torch-compile"
 )
 
 
@@ -24,11 +25,14 @@ def bench(
         str | None, typer.Option(help=f"Of {BASELINES}; with commas, or all, or none.", show_default="those at hand")
     ] = None,
     backends: Annotated[
-        str, typer.Option(help="What runs the bundles: auto or names, as runtime.load takes them.")
+        str, typer.Option(help="What runs the bundles: auto or names, as runtime.load takes them; or openvino-bf16.")
     ] = "auto",
     threads: Annotated[str, typer.Option(help="Threads of one inference, such as 1,2.")] = "1",
     batch: Annotated[str, typer.Option(help="Samples per call, or images per sampling run, such as 1,4.")] = "1",
     sampling: Annotated[bool, typer.Option("--sampling", help="Time whole sampling runs, prompt included.")] = False,
+    accuracy: Annotated[
+        bool, typer.Option("--accuracy", help="Judge all predictions on calls of --against held out from calibration.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every candidate.")] = 30,
     seconds: Annotated[
         float | None, typer.Option(min=0, help="End the turns after this long, all settings together.")
@@ -40,7 +44,7 @@ def bench(
     """Time bundles against what else one would run, each in a process of its own, taking turns."""
     from tfmq_export.bench.candidates import baselines_named, candidates_of
     from tfmq_export.bench.plot import save_bars
-    from tfmq_export.bench.report import COSTS, LATENCY, BenchReport
+    from tfmq_export.bench.report import COSTS, BenchReport
     from tfmq_export.bench.run import Plan
     from tfmq_export.bench.run import bench as run_bench
     from tfmq_export.bench.workshop import Model
@@ -48,7 +52,9 @@ def bench(
 
     require_folder_of(json, plot)
     opened = [open_bundle(folder) for folder in bundles]
-    plan = Plan(_numbers("--threads", threads), _numbers("--batch", batch), rounds, seconds or math.inf, sampling)
+    plan = Plan(
+        _numbers("--threads", threads), _numbers("--batch", batch), rounds, seconds or math.inf, sampling, accuracy
+    )
     model = None if against is None else Model(source_of(opened[0], against, factory))
     names = baselines_named(baselines, model=model is not None)
     candidates = candidates_of(opened, [word.strip() for word in backends.split(",")], names)
@@ -61,7 +67,8 @@ def bench(
         report = run_bench(opened, model, candidates, plan, progress, keep=keep)
     for setting in report.settings:
         title = f"{setting.title}, {setting.rounds} rounds, per {report.unit}"
-        table(f"{title}; speed 1 is {setting.base}", [row.latency(setting.batch) for row in setting.rows], LATENCY)
+        rows = [row.latency(setting.batch) for row in setting.rows]
+        table(f"{title}; speed 1 is {setting.base}", rows, setting.columns)
         table("", [row.costs() for row in setting.rows], COSTS)
         for ran, runners in setting.ran().items():
             out.print(f"ran on {ran}: {', '.join(runners)}", markup=False, highlight=False)

@@ -1,28 +1,28 @@
-import time
+from functools import partial
 
 import pytest
 
 from tfmq_export.errors import ConfigError
-from tfmq_export.runtime.measure.benchmark import Timing, peak_rss_bytes, speedups, time_interleaved
+from tfmq_export.runtime.measure.benchmark import Timing, peak_rss_bytes, speedups, take_turns
 
 
 def test_candidates_alternate_and_warm_up_is_not_counted() -> None:
     calls: list[str] = []
 
-    timings = time_interleaved(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=4, warmup=1, seconds_budget=60
-    )
+    def turn(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
 
-    assert {name: timing.count for name, timing in timings.items()} == {"a": 4, "b": 4}
-    assert all(sorted(calls[index : index + 2]) == ["a", "b"] for index in range(0, 10, 2))
-    assert calls[2:6] == ["a", "b", "b", "a"]
+    timings = take_turns({name: partial(turn, name) for name in "abc"}, rounds=3, warmup=1, seconds_budget=60)
+
+    assert "".join(calls) == "cab" + "abc" + "bca" + "cab"  # each round starts with the next
+    assert timings["a"].seconds == (4.0, 9.0, 11.0)
 
 
 def test_the_budget_ends_the_measurement_after_a_round_at_the_earliest() -> None:
-    (timing,) = time_interleaved({"nap": lambda: time.sleep(0.01)}, rounds=1000, warmup=5, seconds_budget=0).values()
+    (timing,) = take_turns({"nap": lambda: 0.01}, rounds=1000, warmup=5, seconds_budget=0).values()
 
-    assert timing.count == 1
-    assert timing.median >= 0.01
+    assert timing.seconds == (0.01,)
 
 
 def test_a_timing_has_order_statistics() -> None:
@@ -44,9 +44,9 @@ def test_measurements_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(ConfigError, match="time them together"):
         speedups({"int8": Timing((1.0,)), "fp32": Timing((1.0, 2.0))}, "fp32")
     with pytest.raises(ConfigError, match="at least one candidate"):
-        time_interleaved({})
+        take_turns({})
     with pytest.raises(ConfigError, match="rounds >= 1"):
-        time_interleaved({"a": lambda: None}, rounds=0)
+        take_turns({"a": lambda: 1.0}, rounds=0)
 
 
 def test_peak_memory_is_in_bytes() -> None:
