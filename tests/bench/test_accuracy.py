@@ -127,7 +127,7 @@ def test_a_peer_that_fails_is_a_result_and_the_others_are_timed(tiny_bundle: Cal
     def broken(workshop: Workshop, threads: int) -> Job:
         path = workshop.folder / "model.onnx"
         path.write_bytes(b"no graph")
-        return workshop.graph_job(path, threads, "onnxruntime")
+        return workshop.job("graph", path, threads, backend="onnxruntime")
 
     candidates = [Candidate("peer", refuse), Candidate("broken", broken), *candidates_of([bundle], ["auto"], [])]
     (setting,) = bench([bundle], None, candidates, Plan(rounds=1), Silent(), keep=lambda report: None).settings
