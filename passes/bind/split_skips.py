@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, variable
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import SkipSplit
 
 
@@ -81,11 +82,11 @@ def _split(graph: gs.Graph, split: SkipSplit) -> None:
         part = variable(name, dtype=result.dtype, shape=result.shape)
         if index == 0 and add is not None:
             unbiased = variable(f"{name}.product", dtype=result.dtype, shape=result.shape)
-            graph.nodes.append(gs.Node(product.op, f"node_{name}", dict(product.attrs), inputs, [unbiased]))
+            graph.nodes.append(gs.Node(product.op, node_name(name), dict(product.attrs), inputs, [unbiased]))
             graph.nodes.append(gs.Node("Add", f"{name}.add_bias", inputs=[unbiased, *bias], outputs=[part]))
         else:
             inputs += bias if index == 0 else []
-            graph.nodes.append(gs.Node(product.op, f"node_{name}", dict(product.attrs), inputs, [part]))
+            graph.nodes.append(gs.Node(product.op, node_name(name), dict(product.attrs), inputs, [part]))
         parts.append(part)
     result.inputs.clear()
     total = parts[0]

@@ -23,8 +23,7 @@ from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, export_model, variable
 from tfmq_export.passes.qdq.quantize_attention import product_nodes
-from tfmq_export.passes.scaling.fold_rescales import SCALED
-from tfmq_export.passes.time.tabulate_tib import LOOKUP
+from tfmq_export.recipe.names import is_lookup, scaled_name
 from tfmq_export.recipe.recipe import QuantRecipe
 
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -48,7 +47,7 @@ class HalfPrecision(RecipePass):
                 raise PreconditionError(f"{node.name}: {node.op} holds a graph of its own, which has no fp16 form yet")
             if node.op in TYPED_BY_ATTRIBUTE:
                 raise PreconditionError(f"{node.name}: {node.op} is typed by an attribute, which has no fp16 form yet")
-        if any(value.dtype == np.float16 and not name.startswith(LOOKUP) for name, value in graph.tensors().items()):
+        if any(value.dtype == np.float16 and not is_lookup(name) for name, value in graph.tensors().items()):
             raise PreconditionError("the graph holds fp16 values already")
 
     def apply(self, graph: gs.Graph) -> Changes:
@@ -142,8 +141,8 @@ def _float_values(graph: gs.Graph) -> set[str]:
 
 def _islands(graph: gs.Graph, recipe: QuantRecipe) -> set[int]:
     """Ids of the nodes that stay in fp32."""
-    inside = {id(node) for node in graph.nodes if node.op in QUANTIZERS or node.name.startswith(LOOKUP)}
-    results = {name for layer in recipe.layers for name in (layer.name, f"{layer.name}{SCALED}")}
+    inside = {id(node) for node in graph.nodes if node.op in QUANTIZERS or is_lookup(node.name)}
+    results = {name for layer in recipe.layers for name in (layer.name, scaled_name(layer.name))}
     results |= {product.name for product in recipe.products}
     inside |= {id(node) for _, node in product_nodes(graph, recipe)}
     for layer, node in bound_nodes(graph, recipe):

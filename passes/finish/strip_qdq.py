@@ -14,9 +14,8 @@ from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.bind.bind_recipe import is_transposed
 from tfmq_export.passes.graph import constant, read_instead
-from tfmq_export.passes.qdq.fold_zero_points import RAISED
-from tfmq_export.passes.qdq.offset_bias import OFFSET
-from tfmq_export.passes.scaling.rescale_inputs import RESCALE, scale_input_channels
+from tfmq_export.passes.scaling.rescale_inputs import scale_input_channels
+from tfmq_export.recipe.names import INPUT_COPY, INPUT_OFFSET, INPUT_PAD, OFFSET, OUTPUT_SUM, RAISED, RESCALE
 
 THROUGH = ("Cast", "Clip")
 MULTIPLIERS = ("Conv", "Gemm", "MatMul")
@@ -30,7 +29,7 @@ class StripQdq(Pass):
 
     def apply(self, graph: gs.Graph) -> Changes:
         changed = []
-        for node in [node for node in graph.nodes if node.name.endswith(".input.offset")]:
+        for node in [node for node in graph.nodes if node.name.endswith(INPUT_OFFSET)]:
             _undo_offset(node)
         for node in [node for node in graph.nodes if node.name.endswith(RAISED)]:
             _undo_raise(node)
@@ -48,7 +47,7 @@ class StripQdq(Pass):
                 twin.inputs[0].outputs = [real]
                 node.outputs.clear()
             changed.append(node.name)
-        for node in [node for node in graph.nodes if node.name.endswith(".output.sum")]:
+        for node in [node for node in graph.nodes if node.name.endswith(OUTPUT_SUM)]:
             _unstack(node)
         for node in [node for node in graph.nodes if node.name.endswith(RESCALE)]:
             _undo_rescale(node)
@@ -117,9 +116,9 @@ def _undo_offset(moved: gs.Node) -> None:
     offsets = np.unique(moved.inputs[1].values.astype(np.float64))[::-1]
     surplus = offsets[0] + step * lowest * (len(offsets) - 1)  # s (K m + z)
     source, pads = moved.inputs[0], None
-    if source.inputs and source.inputs[0].name.endswith(".input.copy"):
+    if source.inputs and source.inputs[0].name.endswith(INPUT_COPY):
         source = source.inputs[0].inputs[0]
-    if source.inputs and source.inputs[0].name.endswith(".input.pad"):
+    if source.inputs and source.inputs[0].name.endswith(INPUT_PAD):
         full = [int(size) for size in source.inputs[0].inputs[1].values]
         rank = len(full) // 2
         pads = [*full[2:rank], *full[rank + 2 :]]

@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import producer, sole_consumer
+from tfmq_export.recipe.names import node_name, scores_name
 
 Form = Literal["matmul", "mha"]
 
@@ -182,7 +183,7 @@ def lower_to_matmul(graph: gs.Graph, node: gs.Node) -> None:
     batch, heads, length, size = q.shape
     source = k.shape[2]
     name = node.name
-    scores_name = f"{y.name}_scores"  # as ``ptq.spell_attention`` calls it
+    scored = scores_name(y.name)
     scores_shape = [batch, heads, length, source]
 
     def emit(op: str, suffix: str, inputs: list[gs.Tensor], shape: list[int | str], **attrs: object) -> gs.Variable:
@@ -193,8 +194,8 @@ def lower_to_matmul(graph: gs.Graph, node: gs.Node) -> None:
     scale = gs.Constant(f"{name}_scale", np.array(softmax_scale(node), np.float32))
     scaled = emit("Mul", "scaled_q", [q, scale], [batch, heads, length, size])
     transposed = emit("Transpose", "transposed_k", [k], [batch, heads, size, source], perm=TURN_MATRICES)
-    scores = gs.Variable(scores_name, np.float32, scores_shape)
-    graph.nodes.append(gs.Node("MatMul", f"node_{scores_name}", {}, [scaled, transposed], [scores]))
+    scores = gs.Variable(scored, np.float32, scores_shape)
+    graph.nodes.append(gs.Node("MatMul", node_name(scored), {}, [scaled, transposed], [scores]))
     mask = attention_mask(node)
     if mask is not None and mask.dtype == np.bool_:
         hidden = gs.Constant(f"{name}_hidden", np.array(-np.inf, np.float32))

@@ -21,7 +21,7 @@ from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.qdq.activation_codes import clip, code_type, grid_constants, reads_dequantized
 from tfmq_export.passes.qdq.offset_inputs import check_pads, pad, take_pads
-from tfmq_export.passes.time.tabulate_tib import ROWS
+from tfmq_export.recipe.names import ROWS, lookup_name
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe, TimestepGrids
 from tfmq_export.target import Target
 
@@ -63,8 +63,7 @@ class LowerTimestepGrids(RecipePass):
             lowering = _Lowering(layer, grids, self.target, _rank(layer, node, source))
             key = (source.name, pads, layer.input.spec, grids.scale.tobytes(), grids.zero_point.tobytes())
             if key not in ready:
-                prefix = f"{layer.name}.input"
-                value = pad(graph, source, pads, prefix) if pads else source
+                value = pad(graph, source, pads, layer.name) if pads else source
                 ready[key] = _quantize(graph, value, lowering, rows)
             node.inputs[0] = ready[key]
             _restore(graph, node, lowering, rows)
@@ -203,9 +202,8 @@ def _with_row(
     name = result if isinstance(result, str) else f"{result.name}.{op.lower()}"
     row = variable(f"{name}.row", np.float32)
     made = variable(f"{name}.value", np.float32) if isinstance(result, str) else result
-    gather = f"temporal.{name}"  # as TabulateTib names what reads the timestep
     graph.nodes += [
-        gs.Node("Gather", gather, {"axis": 0}, [constant(f"{name}.table", table), rows], [row]),
+        gs.Node("Gather", lookup_name(name), {"axis": 0}, [constant(f"{name}.table", table), rows], [row]),
         gs.Node(op, name, inputs=[value, row], outputs=[made]),
     ]
     return made

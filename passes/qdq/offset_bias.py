@@ -6,11 +6,9 @@ from numpy.typing import NDArray
 
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.qdq.integer_bias import accumulator_step, store_bias
+from tfmq_export.recipe.names import OFFSET
 from tfmq_export.recipe.recipe import LayerRecipe
 from tfmq_export.target import Target
-
-OFFSET = ".offset_add"
-"""What the node is called, behind the layer's name, that adds to a product without a bias."""
 
 
 def take_off_bias(graph: gs.Graph, node: gs.Node, layer: LayerRecipe, surplus: int, target: Target) -> None:

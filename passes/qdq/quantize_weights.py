@@ -31,6 +31,7 @@ from tfmq_export.passes.graph import constant, int4_constant, variable
 from tfmq_export.passes.qdq.integer_bias import accumulator_step, store_bias
 from tfmq_export.passes.scaling.pts_lowering import PACKED_BITS, Form, choose_form
 from tfmq_export.passes.scaling.rescale_inputs import scale_input_channels
+from tfmq_export.recipe.names import weight_codes_name, weight_dequantizer_name
 from tfmq_export.recipe.pairs import within_pairs
 from tfmq_export.recipe.recipe import WEIGHT_REACH, LayerRecipe
 from tfmq_export.target import PtsLowering, Target
@@ -85,7 +86,7 @@ class QuantizeWeights(RecipePass):
         scale = constant(f"{layer.name}.weight_scale", layer.weight_step)
         zero_point = constant(f"{layer.name}.weight_zero_point", np.zeros(len(layer.weight.scale), np.int8))
         real = variable(f"{layer.name}.weight_dequantized", dtype=np.float32, shape=codes.shape)
-        name, axis = f"{layer.name}.weight_dq", {"axis": 1 if transposed else 0}
+        name, axis = weight_dequantizer_name(layer.name), {"axis": 1 if transposed else 0}
         graph.nodes.append(gs.Node("DequantizeLinear", name, axis, inputs=[stored, scale, zero_point], outputs=[real]))
         return real
 
@@ -130,7 +131,7 @@ def _stored_codes(
     graph: gs.Graph, layer: str, codes: NDArray[np.int8], shift: NDArray[np.int32] | None, *, packed: bool
 ) -> gs.Tensor:
     """The integers as int8: packed where they are narrow, shifted where PTS says so."""
-    name = f"{layer}.weight_codes"
+    name = weight_codes_name(layer)
     stored: gs.Tensor = int4_constant(name, codes) if packed else constant(name, codes)
     if shift is not None:
         wide = _cast(graph, stored, f"{layer}.weight_int32", TensorProto.INT32, codes.shape)

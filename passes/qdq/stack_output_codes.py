@@ -21,6 +21,7 @@ from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.qdq.activation_codes import CODE_LEVELS, is_dequantized
 from tfmq_export.passes.qdq.integer_bias import accumulator_step, store_bias
 from tfmq_export.recipe.grid import QParams
+from tfmq_export.recipe.names import OUTPUT_SUM, STACKED
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
 
 
@@ -99,7 +100,7 @@ def _stack(graph: gs.Graph, layer: LayerRecipe, output: QParams, node: gs.Node, 
         gs.Node("QuantizeLinear", f"{prefix}.quantize", inputs=[raw, *grid], outputs=[stack]),
         gs.Node("DequantizeLinear", f"{prefix}.dequantize", inputs=[stack, *grid], outputs=[real]),
         gs.Node("Split", f"{prefix}.split", {"axis": 1, "num_outputs": copies}, [real], parts),
-        gs.Node("Sum", f"{prefix}.sum", inputs=[*parts, start], outputs=[result]),
+        gs.Node("Sum", f"{layer.name}{OUTPUT_SUM}", inputs=[*parts, start], outputs=[result]),
     ]
 
 
@@ -118,5 +119,5 @@ def _tile_weight(dequantize: gs.Node, copies: int) -> None:
     """Repeat a stored weight, its scales and its zero points along the output channels."""
     for position, value in enumerate(dequantize.inputs):
         times = (copies, *[1] * (value.values.ndim - 1))
-        dequantize.inputs[position] = constant(f"{value.name}.stacked", np.tile(value.values, times))
+        dequantize.inputs[position] = constant(f"{value.name}{STACKED}", np.tile(value.values, times))
     dequantize.outputs[0].shape = None

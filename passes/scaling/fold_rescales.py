@@ -20,9 +20,7 @@ from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import read_instead
 from tfmq_export.passes.scaling.absorb_factor import absorb, rank_of
-from tfmq_export.passes.scaling.rescale_inputs import RESCALE
-
-SCALED = ".scaled"
+from tfmq_export.recipe.names import RESCALE, scaled_name
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class FoldRescales(RecipePass):
             found.apply()
             for value in found.values:
                 if value.name in layers:
-                    value.name += SCALED
+                    value.name = scaled_name(value.name)
             _bypass(node)
             changed.append(node.name)
         return Changes(tuple(changed), tuple(skipped))

@@ -17,10 +17,8 @@ from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, variable
+from tfmq_export.recipe.names import RESCALE
 from tfmq_export.recipe.recipe import LayerRecipe
-
-RESCALE = ".rescale"
-"""What the names of the nodes end in."""
 
 
 @dataclass(frozen=True)

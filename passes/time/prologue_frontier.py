@@ -25,7 +25,7 @@ from tfmq_export.passes.time.binding_times import (
     classify_values,
     read_by,
 )
-from tfmq_export.passes.time.tabulate_tib import serves_single_timestep
+from tfmq_export.recipe.names import serves_batch
 
 TABLE_BYTES = 4 << 20
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "MultiHeadAttention", "Einsum"})
@@ -157,7 +157,7 @@ def _obstacles(
         reason = next((found[value.name] for value in read_by(node) if value.name in found), None)
         if any(isinstance(attribute, gs.Graph) for attribute in node.attrs.values()):
             reason = "control flow"
-        elif serves_single_timestep(node):
+        elif serves_batch(node.name):
             reason = "the model takes one timestep for the whole batch"
         elif node.op in SHAPE_QUERIES:
             of_sample = times.get(node.inputs[0].name) is BindingTime.SAMPLE

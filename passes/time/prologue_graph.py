@@ -14,9 +14,7 @@ import onnx_graphsurgeon as gs
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.time.binding_times import CONDITIONING, BindingTime, binding_times
 from tfmq_export.passes.time.prologue_frontier import Frontier, passable, queries_batch
-from tfmq_export.passes.time.tabulate_tib import ROWS
-
-TABLE = ".table"
+from tfmq_export.recipe.names import ROWS, table_name
 
 
 def prologue_of(graph: gs.Graph, frontier: Frontier, roles: Mapping[str, str], steps: int) -> gs.Graph:
@@ -179,6 +177,6 @@ class _Prologue:
         if region is Region.ONCE:
             return result
         target = constant(f"{value.name}.table_shape", np.array([self._steps, -1, *value.shape[1:]], np.int64))
-        table = self._emit("Reshape", f"{value.name}{TABLE}", [result, target], value.dtype)
+        table = self._emit("Reshape", table_name(value.name), [result, target], value.dtype)
         table.shape = (self._steps, self._frontier.batch, *value.shape[1:])
         return table

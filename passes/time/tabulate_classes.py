@@ -24,9 +24,10 @@ from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, export_model
 from tfmq_export.passes.time.binding_times import CONDITIONING, SAMPLE
 from tfmq_export.passes.time.prologue_frontier import Frontier, find_frontier
-from tfmq_export.passes.time.prologue_graph import TABLE, is_table, prologue_of
+from tfmq_export.passes.time.prologue_graph import is_table, prologue_of
 from tfmq_export.passes.time.split_prologue import row_and_column, take_over
-from tfmq_export.passes.time.tabulate_tib import ROWS, computed_from_time
+from tfmq_export.passes.time.tabulate_tib import computed_from_time
+from tfmq_export.recipe.names import ROWS, gather_name, lookup_name, table_name
 
 LIMIT = 8 << 20
 
@@ -94,16 +95,16 @@ class TabulateClasses(Pass):
         index: gs.Tensor | None = None
         for value in frontier.passed:
             served = take_over(values[value.name])
-            prefix = f"temporal.{value.name}"
+            name, classes = gather_name(value.name), lookup_name(f"{value.name}.classes")
             if is_table(value, frontier):
                 if index is None:
                     (sample,) = (x for x in graph.inputs if self.roles[x.name] == SAMPLE)
-                    index = row_and_column(graph, values[ROWS], sample, label, prefix=f"temporal.{label.name}")
-                inputs = [constant(f"{prefix}.classes", tables[f"{value.name}{TABLE}"]), index]
-                graph.nodes.append(gs.Node("GatherND", f"{prefix}.gather", {}, inputs, [served]))
+                    index = row_and_column(graph, values[ROWS], sample, label, prefix=lookup_name(label.name))
+                inputs = [constant(classes, tables[table_name(value.name)]), index]
+                graph.nodes.append(gs.Node("GatherND", name, {}, inputs, [served]))
             else:
-                inputs = [constant(f"{prefix}.classes", tables[value.name]), label]
-                graph.nodes.append(gs.Node("Gather", f"{prefix}.gather", {"axis": 0}, inputs, [served]))
+                inputs = [constant(classes, tables[value.name]), label]
+                graph.nodes.append(gs.Node("Gather", name, {"axis": 0}, inputs, [served]))
 
 
 def class_count(label: gs.Tensor) -> int | None:
