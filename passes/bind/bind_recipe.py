@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.graph import constant
+from tfmq_export.passes.reading import int_attribute
 from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
 
@@ -45,7 +46,7 @@ def bound_nodes(
 
 def is_transposed(node: gs.Node) -> bool:
     """Whether the node that multiplies reads its weight as [in, out]."""
-    return node.op == "MatMul" or (node.op == "Gemm" and not node.attrs.get("transB", 0))
+    return node.op == "MatMul" or (node.op == "Gemm" and not int_attribute(node, "transB", 0))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, export_model, variable
 from tfmq_export.passes.qdq.quantize_attention import product_nodes
+from tfmq_export.passes.reading import computed, float_values
 from tfmq_export.recipe.names import is_lookup, scaled_name
 from tfmq_export.recipe.recipe import QuantRecipe
 
@@ -90,15 +91,15 @@ class _Casts:
 
     def __init__(self, graph: gs.Graph, full: set[str]) -> None:
         self._graph, self._full = graph, full
-        self._made: dict[tuple[str, type], gs.Tensor] = {}
+        self._made: dict[tuple[str, type[np.floating]], gs.Tensor] = {}
 
-    def read(self, value: gs.Tensor, wanted: type) -> gs.Tensor:
+    def read(self, value: gs.Tensor, wanted: type[np.floating]) -> gs.Tensor:
         key = value.name, wanted
         if isinstance(value, gs.Constant):
             if wanted is np.float32:
                 return value
             if key not in self._made:
-                self._made[key] = constant(f"{value.name}.half", to_half(value.values))
+                self._made[key] = constant(f"{value.name}.half", to_half(float_values(value)))
             return self._made[key]
         if (value.name in self._full) == (wanted is np.float32):
             return value
@@ -113,10 +114,10 @@ class _Casts:
         """A graph output in fp32 under its own name."""
         if value.name in self._full:
             return value
-        result = variable(value.name, np.float32, value.shape)
-        value.name, value.dtype = f"{value.name}.computed", np.float16
-        to = {"to": TensorProto.FLOAT}
-        self._graph.nodes.append(gs.Node("Cast", f"{result.name}.to_full", to, [value], [result]))
+        half, result = computed(value), variable(value.name, np.float32, value.shape)
+        half.name, half.dtype = f"{value.name}.computed", np.float16
+        to_full = gs.Node("Cast", f"{result.name}.to_full", {"to": TensorProto.FLOAT}, [half], [result])
+        self._graph.nodes.append(to_full)
         return result
 
 
@@ -173,6 +174,6 @@ def _retype_attributes(node: gs.Node) -> None:
         node.attrs["to"] = TensorProto.FLOAT16
     for name, value in node.attrs.items():
         if isinstance(value, gs.Constant) and value.dtype == np.float32:
-            node.attrs[name] = constant(f"{value.name}.half", to_half(value.values))
+            node.attrs[name] = constant(f"{value.name}.half", to_half(float_values(value)))
     if node.op == "ConstantOfShape" and "value" not in node.attrs:
         node.attrs["value"] = constant(f"{node.name}.zero", np.zeros(1, np.float16))

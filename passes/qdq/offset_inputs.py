@@ -23,6 +23,7 @@ from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.qdq.activation_codes import CODE_LEVELS, code_type, fits, grid_constants, reads_dequantized
 from tfmq_export.passes.qdq.offset_bias import take_off_bias
+from tfmq_export.passes.reading import constant_values, int_attribute, ints_attribute, produced_by
 from tfmq_export.recipe.grid import QParams
 from tfmq_export.recipe.names import INPUT_COPY, INPUT_OFFSET, INPUT_PAD, REPEATED
 from tfmq_export.recipe.recipe import LayerRecipe
@@ -91,7 +92,7 @@ def surplus(grid: QParams, target: Target) -> int:
 
 
 def _check_stackable(layer: LayerRecipe, node: gs.Node) -> None:
-    if node.op != "Conv" or node.attrs.get("group", 1) != 1:
+    if node.op != "Conv" or int_attribute(node, "group", 1) != 1:
         raise PreconditionError(f"{layer.path}: only a plain convolution can take several input codes")
     if not isinstance(node.inputs[1].inputs[0].inputs[0], gs.Constant):
         raise PreconditionError(f"{layer.path}: a packed or shifted weight cannot be repeated")
@@ -109,7 +110,7 @@ def check_pads(layer: LayerRecipe, node: gs.Node) -> None:
 
 def take_pads(node: gs.Node) -> Pads:
     """The padding of a convolution, which loses it."""
-    pads = tuple(node.attrs.get("pads", ()))
+    pads = tuple(ints_attribute(node, "pads") or ())
     if any(pads):
         node.attrs["pads"] = [0] * len(pads)
         return pads
@@ -156,8 +157,8 @@ def _tile_weight(node: gs.Node, codes: int) -> None:
     """Repeat a stored weight along its input channels, once per code."""
     if codes == 1:
         return
-    dequantize = node.inputs[1].inputs[0]
-    stored = dequantize.inputs[0]
-    times = (1, codes, *[1] * (stored.values.ndim - 2))
-    dequantize.inputs[0] = constant(f"{stored.name}{REPEATED}", np.tile(stored.values, times))
+    dequantize = produced_by(node.inputs[1], "DequantizeLinear")
+    stored = constant_values(dequantize.inputs[0])
+    times = (1, codes, *[1] * (stored.ndim - 2))
+    dequantize.inputs[0] = constant(f"{dequantize.inputs[0].name}{REPEATED}", np.tile(stored, times))
     dequantize.outputs[0].shape = None

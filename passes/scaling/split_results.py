@@ -18,6 +18,7 @@ from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, read_instead, variable
+from tfmq_export.passes.reading import constant_values, static_size
 from tfmq_export.recipe.names import node_name, part_name
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
 
@@ -35,7 +36,7 @@ def results_to_split(graph: gs.Graph, recipe: QuantRecipe) -> Sizes:
     for layer in recipe.layers:
         split = _splitting(graph, values.get(layer.name), layer)
         if split is not None and _obstacle(layer) is None:
-            found[layer.name] = tuple(part.shape[_axis(layer)] for part in split.outputs)
+            found[layer.name] = tuple(static_size(part, _axis(layer)) for part in split.outputs)
     return found
 
 
@@ -147,8 +148,8 @@ def _split(graph: gs.Graph, node: gs.Node, result: gs.Tensor, parts: list[LayerR
     (split,) = result.outputs
     behind = result.inputs[0] is not node
     ends = np.cumsum([len(part.weight_codes) for part in parts])[:-1]
-    weights = np.split(node.inputs[1].values, ends, 1 if is_transposed(node) else 0)
-    biases = [np.split(bias.values, ends, -1) for bias in _bias(node, result)]
+    weights = np.split(constant_values(node.inputs[1]), ends, 1 if is_transposed(node) else 0)
+    biases = [np.split(constant_values(bias), ends, -1) for bias in _bias(node, result)]
     for index, (part, old) in enumerate(zip(parts, list(split.outputs), strict=True)):
         new = variable(part.name, old.dtype, old.shape)
         inputs = [node.inputs[0], constant(f"{part.name}.weight", weights[index])]

@@ -22,6 +22,7 @@ from onnx.reference import ReferenceEvaluator
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, export_model
+from tfmq_export.passes.reading import int_attribute, sizes_per_sample, static_size
 from tfmq_export.passes.time.binding_times import CONDITIONING, SAMPLE
 from tfmq_export.passes.time.prologue_frontier import Frontier, find_frontier
 from tfmq_export.passes.time.prologue_graph import is_table, prologue_of
@@ -81,7 +82,7 @@ class TabulateClasses(Pass):
         if quantized:
             return f"{quantized[0]} is quantized"
         size = sum(
-            4 * classes * math.prod(value.shape[1:]) * (self.steps if is_table(value, frontier) else 1)
+            4 * classes * math.prod(sizes_per_sample(value)) * (self.steps if is_table(value, frontier) else 1)
             for value in frontier.passed
         )
         if size > self.limit:
@@ -113,11 +114,11 @@ def class_count(label: gs.Tensor) -> int | None:
         return None
     rows = []
     for node in label.outputs:
-        looks_up = node.op == "Gather" and node.attrs.get("axis", 0) == 0 and node.inputs[1] is label
+        looks_up = node.op == "Gather" and int_attribute(node, "axis", 0) == 0 and node.inputs[1] is label
         if not looks_up or not isinstance(node.inputs[0], gs.Constant):
             return None
-        rows.append(node.inputs[0].shape[0])
-    return int(min(rows))
+        rows.append(static_size(node.inputs[0], 0))
+    return min(rows)
 
 
 def tables_of(prologue: gs.Graph, label: str, classes: int) -> dict[str, NDArray[np.float32]]:

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, read_instead, variable
+from tfmq_export.passes.reading import computed, element_type
 from tfmq_export.passes.time.binding_times import binding_times, read_by
 from tfmq_export.recipe.names import ROWS, gather_name, is_lookup, lookup_name, rows_name, single_name
 from tfmq_export.recipe.recipe import TemporalTable, TibRecipe
@@ -37,13 +38,13 @@ class TabulateTib(Pass):
         for name in (self.timestep, self.sample):
             if name not in inputs:
                 raise PreconditionError(f"the graph has no input {name!r}, only {', '.join(sorted(inputs))}")
-        schedule, dtype = self.tib.timesteps, inputs[self.timestep].dtype
+        schedule, dtype = self.tib.timesteps, element_type(inputs[self.timestep])
         if not np.array_equal(schedule.array.astype(dtype), schedule.array):
             raise PreconditionError(f"the graph takes {dtype} timesteps, which cannot hold {schedule.describe()}")
 
     def apply(self, graph: gs.Graph) -> Changes:
         values = graph.tensors()
-        timestep = values[self.timestep]
+        timestep = computed(values[self.timestep])
         readers_of_time = list(timestep.outputs)
         changed: list[str] = []
         skipped: list[tuple[str, str]] = []
@@ -77,9 +78,10 @@ def _typed_like(graph: gs.Graph, feature: gs.Tensor, served: gs.Variable, prefix
     """Tables are float32; a mask or an index gets its own type back."""
     if feature.dtype is None or feature.dtype == np.float32:
         return served
-    typed = variable(f"{prefix}.typed", dtype=feature.dtype)
-    to = {"to": onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feature.dtype))}
-    graph.nodes.append(gs.Node("Cast", f"{prefix}.type", to, inputs=[served], outputs=[typed]))
+    dtype = element_type(feature)
+    typed = variable(f"{prefix}.typed", dtype)
+    to = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+    graph.nodes.append(gs.Node("Cast", f"{prefix}.type", {"to": to}, inputs=[served], outputs=[typed]))
     return typed
 
 
@@ -107,8 +109,8 @@ def _moves_a_row(node: gs.Node) -> bool:
 
 def _row_of(graph: gs.Graph, timestep: gs.Tensor, tib: TibRecipe) -> gs.Variable:
     """Row of each timestep, int64 [steps]; T, which no table has, where it is not in the schedule."""
-    count = len(tib.timesteps)
-    column = variable(lookup_name("column"), dtype=timestep.dtype)
+    count, dtype = len(tib.timesteps), element_type(timestep)
+    column = variable(lookup_name("column"), dtype=dtype)
     equal = variable(lookup_name("equal"), dtype=np.bool_)
     hits = variable(lookup_name("hits"), dtype=np.int64)
     rows = variable(ROWS, dtype=np.int64, shape=(STEPS,))
@@ -122,7 +124,7 @@ def _row_of(graph: gs.Graph, timestep: gs.Tensor, tib: TibRecipe) -> gs.Variable
         gs.Node(
             "Equal",
             lookup_name("compare"),
-            inputs=[column, constant(lookup_name("schedule"), tib.timesteps.array.astype(timestep.dtype))],
+            inputs=[column, constant(lookup_name("schedule"), tib.timesteps.array.astype(dtype))],
             outputs=[equal],
         ),
         gs.Node(
