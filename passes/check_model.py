@@ -7,11 +7,11 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
-from tfmq_export.passes.bind.bind_recipe import node_name
 from tfmq_export.passes.graph import check_valid
 from tfmq_export.passes.qdq.activation_codes import is_dequantized
 from tfmq_export.passes.qdq.quantize_attention import product_nodes
 from tfmq_export.passes.time.tabulate_tib import computed_from_time
+from tfmq_export.recipe.names import node_name
 from tfmq_export.target import Target
 
 
@@ -33,9 +33,9 @@ class CheckModel(RecipePass):
             raise PostconditionError(f"two nodes compute a value named {twice}")
         nodes = {node.name: node for node in graph.nodes}
         for layer in self.recipe.layers:
-            node = nodes.get(node_name(layer))
+            node = nodes.get(node_name(layer.name))
             if node is None:
-                raise PostconditionError(f"{layer.path}: its node {node_name(layer)} is gone")
+                raise PostconditionError(f"{layer.path}: its node {node_name(layer.name)} is gone")
             for value in node.inputs if self.target.integer_bias else node.inputs[:2]:
                 if not is_dequantized(value):
                     raise PostconditionError(f"{layer.path}: reads {value.name}, which is no integer")

@@ -4,7 +4,7 @@ graphsurgeon has no 4-bit constants but lazy ones, drops metadata, and lets dupl
 everything else in ``passes`` builds on the helpers below.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ml_dtypes
@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from tfmq_export.errors import PostconditionError
+from tfmq_export.passes.reading import ElementType, Shape
 
 # protobuf cannot hold more than 2 GiB; weights above this size go to a file of their own.
 EXTERNAL_DATA_BYTES = 1 << 30
@@ -93,7 +94,12 @@ def int4_constant(name: str, values: NDArray[np.int8]) -> gs.Constant:
     return gs.Constant(name, LazyValues(proto))
 
 
-def variable(name: str, dtype: object = None, shape: Sequence[object] | None = None) -> gs.Variable:
+def is_unread(value: gs.Constant) -> bool:
+    """Whether the numbers of an initializer are still as the file holds them; reading them unpacks 4-bit integers."""
+    return isinstance(value._values, LazyValues)
+
+
+def variable(name: str, dtype: ElementType | None = None, shape: Shape | None = None) -> gs.Variable:
     """A value computed by a node."""
     return gs.Variable(name, dtype=dtype, shape=shape)
 

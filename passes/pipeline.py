@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tfmq_export.passes.base import Pass
-from tfmq_export.passes.bind.bind_recipe import BindRecipe, node_name
+from tfmq_export.passes.bind.bind_recipe import BindRecipe
 from tfmq_export.passes.bind.fold_constants import FoldConstants
 from tfmq_export.passes.bind.split_skips import SplitSkips
 from tfmq_export.passes.check_model import CheckModel
@@ -31,10 +31,9 @@ from tfmq_export.passes.time.binding_times import CONDITIONING, SAMPLE, TIMESTEP
 from tfmq_export.passes.time.narrow_tables import NarrowTables
 from tfmq_export.passes.time.tabulate_classes import TabulateClasses
 from tfmq_export.passes.time.tabulate_tib import TabulateTib
+from tfmq_export.recipe.names import OUTPUT, node_name
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import PtsLowering, Target
-
-OUTPUT = "out_sample"
 
 
 def passes_for(  # what a graph depends on, by keyword
@@ -93,5 +92,5 @@ def _class_tables(recipe: QuantRecipe, sample: str, timestep: str, labels: Seque
     if not labels:
         return []
     roles = {sample: SAMPLE, timestep: TIMESTEP, **dict.fromkeys(labels, CONDITIONING)}
-    quantized = frozenset(node_name(layer) for layer in recipe.layers)
+    quantized = frozenset(node_name(layer.name) for layer in recipe.layers)
     return [TabulateClasses(roles, len(recipe.tib.timesteps), quantized)]

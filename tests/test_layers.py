@@ -141,6 +141,7 @@ def test_the_command_line_loads_nothing_heavy_before_it_must() -> None:
         ("tfmq_export.gate.checks", HEAVY),
         ("tfmq_export.bundle.manifest", HEAVY),
         ("tfmq_export.recipe.recipe", HEAVY),
+        ("tfmq_export.recipe.names", (*HEAVY, "numpy")),
         ("tfmq_export.passes.pipeline", ("torch", "diffusers")),
         ("tfmq_export.cli.export", ("torch", "onnx", "diffusers", "onnxruntime")),
     ],

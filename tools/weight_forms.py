@@ -17,6 +17,7 @@ import onnx
 from onnx import numpy_helper
 
 from tfmq_export.bundle.manifest import open_bundle
+from tfmq_export.recipe.names import is_weight_codes
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
 from tfmq_export.runtime.measure.machine import described
 
@@ -61,7 +62,7 @@ def with_unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same graph with every stored int8 weight as uint8 around a zero point of 128."""
     stored = {item.name: item for item in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0].endswith((".weight_codes", ".repeated", ".stacked")):
+        if node.op_type == "DequantizeLinear" and is_weight_codes(node.input[0]):
             for value in (node.input[0], node.input[2]):
                 item = stored[value]
                 codes = numpy_helper.to_array(item)

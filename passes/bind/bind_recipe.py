@@ -19,17 +19,11 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.graph import constant
-from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe
+from tfmq_export.passes.reading import int_attribute
+from tfmq_export.recipe.names import node_name
+from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
 
 COMPUTES = {"conv": ("Conv",), "linear": ("MatMul", "Gemm")}
-
-PART = ".part_"
-"""Between the name of a layer that is computed in parts, or of its node, and the number of one of them."""
-
-
-def node_name(layer: LayerRecipe | ProductRecipe) -> str:
-    """Name of the node that does the multiplications of a layer, or of a product in attention."""
-    return f"node_{layer.name}"
 
 
 def bound_nodes(
@@ -45,14 +39,14 @@ def bound_nodes(
     nodes = {node.name: node for node in graph.nodes}
     layers = [layer for layer in recipe.layers if names is None or layer.name in names]
     for layer in layers:
-        if node_name(layer) not in nodes:
-            raise PreconditionError(f"{layer.path}: no node {node_name(layer)}; run BindRecipe first")
-    return [(layer, nodes[node_name(layer)]) for layer in layers]
+        if node_name(layer.name) not in nodes:
+            raise PreconditionError(f"{layer.path}: no node {node_name(layer.name)}; run BindRecipe first")
+    return [(layer, nodes[node_name(layer.name)]) for layer in layers]
 
 
 def is_transposed(node: gs.Node) -> bool:
     """Whether the node that multiplies reads its weight as [in, out]."""
-    return node.op == "MatMul" or (node.op == "Gemm" and not node.attrs.get("transB", 0))
+    return node.op == "MatMul" or (node.op == "Gemm" and not int_attribute(node, "transB", 0))
 
 
 @dataclass(frozen=True)
@@ -64,13 +58,13 @@ class BindRecipe(RecipePass):
     def apply(self, graph: gs.Graph) -> Changes:
         values = graph.tensors()
         found = {layer.name: _multiplier(layer, values) for layer in self.recipe.layers}
-        taken = {node_name(layer) for layer in self.recipe.layers}
+        taken = {node_name(layer.name) for layer in self.recipe.layers}
         for node in graph.nodes:
             if node.name in taken:
                 node.name = f"{node.name}.rest"
         for layer in self.recipe.layers:
             node = found[layer.name]
-            node.name = node_name(layer)
+            node.name = node_name(layer.name)
             shape = node.outputs[0].shape
             if node.op == "MatMul" and (shape is None or len(shape) > 2):  # a result of rank 2 would change shape
                 _raise_bias_rank(node)

@@ -14,6 +14,8 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.reading import computed, constant_values, int_attribute, static_size
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import SkipSplit
 
 
@@ -31,11 +33,11 @@ class SplitSkips(Pass):
             concat = product.inputs[0].inputs
             if not concat or concat[0].op != "Concat" or len(concat[0].inputs) != len(split.sizes):
                 raise PreconditionError(f"{split.name}: its input is not a concatenation of {len(split.sizes)} values")
-            if product.attrs.get("group", 1) != 1:
+            if int_attribute(product, "group", 1) != 1:
                 raise PreconditionError(f"{split.name}: a grouped convolution cannot be split")
             if not isinstance(product.inputs[1], gs.Constant):
                 raise PreconditionError(f"{split.name}: its weight is not a constant; fold constants first")
-            channels = product.inputs[1].shape[_weight_axis(product)]
+            channels = static_size(product.inputs[1], _weight_axis(product))
             if sum(split.sizes) != channels:
                 raise PreconditionError(
                     f"{split.name}: the recipe splits {sum(split.sizes)} channels, its weight has {channels}; "
@@ -64,15 +66,15 @@ def _layer(value: gs.Tensor | None, split: SkipSplit) -> tuple[gs.Node, gs.Node 
 
 def _weight_axis(product: gs.Node) -> int:
     """Input channels: Conv [out, in, *k]; MatMul [in, out]; Gemm [in, out], or [out, in] when transposed."""
-    return 1 if product.op == "Conv" or product.attrs.get("transB", 0) else 0
+    return 1 if product.op == "Conv" or int_attribute(product, "transB", 0) else 0
 
 
 def _split(graph: gs.Graph, split: SkipSplit) -> None:
-    result = graph.tensors()[split.name]
+    result = computed(graph.tensors()[split.name])
     product, add = _layer(result, split)
     sources = product.inputs[0].inputs[0].inputs
-    weight = product.inputs[1]
-    halves = np.split(weight.values, np.cumsum(split.sizes)[:-1], _weight_axis(product))
+    weight = constant_values(product.inputs[1])
+    halves = np.split(weight, np.cumsum(split.sizes)[:-1], _weight_axis(product))
     bias = product.inputs[2:] if add is None else [x for x in add.inputs if isinstance(x, gs.Constant)]
     parts = []
     for index, (source, half) in enumerate(zip(sources, halves, strict=True)):
@@ -81,11 +83,11 @@ def _split(graph: gs.Graph, split: SkipSplit) -> None:
         part = variable(name, dtype=result.dtype, shape=result.shape)
         if index == 0 and add is not None:
             unbiased = variable(f"{name}.product", dtype=result.dtype, shape=result.shape)
-            graph.nodes.append(gs.Node(product.op, f"node_{name}", dict(product.attrs), inputs, [unbiased]))
+            graph.nodes.append(gs.Node(product.op, node_name(name), dict(product.attrs), inputs, [unbiased]))
             graph.nodes.append(gs.Node("Add", f"{name}.add_bias", inputs=[unbiased, *bias], outputs=[part]))
         else:
             inputs += bias if index == 0 else []
-            graph.nodes.append(gs.Node(product.op, f"node_{name}", dict(product.attrs), inputs, [part]))
+            graph.nodes.append(gs.Node(product.op, node_name(name), dict(product.attrs), inputs, [part]))
         parts.append(part)
     result.inputs.clear()
     total = parts[0]

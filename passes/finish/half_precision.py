@@ -23,8 +23,8 @@ from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, export_model, variable
 from tfmq_export.passes.qdq.quantize_attention import product_nodes
-from tfmq_export.passes.scaling.fold_rescales import SCALED
-from tfmq_export.passes.time.tabulate_tib import LOOKUP
+from tfmq_export.passes.reading import computed, float_values
+from tfmq_export.recipe.names import is_lookup, scaled_name
 from tfmq_export.recipe.recipe import QuantRecipe
 
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -48,7 +48,7 @@ class HalfPrecision(RecipePass):
                 raise PreconditionError(f"{node.name}: {node.op} holds a graph of its own, which has no fp16 form yet")
             if node.op in TYPED_BY_ATTRIBUTE:
                 raise PreconditionError(f"{node.name}: {node.op} is typed by an attribute, which has no fp16 form yet")
-        if any(value.dtype == np.float16 and not name.startswith(LOOKUP) for name, value in graph.tensors().items()):
+        if any(value.dtype == np.float16 and not is_lookup(name) for name, value in graph.tensors().items()):
             raise PreconditionError("the graph holds fp16 values already")
 
     def apply(self, graph: gs.Graph) -> Changes:
@@ -91,15 +91,15 @@ class _Casts:
 
     def __init__(self, graph: gs.Graph, full: set[str]) -> None:
         self._graph, self._full = graph, full
-        self._made: dict[tuple[str, type], gs.Tensor] = {}
+        self._made: dict[tuple[str, type[np.floating]], gs.Tensor] = {}
 
-    def read(self, value: gs.Tensor, wanted: type) -> gs.Tensor:
+    def read(self, value: gs.Tensor, wanted: type[np.floating]) -> gs.Tensor:
         key = value.name, wanted
         if isinstance(value, gs.Constant):
             if wanted is np.float32:
                 return value
             if key not in self._made:
-                self._made[key] = constant(f"{value.name}.half", to_half(value.values))
+                self._made[key] = constant(f"{value.name}.half", to_half(float_values(value)))
             return self._made[key]
         if (value.name in self._full) == (wanted is np.float32):
             return value
@@ -114,10 +114,10 @@ class _Casts:
         """A graph output in fp32 under its own name."""
         if value.name in self._full:
             return value
-        result = variable(value.name, np.float32, value.shape)
-        value.name, value.dtype = f"{value.name}.computed", np.float16
-        to = {"to": TensorProto.FLOAT}
-        self._graph.nodes.append(gs.Node("Cast", f"{result.name}.to_full", to, [value], [result]))
+        half, result = computed(value), variable(value.name, np.float32, value.shape)
+        half.name, half.dtype = f"{value.name}.computed", np.float16
+        to_full = gs.Node("Cast", f"{result.name}.to_full", {"to": TensorProto.FLOAT}, [half], [result])
+        self._graph.nodes.append(to_full)
         return result
 
 
@@ -142,8 +142,8 @@ def _float_values(graph: gs.Graph) -> set[str]:
 
 def _islands(graph: gs.Graph, recipe: QuantRecipe) -> set[int]:
     """Ids of the nodes that stay in fp32."""
-    inside = {id(node) for node in graph.nodes if node.op in QUANTIZERS or node.name.startswith(LOOKUP)}
-    results = {name for layer in recipe.layers for name in (layer.name, f"{layer.name}{SCALED}")}
+    inside = {id(node) for node in graph.nodes if node.op in QUANTIZERS or is_lookup(node.name)}
+    results = {name for layer in recipe.layers for name in (layer.name, scaled_name(layer.name))}
     results |= {product.name for product in recipe.products}
     inside |= {id(node) for _, node in product_nodes(graph, recipe)}
     for layer, node in bound_nodes(graph, recipe):
@@ -174,6 +174,6 @@ def _retype_attributes(node: gs.Node) -> None:
         node.attrs["to"] = TensorProto.FLOAT16
     for name, value in node.attrs.items():
         if isinstance(value, gs.Constant) and value.dtype == np.float32:
-            node.attrs[name] = constant(f"{value.name}.half", to_half(value.values))
+            node.attrs[name] = constant(f"{value.name}.half", to_half(float_values(value)))
     if node.op == "ConstantOfShape" and "value" not in node.attrs:
         node.attrs["value"] = constant(f"{node.name}.zero", np.zeros(1, np.float16))

@@ -6,9 +6,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.graph import is_unread
+from tfmq_export.passes.reading import int_attribute
 
 LARGEST = 4096  # elements; weights differ anyway
 
@@ -28,12 +29,10 @@ class MergeConstants(Pass):
         changed: dict[str, None] = {}
         for node in graph.nodes:
             for position, value in enumerate(node.inputs):
-                # A 4-bit constant is lazy, and never small enough to matter.
-                if not isinstance(value, gs.Constant) or isinstance(value._values, LazyValues):
+                # To read 4-bit integers unpacks them for good; what no pass has read stays as the file holds it.
+                if not isinstance(value, gs.Constant) or is_unread(value) or value.values.size > LARGEST:
                     continue
-                array = np.asarray(value.values)
-                if array.size > LARGEST:
-                    continue
+                array = value.values
                 kept = first.setdefault((array.dtype, array.shape, array.tobytes(), _broadcast(node, array)), value)
                 if kept is not value:
                     node.inputs[position] = kept
@@ -45,4 +44,4 @@ def _broadcast(node: gs.Node, values: NDArray[np.generic]) -> tuple[int, int] | 
     """Rank and axis that values of one per channel spread over."""
     if node.op != "DequantizeLinear" or values.ndim != 1:
         return None
-    return len(node.inputs[0].shape or ()), node.attrs.get("axis", 1)
+    return len(node.inputs[0].shape or ()), int_attribute(node, "axis", 1)

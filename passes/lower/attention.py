@@ -18,6 +18,8 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import producer, sole_consumer
+from tfmq_export.passes.reading import Shape, float_attribute, known_shape, static_size
+from tfmq_export.recipe.names import node_name, scores_name
 
 Form = Literal["matmul", "mha"]
 
@@ -83,9 +85,10 @@ def unsupported(node: gs.Node) -> str | None:
     if any(given(tensor) for tensor in node.outputs[1:]):
         return "outputs besides Y are not lowered"
     shapes = [tensor.shape for tensor in node.inputs[:3]]
-    if any(shape is None or len(shape) != 4 for shape in shapes):
+    known = [shape for shape in shapes if shape is not None and len(shape) == 4]
+    if len(known) < len(shapes):
         return f"needs q, k, v of shape [B, H, L, D], got {shapes}"
-    q, k, v = shapes
+    q, k, v = known
     if not (q[1] == k[1] == v[1]):
         return f"grouped heads are not lowered: {q[1]} for q, {k[1]} for k, {v[1]} for v"
     if not isinstance(q[3], int):
@@ -122,7 +125,7 @@ def attention_mask(node: gs.Node) -> gs.Tensor | None:
 
 def softmax_scale(node: gs.Node) -> float:
     """The factor on ``q k^T``; ``1 / sqrt(D)`` unless the node names another."""
-    return float(node.attrs.get("scale", node.inputs[0].shape[3] ** -0.5))
+    return float_attribute(node, "scale", static_size(node.inputs[0], 3) ** -0.5)
 
 
 def merged_heads(tensor: gs.Tensor) -> gs.Tensor | None:
@@ -133,11 +136,14 @@ def merged_heads(tensor: gs.Tensor) -> gs.Tensor | None:
     reshape = producer(transpose.inputs[0], "Reshape")
     if reshape is None:
         return None
-    merged, heads, split = reshape.inputs[0], tensor.shape, transpose.inputs[0].shape
-    if merged.shape is None or not all(isinstance(size, int) for size in (heads[1], heads[3])):
+    merged, split = reshape.inputs[0], transpose.inputs[0]
+    if merged.shape is None or split.shape is None:
         return None
-    splits_last = list(split) == [*merged.shape[:2], heads[1], heads[3]]
-    return merged if splits_last and merged.shape[2:] == [heads[1] * heads[3]] else None
+    _, heads, _, size = known_shape(tensor)
+    if not isinstance(heads, int) or not isinstance(size, int):
+        return None
+    splits_last = list(split.shape) == [*merged.shape[:2], heads, size]
+    return merged if splits_last and list(merged.shape[2:]) == [heads * size] else None
 
 
 def joining_reshape(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
@@ -146,18 +152,22 @@ def joining_reshape(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
     if transpose is None or transpose.attrs.get("perm") != SWAP_HEADS:
         return None
     reshape = sole_consumer(graph, transpose.outputs[0], "Reshape")
-    if reshape is None or tensor.shape is None or not all(isinstance(tensor.shape[axis], int) for axis in (1, 3)):
+    joined = None if reshape is None else reshape.outputs[0].shape
+    if joined is None or tensor.shape is None:
         return None
     batch, heads, length, size = tensor.shape
-    return reshape if reshape.outputs[0].shape == [batch, length, heads * size] else None
+    if not isinstance(heads, int) or not isinstance(size, int):
+        return None
+    return reshape if list(joined) == [batch, length, heads * size] else None
 
 
 def lower_to_mha(graph: gs.Graph, node: gs.Node) -> None:
     """Put MultiHeadAttention in place of the node and of the head split around it."""
     reshape = joining_reshape(graph, node.outputs[0])
+    inputs = [merged for merged in map(merged_heads, node.inputs[:3]) if merged is not None]
     assert reshape is not None
+    assert len(inputs) == 3  # ``no_head_split`` looked
     (joined,) = reshape.outputs
-    inputs = [merged_heads(tensor) for tensor in node.inputs[:3]]
     mask = attention_mask(node)
     if mask is not None:
         inputs += [gs.Variable.empty(), gs.Variable.empty(), mask]  # no bias, no key padding mask
@@ -166,7 +176,7 @@ def lower_to_mha(graph: gs.Graph, node: gs.Node) -> None:
         gs.Node(
             "MultiHeadAttention",
             node.name,
-            {"num_heads": node.inputs[0].shape[1], "scale": softmax_scale(node)},
+            {"num_heads": static_size(node.inputs[0], 1), "scale": softmax_scale(node)},
             inputs,
             [joined],
             domain="com.microsoft",
@@ -179,13 +189,13 @@ def lower_to_matmul(graph: gs.Graph, node: gs.Node) -> None:
     """Spell the node out; ORT merges the transpose and the scale into the first MatMul."""
     q, k, v = node.inputs[:3]
     (y,) = node.outputs[:1]
-    batch, heads, length, size = q.shape
-    source = k.shape[2]
+    batch, heads, length, size = known_shape(q)
+    source = known_shape(k)[2]
     name = node.name
-    scores_name = f"{y.name}_scores"  # as ``ptq.spell_attention`` calls it
+    scored = scores_name(y.name)
     scores_shape = [batch, heads, length, source]
 
-    def emit(op: str, suffix: str, inputs: list[gs.Tensor], shape: list[int | str], **attrs: object) -> gs.Variable:
+    def emit(op: str, suffix: str, inputs: list[gs.Tensor], shape: Shape, **attrs: object) -> gs.Variable:
         output = gs.Variable(f"{name}_{suffix}", np.float32, shape)
         graph.nodes.append(gs.Node(op, f"{name}_{suffix}", attrs, inputs, [output]))
         return output
@@ -193,8 +203,8 @@ def lower_to_matmul(graph: gs.Graph, node: gs.Node) -> None:
     scale = gs.Constant(f"{name}_scale", np.array(softmax_scale(node), np.float32))
     scaled = emit("Mul", "scaled_q", [q, scale], [batch, heads, length, size])
     transposed = emit("Transpose", "transposed_k", [k], [batch, heads, size, source], perm=TURN_MATRICES)
-    scores = gs.Variable(scores_name, np.float32, scores_shape)
-    graph.nodes.append(gs.Node("MatMul", f"node_{scores_name}", {}, [scaled, transposed], [scores]))
+    scores = gs.Variable(scored, np.float32, scores_shape)
+    graph.nodes.append(gs.Node("MatMul", node_name(scored), {}, [scaled, transposed], [scores]))
     mask = attention_mask(node)
     if mask is not None and mask.dtype == np.bool_:
         hidden = gs.Constant(f"{name}_hidden", np.array(-np.inf, np.float32))

@@ -19,6 +19,14 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.lower.group_norm import GroupNormPass
+from tfmq_export.passes.reading import (
+    Shape,
+    float_attribute,
+    float_values,
+    int_attribute,
+    known_shape,
+    static_size,
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +45,16 @@ def _average(graph: gs.Graph, node: gs.Node) -> None:
     x, scale, bias = node.inputs
     (y,) = node.outputs
     node.outputs.clear()
-    name, rank, channels = node.name, len(x.shape), x.shape[1]
-    groups = node.attrs["num_groups"]
-    per_channel = [x.shape[0], channels, *[1] * (rank - 2)]
-    per_group = [x.shape[0], groups, channels // groups]
+    name, groups = node.name, int_attribute(node, "num_groups")
+    shape, channels = known_shape(x), static_size(x, 1)
+    rank = len(shape)
+    per_channel = [shape[0], channels, *[1] * (rank - 2)]
+    per_group = [shape[0], groups, channels // groups]
+    of_group = [shape[0], groups, 1]
     positions = constant(f"{name}_positions", np.arange(2, rank))
 
-    def add(op: str, suffix: str, inputs: Sequence[gs.Tensor], shape: Sequence[int | str], **attrs: int) -> gs.Variable:
-        result = variable(f"{name}_{suffix}", np.float32, shape)
+    def add(op: str, suffix: str, inputs: Sequence[gs.Tensor], sizes: Shape, **attrs: object) -> gs.Variable:
+        result = variable(f"{name}_{suffix}", np.float32, sizes)
         graph.nodes.append(gs.Node(op, f"{name}_{suffix}", attrs, list(inputs), [result]))
         return result
 
@@ -54,29 +64,29 @@ def _average(graph: gs.Graph, node: gs.Node) -> None:
         return add("Reshape", f"{suffix}_grouped", [mean, grouping], per_group)
 
     def mean_of_group(value: gs.Variable, suffix: str) -> gs.Variable:
-        return add("ReduceMean", suffix, [value, last], [x.shape[0], groups, 1], keepdims=1)
+        return add("ReduceMean", suffix, [value, last], of_group, keepdims=1)
 
     def for_channels(value: gs.Variable, suffix: str) -> gs.Variable:
         return add("Reshape", suffix, [value, restoring], per_channel)
 
-    def affine(value: gs.Constant, suffix: str) -> gs.Constant:
-        return constant(f"{name}_{suffix}", value.values.reshape(1, groups, -1))
+    def affine(value: gs.Tensor, suffix: str) -> gs.Constant:
+        return constant(f"{name}_{suffix}", float_values(value).reshape(1, groups, -1))
 
     grouping = constant(f"{name}_grouping", np.array([0, groups, -1]))
     restoring = constant(f"{name}_restoring", np.array([0, channels, *[1] * (rank - 2)]))
     last = constant(f"{name}_last", np.array([2]))
     ones = constant(f"{name}_ones", np.ones((1, 1, channels // groups), np.float32))
-    epsilon = constant(f"{name}_epsilon", np.array(node.attrs.get("epsilon", 1e-5), np.float32))
+    epsilon = constant(f"{name}_epsilon", np.array(float_attribute(node, "epsilon", 1e-5), np.float32))
 
     mean = mean_of_group(mean_of_positions(x, "channel_mean"), "group_mean")
     mean = add("Mul", "spread_mean", [mean, ones], per_group)
-    centred = add("Sub", "centred", [x, for_channels(mean, "mean")], x.shape)
-    square = add("Mul", "square", [centred, centred], x.shape)
+    centred = add("Sub", "centred", [x, for_channels(mean, "mean")], shape)
+    square = add("Mul", "square", [centred, centred], shape)
     variance = mean_of_group(mean_of_positions(square, "channel_variance"), "variance")
-    padded = add("Add", "padded_variance", [variance, epsilon], variance.shape)
-    deviation = add("Sqrt", "deviation", [padded], variance.shape)
+    padded = add("Add", "padded_variance", [variance, epsilon], of_group)
+    deviation = add("Sqrt", "deviation", [padded], of_group)
     gain = add("Div", "group_gain", [affine(scale, "scale"), deviation], per_group)
     moved = add("Mul", "moved_mean", [mean, gain], per_group)
     start = add("Sub", "group_start", [affine(bias, "bias"), moved], per_group)
-    gained = add("Mul", "gained", [x, for_channels(gain, "gain")], x.shape)
+    gained = add("Mul", "gained", [x, for_channels(gain, "gain")], shape)
     graph.nodes.append(gs.Node("Add", name, inputs=[gained, for_channels(start, "start")], outputs=[y]))

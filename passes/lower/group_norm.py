@@ -9,15 +9,16 @@ form takes 0.4 of their time.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
+from tfmq_export.passes.reading import Shape, float_attribute, int_attribute, known_shape, static_size
 
 PER_CHANNEL_OPSET = 21
 """Before it, GroupNormalization has one scale per group."""
@@ -81,41 +82,40 @@ def obstacle(node: gs.Node) -> str | None:
     return None
 
 
-def restored_shape(shape: Sequence[int | str]) -> list[int] | None:
+def restored_shape(shape: Shape) -> list[int] | None:
     """What reshapes [N, G, -1] back to ``shape`` [N, C, *spatial]; None if only a Shape node can.
 
     0 copies N. One more dimension may be unknown: Reshape infers it.
     """
-    unknown = [axis for axis, size in enumerate(shape) if axis > 0 and not isinstance(size, int)]
-    if len(unknown) > 1:
-        return None
-    return [0 if axis == 0 else -1 if axis in unknown else int(size) for axis, size in enumerate(shape)]
+    sizes = [size if isinstance(size, int) else -1 for size in shape[1:]]
+    return [0, *sizes] if sizes.count(-1) < 2 else None
 
 
 def lower(graph: gs.Graph, node: gs.Node) -> None:
     """Replace one GroupNormalization; the tensor it wrote keeps its name."""
     x, scale, bias = node.inputs
     (y,) = node.outputs
-    name, groups, channels = node.name, node.attrs["num_groups"], x.shape[1]
+    name, groups = node.name, int_attribute(node, "num_groups")
+    shape, channels = known_shape(x), static_size(x, 1)
 
-    def tensor(suffix: str, shape: Sequence[int | str]) -> gs.Variable:
-        return gs.Variable(f"{name}_{suffix}", np.float32, shape)
+    def tensor(suffix: str, sizes: Shape) -> gs.Variable:
+        return gs.Variable(f"{name}_{suffix}", np.float32, sizes)
 
-    def constant(suffix: str, values: np.ndarray) -> gs.Constant:
+    def constant(suffix: str, values: NDArray[np.generic]) -> gs.Constant:
         return gs.Constant(f"{name}_{suffix}", values)
 
-    grouped = tensor("grouped", [x.shape[0], groups, f"{name}_group_size"])
-    normalized = tensor("normalized", grouped.shape)
-    restored = tensor("restored", x.shape)
+    grouped_shape = [shape[0], groups, f"{name}_group_size"]
+    grouped, normalized = tensor("grouped", grouped_shape), tensor("normalized", grouped_shape)
+    restored = tensor("restored", shape)
     ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
 
-    sizes = restored_shape(x.shape)
+    static = restored_shape(shape)
     target: gs.Tensor
-    if sizes is None:
-        target = gs.Variable(f"{name}_shape", np.int64, [len(x.shape)])
+    if static is None:
+        target = gs.Variable(f"{name}_shape", np.int64, [len(shape)])
         graph.nodes.append(gs.Node("Shape", f"{name}_shape", inputs=[x], outputs=[target]))
     else:
-        target = constant("shape", np.array(sizes, np.int64))
+        target = constant("shape", np.array(static, np.int64))
 
     node.outputs.clear()
     graph.nodes.extend(
@@ -129,7 +129,7 @@ def lower(graph: gs.Graph, node: gs.Node) -> None:
             gs.Node(
                 "InstanceNormalization",
                 f"{name}_normalize",
-                {"epsilon": node.attrs.get("epsilon", 1e-5)},
+                {"epsilon": float_attribute(node, "epsilon", 1e-5)},
                 [grouped, constant("unit_scale", ones[:groups]), constant("no_bias", zeros[:groups])],
                 [normalized],
             ),

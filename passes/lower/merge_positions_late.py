@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, producer, sole_consumer, variable
+from tfmq_export.passes.reading import Shape, known_shape
 
 CHANNELS_LAST = [0, 2, 1]
 """From [N, C, L] to [N, L, C]."""
@@ -60,7 +61,7 @@ class _Site:
             turned = variable(f"{self.norm.name}_apart", self.image.dtype, self.image.shape)
             self.norm.inputs[0] = self.image
             self.norm.outputs = [turned]
-        batch, channels, *positions = self.image.shape
+        batch, channels, *positions = known_shape(self.image)
         last = variable(f"{name}_apart", tokens.dtype, [batch, *positions, channels])
         self.transpose.inputs = [turned]
         self.transpose.outputs = [last]
@@ -89,7 +90,7 @@ def _site(graph: gs.Graph, transpose: gs.Node) -> _Site | None:
     return _Site(reshape.inputs[0], norm, transpose)
 
 
-def _merges_positions(before: list[int | str] | None, after: list[int | str] | None) -> bool:
+def _merges_positions(before: Shape | None, after: Shape | None) -> bool:
     """Whether [N, C, *positions], at least two of them, becomes [N, C, L]."""
     if before is None or after is None or len(before) < 4 or len(after) != 3:
         return False

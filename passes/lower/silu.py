@@ -18,7 +18,8 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, read_instead, sole_consumer, variable
-from tfmq_export.passes.scaling.absorb_factor import absorb, rank_of
+from tfmq_export.passes.reading import rank_of
+from tfmq_export.passes.scaling.absorb_factor import absorb
 
 NORMS = frozenset({"GroupNormalization", "LayerNormalization", "BatchNormalization", "InstanceNormalization"})
 

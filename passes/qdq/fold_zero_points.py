@@ -19,11 +19,9 @@ from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import variable
 from tfmq_export.passes.qdq.activation_codes import reads_dequantized
 from tfmq_export.passes.qdq.offset_bias import take_off_bias
+from tfmq_export.recipe.names import RAISED
 from tfmq_export.recipe.recipe import LayerRecipe
 from tfmq_export.target import Target
-
-RAISED = ".raised"
-"""What a DequantizeLinear without the zero point, and its result, are called behind the names of those with it."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.qdq.activation_codes import clip, code_type, grid_constants, reads_dequantized
 from tfmq_export.passes.qdq.offset_inputs import check_pads, pad, take_pads
-from tfmq_export.passes.time.tabulate_tib import ROWS
+from tfmq_export.passes.reading import double_values, known_shape
+from tfmq_export.recipe.names import ROWS, lookup_name
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe, TimestepGrids
 from tfmq_export.target import Target
 
@@ -47,24 +48,24 @@ class LowerTimestepGrids(RecipePass):
             if layer.input.spec.codes > 1:
                 raise PreconditionError(f"{layer.path}: a grid per timestep is one code, not {layer.input.spec.codes}")
             if not _one_row_per_sample(source, values[self.sample]):
+                rows = known_shape(source)[0]
                 raise PreconditionError(
-                    f"{layer.path}: reads {source.shape[0]} rows, not one per sample; a grid per timestep has no "
-                    'meaning there; set fsc = "tib" in [method]'
+                    f"{layer.path}: reads {rows} rows, not one per sample; a grid per timestep has no meaning there; "
+                    'set fsc = "tib" in [method]'
                 )
             if len(node.inputs) > 2 and not isinstance(node.inputs[2], gs.Constant):
                 raise PreconditionError(f"{layer.path}: its bias {node.inputs[2].name} is not a constant")
 
     def apply(self, graph: gs.Graph) -> Changes:
-        rows = graph.tensors().get(ROWS)  # required where there is a layer
         ready: dict[tuple[object, ...], gs.Variable] = {}
-        layers = _mine(graph, self.recipe)
+        layers, values = _mine(graph, self.recipe), graph.tensors()
         for layer, node, grids in layers:
+            rows = values[ROWS]
             source, pads = node.inputs[0], take_pads(node)
             lowering = _Lowering(layer, grids, self.target, _rank(layer, node, source))
             key = (source.name, pads, layer.input.spec, grids.scale.tobytes(), grids.zero_point.tobytes())
             if key not in ready:
-                prefix = f"{layer.name}.input"
-                value = pad(graph, source, pads, prefix) if pads else source
+                value = pad(graph, source, pads, layer.name) if pads else source
                 ready[key] = _quantize(graph, value, lowering, rows)
             node.inputs[0] = ready[key]
             _restore(graph, node, lowering, rows)
@@ -137,21 +138,20 @@ class _Lowering:
     def biases(self, bias: NDArray[np.float64]) -> NDArray[np.float32]:
         """``r_t``, [T, ...] with the output channels where the layer has them."""
         codes = self.layer.shifted_codes
-        sums = codes.reshape(len(codes), -1).sum(1, dtype=np.int64) * self.layer.weight_step.astype(np.float64)
+        counts: NDArray[np.int64] = codes.reshape(len(codes), -1).sum(1, dtype=np.int64)
+        sums = self.layer.weight_step.astype(np.float64) * counts  # [out]
         constants = self.grids.scale.astype(np.float64) * (self.grids.zero_point + np.int64(self.lowest))  # [T]
-        rows = bias[None, :] - constants[:, None] * sums[None, :]  # [T, out]
+        rows = (bias[None, :] - constants[:, None] * sums[None, :]).astype(np.float32)  # [T, out]
         middle = [1] * (self.rank - 2)
-        return rows.reshape((len(rows), -1, *middle) if self.layer.kind == "conv" else (len(rows), *middle, -1)).astype(
-            np.float32
-        )
+        return rows.reshape((len(rows), -1, *middle) if self.layer.kind == "conv" else (len(rows), *middle, -1))
 
     def _column(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
         return values.astype(np.float32).reshape(-1, *[1] * (self.rank - 1))
 
 
-def _quantize(graph: gs.Graph, value: gs.Tensor, lowering: _Lowering, rows: gs.Tensor) -> gs.Variable:
+def _quantize(graph: gs.Graph, source: gs.Tensor, lowering: _Lowering, rows: gs.Tensor) -> gs.Variable:
     prefix, spec = f"{lowering.layer.name}.input", lowering.layer.input.spec
-    value = _with_row(graph, "Mul", value, lowering.factors, rows, f"{prefix}.to_common_scale")
+    value = _with_row(graph, "Mul", source, lowering.factors, rows, f"{prefix}.to_common_scale")
     value = _with_row(graph, "Add", value, lowering.offsets, rows, f"{prefix}.to_zero_point")
     highest = lowering.lowest + spec.qmax
     if highest < np.iinfo(code_type(lowering.target)).max:
@@ -173,12 +173,12 @@ def _restore(graph: gs.Graph, node: gs.Node, lowering: _Lowering, rows: gs.Tenso
     (result,) = node.outputs
     bias = np.zeros(len(lowering.layer.weight_codes))
     if len(node.inputs) > 2:
-        bias = np.asarray(node.inputs[2].values, np.float64)
+        bias = double_values(node.inputs[2])
         node.inputs = node.inputs[:2]
     add = next((reader for reader in result.outputs if reader.op == "Add"), None)
     if result.name != lowering.layer.name and add is not None:  # the bias of a MatMul
         (stored,) = (value for value in add.inputs if value is not result)
-        bias = np.asarray(stored.values, np.float64).reshape(-1)
+        bias = double_values(stored).reshape(-1)
         (result,) = add.outputs
         add.outputs.clear()
     raw = variable(f"{prefix}.raw", np.float32)
@@ -193,8 +193,8 @@ def _with_row(
     value: gs.Tensor,
     table: NDArray[np.float32],
     rows: gs.Tensor,
-    result: gs.Tensor | str,
-) -> gs.Tensor:
+    result: gs.Variable | str,
+) -> gs.Variable:
     """``value op table[row(t)]``.
 
     Args:
@@ -203,9 +203,8 @@ def _with_row(
     name = result if isinstance(result, str) else f"{result.name}.{op.lower()}"
     row = variable(f"{name}.row", np.float32)
     made = variable(f"{name}.value", np.float32) if isinstance(result, str) else result
-    gather = f"temporal.{name}"  # as TabulateTib names what reads the timestep
     graph.nodes += [
-        gs.Node("Gather", gather, {"axis": 0}, [constant(f"{name}.table", table), rows], [row]),
+        gs.Node("Gather", lookup_name(name), {"axis": 0}, [constant(f"{name}.table", table), rows], [row]),
         gs.Node(op, name, inputs=[value, row], outputs=[made]),
     ]
     return made

@@ -6,11 +6,10 @@ from numpy.typing import NDArray
 
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.qdq.integer_bias import accumulator_step, store_bias
+from tfmq_export.passes.reading import constant_values, double_values, produced_by
+from tfmq_export.recipe.names import OFFSET
 from tfmq_export.recipe.recipe import LayerRecipe
 from tfmq_export.target import Target
-
-OFFSET = ".offset_add"
-"""What the node is called, behind the layer's name, that adds to a product without a bias."""
 
 
 def take_off_bias(graph: gs.Graph, node: gs.Node, layer: LayerRecipe, surplus: int, target: Target) -> None:
@@ -20,19 +19,20 @@ def take_off_bias(graph: gs.Graph, node: gs.Node, layer: LayerRecipe, surplus: i
         node: The layer's, with a quantized weight.
         surplus: Steps of the input's grid.
     """
-    integers = layer.shifted_codes.reshape(len(layer.weight_codes), -1).sum(1, dtype=np.int64)
+    integers: NDArray[np.int64] = layer.shifted_codes.reshape(len(layer.weight_codes), -1).sum(1, dtype=np.int64)
     steps = -surplus * integers  # [out], on the accumulator's grid
-    step = accumulator_step(layer)
+    step = accumulator_step(layer).astype(np.float64)
     if node.op == "MatMul":
-        _add_behind(graph, node, steps * step.astype(np.float64), layer)
+        _add_behind(graph, node, step * steps, layer)
         return
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if target.integer_bias:
-        before = 0 if bias is None else bias.inputs[0].inputs[0].values.astype(np.int64)
-        made: gs.Tensor = store_bias(graph, layer, before + steps, f"{layer.name}.offset_bias")
+        if bias is not None:
+            steps += constant_values(produced_by(bias, "DequantizeLinear").inputs[0]).astype(np.int64)
+        made: gs.Tensor = store_bias(graph, layer, steps, f"{layer.name}.offset_bias")
     else:
-        before = 0 if bias is None else np.asarray(bias.values, np.float64)
-        made = constant(f"{layer.name}.offset_bias", (before + steps * step.astype(np.float64)).astype(np.float32))
+        lowered = step * steps + (0 if bias is None else double_values(bias))
+        made = constant(f"{layer.name}.offset_bias", lowered.astype(np.float32))
     node.inputs = [*node.inputs[:2], made]
 
 
@@ -42,7 +42,7 @@ def _add_behind(graph: gs.Graph, product: gs.Node, amount: NDArray[np.float64], 
     for reader in result.outputs:
         for position, value in enumerate(reader.inputs):
             if result.name != layer.name and reader.op == "Add" and isinstance(value, gs.Constant):
-                moved = (np.asarray(value.values, np.float64) + amount).astype(np.float32)
+                moved = (double_values(value) + amount).astype(np.float32)
                 reader.inputs[position] = constant(f"{layer.name}.offset_bias", moved)
                 return
     bare = variable(f"{layer.name}.product", np.float32, result.shape)

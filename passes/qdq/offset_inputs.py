@@ -23,7 +23,9 @@ from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.qdq.activation_codes import CODE_LEVELS, code_type, fits, grid_constants, reads_dequantized
 from tfmq_export.passes.qdq.offset_bias import take_off_bias
+from tfmq_export.passes.reading import constant_values, int_attribute, ints_attribute, produced_by
 from tfmq_export.recipe.grid import QParams
+from tfmq_export.recipe.names import INPUT_COPY, INPUT_OFFSET, INPUT_PAD, REPEATED
 from tfmq_export.recipe.recipe import LayerRecipe
 from tfmq_export.target import Target
 
@@ -90,7 +92,7 @@ def surplus(grid: QParams, target: Target) -> int:
 
 
 def _check_stackable(layer: LayerRecipe, node: gs.Node) -> None:
-    if node.op != "Conv" or node.attrs.get("group", 1) != 1:
+    if node.op != "Conv" or int_attribute(node, "group", 1) != 1:
         raise PreconditionError(f"{layer.path}: only a plain convolution can take several input codes")
     if not isinstance(node.inputs[1].inputs[0].inputs[0], gs.Constant):
         raise PreconditionError(f"{layer.path}: a packed or shifted weight cannot be repeated")
@@ -108,7 +110,7 @@ def check_pads(layer: LayerRecipe, node: gs.Node) -> None:
 
 def take_pads(node: gs.Node) -> Pads:
     """The padding of a convolution, which loses it."""
-    pads = tuple(node.attrs.get("pads", ()))
+    pads = tuple(ints_attribute(node, "pads") or ())
     if any(pads):
         node.attrs["pads"] = [0] * len(pads)
         return pads
@@ -118,11 +120,11 @@ def take_pads(node: gs.Node) -> Pads:
 def _quantize(graph: gs.Graph, source: gs.Tensor, pads: Pads, layer: LayerRecipe, target: Target) -> gs.Variable:
     grid, prefix = layer.input, f"{layer.name}.input"
     codes = grid.spec.codes
-    value = pad(graph, source, pads, prefix) if pads else source
+    value = pad(graph, source, pads, layer.name) if pads else source
     added = offsets(grid, target)
     if codes > 1:
         copies = variable(f"{prefix}.copies", np.float32)
-        graph.nodes.append(gs.Node("Concat", f"{prefix}.copy", {"axis": 1}, [value] * codes, [copies]))
+        graph.nodes.append(gs.Node("Concat", f"{layer.name}{INPUT_COPY}", {"axis": 1}, [value] * codes, [copies]))
         value = copies
         channels = layer.weight_codes.shape[1]
         added = np.repeat(added, channels).reshape(-1, *[1] * (layer.weight_codes.ndim - 2))
@@ -131,22 +133,23 @@ def _quantize(graph: gs.Graph, source: gs.Tensor, pads: Pads, layer: LayerRecipe
     moved = variable(f"{prefix}.moved", np.float32)
     stored = variable(f"{prefix}.codes", code_type(target))
     real = variable(f"{prefix}.dequantized", np.float32)
+    starts = constant(f"{prefix}.offsets", added)
     constants = grid_constants(grid.scale, 0, code_type(target), prefix)
     graph.nodes += [
-        gs.Node("Add", f"{prefix}.offset", inputs=[value, constant(f"{prefix}.offsets", added)], outputs=[moved]),
+        gs.Node("Add", f"{layer.name}{INPUT_OFFSET}", inputs=[value, starts], outputs=[moved]),
         gs.Node("QuantizeLinear", f"{prefix}.quantize", inputs=[moved, *constants], outputs=[stored]),
         gs.Node("DequantizeLinear", f"{prefix}.dequantize", inputs=[stored, *constants], outputs=[real]),
     ]
     return real
 
 
-def pad(graph: gs.Graph, source: gs.Tensor, pads: Sequence[int], prefix: str) -> gs.Variable:
+def pad(graph: gs.Graph, source: gs.Tensor, pads: Sequence[int], layer: str) -> gs.Variable:
     """Zeros around the spatial axes; ``pads`` are [begin, ..., end, ...] as Conv has them."""
     half = len(pads) // 2
     full = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
-    padded = variable(f"{prefix}.padded", np.float32)
-    inputs = [source, constant(f"{prefix}.pads", full)]
-    graph.nodes.append(gs.Node("Pad", f"{prefix}.pad", {"mode": "constant"}, inputs, [padded]))
+    padded = variable(f"{layer}.input.padded", np.float32)
+    inputs = [source, constant(f"{layer}.input.pads", full)]
+    graph.nodes.append(gs.Node("Pad", f"{layer}{INPUT_PAD}", {"mode": "constant"}, inputs, [padded]))
     return padded
 
 
@@ -154,8 +157,8 @@ def _tile_weight(node: gs.Node, codes: int) -> None:
     """Repeat a stored weight along its input channels, once per code."""
     if codes == 1:
         return
-    dequantize = node.inputs[1].inputs[0]
-    stored = dequantize.inputs[0]
-    times = (1, codes, *[1] * (stored.values.ndim - 2))
-    dequantize.inputs[0] = constant(f"{stored.name}.repeated", np.tile(stored.values, times))
+    dequantize = produced_by(node.inputs[1], "DequantizeLinear")
+    stored = constant_values(dequantize.inputs[0])
+    times = (1, codes, *[1] * (stored.ndim - 2))
+    dequantize.inputs[0] = constant(f"{dequantize.inputs[0].name}{REPEATED}", np.tile(stored, times))
     dequantize.outputs[0].shape = None

@@ -16,9 +16,9 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
-from tfmq_export.passes.bind.bind_recipe import node_name
 from tfmq_export.passes.qdq.activation_codes import is_dequantized, quantize_dequantize
 from tfmq_export.recipe.grid import QParams
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import ProductRecipe, QuantRecipe
 from tfmq_export.target import Target
 
@@ -47,7 +47,7 @@ class QuantizeAttention(RecipePass):
         found = [(product, _multiplier(product, values)) for product in self.recipe.products]
         ready: dict[str, list[tuple[QParams, gs.Variable]]] = {}
         for product, node in found:
-            node.name = node_name(product)
+            node.name = node_name(product.name)
             for position, grid in enumerate((product.left, product.right)):
                 source = node.inputs[position]
                 known = ready.setdefault(source.name, [])
@@ -73,9 +73,9 @@ def product_nodes(graph: gs.Graph, recipe: QuantRecipe) -> list[tuple[ProductRec
     """
     nodes = {node.name: node for node in graph.nodes}
     for product in recipe.products:
-        if node_name(product) not in nodes:
-            raise PostconditionError(f"{product.path}: its node {node_name(product)} is gone")
-    return [(product, nodes[node_name(product)]) for product in recipe.products]
+        if node_name(product.name) not in nodes:
+            raise PostconditionError(f"{product.path}: its node {node_name(product.name)} is gone")
+    return [(product, nodes[node_name(product.name)]) for product in recipe.products]
 
 
 def _multiplier(product: ProductRecipe, values: Mapping[str, gs.Tensor]) -> gs.Node:

@@ -17,7 +17,7 @@ wants integers; else it stays in floating point.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -29,12 +29,15 @@ from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, int4_constant, variable
 from tfmq_export.passes.qdq.integer_bias import accumulator_step, store_bias
+from tfmq_export.passes.reading import float_values
 from tfmq_export.passes.scaling.pts_lowering import PACKED_BITS, Form, choose_form
 from tfmq_export.passes.scaling.rescale_inputs import scale_input_channels
+from tfmq_export.recipe.names import weight_codes_name, weight_dequantizer_name
 from tfmq_export.recipe.pairs import within_pairs
 from tfmq_export.recipe.recipe import WEIGHT_REACH, LayerRecipe
 from tfmq_export.target import PtsLowering, Target
 
+Number = TypeVar("Number", bound=np.generic)
 FARTHEST = WEIGHT_REACH + 1e-4
 """Steps between a weight and its code as float32 measures them, give or take the last bits of 127 steps."""
 
@@ -57,7 +60,7 @@ class QuantizeWeights(RecipePass):
             if not isinstance(weight, gs.Constant):
                 raise PreconditionError(f"{layer.path}: its weight {weight.name} is not a constant")
             self._form(layer)
-            _prove_binding(layer, weight.values.T if is_transposed(node) else weight.values)
+            _prove_binding(layer, _as_stored(float_values(weight), transposed=is_transposed(node)))
 
     def apply(self, graph: gs.Graph) -> Changes:
         notes = []
@@ -77,16 +80,16 @@ class QuantizeWeights(RecipePass):
         self, graph: gs.Graph, layer: LayerRecipe, form: Form | None, *, transposed: bool
     ) -> gs.Variable:
         codes = _as_stored(layer.weight_codes, transposed=transposed)
-        shift = None if form is None else _as_stored(layer.weight_shifts, transposed=transposed)
+        shift = _as_stored(layer.weight_shifts, transposed=transposed)
         if form == "fold":
-            codes, shift = (codes * shift).astype(np.int8), None
+            codes = (codes * shift).astype(np.int8)
         packed = self.target.packed_weights and layer.weight.spec.bits <= PACKED_BITS and form != "fold"
-        stored = _stored_codes(graph, layer.name, codes, shift, packed=packed)
+        stored = _stored_codes(graph, layer.name, codes, shift if form == "shift" else None, packed=packed)
         scale = constant(f"{layer.name}.weight_scale", layer.weight_step)
         zero_point = constant(f"{layer.name}.weight_zero_point", np.zeros(len(layer.weight.scale), np.int8))
         real = variable(f"{layer.name}.weight_dequantized", dtype=np.float32, shape=codes.shape)
-        name, axis = f"{layer.name}.weight_dq", {"axis": 1 if transposed else 0}
-        graph.nodes.append(gs.Node("DequantizeLinear", name, axis, inputs=[stored, scale, zero_point], outputs=[real]))
+        name, inputs = weight_dequantizer_name(layer.name), [stored, scale, zero_point]
+        graph.nodes.append(gs.Node("DequantizeLinear", name, {"axis": 1 if transposed else 0}, inputs, [real]))
         return real
 
     def _bias(self, graph: gs.Graph, layer: LayerRecipe, bias: gs.Tensor) -> gs.Tensor:
@@ -95,12 +98,12 @@ class QuantizeWeights(RecipePass):
         return _dequantized_bias(graph, layer, bias) if self.target.integer_bias else bias
 
 
-def _as_stored(values: NDArray[Any], *, transposed: bool) -> NDArray[Any]:
-    """[out, in] as the graph reads it."""
+def _as_stored(values: NDArray[Number], *, transposed: bool) -> NDArray[Number]:
+    """[out, in] as the graph reads it, and back."""
     return values.T if transposed else values
 
 
-def _prove_binding(layer: LayerRecipe, weight: NDArray[np.float32]) -> None:
+def _prove_binding(layer: LayerRecipe, weight: NDArray[np.floating]) -> None:
     """The recipe's integers must be this weight, held to its grid, to ``WEIGHT_REACH`` steps.
 
     Args:
@@ -130,7 +133,7 @@ def _stored_codes(
     graph: gs.Graph, layer: str, codes: NDArray[np.int8], shift: NDArray[np.int32] | None, *, packed: bool
 ) -> gs.Tensor:
     """The integers as int8: packed where they are narrow, shifted where PTS says so."""
-    name = f"{layer}.weight_codes"
+    name = weight_codes_name(layer)
     stored: gs.Tensor = int4_constant(name, codes) if packed else constant(name, codes)
     if shift is not None:
         wide = _cast(graph, stored, f"{layer}.weight_int32", TensorProto.INT32, codes.shape)

@@ -20,7 +20,9 @@ from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
 from tfmq_export.passes.qdq.activation_codes import CODE_LEVELS, is_dequantized
 from tfmq_export.passes.qdq.integer_bias import accumulator_step, store_bias
+from tfmq_export.passes.reading import constant_values, double_values, int_attribute, produced_by
 from tfmq_export.recipe.grid import QParams
+from tfmq_export.recipe.names import OUTPUT_SUM, STACKED
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
 
 
@@ -44,7 +46,7 @@ class StackOutputCodes(RecipePass):
         nodes = {layer.name: node for layer, node in bound_nodes(graph, self.recipe)}
         for layer in stacked(self.recipe):
             node = nodes[layer.name]
-            if node.op != "Conv" or node.attrs.get("group", 1) != 1:
+            if node.op != "Conv" or int_attribute(node, "group", 1) != 1:
                 raise PreconditionError(f"{layer.path}: only a plain convolution can stack output codes")
             if not is_dequantized(node.inputs[1]):
                 raise PreconditionError(f"{layer.path}: run QuantizeWeights first")
@@ -99,7 +101,7 @@ def _stack(graph: gs.Graph, layer: LayerRecipe, output: QParams, node: gs.Node, 
         gs.Node("QuantizeLinear", f"{prefix}.quantize", inputs=[raw, *grid], outputs=[stack]),
         gs.Node("DequantizeLinear", f"{prefix}.dequantize", inputs=[stack, *grid], outputs=[real]),
         gs.Node("Split", f"{prefix}.split", {"axis": 1, "num_outputs": copies}, [real], parts),
-        gs.Node("Sum", f"{prefix}.sum", inputs=[*parts, start], outputs=[result]),
+        gs.Node("Sum", f"{layer.name}{OUTPUT_SUM}", inputs=[*parts, start], outputs=[result]),
     ]
 
 
@@ -108,15 +110,15 @@ def _bias(layer: LayerRecipe, node: gs.Node) -> NDArray[np.float64]:
     if len(node.inputs) < 3:
         return np.zeros(len(layer.weight_codes))
     if isinstance(node.inputs[2], gs.Constant):
-        return np.asarray(node.inputs[2].values, np.float64)
-    return np.asarray(node.inputs[2].inputs[0].inputs[0].values, np.float64) * accumulator_step(layer).astype(
-        np.float64
-    )
+        return double_values(node.inputs[2])
+    codes = double_values(produced_by(node.inputs[2], "DequantizeLinear").inputs[0])
+    return codes * accumulator_step(layer).astype(np.float64)
 
 
 def _tile_weight(dequantize: gs.Node, copies: int) -> None:
     """Repeat a stored weight, its scales and its zero points along the output channels."""
     for position, value in enumerate(dequantize.inputs):
-        times = (copies, *[1] * (value.values.ndim - 1))
-        dequantize.inputs[position] = constant(f"{value.name}.stacked", np.tile(value.values, times))
+        values = constant_values(value)
+        times = (copies, *[1] * (values.ndim - 1))
+        dequantize.inputs[position] = constant(f"{value.name}{STACKED}", np.tile(values, times))
     dequantize.outputs[0].shape = None

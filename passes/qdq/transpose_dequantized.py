@@ -20,6 +20,7 @@ from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.graph import producer, read_instead, sole_consumer
 from tfmq_export.passes.lower.attention import TURN_MATRICES
 from tfmq_export.passes.qdq.quantize_attention import product_nodes
+from tfmq_export.passes.reading import constant_values, ints_attribute, rank_of
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def _grid_behind_transpose(graph: gs.Graph, factor: gs.Tensor) -> list[gs.Node]:
         value = node.inputs[0]
     *_, quantize, transpose = chain
     _, scale, zero_point = quantize.inputs
-    symmetric = scale.values.ndim == 0 and not np.any(zero_point.values)
-    return chain[::-1] if symmetric and transpose.attrs.get("perm") == TURN_MATRICES else []
+    symmetric = rank_of(scale) == 0 and not np.any(constant_values(zero_point))
+    return chain[::-1] if symmetric and ints_attribute(transpose, "perm") == TURN_MATRICES else []
 
 
 def _swap(chain: list[gs.Node]) -> None:

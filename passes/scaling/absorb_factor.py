@@ -16,6 +16,16 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.graph import constant
+from tfmq_export.passes.reading import (
+    constant_values,
+    element_type,
+    float_values,
+    int_attribute,
+    ints_attribute,
+    known_shape,
+    rank_of,
+    static_size,
+)
 from tfmq_export.passes.scaling.factor_layout import (
     Factor,
     before_reshape,
@@ -45,12 +55,11 @@ class Absorption:
     def apply(self) -> None:
         """Rewrite the constants."""
         for node, position, factor in self.constants:
-            before = node.inputs[position]
-            _replace(node, position, (before.values * factor).astype(before.values.dtype))
+            _replace(node, position, float_values(node.inputs[position]) * factor)
         for bias, layer in self.biases:
             # Exactly the float32 product of both scales: ONNX Runtime computes in floating point otherwise.
-            scales = [operand.inputs[0].inputs[1].values for operand in layer.inputs[:2]]
-            _replace(bias, 1, (scales[0] * scales[1]).astype(np.float32))
+            x, weight = (float_values(operand.inputs[0].inputs[1]) for operand in layer.inputs[:2])
+            _replace(bias, 1, x * weight)
 
 
 def absorb(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
@@ -77,17 +86,6 @@ def _absorb_computed(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absor
     return _RULES[node.op](graph, value, factor) + Absorption(values=(value,))
 
 
-def rank_of(value: gs.Tensor) -> int:
-    """Number of axes.
-
-    Raises:
-        PreconditionError: it is not known.
-    """
-    if value.shape is None:
-        raise PreconditionError(f"the rank of {value.name} is not known")
-    return len(value.shape)
-
-
 def _replace(node: gs.Node, position: int, values: Factor) -> None:
     """Give one input of one node other values; who else reads the constant keeps it."""
     before = node.inputs[position]
@@ -95,14 +93,23 @@ def _replace(node: gs.Node, position: int, values: Factor) -> None:
     node.inputs[position] = constant(name, values)
 
 
+def _take(node: gs.Node, position: int, factor: Factor) -> Absorption:
+    """Let a constant take a factor, which is in single precision, as the constant has to be."""
+    stored = node.inputs[position]
+    if element_type(stored) != np.float32:
+        raise PreconditionError(f"{stored.name} holds {element_type(stored)}, not float32")
+    return Absorption(constants=((node, position, factor),))
+
+
 def _operand(graph: gs.Graph, node: gs.Node, position: int, factor: Factor) -> Absorption:
     """One operand of an operation that broadcasts."""
     value = node.inputs[position]
     if isinstance(value, gs.Constant):
-        return Absorption(constants=((node, position, without_leading(factor, value.values.ndim)),))
-    own = without_leading(factor, rank_of(value))
-    fits = len(own.shape) == len(value.shape)
-    if not fits or any(wanted not in (1, size) for size, wanted in zip(value.shape, own.shape, strict=True)):
+        return _take(node, position, without_leading(factor, value.values.ndim))
+    shape = known_shape(value)
+    own = without_leading(factor, len(shape))
+    fits = own.ndim == len(shape)
+    if not fits or any(wanted not in (1, size) for size, wanted in zip(shape, own.shape, strict=True)):
         raise PreconditionError(f"{value.name} is broadcast over the channels")
     return absorb(graph, value, own)
 
@@ -114,11 +121,10 @@ def _every_operand(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorpt
 
 def _one_operand(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
     (node,) = value.inputs
-    constants = [at for at, x in enumerate(node.inputs) if isinstance(x, gs.Constant)]
     # A scalar belongs to an idiom such as GELU, which engines recognize by its value.
-    gains = [at for at in constants if node.inputs[at].values.size > 1]
+    gains = [at for at, x in enumerate(node.inputs) if isinstance(x, gs.Constant) and x.values.size > 1]
     reasons = []
-    for position in gains + [at for at in range(len(node.inputs)) if at not in constants]:
+    for position in gains + [at for at, x in enumerate(node.inputs) if not isinstance(x, gs.Constant)]:
         try:
             return _operand(graph, node, position, factor)
         except PreconditionError as error:
@@ -136,7 +142,7 @@ def _channel_norm(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorpti
 
 
 def _trailing_norm(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
-    axis = value.inputs[0].attrs.get("axis", -1) % factor.ndim
+    axis = int_attribute(value.inputs[0], "axis", -1) % factor.ndim
     _along(value, factor, set(range(axis, factor.ndim)))
     return _affine(value.inputs[0], factor.reshape(factor.shape[axis:]))
 
@@ -145,9 +151,10 @@ def _affine(node: gs.Node, factor: Factor) -> Absorption:
     affine = node.inputs[1:3]
     if not all(isinstance(value, gs.Constant) for value in affine):
         raise PreconditionError(f"the affine of {node.name} is computed")
-    if any(np.broadcast_shapes(value.values.shape, factor.shape) != value.values.shape for value in affine):
+    shapes = [constant_values(value).shape for value in affine]
+    if any(np.broadcast_shapes(shape, factor.shape) != shape for shape in shapes):
         raise PreconditionError(f"the affine of {node.name} has no entry per channel")
-    return Absorption(constants=tuple((node, position, factor) for position in range(1, 1 + len(affine))))
+    return sum((_take(node, position, factor) for position in range(1, 1 + len(affine))), Absorption())
 
 
 def _layer(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
@@ -156,10 +163,10 @@ def _layer(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
     _along(value, factor, {1 if node.op == "Conv" else factor.ndim - 1})
     out = factor.reshape(-1)
     weight, *biases = node.inputs[1:]
-    found = Absorption(constants=(_weight(node, weight, out),))
+    found = _weight(node, weight, out)
     for bias in biases:
         if isinstance(bias, gs.Constant):
-            found += Absorption(constants=((node, 2, out),))
+            found += _take(node, 2, out)
         elif _is_stored(bias) and not isinstance(weight, gs.Constant):
             found += Absorption(biases=((bias.inputs[0], node),))
         else:
@@ -167,16 +174,16 @@ def _layer(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
     return found
 
 
-def _weight(node: gs.Node, weight: gs.Tensor, out: Factor) -> tuple[gs.Node, int, Factor]:
+def _weight(node: gs.Node, weight: gs.Tensor, out: Factor) -> Absorption:
     """The constant that holds a layer's output channels: the weight, or the scales of its integers."""
-    rows = node.op == "Conv" or bool(node.attrs.get("transB", 0))
+    rows = node.op == "Conv" or bool(int_attribute(node, "transB", 0))
     if isinstance(weight, gs.Constant):
-        return node, 1, out.reshape(-1, *[1] * (weight.values.ndim - 1)) if rows else out
-    if not _is_stored(weight) or weight.inputs[0].attrs.get("axis", 1) != (0 if rows else 1):
+        return _take(node, 1, out.reshape(-1, *[1] * (weight.values.ndim - 1)) if rows else out)
+    if not _is_stored(weight) or int_attribute(weight.inputs[0], "axis", 1) != (0 if rows else 1):
         raise PreconditionError(f"the weight of {node.name} has no scale per output channel")
     if len(weight.outputs) != 1:
         raise PreconditionError(f"the weight of {node.name} has another reader")
-    return weight.inputs[0], 1, out
+    return _take(weight.inputs[0], 1, out)
 
 
 def _is_stored(value: gs.Tensor) -> bool:
@@ -210,7 +217,7 @@ def _attention(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
 
 def _transpose(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
     (node,) = value.inputs
-    return absorb(graph, node.inputs[0], before_transpose(factor, node.attrs.get("perm")))
+    return absorb(graph, node.inputs[0], before_transpose(factor, ints_attribute(node, "perm")))
 
 
 def _reshape(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
@@ -224,7 +231,7 @@ def _reshape(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
 
 def _split(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
     (node,) = value.inputs
-    axis = node.attrs.get("axis", 0) % factor.ndim
+    axis = int_attribute(node, "axis", 0) % factor.ndim
     sizes = [part.shape[axis] if part.shape is not None else None for part in node.outputs]
     static = [size for size in sizes if isinstance(size, int)]
     if len(static) < len(sizes):
@@ -237,32 +244,30 @@ def _slice(graph: gs.Graph, value: gs.Tensor, factor: Factor) -> Absorption:
     """The rest may be read as well, as long as nobody reads what this slice reads."""
     (node,) = value.inputs
     source = node.inputs[0]
-    axis, start, stop = _range_of(node)
+    axis, start, stop, size = _range_of(node)
     if any(source is output for output in graph.outputs):
         raise PreconditionError(f"{source.name} has another reader")
     for reader in source.outputs:
         if reader is node:
             continue
-        own_axis, own_start, own_stop = _range_of(reader)
+        own_axis, own_start, own_stop, _ = _range_of(reader)
         if own_axis != axis or max(start, own_start) < min(stop, own_stop):
             raise PreconditionError(f"{source.name} has another reader of what {node.name} takes")
-    sizes = [start, stop - start, source.shape[axis] - stop]
+    sizes = [start, stop - start, size - stop]
     return _absorb_computed(graph, source, before_split(factor, axis, sizes, 1))
 
 
-def _range_of(node: gs.Node) -> tuple[int, int, int]:
-    """Axis, start and stop of a Slice along one static axis."""
-    source, parameters = node.inputs[0], node.inputs[1:]
-    known = node.op == "Slice" and len(parameters) >= 3 and all(isinstance(x, gs.Constant) for x in parameters)
-    if not known or any(x.values.size != 1 for x in parameters) or any(x.values != 1 for x in parameters[3:]):
+def _range_of(node: gs.Node) -> tuple[int, int, int, int]:
+    """Axis, start and stop of a Slice along one static axis, and the size of that axis."""
+    source, parameters = node.inputs[0], [x for x in node.inputs[1:] if isinstance(x, gs.Constant)]
+    known = node.op == "Slice" and 3 <= len(parameters) == len(node.inputs) - 1
+    if not known or any(x.values.size != 1 for x in parameters) or any(x.values.item() != 1 for x in parameters[3:]):
         raise PreconditionError(f"{source.name} has another reader, or one that is no slice along one axis")
     start, stop, axis = (int(x.values.item()) for x in parameters[:3])
     axis %= rank_of(source)
-    size = source.shape[axis]
-    if not isinstance(size, int):
-        raise PreconditionError(f"the size of {source.name} is not known")
+    size = static_size(source, axis)
     start, stop, _ = slice(start, stop).indices(size)
-    return axis, start, max(start, stop)
+    return axis, start, max(start, stop), size
 
 
 def _along(value: gs.Tensor, factor: Factor, axes: set[int]) -> None:

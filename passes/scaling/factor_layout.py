@@ -11,9 +11,9 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from tfmq_export.passes.reading import Shape
+
 Factor = NDArray[np.float32]
-Size = int | str | None
-"""Of an axis: static, named, or not known."""
 
 
 def before_transpose(factor: Factor, order: Sequence[int] | None) -> Factor:
@@ -21,7 +21,7 @@ def before_transpose(factor: Factor, order: Sequence[int] | None) -> Factor:
     return factor.transpose(np.argsort(order if order is not None else range(factor.ndim)[::-1]))
 
 
-def before_reshape(factor: Factor, after: Sequence[Size], before: Sequence[Size]) -> Factor | None:
+def before_reshape(factor: Factor, after: Shape, before: Shape) -> Factor | None:
     """The factor on a value that was reshaped; None where the channels cannot be followed.
 
     The axes it depends on have to be static, and what lies behind them the same on both sides.
@@ -66,12 +66,12 @@ def without_leading(factor: Factor, rank: int) -> Factor:
     return factor
 
 
-def _static(sizes: Sequence[Size]) -> list[int] | None:
+def _static(sizes: Shape) -> list[int] | None:
     static = [size for size in sizes if isinstance(size, int)]
     return static if len(static) == len(sizes) else None
 
 
-def _equal(one: Sequence[Size], other: Sequence[Size]) -> bool:
+def _equal(one: Shape, other: Shape) -> bool:
     """Whether axes hold equally many elements; named ones have to appear on both sides."""
     if not all((*one, *other)):
         return False

@@ -19,10 +19,9 @@ from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import read_instead
-from tfmq_export.passes.scaling.absorb_factor import absorb, rank_of
-from tfmq_export.passes.scaling.rescale_inputs import RESCALE
-
-SCALED = ".scaled"
+from tfmq_export.passes.reading import float_values, rank_of
+from tfmq_export.passes.scaling.absorb_factor import absorb
+from tfmq_export.recipe.names import RESCALE, scaled_name
 
 
 @dataclass(frozen=True)
@@ -44,18 +43,18 @@ class FoldRescales(RecipePass):
         changed: list[str] = []
         skipped: list[tuple[str, str]] = []
         for node in [node for node in graph.nodes if node.op == "Mul" and node.name.endswith(RESCALE)]:
-            source, factor = node.inputs
+            source, factor = node.inputs[0], float_values(node.inputs[1])
             try:
                 _refuse_bare_relu(node)
-                shape = [1] * (rank_of(source) - factor.values.ndim) + list(factor.values.shape)
-                found = absorb(graph, source, factor.values.reshape(shape))
+                leading = [1] * (rank_of(source) - factor.ndim)
+                found = absorb(graph, source, factor.reshape(*leading, *factor.shape))
             except PreconditionError as reason:
                 skipped.append((node.name, str(reason)))
                 continue
             found.apply()
             for value in found.values:
                 if value.name in layers:
-                    value.name += SCALED
+                    value.name = scaled_name(value.name)
             _bypass(node)
             changed.append(node.name)
         return Changes(tuple(changed), tuple(skipped))

@@ -7,7 +7,7 @@ The Mul in front of a layer is what its activation grid sees. ``FoldRescales`` m
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -17,10 +17,9 @@ from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.reading import float_values
+from tfmq_export.recipe.names import RESCALE
 from tfmq_export.recipe.recipe import LayerRecipe
-
-RESCALE = ".rescale"
-"""What the names of the nodes end in."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,9 @@ class RescaleInputs(RecipePass):
         return Changes(tuple(changed))
 
 
-def scale_input_channels(weight: NDArray[Any], factor: NDArray[Any], groups: int) -> NDArray[Any]:
+def scale_input_channels(
+    weight: NDArray[np.floating], factor: NDArray[np.floating], groups: int
+) -> NDArray[np.floating]:
     """Every input channel of a weight times its factor.
 
     Args:
@@ -68,7 +69,8 @@ def scale_input_channels(weight: NDArray[Any], factor: NDArray[Any], groups: int
         factor: [in].
     """
     rows = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
-    return (rows * factor.reshape(groups, 1, -1, 1)).reshape(weight.shape)
+    scaled: NDArray[np.floating] = rows * factor.reshape(groups, 1, -1, 1)
+    return scaled.reshape(weight.shape)
 
 
 def _rescale(graph: gs.Graph, source: gs.Tensor, factor: NDArray[np.float32], prefix: str) -> gs.Tensor:
@@ -94,8 +96,8 @@ def _last_nodes(value: gs.Tensor) -> list[str]:
 
 def _scale_weight(layer: LayerRecipe, node: gs.Node) -> None:
     """``tau 2^d W``; shapes that do not fit are left to ``QuantizeWeights``, which names them."""
-    weight, transposed = node.inputs[1], is_transposed(node)
-    values = weight.values.T if transposed else weight.values
+    transposed = is_transposed(node)
+    values = float_values(node.inputs[1]).T if transposed else float_values(node.inputs[1])
     if values.shape != layer.weight_codes.shape:
         return
     scaled = scale_input_channels(values, layer.weight_factor, layer.groups).astype(np.float32)

@@ -16,8 +16,10 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
-from tfmq_export.passes.bind.bind_recipe import PART, bound_nodes, is_transposed, node_name
+from tfmq_export.passes.bind.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, read_instead, variable
+from tfmq_export.passes.reading import constant_values, static_size
+from tfmq_export.recipe.names import node_name, part_name
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
 
 Sizes = Mapping[str, tuple[int, ...]]
@@ -34,7 +36,7 @@ def results_to_split(graph: gs.Graph, recipe: QuantRecipe) -> Sizes:
     for layer in recipe.layers:
         split = _splitting(graph, values.get(layer.name), layer)
         if split is not None and _obstacle(layer) is None:
-            found[layer.name] = tuple(part.shape[_axis(layer)] for part in split.outputs)
+            found[layer.name] = tuple(static_size(part, _axis(layer)) for part in split.outputs)
     return found
 
 
@@ -56,7 +58,7 @@ def result_parts(layer: LayerRecipe, sizes: tuple[int, ...]) -> list[LayerRecipe
     return [
         replace(
             layer,
-            name=f"{layer.name}{PART}{index}",
+            name=part_name(layer.name, index),
             macs=layer.macs * size // sum(sizes),
             weight=replace(
                 layer.weight,
@@ -105,7 +107,7 @@ class SplitResults(RecipePass):
     def ensures(self, graph: gs.Graph) -> None:
         names, sizes = {node.name for node in graph.nodes}, self._sizes(graph)
         for layer in self.recipe.layers:
-            if layer.name in sizes and node_name(layer) in names:
+            if layer.name in sizes and node_name(layer.name) in names:
                 raise PostconditionError(f"{layer.path}: still computes all parts at once")
 
     def _sizes(self, graph: gs.Graph) -> Sizes:
@@ -146,18 +148,18 @@ def _split(graph: gs.Graph, node: gs.Node, result: gs.Tensor, parts: list[LayerR
     (split,) = result.outputs
     behind = result.inputs[0] is not node
     ends = np.cumsum([len(part.weight_codes) for part in parts])[:-1]
-    weights = np.split(node.inputs[1].values, ends, 1 if is_transposed(node) else 0)
-    biases = [np.split(bias.values, ends, -1) for bias in _bias(node, result)]
+    weights = np.split(constant_values(node.inputs[1]), ends, 1 if is_transposed(node) else 0)
+    biases = [np.split(constant_values(bias), ends, -1) for bias in _bias(node, result)]
     for index, (part, old) in enumerate(zip(parts, list(split.outputs), strict=True)):
         new = variable(part.name, old.dtype, old.shape)
         inputs = [node.inputs[0], constant(f"{part.name}.weight", weights[index])]
         bias = [constant(f"{part.name}.bias", share[index]) for share in biases]
         if behind:
             product = variable(f"{part.name}.product", old.dtype, old.shape)
-            graph.nodes.append(gs.Node(node.op, node_name(part), dict(node.attrs), inputs, [product]))
+            graph.nodes.append(gs.Node(node.op, node_name(part.name), dict(node.attrs), inputs, [product]))
             graph.nodes.append(gs.Node("Add", f"{part.name}.add_bias", inputs=[product, *bias], outputs=[new]))
         else:
-            graph.nodes.append(gs.Node(node.op, node_name(part), dict(node.attrs), [*inputs, *bias], [new]))
+            graph.nodes.append(gs.Node(node.op, node_name(part.name), dict(node.attrs), [*inputs, *bias], [new]))
         read_instead(old, new)
     split.inputs.clear()
     split.outputs.clear()

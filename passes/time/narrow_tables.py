@@ -17,12 +17,9 @@ from onnx import TensorProto
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, variable
-from tfmq_export.passes.time.tabulate_tib import GATHER, LOOKUP
+from tfmq_export.recipe.names import gather_name, lookup_name, scales_name
 from tfmq_export.recipe.narrow_rows import encode, narrowed, obstacle
 from tfmq_export.recipe.recipe import TemporalTable, TibRecipe
-
-SCALES = ".scale_row"
-"""What the names of the nodes end in that gather the scale of a row."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +58,12 @@ class NarrowTables(Pass):
     def _lookups(self, graph: gs.Graph) -> list[tuple[TemporalTable, gs.Node]]:
         """Tables that still have a lookup: equal ones are merged, and class tables take some over."""
         nodes = {node.name: node for node in graph.nodes}
-        found = [(table, nodes.get(f"{LOOKUP}{table.name}{GATHER}")) for table in self.tib.tables]
+        found = [(table, nodes.get(gather_name(table.name))) for table in self.tib.tables]
         return [(table, node) for table, node in found if node is not None]
 
 
 def _store_halves(graph: gs.Graph, table: TemporalTable, gather: gs.Node) -> None:
-    prefix, (row,) = f"{LOOKUP}{table.name}", gather.outputs
+    prefix, (row,) = lookup_name(table.name), gather.outputs
     halves = variable(f"{prefix}.row_half", np.float16, row.shape)
     gather.inputs[0] = constant(f"{prefix}.table_half", table.rows.astype(np.float16))
     gather.outputs = [halves]
@@ -74,7 +71,7 @@ def _store_halves(graph: gs.Graph, table: TemporalTable, gather: gs.Node) -> Non
 
 
 def _store_codes(graph: gs.Graph, table: TemporalTable, gather: gs.Node) -> None:
-    prefix, (row,), index = f"{LOOKUP}{table.name}", gather.outputs, gather.inputs[1]
+    prefix, (row,), index = lookup_name(table.name), gather.outputs, gather.inputs[1]
     codes, scales = encode(table.rows)
     stored = variable(f"{prefix}.row_codes", np.int8, row.shape)
     real = variable(f"{prefix}.row_steps", np.float32, row.shape)
@@ -83,7 +80,7 @@ def _store_codes(graph: gs.Graph, table: TemporalTable, gather: gs.Node) -> None
     gather.outputs = [stored]
     inputs = [constant(f"{prefix}.table_scales", scales), index]
     graph.nodes += [
-        gs.Node("Gather", f"{prefix}{SCALES}", {"axis": 0}, inputs, [scale]),
+        gs.Node("Gather", scales_name(table.name), {"axis": 0}, inputs, [scale]),
         gs.Node("Cast", f"{prefix}.widen", {"to": TensorProto.FLOAT}, [stored], [real]),
         gs.Node("Mul", f"{prefix}.scale", {}, [real, scale], [row]),
     ]

@@ -13,10 +13,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PreconditionError
+from tfmq_export.passes.reading import element_type, known_shape
 from tfmq_export.passes.time.binding_times import (
     CONDITIONING,
     SAMPLE,
@@ -25,7 +25,7 @@ from tfmq_export.passes.time.binding_times import (
     classify_values,
     read_by,
 )
-from tfmq_export.passes.time.tabulate_tib import serves_single_timestep
+from tfmq_export.recipe.names import serves_batch
 
 TABLE_BYTES = 4 << 20
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "MultiHeadAttention", "Einsum"})
@@ -46,7 +46,7 @@ class Frontier:
         batch: Symbol of the batch axis.
     """
 
-    passed: tuple[gs.Tensor, ...]
+    passed: tuple[gs.Variable, ...]
     times: Mapping[str, BindingTime]
     kept: tuple[tuple[str, str], ...]
     batch: str
@@ -85,7 +85,7 @@ def find_frontier(graph: gs.Graph, roles: Mapping[str, str], steps: int) -> Fron
                 return "no product with prompt and timestep is behind it"
             if node.op not in PRODUCTS and any(_is_layout(source) for source in data):
                 return "it only adjusts a part of a table"  # 1 + scale, where scale is a slice of the projection
-            table = steps * elements(value) * np.dtype(value.dtype).itemsize
+            table = steps * elements(value) * element_type(value).itemsize
             if table > TABLE_BYTES:
                 return f"its table would take {table / 2**20:.1f} MiB per sample"
         return None
@@ -120,19 +120,19 @@ def find_frontier(graph: gs.Graph, roles: Mapping[str, str], steps: int) -> Fron
 
 def passable(value: gs.Tensor, batch: str) -> bool:
     """Whether a value can be a graph input, [N, ...] with everything but N known."""
-    shape = value.shape
-    known = value.dtype is not None and bool(shape) and shape[0] == batch
-    return known and all(isinstance(size, int) for size in shape[1:])
+    known = value.dtype is not None and not isinstance(value.dtype, int) and _has_batch(value, batch)
+    return known and all(isinstance(size, int) for size in known_shape(value)[1:])
 
 
 def queries_batch(node: gs.Node, batch: str) -> bool:
     """Whether a Shape node asks for the batch size and nothing else."""
-    shape = node.inputs[0].shape
-    return node.op == "Shape" and bool(shape) and shape[0] == batch and _range_of(node) == (0, 1)
+    asked = (node.attrs.get("start", 0), node.attrs.get("end"))
+    return node.op == "Shape" and _has_batch(node.inputs[0], batch) and asked == (0, 1)
 
 
-def _range_of(node: gs.Node) -> tuple[int, int | None]:
-    return node.attrs.get("start", 0), node.attrs.get("end")
+def _has_batch(value: gs.Tensor, batch: str) -> bool:
+    """Whether the first axis of a value is the batch."""
+    return bool(value.shape) and known_shape(value)[0] == batch
 
 
 def _batch_symbol(graph: gs.Graph, roles: Mapping[str, str]) -> str:
@@ -157,7 +157,7 @@ def _obstacles(
         reason = next((found[value.name] for value in read_by(node) if value.name in found), None)
         if any(isinstance(attribute, gs.Graph) for attribute in node.attrs.values()):
             reason = "control flow"
-        elif serves_single_timestep(node):
+        elif serves_batch(node.name):
             reason = "the model takes one timestep for the whole batch"
         elif node.op in SHAPE_QUERIES:
             of_sample = times.get(node.inputs[0].name) is BindingTime.SAMPLE

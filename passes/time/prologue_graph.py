@@ -5,18 +5,17 @@ of T * N samples that each bring their own timestep, which the graph takes anywa
 node of the single graph, and prompt n at timestep t is sample t * N + n.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.reading import ElementType, known_shape, sizes_per_sample
 from tfmq_export.passes.time.binding_times import CONDITIONING, BindingTime, binding_times
 from tfmq_export.passes.time.prologue_frontier import Frontier, passable, queries_batch
-from tfmq_export.passes.time.tabulate_tib import ROWS
-
-TABLE = ".table"
+from tfmq_export.recipe.names import ROWS, table_name
 
 
 def prologue_of(graph: gs.Graph, frontier: Frontier, roles: Mapping[str, str], steps: int) -> gs.Graph:
@@ -79,10 +78,10 @@ class _Prologue:
         of_prompt = self._frontier.times.get(value.name) is BindingTime.PROMPT
         return region is Region.PER_STEP and of_prompt and passable(value, self._frontier.batch)
 
-    def _needed(self, ends: list[tuple[gs.Tensor, Region]]) -> set[tuple[int, Region]]:
+    def _needed(self, ends: Sequence[tuple[gs.Tensor, Region]]) -> set[tuple[int, Region]]:
         """The nodes to copy, walking back from the ends."""
         found: set[tuple[int, Region]] = set()
-        stack = list(ends)
+        stack: list[tuple[gs.Tensor, Region]] = [*ends]
         while stack:
             value, region = stack.pop()
             if not value.inputs or value.name == ROWS:
@@ -138,7 +137,9 @@ class _Prologue:
                 self._values[value.name, region] = self._tile(value, self._values[value.name, Region.ONCE])
         return self._values[value.name, region]
 
-    def _emit(self, op: str, name: str, inputs: list[gs.Tensor], dtype: object, **attrs: object) -> gs.Variable:
+    def _emit(
+        self, op: str, name: str, inputs: list[gs.Tensor], dtype: ElementType | None, **attrs: object
+    ) -> gs.Variable:
         output = variable(name, dtype=dtype)
         self._nodes.append(gs.Node(op, f"{name}.compute", attrs, inputs, [output]))
         return output
@@ -168,17 +169,18 @@ class _Prologue:
 
     def _tile(self, value: gs.Tensor, once: gs.Tensor) -> gs.Tensor:
         """[N, ...] once for every timestep, [T * N, ...]; the sizes behind the batch stay known to the engine."""
-        rank = len(value.shape)
-        times = constant(f"{value.name}.repeats", np.array([self._steps] + [1] * (rank - 1), np.int64))
+        shape = known_shape(value)
+        times = constant(f"{value.name}.repeats", np.array([self._steps] + [1] * (len(shape) - 1), np.int64))
         tiled = self._emit("Tile", f"{value.name}.tiled", [once, times], value.dtype)
-        tiled.shape = ("samples", *value.shape[1:])
+        tiled.shape = ("samples", *shape[1:])
         return tiled
 
     def _output(self, value: gs.Tensor, region: Region) -> gs.Tensor:
         result = self._values[value.name, region]
         if region is Region.ONCE:
             return result
-        target = constant(f"{value.name}.table_shape", np.array([self._steps, -1, *value.shape[1:]], np.int64))
-        table = self._emit("Reshape", f"{value.name}{TABLE}", [result, target], value.dtype)
-        table.shape = (self._steps, self._frontier.batch, *value.shape[1:])
+        sizes = sizes_per_sample(value)
+        target = constant(f"{value.name}.table_shape", np.array([self._steps, -1, *sizes], np.int64))
+        table = self._emit("Reshape", table_name(value.name), [result, target], value.dtype)
+        table.shape = (self._steps, self._frontier.batch, *sizes)
         return table

@@ -16,10 +16,12 @@ import onnx_graphsurgeon as gs
 from tfmq_export.bundle.manifest import PassedTensor
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.graph import check_valid, constant, variable
+from tfmq_export.passes.reading import element_type, known_shape, sizes_per_sample
 from tfmq_export.passes.time.binding_times import SAMPLE, TIMESTEP
 from tfmq_export.passes.time.prologue_frontier import Frontier, find_frontier
-from tfmq_export.passes.time.prologue_graph import TABLE, is_table, prologue_of
-from tfmq_export.passes.time.tabulate_tib import ROWS, computed_from_time
+from tfmq_export.passes.time.prologue_graph import is_table, prologue_of
+from tfmq_export.passes.time.tabulate_tib import computed_from_time
+from tfmq_export.recipe.names import ROWS, gather_name, lookup_name, table_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,16 +76,17 @@ def split_prologue(graph: gs.Graph, roles: Mapping[str, str], steps: int) -> Spl
 
 def _passed(value: gs.Tensor, frontier: Frontier) -> PassedTensor:
     table = is_table(value, frontier)
-    name = f"{value.name}{TABLE}" if table else value.name
-    return PassedTensor(name, np.dtype(value.dtype).name, tuple(value.shape[1:]), table)
+    name = table_name(value.name) if table else value.name
+    return PassedTensor(name, element_type(value).name, sizes_per_sample(value), table)
 
 
-def take_over(value: gs.Tensor) -> gs.Tensor:
+def take_over(value: gs.Tensor) -> gs.Variable:
     """Cut a value off from the node that computes it, so that another may."""
     (node,) = value.inputs
     position = next(at for at, output in enumerate(node.outputs) if output is value)
+    taken = node.outputs[position]
     node.outputs[position] = variable(f"{value.name}.moved")  # other outputs keep their places
-    return value
+    return taken
 
 
 def _main_of(graph: gs.Graph, frontier: Frontier, roles: Mapping[str, str], steps: int) -> gs.Graph:
@@ -98,9 +101,9 @@ def _main_of(graph: gs.Graph, frontier: Frontier, roles: Mapping[str, str], step
             main.inputs.append(taken)
             continue
         index = index or row_and_column(main, values[ROWS], sample)
-        table = variable(f"{value.name}{TABLE}", dtype=value.dtype, shape=(steps, *value.shape))
+        table = variable(table_name(value.name), dtype=value.dtype, shape=(steps, *known_shape(value)))
         main.inputs.append(table)
-        main.nodes.append(gs.Node("GatherND", f"temporal.{value.name}.gather", inputs=[table, index], outputs=[taken]))
+        main.nodes.append(gs.Node("GatherND", gather_name(value.name), inputs=[table, index], outputs=[taken]))
     main.cleanup(remove_unused_graph_inputs=True).toposort()
     return main
 
@@ -111,7 +114,7 @@ def row_and_column(
     sample: gs.Tensor,
     labels: gs.Tensor | None = None,
     *,
-    prefix: str = "temporal.prompt",
+    prefix: str = lookup_name("prompt"),
 ) -> gs.Variable:
     """Where each sample finds its numbers in a table: [row of its timestep, column], int64 [N, 2].
 

@@ -22,11 +22,13 @@ from onnx.reference import ReferenceEvaluator
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, export_model
+from tfmq_export.passes.reading import int_attribute, sizes_per_sample, static_size
 from tfmq_export.passes.time.binding_times import CONDITIONING, SAMPLE
 from tfmq_export.passes.time.prologue_frontier import Frontier, find_frontier
-from tfmq_export.passes.time.prologue_graph import TABLE, is_table, prologue_of
+from tfmq_export.passes.time.prologue_graph import is_table, prologue_of
 from tfmq_export.passes.time.split_prologue import row_and_column, take_over
-from tfmq_export.passes.time.tabulate_tib import ROWS, computed_from_time
+from tfmq_export.passes.time.tabulate_tib import computed_from_time
+from tfmq_export.recipe.names import ROWS, gather_name, lookup_name, table_name
 
 LIMIT = 8 << 20
 
@@ -80,7 +82,7 @@ class TabulateClasses(Pass):
         if quantized:
             return f"{quantized[0]} is quantized"
         size = sum(
-            4 * classes * math.prod(value.shape[1:]) * (self.steps if is_table(value, frontier) else 1)
+            4 * classes * math.prod(sizes_per_sample(value)) * (self.steps if is_table(value, frontier) else 1)
             for value in frontier.passed
         )
         if size > self.limit:
@@ -94,16 +96,16 @@ class TabulateClasses(Pass):
         index: gs.Tensor | None = None
         for value in frontier.passed:
             served = take_over(values[value.name])
-            prefix = f"temporal.{value.name}"
+            name, classes = gather_name(value.name), lookup_name(f"{value.name}.classes")
             if is_table(value, frontier):
                 if index is None:
                     (sample,) = (x for x in graph.inputs if self.roles[x.name] == SAMPLE)
-                    index = row_and_column(graph, values[ROWS], sample, label, prefix=f"temporal.{label.name}")
-                inputs = [constant(f"{prefix}.classes", tables[f"{value.name}{TABLE}"]), index]
-                graph.nodes.append(gs.Node("GatherND", f"{prefix}.gather", {}, inputs, [served]))
+                    index = row_and_column(graph, values[ROWS], sample, label, prefix=lookup_name(label.name))
+                inputs = [constant(classes, tables[table_name(value.name)]), index]
+                graph.nodes.append(gs.Node("GatherND", name, {}, inputs, [served]))
             else:
-                inputs = [constant(f"{prefix}.classes", tables[value.name]), label]
-                graph.nodes.append(gs.Node("Gather", f"{prefix}.gather", {"axis": 0}, inputs, [served]))
+                inputs = [constant(classes, tables[value.name]), label]
+                graph.nodes.append(gs.Node("Gather", name, {"axis": 0}, inputs, [served]))
 
 
 def class_count(label: gs.Tensor) -> int | None:
@@ -112,11 +114,11 @@ def class_count(label: gs.Tensor) -> int | None:
         return None
     rows = []
     for node in label.outputs:
-        looks_up = node.op == "Gather" and node.attrs.get("axis", 0) == 0 and node.inputs[1] is label
+        looks_up = node.op == "Gather" and int_attribute(node, "axis", 0) == 0 and node.inputs[1] is label
         if not looks_up or not isinstance(node.inputs[0], gs.Constant):
             return None
-        rows.append(node.inputs[0].shape[0])
-    return int(min(rows))
+        rows.append(static_size(node.inputs[0], 0))
+    return min(rows)
 
 
 def tables_of(prologue: gs.Graph, label: str, classes: int) -> dict[str, NDArray[np.float32]]:

@@ -16,15 +16,12 @@ import onnx_graphsurgeon as gs
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, read_instead, variable
+from tfmq_export.passes.reading import computed, element_type
 from tfmq_export.passes.time.binding_times import binding_times, read_by
+from tfmq_export.recipe.names import ROWS, gather_name, is_lookup, lookup_name, rows_name, single_name
 from tfmq_export.recipe.recipe import TemporalTable, TibRecipe
 
 STEPS = "steps"
-ROWS = "temporal.rows"
-LOOKUP = "temporal."
-"""What the names of all nodes begin with that read the timestep or rows of it."""
-GATHER = ".gather"
-SINGLE = ".single"
 
 
 @dataclass(frozen=True)
@@ -41,13 +38,13 @@ class TabulateTib(Pass):
         for name in (self.timestep, self.sample):
             if name not in inputs:
                 raise PreconditionError(f"the graph has no input {name!r}, only {', '.join(sorted(inputs))}")
-        schedule, dtype = self.tib.timesteps, inputs[self.timestep].dtype
+        schedule, dtype = self.tib.timesteps, element_type(inputs[self.timestep])
         if not np.array_equal(schedule.array.astype(dtype), schedule.array):
             raise PreconditionError(f"the graph takes {dtype} timesteps, which cannot hold {schedule.describe()}")
 
     def apply(self, graph: gs.Graph) -> Changes:
         values = graph.tensors()
-        timestep = values[self.timestep]
+        timestep = computed(values[self.timestep])
         readers_of_time = list(timestep.outputs)
         changed: list[str] = []
         skipped: list[tuple[str, str]] = []
@@ -60,7 +57,7 @@ class TabulateTib(Pass):
                 continue
             if table.per_sample and batch is None:
                 batch = _batch_of(graph, values[self.sample])
-            served = _typed_like(graph, feature, _look_up(graph, table, rows, batch), f"temporal.{table.name}")
+            served = _typed_like(graph, feature, _look_up(graph, table, rows, batch), lookup_name(table.name))
             # The lookup itself reads the timestep.
             read_instead(feature, served, readers_of_time if feature is timestep else None)
             graph.outputs = [served if value is feature else value for value in graph.outputs]
@@ -81,9 +78,10 @@ def _typed_like(graph: gs.Graph, feature: gs.Tensor, served: gs.Variable, prefix
     """Tables are float32; a mask or an index gets its own type back."""
     if feature.dtype is None or feature.dtype == np.float32:
         return served
-    typed = variable(f"{prefix}.typed", dtype=feature.dtype)
-    to = {"to": onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feature.dtype))}
-    graph.nodes.append(gs.Node("Cast", f"{prefix}.type", to, inputs=[served], outputs=[typed]))
+    dtype = element_type(feature)
+    typed = variable(f"{prefix}.typed", dtype)
+    to = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+    graph.nodes.append(gs.Node("Cast", f"{prefix}.type", {"to": to}, inputs=[served], outputs=[typed]))
     return typed
 
 
@@ -93,16 +91,11 @@ def computed_from_time(graph: gs.Graph, timestep: str) -> list[str]:
     return [
         node.name
         for node in graph.nodes
-        if not node.name.startswith("temporal.")
+        if not is_lookup(node.name)
         and any(depends.get(value.name, frozenset()) == {timestep} for value in read_by(node))
         and all(depends.get(value.name, frozenset()) <= {timestep} for value in read_by(node))
         and not _moves_a_row(node)
     ]
-
-
-def serves_single_timestep(node: gs.Node) -> bool:
-    """Whether a node gives a table's row to the whole batch, so that there is one timestep per call."""
-    return node.name.startswith("temporal.") and node.name.endswith(SINGLE)
 
 
 def _moves_a_row(node: gs.Node) -> bool:
@@ -111,44 +104,44 @@ def _moves_a_row(node: gs.Node) -> bool:
     if node.op not in layout:
         return False
     source = node.inputs[0].inputs
-    return bool(source) and (source[0].name.startswith("temporal.") or _moves_a_row(source[0]))
+    return bool(source) and (is_lookup(source[0].name) or _moves_a_row(source[0]))
 
 
 def _row_of(graph: gs.Graph, timestep: gs.Tensor, tib: TibRecipe) -> gs.Variable:
     """Row of each timestep, int64 [steps]; T, which no table has, where it is not in the schedule."""
-    count = len(tib.timesteps)
-    column = variable("temporal.column", dtype=timestep.dtype)
-    equal = variable("temporal.equal", dtype=np.bool_)
-    hits = variable("temporal.hits", dtype=np.int64)
+    count, dtype = len(tib.timesteps), element_type(timestep)
+    column = variable(lookup_name("column"), dtype=dtype)
+    equal = variable(lookup_name("equal"), dtype=np.bool_)
+    hits = variable(lookup_name("hits"), dtype=np.int64)
     rows = variable(ROWS, dtype=np.int64, shape=(STEPS,))
     graph.nodes += [
         gs.Node(
             "Reshape",
-            "temporal.as_column",
-            inputs=[timestep, constant("temporal.column_shape", np.array([-1, 1], np.int64))],
+            lookup_name("as_column"),
+            inputs=[timestep, constant(lookup_name("column_shape"), np.array([-1, 1], np.int64))],
             outputs=[column],
         ),
         gs.Node(
             "Equal",
-            "temporal.compare",
-            inputs=[column, constant("temporal.schedule", tib.timesteps.array.astype(timestep.dtype))],
+            lookup_name("compare"),
+            inputs=[column, constant(lookup_name("schedule"), tib.timesteps.array.astype(dtype))],
             outputs=[equal],
         ),
         gs.Node(
             "Where",
-            "temporal.match",
+            lookup_name("match"),
             inputs=[
                 equal,
-                constant("temporal.row_numbers", np.arange(count, dtype=np.int64)),
-                constant("temporal.no_row", np.array(count, np.int64)),
+                constant(lookup_name("row_numbers"), np.arange(count, dtype=np.int64)),
+                constant(lookup_name("no_row"), np.array(count, np.int64)),
             ],
             outputs=[hits],
         ),
         gs.Node(
             "ReduceMin",
-            "temporal.row",
+            lookup_name("row"),
             attrs={"keepdims": 0},
-            inputs=[hits, constant("temporal.row_axis", np.array([1], np.int64))],
+            inputs=[hits, constant(lookup_name("row_axis"), np.array([1], np.int64))],
             outputs=[rows],
         ),
     ]
@@ -157,25 +150,25 @@ def _row_of(graph: gs.Graph, timestep: gs.Tensor, tib: TibRecipe) -> gs.Variable
 
 def _batch_of(graph: gs.Graph, sample: gs.Tensor) -> gs.Variable:
     """The batch size, int64 [1]."""
-    batch = variable("temporal.batch", dtype=np.int64, shape=(1,))
+    batch = variable(lookup_name("batch"), dtype=np.int64, shape=(1,))
     graph.nodes.append(
-        gs.Node("Shape", "temporal.batch_size", attrs={"start": 0, "end": 1}, inputs=[sample], outputs=[batch])
+        gs.Node("Shape", lookup_name("batch_size"), attrs={"start": 0, "end": 1}, inputs=[sample], outputs=[batch])
     )
     return batch
 
 
 def _look_up(graph: gs.Graph, table: TemporalTable, rows: gs.Variable, batch: gs.Variable | None) -> gs.Variable:
     """Gather a table's rows and give them the shape of the value they replace."""
-    prefix = f"temporal.{table.name}"
+    prefix = lookup_name(table.name)
     gathered = variable(f"{prefix}.row", dtype=np.float32, shape=(STEPS, *table.rows.shape[1:]))
-    values = constant(f"{prefix}.table", table.rows)
+    values = constant(rows_name(table.name), table.rows)
     graph.nodes.append(
-        gs.Node("Gather", f"{prefix}{GATHER}", attrs={"axis": 0}, inputs=[values, rows], outputs=[gathered])
+        gs.Node("Gather", gather_name(table.name), attrs={"axis": 0}, inputs=[values, rows], outputs=[gathered])
     )
     served = variable(f"{prefix}.feature", dtype=np.float32)
     if batch is None or not table.per_sample:
         shape = constant(f"{prefix}.shape", np.array(table.rows.shape[1:], np.int64))
-        graph.nodes.append(gs.Node("Reshape", f"{prefix}{SINGLE}", inputs=[gathered, shape], outputs=[served]))
+        graph.nodes.append(gs.Node("Reshape", single_name(table.name), inputs=[gathered, shape], outputs=[served]))
         return served
     if table.rows.ndim == 1:
         size: gs.Tensor = batch

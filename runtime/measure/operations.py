@@ -5,17 +5,15 @@ A layer ``L`` is found by the name of its node, ``node_L``, with what graph opti
 weight, ``L.weight*``. Engines rename scales they find equal, so those identify nothing.
 """
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tfmq_export.errors import DependencyError
+from tfmq_export.recipe.names import layer_named, layer_of_weight
 
 LAYOUT_OPS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "ReorderInput"})
-
-_SUFFIX = re.compile(r"(_token_\d+|_nchwc|[./][^./]*)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +45,6 @@ def producers_of(operations: Iterable[Operation]) -> dict[str, Operation]:
     return {value: operation for operation in operations for value in operation.outputs}
 
 
-def layer_named(name: str, layers: Collection[str]) -> str | None:
-    """The layer a node's name speaks of."""
-    stem: str | None = name.removeprefix("node_")
-    while stem:
-        if stem in layers:
-            return stem
-        shorter = _SUFFIX.sub("", stem)
-        stem = shorter if shorter != stem else None
-    return None
-
-
 def layer_of(operation: Operation, layers: Collection[str], producers: Mapping[str, Operation]) -> str | None:
     """The layer an operation computes, by its own name, else by its weight's."""
     named = layer_named(operation.name, layers)
@@ -65,8 +52,7 @@ def layer_of(operation: Operation, layers: Collection[str], producers: Mapping[s
         return named
     for value in operation.inputs:
         while True:
-            stem, found, _ = value.rpartition(".weight")
-            named = layer_named(stem, layers) if found else None
+            named = layer_of_weight(value, layers)
             if named is not None:
                 return named
             producer = producers.get(value)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle.manifest import Bundle, LayerInfo
 from tfmq_export.errors import DependencyError
+from tfmq_export.recipe.names import layer_named
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
 from tfmq_export.runtime.measure.compare import sqnr_db
-from tfmq_export.runtime.measure.operations import LAYOUT_OPS, layer_named
+from tfmq_export.runtime.measure.operations import LAYOUT_OPS
 from tfmq_export.runtime.runner import Runner
 
 MULTIPLIERS = frozenset({"Conv", "MatMul", "Gemm"})

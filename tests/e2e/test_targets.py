@@ -27,6 +27,7 @@ from tfmq_export.config import CompileConfig, Method, Thresholds
 from tfmq_export.errors import BuildError, PrecisionError
 from tfmq_export.models.load import Source
 from tfmq_export.proof.validate import Subject, Validation, validate
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import TableType
 from tfmq_export.runtime.engines.openvino.receipt import realized_on_openvino
 from tfmq_export.runtime.engines.realized import realized_by_target
@@ -290,17 +291,17 @@ def replace_constant(graph: onnx.GraphProto, node: onnx.NodeProto, position: int
 
 
 def foreign_bias_scale(graph: onnx.GraphProto, layer: str) -> None:
-    (product,) = [node for node in graph.node if node.name == f"node_{layer}"]
+    (product,) = [node for node in graph.node if node.name == node_name(layer)]
     replace_constant(graph, node_of(graph, product.input[2]), 1, lambda scale: 2 * scale)
 
 
 def offset_weight(graph: onnx.GraphProto, layer: str) -> None:
-    (product,) = [node for node in graph.node if node.name == f"node_{layer}"]
+    (product,) = [node for node in graph.node if node.name == node_name(layer)]
     replace_constant(graph, node_of(graph, product.input[1]), 2, lambda zero_point: zero_point + 1)
 
 
 def scale_of_rank_one(graph: onnx.GraphProto, layer: str) -> None:
-    (product,) = [node for node in graph.node if node.name == f"node_{layer}"]
+    (product,) = [node for node in graph.node if node.name == node_name(layer)]
     dequantize = node_of(graph, product.input[0])
     for node in (dequantize, node_of(graph, dequantize.input[0])):
         replace_constant(graph, node, 1, lambda scale: scale.reshape(1))

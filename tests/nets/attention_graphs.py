@@ -18,6 +18,7 @@ from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.lower.attention import LowerAttention
 from tfmq_export.passes.qdq.quantize_attention import QuantizeAttention
 from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import ProductRecipe, QuantRecipe
 from tfmq_export.target import find_target
 
@@ -31,7 +32,7 @@ def attention_model(mask: NDArray | None = None) -> onnx.ModelProto:
     shapes = {name: ("n", HEADS, LENGTH if name == "q" else SOURCE, SIZE) for name in "qkv"}
     constants = {} if mask is None else {"mask": mask}
     nodes = [
-        helper.make_node("Attention", [*shapes, *constants], [RESULT], f"node_{RESULT}"),
+        helper.make_node("Attention", [*shapes, *constants], [RESULT], node_name(RESULT)),
         helper.make_node("Transpose", [RESULT], ["y"], "node_y", perm=[0, 2, 1, 3]),
     ]
     return build(nodes, shapes, {"y": ("n", LENGTH, HEADS, SIZE)}, constants)
@@ -70,8 +71,8 @@ def quantized_attention(target: str, mask: NDArray | None = None, floats: Collec
     places = {"q": (SCORES, 0), "k": (SCORES, 1), "p": (RESULT, 0), "v": (RESULT, 1)}
     for factor in floats:
         name, position = places[factor]
-        dequantize = products[f"node_{name}"].inputs[position].inputs[0]
-        products[f"node_{name}"].inputs[position] = dequantize.inputs[0].inputs[0].inputs[0]
+        dequantize = products[node_name(name)].inputs[position].inputs[0]
+        products[node_name(name)].inputs[position] = dequantize.inputs[0].inputs[0].inputs[0]
     return graph.cleanup().toposort()
 
 

@@ -14,6 +14,7 @@ from onnx import helper
 from tfmq_export.passes.base import PassReport, run_passes
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.scaling.fold_rescales import FoldRescales
+from tfmq_export.recipe.names import RESCALE
 
 C, L, HEADS = 6, 5, 2
 Nodes = Sequence[onnx.NodeProto]
@@ -45,7 +46,7 @@ def model_of(  # noqa: PLR0913
     Args:
         normed: Shape of the value "normed", where ``shape`` is another: inference does not know every norm's.
     """
-    rescale = helper.make_node("Mul", [source, "factor"], ["rescaled"], name=f"{source}.rescale")
+    rescale = helper.make_node("Mul", [source, "factor"], ["rescaled"], name=f"{source}{RESCALE}")
     model = build(
         [*nodes, rescale, node("Identity", "rescaled", "y")], inputs, {"y": shape}, constants | {"factor": factor}
     )

@@ -7,6 +7,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tfmq_export.bundle.manifest import LayerInfo
+from tfmq_export.recipe.names import node_name, weight_codes_name, weight_dequantizer_name
 
 X_SCALE = 0.02
 
@@ -39,7 +40,7 @@ class QdqGraph:
     def weight(self, layer: str, shape: tuple[int, ...], axis: int = 0, bits: int = 8, *, shifted: bool = False) -> str:
         codes = self.rng.integers(-7, 8, shape)
         if bits == 4:
-            source = f"{layer}.weight_codes"
+            source = weight_codes_name(layer)
             self.constants.append(helper.make_tensor(source, TensorProto.INT4, shape, codes.reshape(-1).tolist()))
             if shifted:  # by 2^0 to 2^3 for each input channel
                 channel = 1 - axis
@@ -50,13 +51,15 @@ class QdqGraph:
                 source = self.node("Mul", [wide, factors], f"{layer}.weight_shifted")
             source = self.node("Cast", [source], f"{layer}.weight_int8", to=TensorProto.INT8)
         else:
-            source = self.constant(f"{layer}.weight_codes", codes.astype(np.int8))
+            source = self.constant(weight_codes_name(layer), codes.astype(np.int8))
         scale = self.rng.uniform(0.05, 0.06, shape[axis]).astype(np.float32)
         grid = [
             self.constant(f"{layer}.weight_scale", scale),
             self.constant(f"{layer}.weight_zero", np.zeros(shape[axis], np.int8)),
         ]
-        return self.node("DequantizeLinear", [source, *grid], f"{layer}.weight", f"{layer}.weight_dq", axis=axis)
+        return self.node(
+            "DequantizeLinear", [source, *grid], f"{layer}.weight", weight_dequantizer_name(layer), axis=axis
+        )
 
     def real_bias(self, layer: str, *shape: int) -> str:
         return self.constant(f"{layer}.bias", self.rng.standard_normal(shape).astype(np.float32))
@@ -73,11 +76,11 @@ class QdqGraph:
     def conv(self, layer: str, x: str, channels: tuple[int, int], *, bits: int = 8, output: bool = True) -> str:
         c_in, c_out = channels
         inputs = [x, self.weight(layer, (c_out, c_in, 3, 3), bits=bits), self.bias(layer, c_out)]
-        self.node("Conv", inputs, layer, f"node_{layer}", pads=[1] * 4)
+        self.node("Conv", inputs, layer, node_name(layer), pads=[1] * 4)
         return self.activation(layer, stem="output_quantize") if output else layer
 
     def matmul(self, layer: str, x: str, size: int, bias_shape: tuple[int, ...], *, bits: int = 8) -> str:
-        self.node("MatMul", [x, self.weight(layer, (size, size), 1, bits)], f"{layer}.product", f"node_{layer}")
+        self.node("MatMul", [x, self.weight(layer, (size, size), 1, bits)], f"{layer}.product", node_name(layer))
         bias = self.constant(f"{layer}.bias", self.rng.standard_normal(bias_shape).astype(np.float32))
         return self.node("Add", [f"{layer}.product", bias], layer)
 

@@ -9,6 +9,7 @@ from nets.onnx_graphs import build, infer, normal
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import (
     SkipSplit,
 )
@@ -76,7 +77,7 @@ def with_integer_timestep(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def node(op: str, inputs: str, output: str, **attrs: object) -> onnx.NodeProto:
     """A node as the exporter names it; inputs and outputs apart by spaces."""
-    return helper.make_node(op, inputs.split(), output.split(), name=f"node_{output.split()[0]}", **attrs)
+    return helper.make_node(op, inputs.split(), output.split(), name=node_name(output.split()[0]), **attrs)
 
 
 def split_heads(name: str) -> list[onnx.NodeProto]:

@@ -17,6 +17,7 @@ from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.check_model import CheckModel
 from tfmq_export.passes.graph import export_model, save_model
 from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.engines.onnxruntime.receipt import realized_on_ort
 from tfmq_export.target import Target, find_target
@@ -36,7 +37,7 @@ def asked(recipe: QuantRecipe) -> list[LayerInfo]:
 
 def remove_output_grid(graph: gs.Graph, layer: str = "conv2d") -> None:
     """Readers of the layer read its float result."""
-    (multiplier,) = [item for item in graph.nodes if item.name == f"node_{layer}"]
+    (multiplier,) = [item for item in graph.nodes if item.name == node_name(layer)]
     (quantize,) = multiplier.outputs[0].outputs
     (dequantized,) = quantize.outputs[0].outputs[0].outputs
     for reader in list(dequantized.outputs):

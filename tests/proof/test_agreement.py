@@ -21,6 +21,7 @@ from tfmq_export.config import CompileConfig, Method, Thresholds, find_preset
 from tfmq_export.errors import LoadError
 from tfmq_export.proof.agreement import Agreement, LockStep
 from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.names import node_name, part_name, rows_name, scaled_name, weight_codes_name
 from tfmq_export.target import find_target
 
 AGREED = Thresholds().agreement
@@ -115,7 +116,7 @@ def test_one_wrong_activation_scale_shows(name: str, tmp_path: Path) -> None:
     (layer,) = (layer for layer in made.recipe.layers if layer.path == MIDDLE[name])
     graph = onnx.load(bundle.model).graph
     producers = {value: node for node in graph.node for value in node.output}
-    (node,) = (node for node in graph.node if node.name == f"node_{layer.name}")
+    (node,) = (node for node in graph.node if node.name == node_name(layer.name))
     scale = producers[node.input[0]].input[1]
 
     found = compare(tampered(bundle, tmp_path / "out", scale, lambda s: s * 0.25), made)
@@ -128,7 +129,7 @@ def test_one_wrong_table_row_shows_at_its_timestep_only(name: str, tmp_path: Pat
     _, bundle, made = exported(name, "w8a8")
     table = max(made.recipe.tib.tables, key=lambda table: table.rows.size)
 
-    found = compare(tampered(bundle, tmp_path / "out", f"temporal.{table.name}.table", spoil_one_row), made)
+    found = compare(tampered(bundle, tmp_path / "out", rows_name(table.name), spoil_one_row), made)
 
     spoiled = [agreement.sqnr < AGREED - 10 for agreement in found]
     assert spoiled == [row == 1 for row in range(len(spoiled))]
@@ -140,7 +141,7 @@ FOLDED = {"dit": "blocks.0.qkv", "edm": "squeeze"}
 def scaled_layers(bundle: Bundle, made: Quantized) -> list[str]:
     """Paths of the layers whose results carry the factor of the next one."""
     computed = {name for node in onnx.load(bundle.model).graph.node for name in node.output}
-    return [layer.path for layer in made.recipe.layers if f"{layer.name}.scaled" in computed]
+    return [layer.path for layer in made.recipe.layers if scaled_name(layer.name) in computed]
 
 
 @pytest.mark.parametrize("name", ["dit", "edm"])
@@ -149,7 +150,7 @@ def test_layers_that_took_a_factor_are_compared_all_the_same(name: str, tmp_path
     assert FOLDED[name] in scaled_layers(bundle, made)
     (layer,) = (layer for layer in made.recipe.layers if layer.path == FOLDED[name])
 
-    found = compare(tampered(bundle, tmp_path / "out", f"{layer.name}.weight_codes", negate_largest), made)
+    found = compare(tampered(bundle, tmp_path / "out", weight_codes_name(layer.name), negate_largest), made)
 
     assert max(agreement.sqnr for agreement in found) < AGREED
     assert {agreement.worst_layer for agreement in found} == {layer.path}
@@ -183,7 +184,7 @@ def test_layers_in_parts_are_compared_whole(tmp_path: Path) -> None:
     assert min(agreement.sqnr for agreement in found) >= AGREED
     assert max(agreement.code_steps for agreement in found) < 1.01  # a tie may fall to the other side
     assert open_bundle(bundle.root).manifest.parts == {layer.name: (8, 8, 8)}
-    wrong = tampered(bundle, tmp_path / "wrong", f"{layer.name}.part_1.weight_codes", negate_largest)
+    wrong = tampered(bundle, tmp_path / "wrong", weight_codes_name(part_name(layer.name, 1)), negate_largest)
     assert {agreement.worst_layer for agreement in compare(wrong, made)} == {layer.path}
 
 

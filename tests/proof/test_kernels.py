@@ -23,6 +23,7 @@ from tfmq_export.errors import AccuracyError, PrecisionError
 from tfmq_export.proof import kernels
 from tfmq_export.proof.kernels import TIMESTEPS, KernelCheck, compare_kernels, counted, few_rows, wrong_kernels
 from tfmq_export.proof.validate import Subject, validate
+from tfmq_export.recipe.names import node_name, weight_codes_name
 from tfmq_export.recipe.pairs import PAIR_SUM
 from tfmq_export.runtime import loaded as loading
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
@@ -111,8 +112,8 @@ def with_weights_that_saturate(bundle: Bundle, root: Path, *layers: str) -> Bund
     """A copy in which all weights of some layers have the largest code, and in twos the same sign."""
     model = onnx.load(bundle.model)
     for layer in layers:
-        (stored,) = (x for x in model.graph.initializer if x.name.startswith(f"{layer}.weight_codes"))
-        (node,) = (x for x in model.graph.node if x.name == f"node_{layer}")
+        (stored,) = (x for x in model.graph.initializer if x.name.startswith(weight_codes_name(layer)))
+        (node,) = (x for x in model.graph.node if x.name == node_name(layer))
         codes, axis = numpy_helper.to_array(stored), 0 if node.op_type == "MatMul" else 1
         firsts = np.arange(codes.shape[axis]) // 2 * 2
         largest = np.where(codes.take(firsts, axis) < 0, -127, 127).astype(np.int8)

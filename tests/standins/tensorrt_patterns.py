@@ -9,6 +9,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from tfmq_export.recipe.names import node_name
+
 BORDER = np.array([0, 0, 1, 1, 0, 0, 1, 1])
 
 
@@ -61,11 +63,11 @@ class PatternGraph:
     def conv(self, x: str, weight: str = "", bias: str = "", pads: int = 1) -> str:
         weight = weight or self.weight((16, 16, 3, 3))
         return self.node(
-            "Conv", [x, weight, bias or self.constant(np.full(16, 0.1))], f"node_{self.layer}", pads=[pads] * 4
+            "Conv", [x, weight, bias or self.constant(np.full(16, 0.1))], node_name(self.layer), pads=[pads] * 4
         )
 
     def linear(self, x: str, weight: str = "") -> str:
-        product = self.node("MatMul", [x, weight or self.weight((16, 32), 1)], f"node_{self.layer}")
+        product = self.node("MatMul", [x, weight or self.weight((16, 32), 1)], node_name(self.layer))
         return self.node("Add", [product, self.constant(np.full(32, 0.1))])
 
     def gathered(self, rows: NDArray[np.float64], shape: Sequence[int]) -> str:
@@ -120,7 +122,7 @@ def float32_scales_and_casts(g: PatternGraph) -> str:
 def factors_by_timestep(g: PatternGraph) -> str:
     before = g.gathered(np.linspace(0.5, 1, 10), (-1, 1, 1, 1))
     x = g.grid(g.node("Mul", [g.input(*IMAGE), before]))
-    y = g.node("Conv", [x, g.weight((16, 16, 3, 3))], f"node_{g.layer}", pads=[1] * 4)
+    y = g.node("Conv", [x, g.weight((16, 16, 3, 3))], node_name(g.layer), pads=[1] * 4)
     y = g.node("Mul", [y, g.gathered(np.linspace(1, 2, 10), (-1, 1, 1, 1))])
     return g.node("Add", [y, g.gathered(g.rng.standard_normal((10, 16)), (-1, 16, 1, 1))])
 
@@ -142,7 +144,7 @@ def scalar_behind_the_grid(g: PatternGraph) -> str:
 
 def one_output_channel(g: PatternGraph) -> str:
     x = g.grid(g.input(*IMAGE))
-    return g.node("Conv", [x, g.weight((1, 16, 3, 3))], f"node_{g.layer}", pads=[1] * 4)
+    return g.node("Conv", [x, g.weight((1, 16, 3, 3))], node_name(g.layer), pads=[1] * 4)
 
 
 def linear_on_tokens(g: PatternGraph) -> str:
@@ -151,7 +153,7 @@ def linear_on_tokens(g: PatternGraph) -> str:
 
 def gemm(g: PatternGraph) -> str:
     inputs = [g.grid(g.input(16)), g.weight((32, 16)), g.constant(np.zeros(32))]
-    return g.node("Gemm", inputs, f"node_{g.layer}", transB=1)
+    return g.node("Gemm", inputs, node_name(g.layer), transB=1)
 
 
 def transposed_weight(g: PatternGraph) -> str:
@@ -191,7 +193,7 @@ def shapes_behind_the_grid(g: PatternGraph) -> str:
 
 def flattened_behind_the_grid(g: PatternGraph) -> str:
     x = g.node("Flatten", [g.grid(g.input(4, 4))], axis=1)
-    return g.node("Gemm", [x, g.weight((16, 32), 1), g.constant(np.zeros(32))], f"node_{g.layer}")
+    return g.node("Gemm", [x, g.weight((16, 32), 1), g.constant(np.zeros(32))], node_name(g.layer))
 
 
 def expanded_behind_the_grid(g: PatternGraph) -> str:
@@ -205,20 +207,20 @@ def equal_grids_in_a_concat(g: PatternGraph) -> str:
 
 def three_channels(g: PatternGraph) -> str:
     x = g.grid(g.input(3, 8, 8))
-    return g.node("Conv", [x, g.weight((3, 3, 3, 3))], f"node_{g.layer}", pads=[1] * 4, strides=[2, 2])
+    return g.node("Conv", [x, g.weight((3, 3, 3, 3))], node_name(g.layer), pads=[1] * 4, strides=[2, 2])
 
 
 def odd_channels(g: PatternGraph) -> str:
-    return g.node("Conv", [g.grid(g.input(17, 8, 8)), g.weight((19, 17, 1, 1))], f"node_{g.layer}")
+    return g.node("Conv", [g.grid(g.input(17, 8, 8)), g.weight((19, 17, 1, 1))], node_name(g.layer))
 
 
 def signals(g: PatternGraph) -> str:
-    return g.node("Conv", [g.grid(g.input(16, 32)), g.weight((16, 16, 3))], f"node_{g.layer}", pads=[1] * 2)
+    return g.node("Conv", [g.grid(g.input(16, 32)), g.weight((16, 16, 3))], node_name(g.layer), pads=[1] * 2)
 
 
 def volumes(g: PatternGraph) -> str:
     x = g.grid(g.input(16, 4, 8, 8))
-    return g.node("Conv", [x, g.weight((16, 16, 3, 3, 3))], f"node_{g.layer}", pads=[1] * 6)
+    return g.node("Conv", [x, g.weight((16, 16, 3, 3, 3))], node_name(g.layer), pads=[1] * 6)
 
 
 KEPT: tuple[Pattern, ...] = (
@@ -297,7 +299,7 @@ def linear_scaled_by_input_channel(g: PatternGraph) -> str:
 
 def transposed_convolution(g: PatternGraph) -> str:
     inputs = [g.grid(g.input(*IMAGE)), g.weight((16, 16, 2, 2), axis=1)]
-    return g.node("ConvTranspose", inputs, f"node_{g.layer}", strides=[2, 2])
+    return g.node("ConvTranspose", inputs, node_name(g.layer), strides=[2, 2])
 
 
 LOST: Mapping[Pattern, str] = {

@@ -16,6 +16,7 @@ from torch import fx
 
 from tfmq_export.capture.blocks import rows_per_sample
 from tfmq_export.capture.dependences import LAYOUT, PRODUCTS, SAMPLE, TIMESTEP, module_path
+from tfmq_export.recipe.names import scores_name
 
 aten = torch.ops.aten
 
@@ -28,7 +29,6 @@ ON_SCORES = frozenset(
     {aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.mul.Scalar}
     | {aten.div.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther}
 )
-SCORES = "_scores"
 HEADS_RANK = 4  # [B, H, L, D]
 
 
@@ -51,11 +51,6 @@ class AttentionProduct:
     macs: int
     of_softmax: bool
     obstacle: str = ""
-
-
-def scores_name(attention: str) -> str:
-    """The value of ``q k^T`` in an attention that was one node."""
-    return f"{attention}{SCORES}"
 
 
 def find_attention(graph: fx.Graph, depends: Mapping[str, frozenset[str]]) -> tuple[AttentionProduct, ...]:

@@ -21,10 +21,10 @@ from tfmq_export.passes.base import Semantics
 from tfmq_export.passes.graph import export_model, save_model
 from tfmq_export.passes.time.binding_times import CONDITIONING, SAMPLE, TIMESTEP
 from tfmq_export.passes.time.split_prologue import Split, split_prologue
+from tfmq_export.recipe.names import is_node_name, layer_named
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
 from tfmq_export.runtime.measure.compare import sqnr_db
-from tfmq_export.runtime.measure.operations import layer_named
 
 CLOSE = 60.0
 """dB. Both forms hold the same nodes; only an engine's fusions across the cut may round differently."""
@@ -77,7 +77,7 @@ def roles_of(denoiser: Denoiser) -> dict[str, str]:
 
 def _info(split: Split, roles: Mapping[str, str], recipe: QuantRecipe, bit_equal: bool) -> PrologueInfo:
     macs_of = {x.name: x.macs for x in recipe.layers} | {x.name: x.macs for x in recipe.kept_float}
-    owners = {layer_named(node, macs_of) for node in split.moved if node.startswith("node_")}
+    owners = {layer_named(node, macs_of) for node in split.moved if is_node_name(node)}
     moved = [name for name in macs_of if name in owners]
     macs = sum(macs_of[name] for name in moved)
     return PrologueInfo(

@@ -26,8 +26,8 @@ from tfmq_export.compiler.forms import Lowered
 from tfmq_export.compiler.onnx_components import write_onnx_components
 from tfmq_export.config import Components
 from tfmq_export.passes.graph import save_model
-from tfmq_export.passes.pipeline import OUTPUT
 from tfmq_export.recipe.io import save_recipe
+from tfmq_export.recipe.names import OUTPUT
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.engines.onnxruntime.runner import version as ort_version
 

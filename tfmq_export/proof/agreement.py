@@ -28,10 +28,9 @@ from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.capture.dependences import TIMESTEP
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.errors import LoadError
-from tfmq_export.passes.bind.bind_recipe import node_name
-from tfmq_export.passes.scaling.fold_rescales import SCALED
 from tfmq_export.passes.scaling.split_results import result_parts, split_layers
 from tfmq_export.proof.simulate import Simulation
+from tfmq_export.recipe.names import node_name, scaled_name
 from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 from tfmq_export.recipe.timesteps import timestep_vector
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
@@ -96,7 +95,7 @@ class LockStep:
         free = self._simulation(inputs)
         graph = results.pop(self._output)
         for name, factor in self._factors.items():
-            results[name] = np.asarray(results.pop(f"{name}{SCALED}")) / factor
+            results[name] = np.asarray(results.pop(scaled_name(name))) / factor
         for name, parts in self._parts.items():
             axis = 1 if parts[0].kind == "conv" else -1
             results[name] = np.concatenate([results.pop(part.name) for part in parts], axis)
@@ -185,9 +184,9 @@ class _Carried:
         """What each layer's result is multiplied by, where it is; against the result's channel axis."""
         factors = {}
         for layer in recipe.layers:
-            if f"{layer.name}{SCALED}" in self.values:
+            if scaled_name(layer.name) in self.values:
                 spatial = layer.weight_codes.ndim - 2 if layer.kind == "conv" else 0
-                scale = self.scales[node_name(layer)]
+                scale = self.scales[node_name(layer.name)]
                 factors[layer.name] = (scale / layer.weight_step).reshape(-1, *[1] * spatial)
         return factors
 
@@ -199,7 +198,7 @@ def _watched(graph: Path, recipe: QuantRecipe, folder: Path) -> OrtRunner:
     computed = {name for node in model.graph.node for name in node.output}
     computed -= {value.name for value in model.graph.output}
     products = [product.name for product in recipe.products]
-    for name in (*products, *(name for layer in recipe.layers for name in (layer.name, f"{layer.name}{SCALED}"))):
+    for name in (*products, *(name for layer in recipe.layers for name in (layer.name, scaled_name(layer.name)))):
         if name in computed:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     path = folder / graph.name

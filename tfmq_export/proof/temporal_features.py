@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.program import DiffusionProgram, evaluate
-from tfmq_export.passes.time.narrow_tables import SCALES
-from tfmq_export.passes.time.tabulate_tib import GATHER, LOOKUP
+from tfmq_export.recipe.names import feature_gathered, scales_name
 from tfmq_export.recipe.narrow_rows import decode, stored_bytes
 from tfmq_export.recipe.recipe import TibRecipe
 from tfmq_export.runtime.measure.compare import cosine, temporal_mismatch
@@ -100,10 +99,10 @@ def _stored(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
         stored = {initializer.name: initializer for initializer in graph.initializer}
         inputs = {node.name: node.input for node in graph.node}
         for node in graph.node:
-            if node.name.startswith(LOOKUP) and node.name.endswith(GATHER) and node.input[0] in stored:
-                feature = node.name.removeprefix(LOOKUP).removesuffix(GATHER)
+            feature = feature_gathered(node.name)
+            if feature is not None and node.input[0] in stored:
                 rows = onnx.numpy_helper.to_array(stored[node.input[0]], str(path.parent))
-                scales = inputs.get(f"{LOOKUP}{feature}{SCALES}")
+                scales = inputs.get(scales_name(feature))
                 if scales is None:
                     found[feature] = rows.astype(np.float32)
                 else:

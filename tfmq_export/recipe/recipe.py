@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.errors import RecipeError
 from tfmq_export.recipe.grid import QParams
+from tfmq_export.recipe.names import half_name
 from tfmq_export.recipe.pairs import SAFE_INPUT_BITS, largest_pair, partners
 from tfmq_export.recipe.timesteps import TimestepSet
 
@@ -272,7 +273,7 @@ class SkipSplit:
 
     def part(self, index: int) -> str:
         """The value that one half computes."""
-        return f"{self.name}_part{index}"
+        return half_name(self.name, index)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from onnx import helper
 
 from tfmq_export.bundle.manifest import Bundle, InputInfo, PassedTensor
 from tfmq_export.errors import LoadError
-from tfmq_export.passes.time.tabulate_tib import LOOKUP, SINGLE
+from tfmq_export.recipe.names import serves_batch
 from tfmq_export.runtime.measure.operations import read_graph
 
 
@@ -119,7 +119,7 @@ def _shown(shape: tuple[int | None, ...]) -> str:
 
 def _read(path: Path) -> Interface:
     graph = read_graph(path)
-    single = any(node.name.startswith(LOOKUP) and node.name.endswith(SINGLE) for node in graph.node)
+    single = any(serves_batch(node.name) for node in graph.node)
     return Interface(tuple(map(_tensor, graph.input)), tuple(map(_tensor, graph.output)), single)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tfmq_export.bundle.manifest import Bundle, LayerInfo
+from tfmq_export.recipe.names import node_name
 from tfmq_export.runtime.engines.onnxruntime.onnx_nodes import read_nodes
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
 from tfmq_export.runtime.measure.operations import Operation, dequantizer, layer_of, producers_of
@@ -89,7 +90,7 @@ def _loss(
         integer = [operation.op for operation in operations if operation.op in INTEGER_OPS]
         return f"asked to stay float, runs as {integer[0]}" if integer else ""
     if not operations:
-        return f"no operation node_{layer.name} in the optimized graph; was it renamed or folded?"
+        return f"no operation {node_name(layer.name)} in the optimized graph; was it renamed or folded?"
     if not in_float:
         return ""
     (operation, *_) = in_float

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tfmq_export.bundle.manifest import Bundle, LayerInfo
+from tfmq_export.recipe.names import layer_named, node_name
 from tfmq_export.runtime.engines.openvino.runner import OpenVinoRunner, RuntimeOperation
 from tfmq_export.runtime.measure.operations import (
     LAYOUT_OPS,
     Operation,
     dequantizer,
-    layer_named,
     layer_of,
     operations_of,
     producers_of,
@@ -143,7 +143,7 @@ def _loss(layer: LayerInfo, found: Sequence[RuntimeOperation], source: Source) -
         integer = [item for item in found if source.runs_integers(item)]
         return f"asked to stay float, runs as {integer[0].kind} ({integer[0].kernel})" if integer else ""
     if not found:
-        return f"no operation node_{layer.name} in OpenVINO's runtime model; was it renamed or folded?"
+        return f"no operation {node_name(layer.name)} in OpenVINO's runtime model; was it renamed or folded?"
     for item in found:
         if not source.runs_integers(item):
             (name, *_) = sorted(source.products_in(item), key=lambda name: layer_named(name, (layer.name,)) is None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tfmq_export.bundle.manifest import Bundle, LayerInfo
 from tfmq_export.errors import BuildError, DependencyError
-from tfmq_export.runtime.measure.operations import layer_named
+from tfmq_export.recipe.names import layer_named, node_name
 from tfmq_export.runtime.measure.receipt import LayerReceipt, Receipt, total_macs
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _loss(layer: LayerInfo, computing: Sequence["EngineLayer"], facts: GraphFact
     if not layer.activation_bits:
         return f"asked to stay float, runs as {integer[0].kind} on Int8" if integer else ""
     if not computing:
-        return f"no layer of the engine names node_{layer.name}; was it renamed or folded?"
+        return f"no layer of the engine names {node_name(layer.name)}; was it renamed or folded?"
     in_float = next((each for each in computing if each not in integer), None)
     if in_float is None:
         return ""

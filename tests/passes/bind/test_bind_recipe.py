@@ -14,6 +14,7 @@ from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.bind.bind_recipe import BindRecipe
 from tfmq_export.passes.bind.fold_constants import FoldConstants
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import LayerRecipe
 
 GRID = activation_grid(np.float32([-1, 1]))
@@ -50,7 +51,7 @@ def test_each_layer_names_the_node_that_multiplies() -> None:
 
         assert report.changed == tuple(f"net.{name}" for name in net.layers)
         for name, layer in net.layers.items():
-            multiplier = named(graph, f"node_{name}")
+            multiplier = named(graph, node_name(name))
             assert multiplier.op == {"conv": "Conv", "linear": "MatMul"}[layer.kind]
             assert multiplier.inputs[0].name == layer.source
 

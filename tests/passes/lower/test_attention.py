@@ -132,6 +132,29 @@ def test_mha_leaves_other_masks_to_matmul(mask: NDArray, got: str) -> None:
     assert_same(graph, model, feeds())
 
 
+def test_mha_leaves_heads_whose_split_has_no_known_shape_to_matmul() -> None:
+    model = attention_model()
+    graph = graph_of(model)
+    graph.tensors()["q_split"].shape = None
+
+    mha, matmul = run_passes(graph, [LowerAttention("mha"), LowerAttention("matmul")])
+
+    assert mha.skipped == (("attention", "q is not split into heads by Reshape and Transpose"),)
+    assert matmul.changed == ("attention",)
+    assert_same(graph, model, feeds())
+
+
+def test_mha_reads_the_shapes_that_passes_write() -> None:
+    graph = graph_of(attention_model())
+    for node in graph.nodes:
+        for value in node.outputs:
+            value.shape = tuple(value.shape)  # a file's are lists
+
+    (report,) = run_passes(graph, [LowerAttention("mha")])
+
+    assert report.changed == ("attention",)
+
+
 def test_mha_replaces_the_head_split_and_join() -> None:
     graph = lower(attention_model(), "mha")
 

@@ -16,6 +16,7 @@ from tfmq_export.passes.bind.fold_constants import FoldConstants
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.qdq.insert_qdq import InsertQdq
 from tfmq_export.recipe.grid import QParams, QuantSpec
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
 
 UNIT = np.eye(4, dtype=np.float32)
@@ -97,7 +98,7 @@ def test_readers_of_a_gridded_result_read_the_grid() -> None:
     graph = quantized(net.model, recipe_for(net))
 
     for name in ("add", "add_1"):
-        (add,) = [item for item in graph.nodes if item.name == f"node_{name}"]
+        (add,) = [item for item in graph.nodes if item.name == node_name(name)]
         assert any(value.inputs and value.inputs[0].op == "DequantizeLinear" for value in add.inputs)
     (conv,) = [item for item in graph.nodes if item.name == "node_conv2d"]
     assert [reader.op for reader in conv.outputs[0].outputs] == ["QuantizeLinear"]

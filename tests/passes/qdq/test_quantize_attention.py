@@ -25,6 +25,7 @@ from tfmq_export.passes.lower.attention import LowerAttention
 from tfmq_export.passes.qdq.quantize_attention import QuantizeAttention
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.grid import QParams
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import find_target
 
@@ -97,7 +98,7 @@ def test_products_that_read_one_value_share_its_quantizer() -> None:
     graph = graph_of(model)
     run_passes(graph, [LowerAttention("matmul")])
     for node in graph.nodes:
-        if node.name == f"node_{RESULT}":
+        if node.name == node_name(RESULT):
             node.inputs[1] = node.inputs[0]
     recipe = replace(attention_recipe(), products=(qk, replace(pv, left=pv.right)))
 
@@ -133,7 +134,7 @@ def test_fused_attention_is_refused() -> None:
 
 def test_a_constant_factor_is_refused() -> None:
     graph = lowered()
-    product = next(node for node in graph.nodes if node.name == f"node_{RESULT}")
+    product = next(node for node in graph.nodes if node.name == node_name(RESULT))
     product.inputs[1] = gs.Constant("v_constant", np.ones((1, 2, 16, 16), np.float32))
 
     with pytest.raises(PreconditionError, match=r"attn\[pv\]: its factor v_constant is a constant"):
@@ -164,7 +165,7 @@ def test_the_last_check_sees_a_factor_in_floating_point(factor: str) -> None:
 def test_a_product_that_is_gone_is_missed() -> None:
     graph = quantized_attention("ort-cpu")
     for node in graph.nodes:
-        node.name = node.name.replace(f"node_{SCORES}", "fused")
+        node.name = node.name.replace(node_name(SCORES), "fused")
 
     with pytest.raises(PostconditionError, match=r"attn\[qk\]: its node node_attended_scores is gone"):
         CheckModel(attention_recipe(), ORT, "timestep").ensures(graph)

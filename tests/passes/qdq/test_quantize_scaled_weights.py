@@ -15,6 +15,7 @@ from onnx import TensorProto, numpy_helper
 
 from tfmq_export.errors import PostconditionError, TargetError
 from tfmq_export.passes.graph import export_model
+from tfmq_export.recipe.names import RESCALE, weight_codes_name
 from tfmq_export.recipe.recipe import LayerRecipe
 
 TAU = np.float32([0.5, 3.1, 0.27, 1.9])
@@ -74,13 +75,13 @@ def test_a_scaled_layer_is_near_the_float_layer(op: str, scaling: str) -> None:
 
 
 def tau_twice(graph: gs.Graph) -> None:
-    (rescale,) = [item for item in graph.nodes if item.op == "Mul" and item.name.endswith(".rescale")]
+    (rescale,) = [item for item in graph.nodes if item.op == "Mul" and item.name.endswith(RESCALE)]
     factor = rescale.inputs[1]
     factor.values = (factor.values / TAU.reshape(factor.values.shape)).astype(np.float32)
 
 
 def no_rescale(graph: gs.Graph) -> None:
-    (rescale,) = [item for item in graph.nodes if item.op == "Mul" and item.name.endswith(".rescale")]
+    (rescale,) = [item for item in graph.nodes if item.op == "Mul" and item.name.endswith(RESCALE)]
     rescale.inputs[1].values = np.ones_like(rescale.inputs[1].values)
 
 
@@ -111,7 +112,7 @@ def test_shifted_weights_stay_packed_in_four_bits(op: str) -> None:
     layer, graph, _ = scaled(op, "pts")
 
     stored = {item.name: item for item in export_model(graph).graph.initializer}
-    codes = stored[f"{layer.name}.weight_codes"]
+    codes = stored[weight_codes_name(layer.name)]
     assert codes.data_type == TensorProto.INT4
     step = numpy_helper.to_array(stored[f"{layer.name}.weight_scale"])
     np.testing.assert_array_equal(step, layer.weight.scale / np.float32(8))  # 2^(min d)

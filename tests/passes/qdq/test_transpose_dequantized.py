@@ -11,6 +11,7 @@ from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import constant, export_model
 from tfmq_export.passes.qdq.transpose_dequantized import TransposeDequantized
 from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import find_target
 
@@ -24,7 +25,7 @@ def recipe() -> QuantRecipe:
 
 def keys_of(graph: gs.Graph) -> list[str]:
     """What happens to the keys on their way to the product, its neighbour first."""
-    (value,) = [node.inputs[1] for node in graph.nodes if node.name == f"node_{SCORES}"]
+    (value,) = [node.inputs[1] for node in graph.nodes if node.name == node_name(SCORES)]
     found = []
     while value.inputs:
         found.append(value.inputs[0].op)
@@ -47,7 +48,7 @@ def test_keys_are_turned_behind_their_codes_and_nothing_changes(integer: bool) -
 
 def node_of(graph: gs.Graph, op: str) -> gs.Node:
     """One of the nodes between the keys and their product."""
-    (value,) = [node.inputs[1] for node in graph.nodes if node.name == f"node_{SCORES}"]
+    (value,) = [node.inputs[1] for node in graph.nodes if node.name == node_name(SCORES)]
     while value.inputs[0].op != op:
         value = value.inputs[0].inputs[0]
     return value.inputs[0]

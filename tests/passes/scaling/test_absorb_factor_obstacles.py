@@ -135,6 +135,13 @@ def test_a_computed_affine_cannot_take_a_factor() -> None:
     )
 
 
+def test_numbers_in_another_precision_cannot_take_a_factor() -> None:
+    nodes = [node("LayerNormalization", "x gamma", "normed")]
+    model = model_of(nodes, {"x": TOKENS}, "normed", TOKENS, {"gamma": normal(1, C).astype(np.float64)}, FACTOR)
+
+    assert_stays(model, "gamma holds float64, not float32")
+
+
 def test_a_value_broadcast_over_the_channels_cannot_take_a_factor() -> None:
     nodes = [node("Add", "x c", "sum")]
     inputs = {"x": TOKENS, "c": ("n", L, 1)}

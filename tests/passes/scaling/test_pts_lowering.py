@@ -23,6 +23,7 @@ from tfmq_export.passes.qdq.quantize_weights import QuantizeWeights
 from tfmq_export.passes.scaling.pts_lowering import Form, choose_form
 from tfmq_export.passes.scaling.rescale_inputs import RescaleInputs
 from tfmq_export.recipe.grid import QParams, QuantSpec
+from tfmq_export.recipe.names import weight_codes_name, weight_dequantizer_name
 from tfmq_export.recipe.recipe import LayerRecipe
 from tfmq_export.target import PtsLowering, Target, find_target
 
@@ -54,7 +55,7 @@ def run(graph: gs.Graph, x: NDArray) -> NDArray:
 def integers(graph: gs.Graph, name: str) -> NDArray:
     """What the layer's DequantizeLinear reads, after the engine folded what leads there."""
     model = export_model(graph)
-    (dequantize,) = [item for item in model.graph.node if item.name == f"{name}.weight_dq"]
+    (dequantize,) = [item for item in model.graph.node if item.name == weight_dequantizer_name(name)]
     del model.graph.input[:], model.graph.output[:]
     model.graph.output.append(
         onnx.helper.make_tensor_value_info("stored", TensorProto.INT8, None)  # Identity: it may be an initializer
@@ -187,7 +188,7 @@ def test_targets_that_fold_no_constants_get_plain_integers_and_float_biases(op: 
     assert not {"Cast", "BitShift"} & set(ops(graph))
     assert ops(graph).count("Mul") == 1  # of the input
     stored = {item.name: item for item in export_model(graph).graph.initializer}
-    assert stored[f"{layer.name}.weight_codes"].data_type == TensorProto.INT8
+    assert stored[weight_codes_name(layer.name)].data_type == TensorProto.INT8
     assert TensorProto.INT32 not in [item.data_type for item in stored.values()]
     assert any(np.array_equal(numpy_helper.to_array(item).reshape(-1), bias) for item in stored.values())
 

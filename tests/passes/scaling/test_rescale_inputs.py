@@ -20,6 +20,7 @@ from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.bind.bind_recipe import BindRecipe
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.scaling.rescale_inputs import RescaleInputs
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import LayerRecipe
 
 TAU = np.float32([0.5, 2.0, 0.25, 4.0])
@@ -57,7 +58,7 @@ def test_the_layer_computes_the_same(op: str, tau: list[float] | None, exponent:
 def test_what_the_layer_reads_is_divided_channel_by_channel(op: str) -> None:
     layer = scaled_layer(op, GRID, None, 4, TAU, EXPONENT)
     graph = rescaled(float_model(op, float_weight(op), normal(1, len(layer.weight_codes))), layer)
-    (multiplier,) = [item for item in graph.nodes if item.name == f"node_{name_of(op)}"]
+    (multiplier,) = [item for item in graph.nodes if item.name == node_name(name_of(op))]
     graph.outputs = [multiplier.inputs[0]]
 
     x = sample(op)

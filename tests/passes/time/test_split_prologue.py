@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from nets.onnx_graphs import graph_of, normal, ops
 from nets.prompt_nets import IMAGE, PromptNet, denoiser, run_single, run_split
 from nets.toy_nets import node
+from onnx import TensorProto
 
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.graph import export_model
+from tfmq_export.passes.reading import ElementType, Shape
 from tfmq_export.passes.time import prologue_frontier
 from tfmq_export.passes.time.split_prologue import Split, split_prologue
 
@@ -47,6 +49,23 @@ def test_both_forms_agree_bit_for_bit(net: PromptNet, batch: int, seed: int, dat
 
     assert_same_bits(net, graph, batch, [shared], seed)
     assert_same_bits(net, graph, batch, own, seed)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "passes"),
+    [
+        (np.float32, ("batch", 3, 4), True),
+        (np.float32, ("batch", 3, None), False),
+        (np.float32, ("steps", 3, 4), False),
+        (np.float32, None, False),
+        (None, ("batch", 3, 4), False),
+        (TensorProto.BFLOAT16, ("batch", 3, 4), False),  # numpy has no such type
+    ],
+)
+def test_a_value_is_passed_where_its_type_and_sizes_are_known(
+    dtype: ElementType | None, shape: Shape | None, passes: bool
+) -> None:
+    assert prologue_frontier.passable(gs.Variable("value", dtype, shape), "batch") is passes
 
 
 def test_what_the_prompt_decides_is_passed_behind_its_projections() -> None:

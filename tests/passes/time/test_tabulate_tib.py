@@ -107,6 +107,14 @@ def test_fractions_cannot_reach_a_model_that_takes_integers() -> None:
         run_passes(graph, passes)
 
 
+def test_a_timestep_of_no_known_type_is_refused() -> None:
+    graph, passes = additive(TimestepSet((3, 2, 1)), integer=True)
+    graph.tensors()["timestep"].dtype = None  # which numpy reads as float64
+
+    with pytest.raises(PreconditionError, match="the type of timestep is not known"):
+        run_passes(graph, passes)
+
+
 @pytest.mark.parametrize("make", [conv_net, vector_net])
 def test_a_batch_of_timesteps_is_each_timestep_alone(make) -> None:
     net = make()

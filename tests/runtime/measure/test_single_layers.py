@@ -23,6 +23,7 @@ from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import export_model
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.names import node_name, weight_codes_name
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.engines.open import open_runner
 from tfmq_export.runtime.engines.realized import realized
@@ -142,9 +143,9 @@ def test_weights_that_keep_the_rule_are_right_where_kernels_saturate(
 def with_equal_neighbours(bundle: Bundle, layer: str) -> None:
     """Give all weights of a layer the largest code, with the sign of one of them in every two channels."""
     model = onnx.load(bundle.model)
-    (stored,) = (x for x in model.graph.initializer if x.name.startswith(f"{layer}.weight_codes"))
+    (stored,) = (x for x in model.graph.initializer if x.name.startswith(weight_codes_name(layer)))
     codes = onnx.numpy_helper.to_array(stored)
-    (node,) = (x for x in model.graph.node if x.name == f"node_{layer}")
+    (node,) = (x for x in model.graph.node if x.name == node_name(layer))
     axis = 0 if node.op_type == "MatMul" else 1
     twos = np.repeat(codes.take(range(0, codes.shape[axis], 2), axis), 2, axis).take(range(codes.shape[axis]), axis)
     spoiled = np.where(twos < 0, -127, 127).astype(np.int8)

@@ -2,7 +2,7 @@
 
     scaled_dot_product_attention(q, k, v, mask)  ==  softmax((q scale) k^T + mask) v
 
-Its ONNX twin is ``passes.lower_attention``; both give the scores the same name.
+Its ONNX twin is ``passes/lower/attention.py``; both give the scores the same name.
 """
 
 import copy
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from tfmq_export.capture.attention import SDPA, AttentionProduct, scores_name
+from tfmq_export.capture.attention import SDPA, AttentionProduct
 from tfmq_export.capture.program import DiffusionProgram
+from tfmq_export.recipe.names import scores_name
 from tfmq_export.recipe.recipe import FloatLayer
 
 aten = torch.ops.aten

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from tfmq_export.bundle.manifest import LayerInfo
 from tfmq_export.errors import BuildError, PrecisionError
+from tfmq_export.recipe.names import node_name
 from tfmq_export.runtime.engines.openvino.receipt import realized_on_openvino
 
 pytest.importorskip("openvino")
@@ -22,7 +23,7 @@ SIDE = 8
 
 def conv(graph: QdqGraph, name: str, x: str, weight: str, bias: str | None = None, **attributes: object) -> str:
     inputs = [x, weight] if bias is None else [x, weight, bias]
-    return graph.node("Conv", inputs, name, f"node_{name}", pads=[1] * 4, **attributes)
+    return graph.node("Conv", inputs, name, node_name(name), pads=[1] * 4, **attributes)
 
 
 def image() -> QdqGraph:
@@ -351,7 +352,7 @@ def test_narrow_linear_layers_in_a_row_are_not_fused_away(width: int, tmp_path: 
     x = "sample"
     for name in ("linear", "linear_1"):
         weight = graph.weight(name, (width, width))
-        x = graph.node("Gemm", [graph.activation(x, stem=name), weight], name, f"node_{name}", transB=1)
+        x = graph.node("Gemm", [graph.activation(x, stem=name), weight], name, node_name(name), transB=1)
         x = graph.node("Relu", [x], f"{name}.relu")
     path = graph.save(tmp_path / "model.onnx", x, ["batch", width])
 

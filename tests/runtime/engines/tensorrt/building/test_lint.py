@@ -19,6 +19,7 @@ from standins.tensorrt_patterns import (
 )
 
 from tfmq_export.errors import TargetError
+from tfmq_export.recipe.names import node_name
 from tfmq_export.runtime.engines.tensorrt.building.lint import lint_file, lint_model, raise_if_any
 
 
@@ -48,7 +49,7 @@ def test_a_pattern_that_is_refused_breaks_a_rule(pattern: Pattern, rule: str) ->
 def test_products_of_results_were_promised_no_integers() -> None:
     def attention(g: PatternGraph) -> str:
         x = g.grid(g.input(8, 16))
-        q, k, v = (g.node("MatMul", [x, g.weight((16, 16), axis=1)], f"node_{name}") for name in "qkv")
+        q, k, v = (g.node("MatMul", [x, g.weight((16, 16), axis=1)], node_name(name)) for name in "qkv")
         scores = g.node("MatMul", [q, g.node("Transpose", [k], perm=[0, 2, 1])], "node_scores")
         return g.node("MatMul", [g.node("Softmax", [scores], axis=-1), v], "node_attention")
 

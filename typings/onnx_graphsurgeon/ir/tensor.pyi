@@ -1,0 +1,4 @@
+from onnx import TensorProto
+
+class LazyValues:
+    def __init__(self, tensor: TensorProto) -> None: ...
