@@ -1,4 +1,4 @@
-"""tfmq-export: from a model to a bundle, with its proof."""
+"""tfmq-export: compile a model into a bundle, and check it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,7 +44,9 @@ def export(
     conditioning: Conditioning = None,
     guidance_scale: Guidance = None,
     factory: Factory = None,
-    recipe: Annotated[Path | None, typer.Option(help="Reuse the recipe of an earlier bundle.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Start from the recipe of an earlier bundle: its scales, integers and tables.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in TOML; flags win.")] = None,
     effort: Annotated[str | None, typer.Option(help="fast, standard or paper.", show_default="standard")] = None,
     tib: Annotated[
@@ -118,12 +120,12 @@ def export(
             show_default="link",
         ),
     ] = None,
-    dump_dir: Annotated[Path | None, typer.Option(help="Save the graph after every pass here.")] = None,
+    dump_dir: Annotated[Path | None, typer.Option(help="Save the graph after every pass in this folder.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,
     version: Version = False,
 ) -> None:
-    """Compile a diffusion model into a quantized ONNX bundle, and prove it."""
+    """Compile a diffusion model into a quantized ONNX bundle; check that it runs in integers; compare its images."""
     from tfmq_export.config import load_config
 
     flags = {
