@@ -1,8 +1,8 @@
-"""A bundle's own test of the host that serves it: one stored input, and the prediction that belongs to it.
+"""A bundle's test of the host that serves it: one stored input, and the prediction that belongs to it.
 
-Whether integers are right depends on the CPU, the engine's version and what is installed beside it, none of which the
-proof saw. So the bundle brings an input from the model's own trajectory with the prediction of its graph in floating
-point, and ``load`` asks the engine for the same: one call.
+Whether integer kernels are right depends on the CPU, the engine's version and what is installed beside it. The checks
+of the build saw none of these. So the bundle brings an input from the model's own trajectory and the prediction of its
+graph in floating point, and ``load`` asks the engine for the same prediction: one call.
 """
 
 import logging

@@ -14,8 +14,8 @@ from tfmq_export.recipe.recipe import TableType
 from tfmq_export.target import PtsLowering
 
 Components = Literal["link", "copy", "onnx", "none"]
-"""How a pipeline's other components join its bundle: large files as hard links; all copied; linked, with ONNX twins of
-text encoder and VAE for optimum; or not at all."""
+"""How a pipeline's other components join its bundle: large files as hard links; all copied; linked, with
+text encoder and VAE also as ONNX for optimum; or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,33 +107,45 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    tib: Literal["table", "quantized", "select"] = Field("table", description="how temporal features are served")
-    tiar: bool = Field(True, description="reconstruct the temporal block jointly; off: inside the blocks, as others do")
-    fsc: Literal["off", "tib", "all"] = Field("tib", description="which activations get a grid per timestep")
+    tib: Literal["table", "quantized", "select"] = Field("table", description="what tables of temporal features hold")
+    tiar: bool = Field(True, description="learn the temporal block's rounding jointly; off: like other layers")
+    fsc: Literal["off", "tib", "all"] = Field("tib", description="activations with a quantization grid per timestep")
     timestep_weights: Literal["image", "uniform"] = Field(
         "image",
-        description="calibration samples of a timestep: by what its errors do to the image, or alike",
+        description="calibration samples per timestep: by what its errors do to the image, or equally many",
     )
-    estimator: Literal["mse", "minmax", "kl", "percentile"] = Field("mse", description="how ranges become scales")
-    weight_range: Literal["search", "minmax"] = Field("search", description="scale of a weight")
+    estimator: Literal["mse", "minmax", "kl", "percentile"] = Field(
+        "mse", description="how the observed range of an activation becomes a scale"
+    )
+    weight_range: Literal["search", "minmax"] = Field("search", description="how the scale of a weight is chosen")
     les: Literal["adaptive", "uniform", "linear", "quadratic", "smoothquant", "off"] = Field(
-        "uniform", description="equivalent scaling, by its timestep weighting"
+        "uniform",
+        description="equivalent scaling: how its loss weights the timesteps; or SmoothQuant's closed form, or off",
     )
-    pts: Literal["vote", "mse", "off"] = Field("vote", description="how power-of-two exponents are chosen")
-    pts_layers: Literal["skip", "all"] = Field("skip", description="which layers may have them")
+    pts: Literal["vote", "mse", "off"] = Field(
+        "vote", description="power-of-two scaling: how its exponents are chosen, or off"
+    )
+    pts_layers: Literal["skip", "all"] = Field(
+        "skip", description="layers with power-of-two scaling: readers of unnormalised features, or all"
+    )
     pts_quorum: float = Field(0.85, ge=0, le=1, description="share of the votes an exponent needs (kappa)")
-    pts_exponents: int = Field(4, ge=1, le=5, description="candidates: 0, -1, ...; 5 needs 4-bit weights")
-    split_skips: bool = Field(True, description="one quantizer per half of a skip concatenation")
-    attention: Literal["auto", "float", "integer"] = Field(
-        "auto", description="what q k^T and p v compute in; auto: integers where the target gains from them"
+    pts_exponents: int = Field(
+        4, ge=1, le=5, description="how many exponents are tried: 0, -1, ...; 5 needs 4-bit weights"
     )
-    error_feedback: bool = Field(True, description="start from codes whose errors cancel; off: from the nearest ones")
+    split_skips: bool = Field(True, description="quantize each half of a skip concatenation on its own")
+    attention: Literal["auto", "float", "integer"] = Field(
+        "auto",
+        description="how attention's products q k^T and p v compute; auto: in integers where the target gains from it",
+    )
+    error_feedback: bool = Field(True, description="round with GPTQ's error feedback; off: to the nearest integers")
     cpus: Literal["any", "vnni"] = Field(
         "any",
-        description="x86 CPUs that the integers are right on; vnni takes larger weights, which saturate elsewhere",
+        description="x86 CPUs where integer kernels are exact; vnni: larger weights, which saturate on other CPUs",
     )
     reconstruct: bool = Field(True, description="learn the rounding block by block, where the effort says so")
-    learned_steps: bool = Field(True, description="tune activation scales on each block's output, likewise")
+    learned_steps: bool = Field(
+        True, description="tune activation scales on each block's output, where the effort says so"
+    )
 
 
 class CompileConfig(BaseModel):
@@ -165,10 +177,14 @@ class CompileConfig(BaseModel):
     thresholds: Thresholds = Thresholds.model_construct()
     allow_precision_loss: bool = Field(False, description="keep a bundle whose layers do not all run in integers")
     pts_lowering: PtsLowering = Field("auto", description="form of power-of-two scaling in the graph; auto: per layer")
-    tables: TableType = Field("fp32", description="what rows of temporal tables are stored in: fp32, fp16 or int8")
-    class_tables: bool = Field(False, description="tabulate what class label and timestep decide, where it is small")
-    prologue: bool = Field(False, description="move what the prompt decides into a graph of its own, run once")
-    components: Components = Field("link", description="a pipeline's text encoder, VAE, ...: how they join the bundle")
+    tables: TableType = Field("fp32", description="number format of the rows of temporal tables: fp32, fp16 or int8")
+    class_tables: bool = Field(
+        False, description="make tables of what depends on class label and timestep only, where they are small"
+    )
+    prologue: bool = Field(False, description="write a second graph for what the prompt decides, run once per prompt")
+    components: Components = Field(
+        "link", description="how a pipeline's text encoder, VAE and other parts join the bundle"
+    )
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the names that pydantic cannot know."""

@@ -1,4 +1,4 @@
-"""How long work tells what it is doing; only the command line draws."""
+"""How long-running work reports its progress; only the command line shows it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

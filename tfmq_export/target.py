@@ -29,7 +29,7 @@ class Target:
         zero_points: Whether linear layers multiply codes with a zero point for free; else their bias takes it.
         split_results: Whether a layer whose result is split is computed in parts.
         channels_last: Whether activations lie with channels last, and nothing should want another layout.
-        turned_factors: Whether a product reads integers of its second factor turned for free.
+        turned_factors: Whether a product reads its second factor's integers transposed at no cost.
         polynomial_tanh: Whether tanh is cheaper than the exponential and the division of a sigmoid.
         saturates: Whether its kernels add pairs of products in 16 bits on some of its hosts (``pairs.py``).
         built_in_place: Whether its engines can only be built on the GPU that runs them.

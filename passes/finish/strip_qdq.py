@@ -1,4 +1,4 @@
-"""The float twin of a quantized graph: the baseline its speed is measured against.
+"""Make the float baseline of a quantized graph, against which its speed is measured.
 
 Weights are dequantized and activations flow unquantized; every other node stays as it is.
 """

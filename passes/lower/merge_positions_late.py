@@ -1,10 +1,10 @@
-"""Turn a map into tokens channels first, merge its positions afterwards.
+"""Turn a map into tokens: first move its channels last, then merge its positions.
 
     transpose_021(merge(x))  ==  merge(transpose_0231(x))          [N, C, H, W] -> [N, H W, C]
     norm(merge(x))           ==  merge(norm(x))
 
 Attention reads a map as ``transpose(norm(merge(x)))``. Where convolutions keep channels last, [N, H, W, C] is how the
-map lies in memory, and turning it moves nothing; positions merged in front of that force it into the other layout.
+map lies in memory, so this transpose moves nothing. Merging the positions first forces the other layout.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
-"""How an activation grid sits in the 8-bit codes of a target.
+"""How an activation's quantization grid fits the 8-bit integers of a target.
 
-    uint8 codes    any grid of up to 8 bits, with its own zero point
-    int8 codes     zero point 0; a grid of 7 bits and fewer sits there as the interval [qmin - z, qmax - z]
+    uint8    any grid of up to 8 bits, with its own zero point
+    int8     zero point 0; a grid of 7 bits and fewer sits there as the interval [qmin - z, qmax - z]
 
-An 8-bit grid with a zero point of its own on a target that has none, or one of several codes, does not fit:
+An 8-bit grid with a zero point on a target that has none, or a grid of several 8-bit values, does not fit:
 ``OffsetInputs`` lowers it. A grid per timestep is for ``LowerTimestepGrids``.
 """
 

@@ -1,10 +1,10 @@
-"""Take the zero point of a linear layer's input into its bias.
+"""Move the zero point of a linear layer's input into its bias.
 
     s (q - z) W + b  ==  s q W + (b - s z sum W)
 
-The codes keep their zero point, so they are the same; only DequantizeLinear loses it. OpenVINO multiplies codes without
-a zero point faster. A convolution keeps its own: what its border pads with is a real zero, that is the code ``z``, and
-padding the codes costs as much as the zero point does.
+QuantizeLinear keeps its zero point, so the integers are the same; only DequantizeLinear loses it. OpenVINO multiplies
+integers without a zero point faster. A convolution keeps its zero point: its border is padded with a real zero, which
+is the integer ``z``, and padding the integers costs as much as the zero point does.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Take what the codes of an input add up to too much off the bias of the layer that reads them."""
+"""Subtract from a layer's bias the constant by which its quantized input is too large."""
 
 import numpy as np
 import onnx_graphsurgeon as gs

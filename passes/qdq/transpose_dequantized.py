@@ -1,9 +1,9 @@
-"""Quantize the keys of an attention as they come, and turn them behind that.
+"""Quantize attention's keys as they are, and transpose them after DequantizeLinear.
 
     DQ(Q(transpose(k)))  ==  transpose(DQ(Q(k)))            for one scale, no zero point
 
-OpenVINO has kernels that read a second factor turned, so a Transpose right in front of the product is no work. In
-front of the quantizer it is one more sweep over the keys, in a layout no kernel reads.
+OpenVINO has kernels that read a transposed second factor, so a Transpose right in front of the product costs nothing.
+In front of the quantizer it is one more sweep over the keys, in a layout no kernel reads.
 
 The zero point, which is 0, goes: ONNX Runtime 1.31 moves a DequantizeLinear behind a Transpose and gives one of int8 a
 zero point of uint8, which it then refuses to load.

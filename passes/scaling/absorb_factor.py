@@ -1,4 +1,4 @@
-"""Multiply a value per channel by changing nothing but constants of what computes it.
+"""Multiply a value per channel by changing only constants of the nodes that compute it.
 
     f * (x W + b)  ==  x (f W) + f b            f * norm(x; gamma, beta)  ==  norm(x; f gamma, f beta)
 

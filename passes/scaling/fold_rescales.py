@@ -1,4 +1,4 @@
-"""Move the factors of scaled inputs into what computes those inputs, where that is linear.
+"""Move the factors of scaled inputs into the nodes that compute those inputs, where these are linear.
 
     Q(f * norm(x; gamma, beta))  ==  Q(norm(x; f gamma, f beta))        and so for layers, attention values, products
 

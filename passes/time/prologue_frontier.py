@@ -1,4 +1,4 @@
-"""Where to cut a graph into what runs once per prompt and what runs at every step.
+"""Choose where to cut a graph into a part that runs once per prompt and a part that runs at every step.
 
 A value may move to the prologue when it depends on the prompt, perhaps on the timestep, never on the
 sample. The cut lies behind the last computation, where values are small and where no engine fuses

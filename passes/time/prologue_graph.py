@@ -1,4 +1,4 @@
-"""The prologue: what the passed values need, copied into a graph that reads the conditioning alone.
+"""Build the prologue: copy the nodes that the passed values need into a graph that reads only the conditioning.
 
 Values of the prompt are computed for N prompts. Values of prompt and timestep are computed as one batch
 of T * N samples that each bring their own timestep, which the graph takes anyway: so every node is the

@@ -1,4 +1,4 @@
-"""Cut a graph in two: what the prompt decides runs once, the rest at every step.
+"""Cut a graph in two: one part runs once per prompt, the other at every step.
 
     graph(sample, t, prompt)  ==  main(sample, t, prologue(prompt))
 

@@ -1,4 +1,4 @@
-"""Tabulate what class label and timestep decide: both are finite.
+"""Make tables of what depends only on class label and timestep, which both have finitely many values.
 
     value(t, y)  ==  table[row(t), y]        T * K rows
 

@@ -1,4 +1,4 @@
-"""The receipt: each layer's precision, asked against realized.
+"""The receipt: for each layer, the precision that was requested and the one that really runs.
 
 A QDQ graph that loads is not one that runs in integers: where a pattern is missed, an engine dequantizes
 and computes in floating point without a word. Each engine's own account is read by a file of its own

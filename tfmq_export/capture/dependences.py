@@ -1,7 +1,7 @@
-"""What a captured graph says about itself.
+"""What can be read off a captured graph.
 
 Which operations can be quantized, which values depend on the timestep alone, how much each operation
-costs: all of it is read off data dependences, never off module names.
+costs: all of it follows from data dependences, never from module names.
 """
 
 from collections.abc import Callable, Iterable, Mapping

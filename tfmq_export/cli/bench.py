@@ -19,7 +19,7 @@ BASELINES = (
 @reports_errors
 def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Bundles of one model, made by tfmq-export.")],
-    against: Annotated[Path | None, typer.Option(help="The model they came from: what most baselines run.")] = None,
+    against: Annotated[Path | None, typer.Option(help="The float model they came from; most baselines run it.")] = None,
     factory: Factory = None,
     baselines: Annotated[
         str | None, typer.Option(help=f"Of {BASELINES}; with commas, or all, or none.", show_default="those at hand")
@@ -33,15 +33,15 @@ def bench(
     accuracy: Annotated[
         bool, typer.Option("--accuracy", help="Judge all predictions on calls of --against held out from calibration.")
     ] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every candidate.")] = 30,
+    rounds: Annotated[int, typer.Option(min=1, help="How many turns each candidate takes.")] = 30,
     seconds: Annotated[
-        float | None, typer.Option(min=0, help="End the turns after this long, all settings together.")
+        float | None, typer.Option(min=0, help="Stop after so many seconds of turns, over all settings.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a chart here (PNG).")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a chart into this PNG file.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time bundles against what else one would run, each in a process of its own, taking turns."""
+    """Compare the speed of bundles with baselines. Each candidate runs in a process of its own; they take turns."""
     from tfmq_export.bench.candidates import baselines_named, candidates_of
     from tfmq_export.bench.plot import save_bars
     from tfmq_export.bench.report import COSTS, BenchReport

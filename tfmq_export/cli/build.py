@@ -15,14 +15,14 @@ Sm = Annotated[
     list[str] | None,
     typer.Option(
         "--sm",
-        help="Compute capabilities of one TensorRT-RTX engine, such as 89 or 80,89,120; repeat for an engine each.",
+        help="Compute capabilities of a TensorRT-RTX engine, such as 89 or 80,89,120; repeat it for more engines.",
         show_default="80,89,120",
     ),
 ]
 Batch = Annotated[
     list[str] | None,
     typer.Option(
-        help="Smallest, usual and largest batch, such as 1,2,8, or one number; repeat for a profile each.",
+        help="A profile: smallest, usual and largest batch, such as 1,2,8, or one number; repeat it for more profiles.",
         show_default="1,2,8",
     ),
 ]
@@ -34,9 +34,9 @@ def build(
     sm: Sm = None,
     batch: Batch = None,
     tensorrt: Annotated[
-        bool, typer.Option("--tensorrt", help="TensorRT for this machine's GPU, in place of TensorRT-RTX.")
+        bool, typer.Option("--tensorrt", help="Build with TensorRT for this machine's GPU, not with TensorRT-RTX.")
     ] = False,
-    workspace: Annotated[int | None, typer.Option(min=1, help="Limit of the scratch memory, MiB.")] = None,
+    workspace: Annotated[int | None, typer.Option(min=1, help="Limit of the builder's scratch memory, MiB.")] = None,
     timing_cache: Annotated[
         Path | None, typer.Option(help="File of kernel timings to read and write (TensorRT).")
     ] = None,

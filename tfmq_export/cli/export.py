@@ -1,4 +1,4 @@
-"""tfmq-export: from a model to a bundle, with its proof."""
+"""tfmq-export: compile a model into a bundle, and check it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,18 +42,20 @@ def export(
     conditioning: Conditioning = None,
     guidance_scale: Guidance = None,
     factory: Factory = None,
-    recipe: Annotated[Path | None, typer.Option(help="Reuse the recipe of an earlier bundle.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Start from the recipe of an earlier bundle: its scales, integers and tables.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in TOML; flags win.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     triton: Annotated[
         str | None, typer.Option(metavar="NAME", help="Add it as this model to the Triton repository beside OUT.")
     ] = None,
-    dump_dir: Annotated[Path | None, typer.Option(help="Save the graph after every pass here.")] = None,
+    dump_dir: Annotated[Path | None, typer.Option(help="Save the graph after every pass in this folder.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,
     version: Version = False,
 ) -> None:
-    """Compile a diffusion model into a quantized ONNX bundle, and prove it."""
+    """Compile a diffusion model into a quantized ONNX bundle; check that it runs in integers; compare its images."""
     from tfmq_export.config import load_config
 
     asked = load_config(config, settings)

@@ -1,4 +1,4 @@
-"""tfmq-golden: what a bundle answers, to hold later ones to."""
+"""tfmq-golden: record what a bundle answers, to compare later bundles with it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,10 +14,10 @@ from tfmq_export.cli.options import BundleFolder, require_folder_of
 def golden(
     bundle: BundleFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (JSON).")],
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each question, and images.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Of noise and pictures.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per timestep, and number of images.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise and of the test pictures.")] = 0,
 ) -> None:
-    """Write what an accepted bundle answers into a small file, for gates to compare with."""
+    """Record the answers of an accepted bundle in a small file, which release gates compare with."""
     from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.gate.golden import make_golden, write_golden
 

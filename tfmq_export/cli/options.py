@@ -17,8 +17,12 @@ Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="model.pt, a diffusers folder, or the weights of --factory.")
 ]
 BundleFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A bundle made by tfmq-export.")]
-Factory = Annotated[str | None, typer.Option(help="package.module:build that returns (module, Description).")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps the bundle serves.", show_default="50")]
+Factory = Annotated[
+    str | None, typer.Option(help="Function that returns (module, Description), as package.module:build.")
+]
+Steps = Annotated[
+    int | None, typer.Option(help="Number of denoising steps; the bundle serves their timesteps.", show_default="50")
+]
 Scheduler = Annotated[
     str | None,
     typer.Option(
@@ -30,7 +34,7 @@ Scheduler = Annotated[
 Conditioning = Annotated[Path | None, typer.Option(help="Prompt embeddings to calibrate with (safetensors).")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.", show_default="the model's")]
 Against = Annotated[Path, typer.Option(help="The full-precision model the bundle came from.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Verbose = Annotated[
     int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Log each step (-vv: each layer).")
 ]

@@ -1,4 +1,4 @@
-"""tfmq-pack: a diffusers folder in one file."""
+"""tfmq-pack: pack a diffusers folder into one file."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""A proven bundle in a table, for people."""
+"""The result of a build, as a table on the terminal."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""tfmq-sample: a picture from a bundle."""
+"""tfmq-sample: draw images with a bundle."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +14,8 @@ from tfmq_export.cli.options import BundleFolder, Factory, Quiet, Threads, requi
 def sample(
     bundle: BundleFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write (PNG).")],
-    images: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
+    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
     threads: Threads = 2,
     scheduler: Annotated[
         str | None,
@@ -24,10 +24,10 @@ def sample(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Fewer steps over the same timesteps.", show_default="the bundle's")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="Begin from this picture (PNG) of the model's size.")] = None,
-    strength: Annotated[float, typer.Option(help="With --image: the share of the steps that is walked.")] = 0.5,
+    image: Annotated[Path | None, typer.Option(help="Start from this PNG, which must have the model's size.")] = None,
+    strength: Annotated[float, typer.Option(help="With --image: the share of the steps that is run.")] = 0.5,
     against: Annotated[
-        Path | None, typer.Option(help="Draw the full-precision model above, from the same noise.")
+        Path | None, typer.Option(help="The full-precision model; its images are drawn above, from the same noise.")
     ] = None,
     factory: Factory = None,
     quiet: Quiet = False,

@@ -20,16 +20,18 @@ ENGINE_HELP = "TensorRT engine to serve, as PATH, or 8.9=PATH for each compute c
 def triton(
     bundle: BundleFolder,
     repository: Annotated[Path, typer.Option("--output", "-o", metavar="REPO", help="Model repository to add it to.")],
-    name: Annotated[str | None, typer.Option(help="Name of the model.", show_default="of the folder OUT")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model.", show_default="that of the folder OUT")] = None,
     model_version: Annotated[int | None, typer.Option(help="Its version.", show_default="the next")] = None,
     max_batch: Annotated[int, typer.Option(help="Most samples of one inference.")] = 8,
-    instances: Annotated[int, typer.Option(help="Copies that run at the same time (per GPU).")] = 1,
+    instances: Annotated[int, typer.Option(help="Copies of the model that run at the same time (per GPU).")] = 1,
     threads: Annotated[int, typer.Option(help="Threads of each instance on a CPU; 0: all cores.")] = 0,
     gpu: Annotated[list[int] | None, typer.Option(help="GPU to use; repeat it.", show_default="all")] = None,
     queue_delay: Annotated[int, typer.Option(help="Microseconds a request may wait for others to join it.")] = 500,
     keep_versions: Annotated[int, typer.Option(help="Versions the server keeps loaded.")] = 2,
     engine: Annotated[list[str] | None, typer.Option(help=ENGINE_HELP)] = None,
-    prologue_engine: Annotated[list[str] | None, typer.Option(help="The same for the prologue.")] = None,
+    prologue_engine: Annotated[
+        list[str] | None, typer.Option(help="TensorRT engine of the prologue, in the same form.")
+    ] = None,
 ) -> None:
     """Add a bundle to a model repository of Triton Inference Server."""
     from tfmq_export.bundle.manifest import open_bundle

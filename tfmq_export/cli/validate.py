@@ -19,21 +19,21 @@ def validate(
     ] = None,
     host: Annotated[
         bool,
-        typer.Option("--host", help="Only ask whether this host's kernels compute what was proven: no MODEL."),
+        typer.Option("--host", help="Only run the bundle's self-test on this host; needs no model."),
     ] = False,
     factory: Factory = None,
     images: Annotated[int, typer.Option(min=1, help="Images to compare.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 1,
     min_psnr: MinPsnr = None,
     min_ssim: MinSsim = None,
     min_sqnr: MinSqnr = None,
-    json: Annotated[Path | None, typer.Option(help="Write the full report here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the full report to this file.")] = None,
     allow_precision_loss: Annotated[
-        bool, typer.Option("--allow-precision-loss", help="Report lost layers only.")
+        bool, typer.Option("--allow-precision-loss", help="Report layers that do not run in integers, but do not fail.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare a bundle with the model it came from, on the same noise; exits with 6 on a miss."""
+    """Compare a bundle with the model it came from, from the same noise. A missed threshold is exit code 6."""
     from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.config import load_config
 

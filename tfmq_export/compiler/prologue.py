@@ -1,4 +1,4 @@
-"""From one finished graph to two, and the proof that they are one.
+"""Split a finished graph into prologue and main graph, and check that together they compute the same.
 
 ``split_prologue`` knows graphs; here is what needs the model as well: the roles of its inputs, the
 layers that moved, and example prompts to run both forms on.

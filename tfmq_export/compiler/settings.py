@@ -1,4 +1,4 @@
-"""What is asked for, against what the target can do: decided and refused before long work."""
+"""Check the settings against what the target can do, before any long work."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One entrance for every kind of input."""
+"""Load every kind of input through one function."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Whether a bundle computes what its recipe says, and draws what the model draws."""
+"""Check that a bundle computes what its recipe says, and measure how far its images are from the model's."""

@@ -1,8 +1,8 @@
-"""Whether what runs is what was proven: a bundle as it is served against its own graph in floating point.
+"""Compare the integer kernels of this host with the bundle's own graph in floating point.
 
-Lock-step (``agreement.py``) proves the graph, in floating point. Here the engine's integer kernels are held to it: the
-prediction on the model's own trajectory and on inputs at the ends of their range, whole images, and every layer on its
-own, which names the ones at fault.
+Lock-step (``agreement.py``) checks the graph in floating point. This module compares the engine's integer kernels with
+that graph: the prediction on the model's own trajectory and on inputs at the ends of their range, whole images, and
+every layer on its own, which names the layers at fault.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A compiled graph in the place of the module it was compiled from."""
+"""Call a compiled graph like the module it was compiled from."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""A recipe carried out in PyTorch: the reference every exported graph must agree with."""
+"""Run a recipe in PyTorch fake-quant: the reference that every exported graph must agree with."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

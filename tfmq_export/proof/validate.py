@@ -1,4 +1,4 @@
-"""The proof: same images, same features, same arithmetic, and integers that really run.
+"""Validate a bundle: how far images moved, whether features and arithmetic agree, and whether integers really run.
 
 Both models start from the same noise. The full-precision trajectory is recorded once; the compiled
 graph is judged on it step by step, and draws its own images.

@@ -3,8 +3,8 @@
     Y = (X / tau) (tau W)        tau > 0, one per input channel
 
 moves range from activations to weights where that costs less. ``tau`` is learned layer by layer on
-full-precision inputs; early, noisy timesteps dominate the error of a plain mean, so each timestep's
-loss is weighted (DMQ, section 3.3).
+full-precision inputs. The calibration rows already hold more samples of the timesteps that matter more, so the default
+weights all rows alike; DMQ (section 3.3) weights each timestep's loss instead (``adaptive``).
 """
 
 from collections.abc import Callable, Sequence

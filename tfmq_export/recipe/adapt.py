@@ -1,6 +1,6 @@
-"""What a target makes of a recipe.
+"""Adapt a recipe to a target.
 
-A recipe is made once; each target runs what it can of it. What it cannot is refused here, before any rewriting.
+A recipe is made once, and each target runs what it can of it. What it cannot run is refused here, before any rewriting.
 """
 
 from dataclasses import replace

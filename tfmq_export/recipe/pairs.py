@@ -1,4 +1,4 @@
-"""The pair rule: weights that no kernel can saturate, whatever it multiplies them by.
+"""The pair rule: weights that cannot saturate a kernel's sums, whatever the inputs are.
 
 x86 CPUs without VNNI multiply u8 by s8 with ``vpmaddubsw``, which adds two neighbouring products in 16 bits:
 

@@ -1,7 +1,7 @@
 """The recipe: everything quantization decided, as plain arrays.
 
-It is the waist of the compiler. PyTorch code writes it; graph passes and runtimes read it and know
-no PyTorch. ``recipe_io`` saves it and loads it back.
+It separates PyTorch from ONNX: PyTorch code writes it; graph passes and runtimes read it and use no
+PyTorch. ``recipe/io.py`` saves it and loads it back.
 """
 
 from collections.abc import Mapping

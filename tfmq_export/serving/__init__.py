@@ -1,1 +1,1 @@
-"""Handing a bundle to a server: a model repository for Triton Inference Server."""
+"""Serve a bundle: write a model repository for Triton Inference Server."""

@@ -1,8 +1,8 @@
-"""Attention spelled out, so that both its products can have grids on their factors.
+"""Write attention out as matrix products and a softmax, so that the factors of both products can be quantized.
 
     scaled_dot_product_attention(q, k, v, mask)  ==  softmax((q scale) k^T + mask) v
 
-Its ONNX twin is ``passes/lower/attention.py``; both give the scores the same name.
+``passes/lower/attention.py`` does the same in ONNX; both give the scores the same name.
 """
 
 import copy
