@@ -140,7 +140,7 @@ class Method(BaseModel):
     error_feedback: bool = Field(True, description="round with GPTQ's error feedback; off: to the nearest integers")
     cpus: Literal["any", "vnni"] = Field(
         "any",
-        description="x86 CPUs where integer kernels are exact; vnni: larger weights, which saturate on other CPUs",
+        description="CPUs where integer kernels are exact: any, or with VNNI alone (larger weights, wrong elsewhere)",
     )
     reconstruct: bool = Field(True, description="learn the rounding block by block, where the effort says so")
     learned_steps: bool = Field(
@@ -173,7 +173,7 @@ class CompileConfig(BaseModel):
         None, ge=1, description="images whose sampling is recorded for calibration; the effort decides"
     )
     validation_images: int = Field(16, ge=1, description="images to compare at the end")
-    seed: int = Field(0, ge=0, description="of noise and sampling")
+    seed: int = Field(0, ge=0, description="seed of noise and sampling")
     thresholds: Thresholds = Thresholds.model_construct()
     allow_precision_loss: bool = Field(False, description="keep a bundle whose layers do not all run in integers")
     pts_lowering: PtsLowering = Field("auto", description="form of power-of-two scaling in the graph; auto: per layer")
