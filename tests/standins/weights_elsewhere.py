@@ -1,0 +1,61 @@
+"""Graphs whose tensors lie in other files, and every way in which their paths lead out of the graph's folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+
+DATA = "model.onnx_data"
+SECRET = "secret.bin"
+"""Beside the folder of the graph."""
+
+
+def move_out(graph: Path, from_bytes: int = 0) -> Path:
+    """Move a graph's tensors of some size to ``model.onnx_data`` beside it."""
+    model = onnx.load(graph)
+    onnx.save(model, graph, save_as_external_data=True, location=DATA, size_threshold=from_bytes)
+    (graph.parent / DATA).chmod(0o644)
+    return graph.parent / DATA
+
+
+def rename(graph: Path, location: str) -> None:
+    """Let the graph name its file so."""
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    onnx.save(model, graph)
+
+
+def _absolute(graph: Path, secret: Path) -> None:
+    rename(graph, str(secret))
+
+
+def _climbing(graph: Path, secret: Path) -> None:
+    rename(graph, f"../{secret.name}")
+
+
+def _linked(graph: Path, secret: Path) -> None:
+    (graph.parent / DATA).symlink_to(secret)
+
+
+def _in_a_linked_folder(graph: Path, secret: Path) -> None:
+    (graph.parent / "deep").symlink_to(secret.parent)
+    rename(graph, f"deep/{secret.name}")
+
+
+OUTSIDE: dict[str, Callable[[Path, Path], None]] = {
+    "absolute": _absolute,
+    "climbing": _climbing,
+    "linked": _linked,
+    "in a linked folder": _in_a_linked_folder,
+}
+
+
+def lead_out(graph: Path, way: str) -> Path:
+    """Let a graph name a file beside its folder, which holds its tensors."""
+    secret = graph.parent.parent / SECRET
+    move_out(graph).rename(secret)
+    OUTSIDE[way](graph, secret)
+    return secret
