@@ -4,16 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+from onnx.external_data_helper import set_external_data
 
 DATA = "model.onnx_data"
 SECRET = "secret.bin"
 """Beside the folder of the graph."""
 
 
-def move_out(graph: Path, from_bytes: int = 0) -> Path:
-    """Move a graph's tensors of some size to ``model.onnx_data`` beside it."""
+def move_out(graph: Path) -> Path:
+    """Move a graph's tensors to ``model.onnx_data`` beside it, less the shapes, which engines want inside."""
     model = onnx.load(graph)
-    onnx.save(model, graph, save_as_external_data=True, location=DATA, size_threshold=from_bytes)
+    for tensor in model.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.INT64:
+            set_external_data(tensor, DATA)
+    onnx.save(model, graph)
     (graph.parent / DATA).chmod(0o644)
     return graph.parent / DATA
 
