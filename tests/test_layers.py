@@ -113,6 +113,40 @@ def test_every_room_is_installed() -> None:
     }
 
 
+READERS = {"runtime/graph_file.py": {"load"}, "runtime/engines/tensorrt/building/qdq_view.py": {"to_array"}}
+"""Who may read a graph's file, or values that may lie in another: all others ask ``graph_file``, which refuses paths
+that lead out of the graph's folder. ``qdq_view`` gets models that were read there."""
+
+
+def readers_of_graphs(tree: ast.AST) -> set[str]:
+    """Functions of onnx that follow a graph's paths to other files, called under any name of the module."""
+    found = set()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func).replace("_onnx()", "onnx")
+        followed = len(call.args) + len(call.keywords) > 1
+        if name in {"onnx.load", "onnx.load_model"} or "load_external_data" in name:
+            found.add(name.rpartition(".")[2])
+        elif name.endswith("to_array") and followed:
+            found.add("to_array")
+    return found
+
+
+def test_the_reader_of_readers_sees_them_all() -> None:
+    code = """
+onnx.load(path)
+numpy_helper.to_array(tensor)
+_onnx().numpy_helper.to_array(tensor, base_dir=folder)
+onnx.external_data_helper.load_external_data_for_model(model, folder)
+"""
+
+    assert readers_of_graphs(ast.parse(code)) == {"load", "to_array", "load_external_data_for_model"}
+
+
+def test_one_file_opens_graphs_for_all() -> None:
+    for path in sources():
+        assert readers_of_graphs(ast.parse(path.read_text("utf-8"))) == READERS.get(place(path), set()), place(path)
+
+
 def test_nobody_imports_the_top() -> None:
     # cli calls the compiler, and ``python -m`` calls cli.
     allowed = {"cli/export.py": {"compiler"}, "__main__.py": {"cli"}}

@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from tfmq_export.bundle.manifest import open_bundle
 from tfmq_export.recipe.names import is_weight_codes
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
+from tfmq_export.runtime.graph_file import read_model
 from tfmq_export.runtime.measure.machine import described
 
 MIDDLE = 128
@@ -38,7 +39,8 @@ def main() -> None:
     manifest = open_bundle(args.float).manifest
     with ExitStack() as opened:
         unsigned = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "model.onnx"
-        onnx.save_model(with_unsigned_weights(onnx.load(str(open_bundle(args.weights[-1]).model))), str(unsigned))
+        model = read_model(open_bundle(args.weights[-1]).model, weights=True)
+        onnx.save_model(with_unsigned_weights(model), str(unsigned))
         paths = {str(root): open_bundle(root).model for root in (args.float, *args.weights)}
         paths[f"{args.weights[-1]}, weights as uint8"] = unsigned
         runners = {name: opened.enter_context(OrtRunner(path, threads=args.threads)) for name, path in paths.items()}

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfmq_export.errors import DependencyError
 from tfmq_export.recipe.names import layer_named, layer_of_weight
+from tfmq_export.runtime.graph_file import read_model
 
 LAYOUT_OPS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "ReorderInput"})
 
@@ -28,11 +28,7 @@ class Operation:
 
 def read_graph(path: Path) -> Any:
     """The graph of an ONNX file, without weights that lie outside it."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise DependencyError("onnx is not installed; pip install onnx") from error
-    return onnx.load(path, load_external_data=False).graph
+    return read_model(path).graph
 
 
 def operations_of(graph: Any) -> tuple[Operation, ...]:

@@ -1,6 +1,7 @@
 """The agreement check itself: high where graph and recipe agree, low where any one number differs."""
 
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from nets.handwritten import FACTORIES, Quantized, captured, quantized
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from standins.weights_elsewhere import OUTSIDE, lead_out, move_out
 
 from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.compiler import forms
@@ -170,6 +172,30 @@ def test_a_wrong_factor_shows_in_the_layer_that_reads_it(name: str, reader: str,
 
     assert max(agreement.sqnr for agreement in found) < AGREED - 10
     assert {agreement.worst_layer for agreement in found} <= {reader, layer.path}
+
+
+def copied(bundle: Bundle, root: Path) -> Bundle:
+    shutil.copytree(bundle.root, root)
+    return Bundle(root, bundle.manifest)
+
+
+def test_weights_beside_the_graph_are_compared_all_the_same(tmp_path: Path) -> None:
+    _, bundle, made = exported("dit", "w8a8")
+    large = copied(bundle, tmp_path / "out")
+    weights = move_out(large.model)
+    os.link(weights, tmp_path / "served")  # as tfmq-triton does
+
+    assert compare(large, made) == compare(bundle, made)
+
+
+@pytest.mark.parametrize("way", OUTSIDE)
+def test_weights_outside_the_graphs_folder_are_refused(way: str, tmp_path: Path) -> None:
+    _, bundle, made = exported("dit", "w8a8")
+    copy = copied(bundle, tmp_path / "out")
+    lead_out(copy.model, way)
+
+    with pytest.raises(LoadError, match="outside the graph's folder"):
+        LockStep(made.program, made.recipe, copy)
 
 
 def test_layers_in_parts_are_compared_whole(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from standins.plan_file import write_plan
 from standins.small_bundle import Parts, small_bundle
 from standins.triton_schema import parse_config
 from typer.testing import CliRunner, Result
@@ -46,8 +47,7 @@ def test_a_bundle_made_yesterday_becomes_a_model_and_then_its_next_version(tmp_p
 
 def test_engines_are_given_for_all_gpus_or_for_each(tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path / "out", Parts(target="tensorrt")).root
-    engine = tmp_path / "l4.engine"
-    engine.write_text("plan")
+    engine = write_plan(tmp_path / "l4.engine")
     common = [bundle, "-o", tmp_path / "models", "--gpu", "0", "--gpu", "1"]
 
     each = run(triton, *common, "--name", "each", "--engine", f"8.9={engine}", "--engine", f"8.0={engine}")
@@ -58,6 +58,33 @@ def test_engines_are_given_for_all_gpus_or_for_each(tmp_path: Path) -> None:
     assert set(config.cc_model_filenames) == {"8.0", "8.9"}
     assert list(config.instance_group[0].gpus) == [0, 1]
     assert parse_config(tmp_path / "models/every/config.pbtxt").default_model_filename == "model.plan"
+
+
+def test_a_second_time_without_options_keeps_what_the_first_chose(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "small").root
+    words = [bundle, "-o", tmp_path / "models"]
+    chosen = "--max-batch 4 --instances 2 --threads 3 --queue-delay 90 --keep-versions 5"
+    run(triton, *words, *chosen.split())
+    before = (tmp_path / "models/small/config.pbtxt").read_text()
+
+    again = run(triton, *words)
+    other = run(triton, *words, "--threads", 1)
+
+    assert (again.exit_code, other.exit_code) == (0, 0), again.output + other.output
+    assert f"kept from its earlier versions: {chosen}" in " ".join(again.output.split())
+    assert (tmp_path / "models/small/config.pbtxt").read_text() == before.replace('"3"', '"1"')
+
+
+def test_a_text_file_is_no_engine(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "out", Parts(target="tensorrt")).root
+    (tmp_path / "hello.txt").write_text("hello, this is a text file")
+
+    done = run(triton, bundle, "-o", tmp_path / "models", "--engine", f"8.9={tmp_path / 'hello.txt'}")
+
+    assert done.exit_code == 2
+    assert "begins with b'hell', where a plan of TensorRT begins with b'ftrt'" in done.output
+    assert done.output.count("\n") == 1
+    assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize(

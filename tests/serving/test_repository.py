@@ -1,6 +1,7 @@
 """Repositories as Triton reads them: parsed by its own schema, run by ONNX Runtime the way it joins requests."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
+from standins.plan_file import write_plan
 from standins.small_bundle import SHAPE, TIMESTEPS, Parts, small_bundle
 from standins.triton_schema import kind_name, parse_config, type_name
+from standins.weights_elsewhere import DATA, OUTSIDE, lead_out, move_out, rename
 
-from tfmq_export.bundle.manifest import open_bundle
+from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.errors import ConfigError, LoadError, TfmqError
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
 from tfmq_export.serving.options import Serving
@@ -182,9 +185,7 @@ def test_a_target_goes_to_its_hardware(target: str, kind: str, tmp_path: Path) -
 
 
 def test_engines_are_served_by_tensorrt_each_on_its_gpu(tmp_path: Path) -> None:
-    engines = {each: tmp_path / f"unet-{each}.engine" for each in ("8.0", "8.9")}
-    for each, path in engines.items():
-        path.write_text(each)
+    engines = {each: write_plan(tmp_path / f"unet-{each}.engine", each) for each in ("8.0", "8.9")}
     bundle = small_bundle(tmp_path / "out", Parts(target="tensorrt"))
 
     (many,) = write_repository(bundle, tmp_path / "repo", Serving("many", engines=engines))
@@ -194,10 +195,10 @@ def test_engines_are_served_by_tensorrt_each_on_its_gpu(tmp_path: Path) -> None:
     assert (config.backend, config.platform) == ("tensorrt", "tensorrt_plan")
     assert not config.default_model_filename
     for each, name in config.cc_model_filenames.items():
-        assert (many.folder / "1" / name).read_text() == each
+        assert (many.folder / "1" / name).read_bytes() == engines[each].read_bytes()
     assert {path.name for path in (many.folder / "1").iterdir()} == {*config.cc_model_filenames.values(), "tfmq"}
     plan = parse_config(one.folder / "config.pbtxt").default_model_filename
-    assert (one.folder / "1" / plan).read_text() == "8.9"
+    assert (one.folder / "1" / plan).read_bytes() == engines["8.9"].read_bytes()
 
 
 def test_versions_stand_beside_each_other_and_outlive_their_bundles(tmp_path: Path) -> None:
@@ -217,13 +218,60 @@ def test_versions_stand_beside_each_other_and_outlive_their_bundles(tmp_path: Pa
     assert {path.name for path in one.folder.iterdir()} == {"1", "2", "config.pbtxt", "warmup"}
 
 
-def test_weights_outside_the_graph_come_along(tmp_path: Path) -> None:
+def sealed(bundle: Bundle) -> Bundle:
+    """The bundle with its graph as it is now in the manifest."""
+    return bundle.extended([bundle.model.relative_to(bundle.root).as_posix()])
+
+
+def prediction(graph: Path) -> np.ndarray:
+    feeds = {"sample": np.ones((1, *SHAPE), np.float32), "timestep": np.array([500])}
+    with OrtRunner(graph, threads=1) as runner:
+        (found,) = runner.infer(feeds).values()
+    return found
+
+
+@pytest.mark.parametrize("location", [DATA, "weights.bin", "deep/weights.bin"])
+def test_weights_beside_the_graph_come_along(location: str, tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path / "out")
-    (bundle.model.parent / "model.onnx_data").write_bytes(b"weights")
+    expected = prediction(bundle.model)
+    weights = move_out(bundle.model)
+    (bundle.model.parent / location).parent.mkdir(exist_ok=True)
+    weights.rename(bundle.model.parent / location)
+    rename(bundle.model, location)
+
+    (model,) = write_repository(sealed(bundle), tmp_path / "repo", Serving("small"))
+    shutil.rmtree(bundle.root)
+
+    np.testing.assert_array_equal(prediction(model.folder / "1" / "model.onnx"), expected)
+
+
+def test_a_downloaded_bundle_of_links_is_served_without_them(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "out")
+    move_out(bundle.model)
+    bundle = sealed(bundle)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(path for path in bundle.root.rglob("*") if path.is_file()):
+        file.rename(blobs / str(number))
+        file.symlink_to(os.path.relpath(blobs / str(number), file.parent))
+    expected = prediction(bundle.model)
 
     (model,) = write_repository(bundle, tmp_path / "repo", Serving("small"))
+    shutil.rmtree(blobs)
 
-    assert (model.folder / "1" / "model.onnx_data").read_bytes() == b"weights"
+    assert not any(path.is_symlink() for path in model.folder.rglob("*"))
+    np.testing.assert_array_equal(prediction(model.folder / "1" / "model.onnx"), expected)
+
+
+@pytest.mark.parametrize("way", OUTSIDE)
+def test_weights_outside_the_graphs_folder_are_refused_and_nothing_is_written(way: str, tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "out")
+    lead_out(bundle.model, way)
+
+    with pytest.raises(LoadError, match="outside the graph's folder, which ONNX Runtime refuses"):
+        write_repository(sealed(bundle), tmp_path / "repo", Serving("small"))
+
+    assert not (tmp_path / "repo").exists()
 
 
 @pytest.mark.parametrize(
@@ -284,14 +332,6 @@ def test_what_no_backend_runs_is_refused(target: str, options: dict[str, Any], s
 def test_a_wrong_option_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Serving(**options)
-
-
-def test_an_engine_of_tensorrt_rtx_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "unet.tensorrt-rtx-1.7.1.sm89.batch1-2-8.engine"
-    path.touch()
-
-    with pytest.raises(ConfigError, match="which Triton does not load"):
-        Serving("m", engines={"": path})
 
 
 def test_a_prologue_wants_engines_of_its_own(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from tfmq_export.bench.job import PREDICTION, Job, SamplingJob
@@ -23,6 +22,7 @@ from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.finish.strip_qdq import StripQdq
 from tfmq_export.passes.graph import export_model, import_graph, save_model
 from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate
+from tfmq_export.runtime.graph_file import read_model
 from tfmq_export.runtime.self_test import FILE as SELF_TEST
 
 T = TypeVar("T")
@@ -183,11 +183,12 @@ class Workshop:
             raise ConfigError("it has none, because its grids per timestep are part of the graph")
         if (folder := self._twins.get(bundle.root)) is not None:
             return folder
+        main, *_ = (read_model(path, weights=path == bundle.model) for path in bundle.graphs)  # refused before a copy
         folder = self.folder / "twins" / f"{len(self._twins)}"
         # Not the components of a pipeline, which may be gigabytes.
         for part in (bundle.root / "tfmq", *(graph.parent for graph in bundle.graphs)):
             shutil.copytree(part, folder / part.name)
-        graph = import_graph(onnx.load(bundle.model))
+        graph = import_graph(main)
         run_passes(graph, [StripQdq()])
         save_model(export_model(graph), folder / bundle.model.relative_to(bundle.root))
         # The self-test asks for the bundle's integers.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import Bundle
     from tfmq_export.serving.options import Serving
 
+KEPT = "or as earlier versions have it"
 ENGINE_HELP = "TensorRT engine to serve, as PATH, or 8.9=PATH for each compute capability."
 
 
@@ -22,12 +23,23 @@ def triton(
     repository: Annotated[Path, typer.Option("--output", "-o", metavar="REPO", help="Model repository to add it to.")],
     name: Annotated[str | None, typer.Option(help="Name of the model.", show_default="that of the folder OUT")] = None,
     model_version: Annotated[int | None, typer.Option(help="Its version.", show_default="the next")] = None,
-    max_batch: Annotated[int, typer.Option(help="Most samples of one inference.")] = 8,
-    instances: Annotated[int, typer.Option(help="Copies of the model that run at the same time (per GPU).")] = 1,
-    threads: Annotated[int, typer.Option(help="Threads of each instance on a CPU; 0: all cores.")] = 0,
-    gpu: Annotated[list[int] | None, typer.Option(help="GPU to use; repeat it.", show_default="all")] = None,
-    queue_delay: Annotated[int, typer.Option(help="Microseconds a request may wait for others to join it.")] = 500,
-    keep_versions: Annotated[int, typer.Option(help="Versions the server keeps loaded.")] = 2,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Most samples of one inference.", show_default=f"8, {KEPT}")
+    ] = None,
+    instances: Annotated[
+        int | None, typer.Option(help="Copies that run at the same time (per GPU).", show_default=f"1, {KEPT}")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of each instance on a CPU; 0: all cores.", show_default=f"0, {KEPT}")
+    ] = None,
+    gpu: Annotated[list[int] | None, typer.Option(help="GPU to use; repeat it.", show_default=f"all, {KEPT}")] = None,
+    queue_delay: Annotated[
+        int | None,
+        typer.Option(help="Microseconds a request may wait for others to join it.", show_default=f"500, {KEPT}"),
+    ] = None,
+    keep_versions: Annotated[
+        int | None, typer.Option(help="Versions the server keeps loaded.", show_default=f"2, {KEPT}")
+    ] = None,
     engine: Annotated[list[str] | None, typer.Option(help=ENGINE_HELP)] = None,
     prologue_engine: Annotated[
         list[str] | None, typer.Option(help="TensorRT engine of the prologue, in the same form.")
@@ -43,7 +55,7 @@ def triton(
         max_batch=max_batch,
         instances=instances,
         threads=threads,
-        gpus=tuple(gpu or ()),
+        gpus=tuple(gpu) if gpu else None,
         queue_delay_us=queue_delay,
         keep_versions=keep_versions,
         engines=_engines(engine),
@@ -59,6 +71,8 @@ def add_to_repository(bundle: "Bundle", repository: Path, serving: "Serving") ->
     for served in write_repository(bundle, repository, serving):
         batching = f"batches of up to {served.max_batch}" if served.max_batch else "no batching by the server"
         out.print(f"written to [bold]{escape(str(served.folder))}[/], version {served.version}, {batching}")
+        if served.kept:
+            out.print(f"kept from its earlier versions: {' '.join(served.kept)}")
 
 
 def _engines(words: list[str] | None) -> dict[str, Path]:

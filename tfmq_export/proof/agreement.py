@@ -21,7 +21,6 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from torch import Tensor
 
 from tfmq_export.bundle.manifest import Bundle
@@ -34,7 +33,9 @@ from tfmq_export.recipe.names import node_name, scaled_name
 from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 from tfmq_export.recipe.timesteps import timestep_vector
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
+from tfmq_export.runtime.graph_file import read_model, values_of
 from tfmq_export.runtime.measure.compare import sqnr_db
+from tfmq_export.runtime.measure.operations import read_graph
 from tfmq_export.target import find_target
 
 ROUNDING = 1e-3  # of a code step: what fp32 arithmetic in another order may leave
@@ -170,14 +171,14 @@ class _Carried:
 
     @classmethod
     def read(cls, path: Path) -> "_Carried":
-        graph = onnx.load(path, load_external_data=False).graph
+        graph = read_graph(path)
         producers = {value: node for node in graph.node for value in node.output}
         stored = {item.name: item for item in graph.initializer}
         scales = {}
         for node in graph.node:
             weight = producers.get(node.input[1]) if len(node.input) > 1 else None
             if weight is not None and weight.op_type == "DequantizeLinear" and weight.input[1] in stored:
-                scales[node.name] = numpy_helper.to_array(stored[weight.input[1]], str(path.parent))
+                scales[node.name] = values_of(stored[weight.input[1]], path)
         return cls(frozenset(producers), scales)
 
     def factors(self, recipe: QuantRecipe) -> dict[str, NDArray[Any]]:
@@ -194,7 +195,7 @@ class _Carried:
 def _watched(graph: Path, recipe: QuantRecipe, folder: Path) -> OrtRunner:
     """The graph in floating point, returning every layer's result as well; large weights stay where they are."""
     folder.mkdir()
-    model = onnx.load(graph, load_external_data=False)
+    model = read_model(graph)
     computed = {name for node in model.graph.node for name in node.output}
     computed -= {value.name for value in model.graph.output}
     products = [product.name for product in recipe.products]
@@ -203,9 +204,7 @@ def _watched(graph: Path, recipe: QuantRecipe, folder: Path) -> OrtRunner:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     path = folder / graph.name
     onnx.save_model(model, str(path))
-    for data in graph.parent.glob(f"{graph.name}_data*"):
-        (folder / data.name).symlink_to(data.absolute())
-    return OrtRunner(path, integer=False)
+    return OrtRunner(path, integer=False, weights_in=graph.parent)
 
 
 def _feeds(inputs: Mapping[str, Tensor], timestep: str) -> dict[str, NDArray[Any]]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 
@@ -14,7 +13,9 @@ from tfmq_export.capture.program import DiffusionProgram, evaluate
 from tfmq_export.recipe.names import feature_gathered, scales_name
 from tfmq_export.recipe.narrow_rows import decode, stored_bytes
 from tfmq_export.recipe.recipe import TibRecipe
+from tfmq_export.runtime.graph_file import values_of
 from tfmq_export.runtime.measure.compare import cosine, temporal_mismatch
+from tfmq_export.runtime.measure.operations import read_graph
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,16 +96,16 @@ def _stored(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     """The rows that each feature is looked up in, by the feature's name; equal tables are stored once."""
     found = {}
     for path in bundle.graphs:
-        graph = onnx.load(path, load_external_data=False).graph
+        graph = read_graph(path)
         stored = {initializer.name: initializer for initializer in graph.initializer}
         inputs = {node.name: node.input for node in graph.node}
         for node in graph.node:
             feature = feature_gathered(node.name)
             if feature is not None and node.input[0] in stored:
-                rows = onnx.numpy_helper.to_array(stored[node.input[0]], str(path.parent))
+                rows = values_of(stored[node.input[0]], path)
                 scales = inputs.get(scales_name(feature))
                 if scales is None:
                     found[feature] = rows.astype(np.float32)
                 else:
-                    found[feature] = decode(rows, onnx.numpy_helper.to_array(stored[scales[0]], str(path.parent)))
+                    found[feature] = decode(rows, values_of(stored[scales[0]], path))
     return found

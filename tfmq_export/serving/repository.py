@@ -14,14 +14,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tfmq_export.bundle.manifest import Bundle, Manifest, open_bundle
 from tfmq_export.errors import ConfigError, OutputError
+from tfmq_export.runtime.graph_file import read_model, weight_files
 from tfmq_export.runtime.self_test import read_self_test
+from tfmq_export.serving.engines import require_engines
+from tfmq_export.serving.existing import OPTIONS, Existing
 from tfmq_export.serving.interface import denoiser_interface, prologue_interface
-from tfmq_export.serving.options import Serving, require_servable
+from tfmq_export.serving.options import Serving, Settings, require_fitting, require_servable
 from tfmq_export.serving.pbtxt import render
 from tfmq_export.serving.triton_config import Role, config_of, plan_name
 
@@ -38,11 +42,13 @@ class ServedModel:
     Attributes:
         folder: ``REPO/NAME``.
         max_batch: Most samples of one inference; 0 where Triton joins no requests and the client batches.
+        kept: Settings that were not asked for and are the earlier versions' own, as options.
     """
 
     folder: Path
     version: int
     max_batch: int
+    kept: tuple[str, ...] = ()
 
 
 def write_repository(bundle: Bundle, repository: Path, serving: Serving) -> tuple[ServedModel, ...]:
@@ -50,7 +56,8 @@ def write_repository(bundle: Bundle, repository: Path, serving: Serving) -> tupl
 
     Raises:
         LoadError: the bundle is altered, or its graphs are not what its manifest says.
-        ConfigError: no backend runs it so, the version is there, or earlier versions take other requests.
+        ConfigError: no backend runs it so, an engine is none, the version is there, or earlier versions take other
+            requests or have settings that cannot be read.
         OutputError: the repository cannot be written.
     """
     manifest = bundle.manifest
@@ -59,6 +66,7 @@ def write_repository(bundle: Bundle, repository: Path, serving: Serving) -> tupl
         raise ConfigError(
             f"{bundle.root}: has a prologue; name an engine of it with --prologue-engine for each --engine"
         )
+    require_engines(bundle, serving)
     bundle.verify()
     (timestep,) = manifest.input("timestep")
     warm = _warm_rows(bundle)
@@ -68,21 +76,46 @@ def write_repository(bundle: Bundle, repository: Path, serving: Serving) -> tupl
         name = f"{serving.name}_prologue"
         roles.append((Role(name, once, "", warm), bundle.prologue, serving.prologue_engines))
     version = _version(bundle, repository, serving)
-    served = []
-    # The prologue first: a client that finds the denoiser's new version finds the prologue's too.
-    for role, graph, engines in reversed(roles):
+    served, writes = [], []
+    for role, graph, engines in roles:
+        folder = repository / role.name
+        existing = _existing(folder, manifest)
+        kept = {x: value for x, value in existing.kept(serving).items() if x != "max_batch" or role.joins}
+        settings = replace(Settings(), **kept, **serving.given)
+        require_fitting(manifest.target, settings)
+        config = HEADER + render(existing.joined(config_of(role, manifest, engines, settings)))
         files = {plan_name(each): path for each, path in engines.items()} or _onnx_files(graph)
-        config = HEADER + render(config_of(role, manifest, serving))
-        rows = {role.file_of(x.name): role.warm[x.name] for x in role.interface.inputs if x.name in role.warm}
         files["tfmq/manifest.json"] = bundle.root / "tfmq" / "manifest.json"
+        rows = {role.file_of(x.name): role.warm[x.name] for x in role.interface.inputs if x.name in role.warm}
+        writes.append((folder, version, config, files, rows))
+        served.append(ServedModel(folder, version, role.max_batch(settings), _as_options(kept)))
+    # The prologue first: a client that finds the denoiser's new version finds the prologue's too.
+    for write in reversed(writes):
         try:
-            _add(repository / role.name, version, config, files, rows)
+            _add(*write)
         except OSError as error:
             raise OutputError(
                 f"{error.filename or repository}: {error.strerror or error}; choose another -o"
             ) from error
-        served.append(ServedModel(repository / role.name, version, role.max_batch(serving)))
-    return tuple(reversed(served))
+    return tuple(served)
+
+
+def _existing(folder: Path, manifest: Manifest) -> Existing:
+    """The configuration that a new version joins."""
+    found = Existing.read(folder / "config.pbtxt")
+    # Where no version is left, and there is to be one for other hardware, nothing is joined.
+    return found if versions_in(folder) or found.target == manifest.target else Existing(found.path, {})
+
+
+def _as_options(kept: Mapping[str, Any]) -> tuple[str, ...]:
+    """Settings as they would be asked for, less the usual ones."""
+    usual = asdict(Settings())
+    words = []
+    for name, value in kept.items():
+        if value != usual[name]:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"{OPTIONS[name]} {each}" for each in values]
+    return tuple(words)
 
 
 def _warm_rows(bundle: Bundle) -> dict[str, bytes]:
@@ -96,8 +129,8 @@ def _warm_rows(bundle: Bundle) -> dict[str, bytes]:
 
 
 def _onnx_files(graph: Path) -> dict[str, Path]:
-    """The graph, and the file of its weights where they lie outside it."""
-    return {path.name: path for path in sorted(graph.parent.glob("model.onnx*"))}
+    """The graph, and the files of its weights where they lie outside it."""
+    return {name: graph.parent / name for name in (graph.name, *weight_files(graph, read_model(graph)))}
 
 
 def versions_in(folder: Path) -> dict[int, Path]:
@@ -140,17 +173,18 @@ def _add(folder: Path, version: int, config: str, files: Mapping[str, Path], war
     """Write a version beside its place, then move it there."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    whole = partial / "version"
     try:
         for name, source in files.items():
-            (partial / name).parent.mkdir(exist_ok=True)
-            _link(source, partial / name)
+            (whole / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(source, whole / name)
         for name, data in warm.items():
             (folder / "warmup").mkdir(exist_ok=True)
             (folder / "warmup" / name).write_bytes(data)
         (partial / "config.pbtxt").write_text(config, "utf-8")
         os.replace(partial / "config.pbtxt", folder / "config.pbtxt")
-        partial.chmod(0o755)
-        partial.rename(folder / str(version))
+        whole.chmod(0o755)
+        whole.rename(folder / str(version))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -158,6 +192,6 @@ def _add(folder: Path, version: int, config: str, files: Mapping[str, Path], war
 def _link(source: Path, place: Path) -> None:
     """A hard link where the file system has them, else a copy: the bundle may go, the version stays."""
     try:
-        os.link(source, place)
+        os.link(source.resolve(), place)  # of a link, what it leads to: the link may not lead there from elsewhere
     except OSError:
         shutil.copy2(source, place)

@@ -7,11 +7,12 @@ has another first axis, or one timestep serves all samples, nothing is joined.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tfmq_export.bundle.manifest import Manifest
 from tfmq_export.errors import TargetError
 from tfmq_export.serving.interface import GraphTensor, Interface
-from tfmq_export.serving.options import EVERY_GPU, Serving, needs_gpu
+from tfmq_export.serving.options import EVERY_GPU, Settings, needs_gpu
 from tfmq_export.serving.pbtxt import Message, Symbol, Value, map_entries
 from tfmq_export.target import find_target
 
@@ -24,6 +25,10 @@ TYPES: Mapping[str, str] = {
 }
 WARM_TIMESTEP = "timestep"
 """File in ``NAME/warmup``: one timestep of the schedule, for zero need not be one. Others are named as their input."""
+DESCRIBED = "tfmq."
+"""How the names of the parameters begin that describe the newest version."""
+THREADS = "intra_op_thread_count"
+"""The parameter that ONNX Runtime's backend reads its threads from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,32 +49,39 @@ class Role:
         """Where an input's row of data lies in ``NAME/warmup``."""
         return WARM_TIMESTEP if tensor == self.timestep else tensor
 
-    def max_batch(self, serving: Serving) -> int:
+    @property
+    def joins(self) -> bool:
+        """Whether the server may join requests, and so whether the largest batch is a setting."""
+        return self.interface.batches and not self.interface.single_timestep
+
+    def max_batch(self, settings: Settings) -> int:
         """0 where a tensor's first axis is not the batch, 1 where a batch has one timestep."""
-        if not self.interface.batches:
-            return 0
-        return 1 if self.interface.single_timestep else serving.max_batch
+        if self.joins:
+            return settings.max_batch
+        return 1 if self.interface.batches else 0
 
 
-def config_of(role: Role, manifest: Manifest, serving: Serving) -> Message:
+def config_of(role: Role, manifest: Manifest, engines: Mapping[str, Path], settings: Settings) -> Message:
     """The configuration of one model.
 
+    Args:
+        engines: Plan files of this graph, by compute capability; none where the graph itself is served.
     Raises:
         TargetError: a tensor's type is none that Triton knows.
     """
-    batch = role.max_batch(serving)
+    batch = role.max_batch(settings)
     target = find_target(manifest.target)
     gpu = needs_gpu(target)
     message: dict[str, Value] = {"name": role.name, **_backend(target.engine), "max_batch_size": batch}
-    message |= _files(serving.prologue_engines if not role.timestep else serving.engines)
+    message |= _files(engines)
     message["input"] = [_tensor(tensor, batch) for tensor in role.interface.inputs]
     message["output"] = [_tensor(tensor, batch) for tensor in role.interface.outputs]
-    message["version_policy"] = {"latest": {"num_versions": serving.keep_versions}}
-    message["instance_group"] = [_instances(gpu, serving)]
+    message["version_policy"] = {"latest": {"num_versions": settings.keep_versions}}
+    message["instance_group"] = [_instances(gpu, settings)]
     if batch > 1:
         message["dynamic_batching"] = {
-            "preferred_batch_size": list(serving.preferred_batches),
-            "max_queue_delay_microseconds": serving.queue_delay_us,
+            "preferred_batch_size": list(settings.preferred_batches),
+            "max_queue_delay_microseconds": settings.queue_delay_us,
         }
     if target.engine == "openvino":
         message["optimization"] = {"execution_accelerators": {"cpu_execution_accelerator": [{"name": "openvino"}]}}
@@ -78,7 +90,7 @@ def config_of(role: Role, manifest: Manifest, serving: Serving) -> Message:
         message["response_cache"] = {"enable": True}  # the same prompt again, where the server keeps a cache
     message["metric_tags"] = map_entries({"preset": manifest.preset, "fingerprint": manifest.fingerprint[:12]})
     message["parameters"] = map_entries(
-        {key: {"string_value": value} for key, value in _parameters(manifest, serving, gpu).items()}
+        {key: {"string_value": value} for key, value in _parameters(manifest, settings, gpu).items()}
     )
     return message
 
@@ -120,11 +132,11 @@ def _type(tensor: GraphTensor) -> Symbol:
     return Symbol(TYPES[tensor.dtype])
 
 
-def _instances(gpu: bool, serving: Serving) -> Message:
+def _instances(gpu: bool, settings: Settings) -> Message:
     if not gpu:
-        return {"count": serving.instances, "kind": Symbol("KIND_CPU")}
-    gpus: dict[str, Value] = {"gpus": list(serving.gpus)} if serving.gpus else {}
-    return {"count": serving.instances, "kind": Symbol("KIND_GPU"), **gpus}
+        return {"count": settings.instances, "kind": Symbol("KIND_CPU")}
+    gpus: dict[str, Value] = {"gpus": list(settings.gpus)} if settings.gpus else {}
+    return {"count": settings.instances, "kind": Symbol("KIND_GPU"), **gpus}
 
 
 def _warm_up(role: Role, batch: int, rows: int) -> Message:
@@ -140,7 +152,7 @@ def _warm_up(role: Role, batch: int, rows: int) -> Message:
     return {"name": f"batch of {rows}", "batch_size": rows, "inputs": map_entries(inputs)}
 
 
-def _parameters(manifest: Manifest, serving: Serving, gpu: bool) -> dict[str, str]:
+def _parameters(manifest: Manifest, settings: Settings, gpu: bool) -> dict[str, str]:
     """Of the newest version; what a client needs to ask for the right thing, and an operator to know what runs."""
     sampler = manifest.sampler
     found = {
@@ -156,6 +168,6 @@ def _parameters(manifest: Manifest, serving: Serving, gpu: bool) -> dict[str, st
         "tfmq.steps": str(sampler.steps),
         "tfmq.guidance_scale": f"{sampler.guidance_scale:g}",
     }
-    if not gpu and serving.threads:
-        found["intra_op_thread_count"] = str(serving.threads)
+    if not gpu and settings.threads:
+        found[THREADS] = str(settings.threads)
     return found

@@ -35,6 +35,7 @@ class OrtRunner:
         integer: False computes QDQ graphs in floating point, node by node: the reference numerics.
         optimized_to: Where to write the graph as ONNX Runtime runs it; weights go to ``weights.bin`` beside it.
         provider: "cpu" or "cuda".
+        weights_in: Folder of the weights that lie outside the graph, where it is not the graph's own.
     Raises:
         LoadError: there is no such file.
         BuildError: ONNX Runtime refuses the graph, or cannot start the provider.
@@ -48,6 +49,7 @@ class OrtRunner:
         integer: bool = True,
         optimized_to: Path | None = None,
         provider: str = "cpu",
+        weights_in: Path | None = None,
     ) -> None:
         if provider not in PROVIDERS:
             raise ConfigError(f"provider {provider!r} is unknown; use one of {', '.join(PROVIDERS)}")
@@ -69,6 +71,10 @@ class OrtRunner:
             entry = "session.optimized_model_external_initializers_"
             options.add_session_config_entry(f"{entry}file_name", "weights.bin")
             options.add_session_config_entry(f"{entry}min_size_in_bytes", "1024")
+        # ONNX Runtime looks for weights elsewhere only where it is given the graph itself and not its path.
+        source = str(model_path) if weights_in is None else model_path.read_bytes()
+        if weights_in is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_in))
         self._path = model_path
         self._errors = _engine_errors()
         wanted = PROVIDERS[provider]
@@ -79,7 +85,7 @@ class OrtRunner:
             )
         try:
             # ORT's own fallback would change the engine behind the caller's back.
-            session = ort.InferenceSession(str(model_path), options, providers=names, enable_fallback=0)
+            session = ort.InferenceSession(source, options, providers=names, enable_fallback=0)
         except self._errors as error:
             raise BuildError(
                 f"{model_path}: ONNX Runtime refuses this graph: {one_line(error)}; compile it again for target ort-cpu"

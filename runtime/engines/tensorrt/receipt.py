@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tfmq_export.bundle.manifest import Bundle, LayerInfo
 from tfmq_export.errors import BuildError, DependencyError
 from tfmq_export.recipe.names import layer_named, node_name
+from tfmq_export.runtime.graph_file import read_model
 from tfmq_export.runtime.measure.receipt import LayerReceipt, Receipt, total_macs
 
 if TYPE_CHECKING:
@@ -78,12 +79,13 @@ def realized_on_tensorrt(
 
     path, profiles = (model, (Profile(),)) if isinstance(model, Path) else (model.model, step_profiles(model.manifest))
     options = options or BuildOptions(profiles=profiles)
+    facts = read_facts(path, options)  # first: the library's parser follows links out of the graph's folder
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         build = build_engine(path, Path(folder) / "engine", options)
     if not build.layers:
         raise BuildError(f"{path}: the build log of {options.flavour} {build.version} lists no layers")
     total = total_macs(requested, macs)
-    return receipt_of_engine(build.layers, requested, total, read_facts(path, options))
+    return receipt_of_engine(build.layers, requested, total, facts)
 
 
 def receipt_of_engine(
@@ -110,14 +112,12 @@ def receipt_of_engine(
 def read_facts(path: Path, options: "BuildOptions") -> GraphFacts:
     """Read a graph without its weights, and lint it."""
     try:
-        import onnx
-
         from tfmq_export.runtime.engines.tensorrt.building.lint import lint_model
         from tfmq_export.runtime.engines.tensorrt.building.qdq_view import QdqView, name_of
         from tfmq_export.runtime.engines.tensorrt.building.quantized_operands import LAYERS, is_quantized
     except ImportError as error:
         raise DependencyError("onnx is not installed; pip install onnx") from error
-    model = onnx.load(path, load_external_data=False)
+    model = read_model(path)
     view = QdqView(model, path.parent)
     nodes = [node for node in view.nodes if node.op_type in LAYERS]
     findings: dict[str, str] = {}

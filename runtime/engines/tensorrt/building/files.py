@@ -131,13 +131,14 @@ def _build(
     """Build an engine under a temporary name, and say what it will be in the bundle."""
     folder = graph.parent / "engines"
     folder.mkdir(exist_ok=True)
+    facts = read_facts(graph, options)  # first: the library's parser follows links out of the graph's folder
     build = build_engine(graph, folder / ".new.engine", options)
     try:
         if not build.layers and build.flavour == AHEAD:
             raise BuildError(f"{graph}: the build log of {build.flavour} {build.version} lists no layers")
         macs = bundle.manifest.macs
         if build.layers:
-            receipt = receipt_of_engine(build.layers, layers, macs, read_facts(graph, options))
+            receipt = receipt_of_engine(build.layers, layers, macs, facts)
         else:
             receipt = Receipt(tuple(LayerReceipt(layer, (), UNPROVEN) for layer in layers), (), macs)
         size = build.path.stat().st_size

@@ -21,6 +21,7 @@ from tfmq_export.runtime.engines.tensorrt.building.quantized_operands import (
     operands_of,
     reads_channels_of,
 )
+from tfmq_export.runtime.graph_file import read_model
 
 OPSETS = range(19, 24)
 _UNSIGNED = frozenset({TensorProto.UINT4, TensorProto.UINT8, TensorProto.UINT16})
@@ -86,7 +87,7 @@ def lint_model(
 
 def lint_file(path: Path, *, profiled: Collection[str] = ()) -> tuple[Finding, ...]:
     """``lint_model`` of a file; weights stay on disk."""
-    return lint_model(onnx.load(path, load_external_data=False), folder=path.parent, profiled=profiled)
+    return lint_model(read_model(path), folder=path.parent, profiled=profiled)
 
 
 def raise_if_any(findings: Sequence[Finding], target: str) -> None:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from tfmq_export.bundle.manifest import Bundle
-from tfmq_export.errors import DependencyError
 from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, step_profiles
 from tfmq_export.runtime.engines.tensorrt.tensors import ShapeRange
+from tfmq_export.runtime.measure.operations import read_graph
 
 SCRIPT = "tfmq/build_tensorrt.sh"
 """Its place in a bundle."""
@@ -63,13 +63,8 @@ def _command(bundle: Bundle, graph: Path, profile: Profile) -> str:
 
 def _varying(graph: Path, profile: Profile) -> dict[str, ShapeRange]:
     """Shapes of the inputs that may vary."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise DependencyError("onnx is not installed; pip install onnx") from error
-    model = onnx.load(graph, load_external_data=False)
     found = {}
-    for value in model.graph.input:
+    for value in read_graph(graph).input:
         sizes = [axis.dim_value if axis.HasField("dim_value") else None for axis in value.type.tensor_type.shape.dim]
         if None in sizes:
             rest = tuple(size or 1 for size in sizes[1:])
