@@ -1,7 +1,7 @@
 """Networks in the shapes people deploy, with random weights: nothing is downloaded, and speed is the same.
 
     python tools/shapes.py sd out/sd.safetensors        # the weights, which every command takes as the model
-    tfmq-export out/sd.safetensors --factory tools.shapes:sd --steps 4 -o out/sd --min-psnr -100 --min-sqnr -100
+    tfmq-export out/sd.safetensors --factory tools.shapes:sd --config tools/shapes.toml --steps 4 -o out/sd
     tfmq-bench out/sd --against out/sd.safetensors --factory tools.shapes:sd --accuracy
 
 A DDPM U-Net, a latent U-Net with cross-attention as in Stable Diffusion, and a class-conditional DiT (``ddpm``, ``sd``,
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
@@ -194,4 +195,5 @@ def _gains(channels: int) -> Tensor:
 if __name__ == "__main__":
     _, name, weights = sys.argv
     module, _ = globals()[name]()
+    Path(weights).parent.mkdir(parents=True, exist_ok=True)
     save_file(module.state_dict(), weights)

@@ -179,11 +179,10 @@ def test_a_shape_is_compiled_and_compared_with_every_peer(peers: tuple[str, ...]
         pytest.skip("nncf is not installed; pip install -e '.[peers]'")
     weights, out, figures = tmp_path / "dit.safetensors", tmp_path / "out", tmp_path / "bench.json"
     save_file(shapes.tiny_dit()[0].state_dict(), weights)
-    sizes = ["--steps", "3", "--calibration-images", "4", "--validation-images", "1", "--effort", "fast"]
-    no_gate = ["--min-psnr", "-100", "--min-sqnr", "-100"]
+    settings = Path(shapes.__file__).with_suffix(".toml")
     model = ["--factory", "shapes:tiny_dit", "-q"]
 
-    made = run("export", weights, "-o", out, *model, *sizes, *no_gate)
+    made = run("export", weights, "-o", out, *model, "--config", settings, "--steps", 3)
     baselines = ",".join(("ort-fp32", *peers, "torch"))
     done = run(
         "bench", out, "--against", weights, *model, "--baselines", baselines,
