@@ -20,6 +20,7 @@ from tfmq_export.runtime import load
 from tfmq_export.runtime.measure.compare import sqnr_db
 
 SIZES = ["--calibration-images", "2", "--validation-images", "2", "--steps", "3", "--effort", "fast"]
+SIZES += ["--les", "off"]  # the slow part of "fast", and not what the commands are about
 NO_GATE = ["--min-psnr", "-100", "--min-sqnr", "-100"]  # random weights draw nothing worth comparing
 
 
@@ -69,15 +70,16 @@ def test_a_recipe_decides_the_name_and_refuses_to_be_another(
 
     again = run("export", packed, "--recipe", "made", "-q", *SIZES, *NO_GATE)
     other = run("export", packed, "--recipe", "made", "--preset", "w8a8", "-q", *SIZES)
-    scaled = run("export", packed, "--recipe", "made", "--les", "off", "-q", *SIZES)
+    ranged = run("export", packed, "--recipe", "made", "--estimator", "minmax", "-q", *SIZES)
 
     assert (made.exit_code, again.exit_code) == (0, 0), made.output + again.output
     assert [path.name for path in Path("out").iterdir()] == [f"{packed.parent.name}-w4a8"]
-    assert (other.exit_code, scaled.exit_code) == (2, 2)
+    assert (other.exit_code, ranged.exit_code) == (2, 2)
     assert "preset w8a8: the recipe was made with w4a8" in other.output
-    assert "les off: the recipe was made with uniform" in scaled.output
+    assert "estimator minmax: the recipe was made with mse" in ranged.output
 
 
+@pytest.mark.slow  # test_targets.py shows the same of larger models, from Python
 def test_a_bundle_for_openvino_runs_in_its_integers_and_on_onnxruntime(packed: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     out = tmp_path / "out"

@@ -170,7 +170,7 @@ def compiled(preset: str, prologue: bool) -> tuple[tempfile.TemporaryDirectory, 
     return folder, tfmq_export.compile(MODELS["text"](), Path(folder.name) / "out", config, recipe=recipe)
 
 
-@pytest.mark.parametrize("preset", ["fp32", "w4a8"])
+@pytest.mark.parametrize("preset", [pytest.param("fp32", marks=pytest.mark.slow), "w4a8"])
 def test_a_bundle_in_two_graphs_is_written_proved_and_samples(preset: str) -> None:
     denoiser = described("text")
     root = compiled(preset, True)[1].bundle.root
@@ -235,7 +235,8 @@ def test_labels_and_real_timesteps_of_a_transformer(tmp_path: Path) -> None:
             assert loaded(x, t, prompt=prompt).tobytes() == given.tobytes()
 
 
-@pytest.mark.parametrize("preset", ["fp32", pytest.param("w8a8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fp32", "w8a8"])
 def test_the_conditional_example(preset: str, tmp_path: Path) -> None:
     config = CompileConfig(
         preset=preset, effort="fast", calibration_images=2, validation_images=2, prologue=True, thresholds=ANYTHING

@@ -64,7 +64,7 @@ def with_its_last_block_cut_short(checkpoint: Path) -> None:
     last.write_bytes(last.read_bytes()[:-7])
 
 
-@pytest.mark.parametrize("damage", [as_it_is, with_its_last_block_cut_short])
+@pytest.mark.parametrize("damage", [as_it_is, pytest.param(with_its_last_block_cut_short, marks=pytest.mark.slow)])
 def test_a_resumed_run_makes_the_recipe_of_an_uninterrupted_one(
     model: Path, uninterrupted: Path, killed: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
