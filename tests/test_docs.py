@@ -224,7 +224,9 @@ def test_every_option_that_is_named_is_one(page: Path) -> None:
     assert not sorted(named - options() - OTHERS)
 
 
-OTHERS = frozenset({"--cache-config", "--check", "--help", "--model-control-mode", "--no-deps", "--strict"})
+OTHERS = frozenset(
+    {"--cache-config", "--check", "--help", "--model-control-mode", "--no-deps", "--getPlanVersionOnly", "--strict"}
+)
 """Of pip, ruff, mkdocs and Triton's server."""
 
 
