@@ -196,6 +196,21 @@ def test_what_says_nothing_is_let_pass_and_the_form_of_the_result_is_the_callers
     torch.testing.assert_close(same.float(), result.sample, rtol=0, atol=0)
 
 
+def test_bfloat16_is_cast_and_answered_in_kind(pipeline: Any) -> None:
+    half = LATENTS.bfloat16()
+
+    result = pipeline.unet(half, 751, torch.zeros(2, 8, 16, dtype=torch.bfloat16)).sample
+
+    expected = pipeline.unet(half.float(), 751, torch.zeros(2, 8, 16)).sample
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result, expected.bfloat16(), rtol=0, atol=0)
+
+
+def test_a_sample_that_is_not_finite_is_refused(pipeline: Any) -> None:
+    with pytest.raises(ConfigError, match="sample: holds NaN or infinity"):
+        pipeline.unet(LATENTS * float("nan"), 751, torch.zeros(2, 8, 16))
+
+
 def test_it_has_the_attributes_that_pipelines_read(diffusion: Compiled, pipeline: Any) -> None:
     denoiser = pipeline.unet
 

@@ -1,0 +1,60 @@
+"""What was measured against what is demanded."""
+
+import math
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from tfmq_export.config import Thresholds
+from tfmq_export.errors import AccuracyError
+from tfmq_export.proof.validate import Subject, judge
+from tfmq_export.runtime.measure.compare import Comparison, Metric
+
+TIB = SimpleNamespace(source="table", stored="fp32")
+SUBJECT = cast("Subject", SimpleNamespace(recipe=SimpleNamespace(preset="w8a8"), carried_out=SimpleNamespace(tib=TIB)))
+GOOD = dict.fromkeys(Metric, 60.0) | {
+    Metric.FINITE: 1.0,
+    Metric.IMAGE_SSIM: 1.0,
+    Metric.FEATURE_COSINE: 1.0,
+    Metric.TABLE_EXACTNESS: 1.0,
+}
+
+
+def report_of(**changes: float) -> Any:
+    values = GOOD | {Metric[name]: value for name, value in changes.items()}
+    return judge({metric: Comparison(metric, (value,)) for metric, value in values.items()}, SUBJECT, Thresholds())
+
+
+def test_what_meets_every_bound_passes() -> None:
+    report_of().raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "named"),
+    [
+        ("FINITE", 0.999, "finite share of the images"),
+        ("IMAGE_PSNR", 17.9, "image PSNR"),
+        ("IMAGE_PSNR", math.nan, "image PSNR"),
+        ("STEP_SQNR", 19.0, "noise-prediction SQNR"),
+        ("KERNELS", 17.0, "integer kernels against the graph"),
+        ("KERNELS_AT_ENDS", 17.0, "integer kernels at the ends"),
+        ("SERVED_IMAGES", 24.0, "images as served"),
+        ("FEATURE_COSINE", 0.99, "temporal feature cosine"),
+        ("TABLE_EXACTNESS", 0.9, "temporal table exactness"),
+        ("LOCK_STEP", 39.0, "lock-step"),
+    ],
+)
+def test_each_bound_is_held_alone(metric: str, value: float, named: str) -> None:
+    report = report_of(**{metric: value})
+
+    assert len(report.failed) == 1
+    with pytest.raises(AccuracyError, match=named):
+        report.raise_if_failed()
+
+
+def test_infinite_images_fail_whatever_their_distance() -> None:
+    # Two equal infinities are infinitely near to each other.
+    report = report_of(FINITE=0.0, IMAGE_PSNR=math.inf)
+
+    assert [verdict.metric for verdict in report.failed] == [Metric.FINITE]
