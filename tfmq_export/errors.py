@@ -83,3 +83,9 @@ class PrecisionError(TfmqError):
     """The precision realized by the backend is not the one asked for."""
 
     exit_code = 6
+
+
+def first_line(error: BaseException) -> str:
+    """One line of somebody else's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from nets.handwritten import captured, own_copy, probe
+from nets.handwritten import captured, probe
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -153,7 +153,7 @@ def test_a_reason_for_all_does_not_hide_an_obstacle() -> None:
 
 def test_spelling_out_twice_is_spelling_out_once() -> None:
     _, program = captured("dit")
-    once = spell_attention(own_copy(program))
+    once = spell_attention(program)
 
     again = spell_attention(once)
 

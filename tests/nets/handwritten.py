@@ -3,10 +3,9 @@
 Each ``build_*`` is a factory for ``--factory nets.handwritten:build_*``; weights are random and seeded.
 """
 
-import copy
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -315,11 +314,6 @@ def silent(done: int, total: int) -> None:
     """No progress."""
 
 
-def own_copy(program: DiffusionProgram) -> DiffusionProgram:
-    """Splitting skip concatenations changes a program in place, and ``captured`` is shared."""
-    return replace(program, module=copy.deepcopy(program.module))
-
-
 def quantized(
     name: str, weight_bits: int, activation_bits: int, method: Method = PLAIN, seed: int = 0, progress: Step = silent
 ) -> Quantized:
@@ -329,7 +323,7 @@ def quantized(
     plan = QuantPlan(
         "test", weight_bits, activation_bits, method, find_effort("fast", weight_bits), frozenset({"conv"}), seed=seed
     )
-    subject = prepare(own_copy(program), denoiser, steps, plan, {})
+    subject = prepare(program, denoiser, steps, plan, {})
     return Quantized(denoiser, subject.program, steps, quantize(subject, plan, progress))
 
 

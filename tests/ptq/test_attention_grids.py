@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nets.handwritten import PLAIN, Quantized, captured, own_copy, quantized, silent
+from nets.handwritten import PLAIN, Quantized, captured, quantized, silent
 from torch import Tensor
 
 from tfmq_export.capture.rewrites.spell_attention import OFF
@@ -94,7 +94,7 @@ def test_a_coarser_factor_is_a_larger_error(side: str) -> None:
 def test_a_resumed_run_lays_the_same_grids(tmp_path: Path) -> None:
     made = with_attention()
     plan = QuantPlan("test", 8, 8, method(attention="integer"), find_effort("fast", 8), frozenset({"conv"}))
-    subject = prepare(own_copy(captured("dit")[1]), made.denoiser, made.steps, plan, {})
+    subject = prepare(captured("dit")[1], made.denoiser, made.steps, plan, {})
 
     for resume in (False, True):
         with Checkpoint(tmp_path / "kept", {}, resume=resume) as checkpoint:

@@ -29,7 +29,7 @@ from tfmq_export.capture.dependences import (
     find_temporal_features,
 )
 from tfmq_export.capture.device import device_of
-from tfmq_export.errors import ExportError
+from tfmq_export.errors import ExportError, first_line
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -155,9 +155,8 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
             exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=dynamic, strict=False)
             program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     except Exception as error:  # torch.export has no common base; whatever it raises comes from the model
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(
-            f"{denoiser.source}: torch.export cannot capture this module: {first}; "
+            f"{denoiser.source}: torch.export cannot capture this module: {first_line(error)}; "
             "replace data-dependent Python control flow in forward() by tensor operations"
         ) from error
     assert program is not None

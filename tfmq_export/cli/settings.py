@@ -1,15 +1,15 @@
 """Options that are settings: each is a field of ``CompileConfig``, described there and nowhere else."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, ByteSize
+from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from tfmq_export.config import PRESETS, CompileConfig, Method, Thresholds
+from tfmq_export.config import PRESETS, TABLES, CompileConfig
 from tfmq_export.target import TARGETS
 
 FLAGS = {
@@ -23,7 +23,6 @@ FLAGS = {
 }
 """The table of the configuration that an option belongs to, in the order of ``--help``; "" is the configuration's own.
 Every other setting is reached by ``--config``."""
-TABLES: Mapping[str, type[BaseModel]] = {"": CompileConfig, "method": Method, "thresholds": Thresholds}
 NAMED = {"preset": tuple(PRESETS), "target": tuple(TARGETS)}
 
 
@@ -60,7 +59,7 @@ def key_of(name: str) -> str:
 
 def _option(name: str) -> Any:
     """The annotation that typer reads."""
-    field = TABLES[FLAGS[name]].model_fields[name.removeprefix("min_")]
+    field = TABLES.get(FLAGS[name], CompileConfig).model_fields[name.removeprefix("min_")]
     kind, default = _kind(field), field.get_default()
     flag = f"--{name.replace('_', '-')}"
     help_text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}."

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tfmq_export.bundle.pipeline_folder import find_components, read_index
 from tfmq_export.capture.program import quiet_logger
 from tfmq_export.config import Components
-from tfmq_export.errors import ConfigError, DependencyError, ExportError
+from tfmq_export.errors import ConfigError, DependencyError, ExportError, first_line
 
 OPSET = 20
 EXPORTED: Mapping[str, str] = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
@@ -171,5 +171,6 @@ def _export(part: Part, path: Path) -> None:
                 verbose=False,
             )
     except Exception as error:  # torch.export has no common base
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"{path.parent.name}: cannot be captured: {first}; take --components link") from error
+        raise ExportError(
+            f"{path.parent.name}: cannot be captured: {first_line(error)}; take --components link"
+        ) from error

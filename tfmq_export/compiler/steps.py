@@ -1,7 +1,7 @@
 """The steps of the compiler: capture, then ``quantize``, ``lower``, ``write`` and ``prove``.
 
-Each takes plain data and gives plain data, and none knows of another. ``chain.compile_model`` is all of them in a
-row; whoever wants many bundles of one model calls them:
+Each takes plain data and gives plain data. ``chain.compile_model`` is all of them in a row; whoever wants many bundles
+of one model calls them:
 
     made = quantize("model.pt", CompileConfig(preset="w4a8"))
     for target in ("ort-cpu", "openvino"):

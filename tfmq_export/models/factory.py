@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from tfmq_export.bundle.manifest import SamplerInfo
 from tfmq_export.capture.denoiser import Denoiser, Description
-from tfmq_export.errors import ConfigError, LoadError
-from tfmq_export.models.folder import first_line
+from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.models.model_pt import read_tensors
 from tfmq_export.models.prompts import effective_scale
 from tfmq_export.models.schedulers import scheduler_config

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from safetensors import SafetensorError
 from torch import nn
 
 from tfmq_export.bundle.pipeline_folder import is_pipeline
-from tfmq_export.errors import LoadError
+from tfmq_export.capture.program import quiet_logger
+from tfmq_export.errors import LoadError, first_line
 from tfmq_export.models.diffusers_model import TRANSFORMER, UNET, class_of
 from tfmq_export.models.weights import require_finite, require_float_files, require_keys
 
@@ -34,11 +34,15 @@ def read_folder(root: Path) -> tuple[nn.Module, dict[str, Any]]:
         why = "only pickled weights, which could run code" if pickled else f"no {WEIGHTS}"
         raise LoadError(f"{component}: {why}; save the model with save_pretrained(safe_serialization=True)")
     require_float_files(files)
-    diffusers.logging.set_verbosity_error()  # what it warns of at length is an error here, in one line
     try:
-        model, found = known.from_pretrained(
-            component, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
+        with quiet_logger("diffusers"):  # what it warns of at length is an error below, in one line
+            model, found = known.from_pretrained(
+                component,
+                local_files_only=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise LoadError(f"{component}: cannot load {name}: {first_line(error)}") from error
     require_keys(found["missing_keys"], found["unexpected_keys"], component)
@@ -64,9 +68,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LoadError(f"{path}: expected a JSON object")
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """One line of somebody else's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

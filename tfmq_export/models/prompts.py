@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tfmq_export.capture.denoiser import Conditioning
-from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.errors import ConfigError, LoadError, first_line
 
 UNCONDITIONAL = ".unconditional"
 """Behind an input's name in a file: its "no prompt" value."""
@@ -98,8 +98,7 @@ def read_prompts(path: Path, guidance_scale: float | None) -> PromptSet:
         else:
             arrays = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoadError(f"{path}: not a readable safetensors file: {first}") from error
+        raise LoadError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
     return PromptSet(
         {name: value for name, value in arrays.items() if not name.endswith(UNCONDITIONAL)},
         {name.removesuffix(UNCONDITIONAL): value for name, value in arrays.items() if name.endswith(UNCONDITIONAL)},
