@@ -168,8 +168,7 @@ def _run_row(args: argparse.Namespace, preset: str, effort: str, group: str, nam
     def denoise(sample: Tensor, timestep: object, /, **given: Tensor) -> Tensor:
         return simulation(denoiser.inputs(sample, timestep, given))
 
-    noise, prompts = denoiser.noise(args.images, 1), denoiser.prompts(args.images)
-    _, images = record(denoiser, denoise, noise, prompts, lambda done, total: None)
+    _, images = record(denoiser, denoise, denoiser.runs(args.images, 1), lambda done, total: None)
     wanted, found, peak_value = as_images(reference, images)
     per_step = [sqnr_db(step.prediction[:8].numpy(), simulation(_first(step, denoiser)).numpy()) for step in seen.calls]
     result = {
@@ -203,8 +202,7 @@ def _full_precision(args: argparse.Namespace, denoiser: Denoiser, config: Compil
     path = args.output / f"full-precision-{calibration_images(config)}-{args.images}.pt"
     if not path.exists():
         there = replace(denoiser, module=module_on(denoiser.module, find_device(args.device)))
-        noise, prompts = denoiser.noise(args.images, 1), denoiser.prompts(args.images)
-        drawn = there.sampler(there.module_denoise(), noise, prompts)
+        drawn = torch.cat([run(there.module_denoise()) for run in there.runs(args.images, 1)])
         seen = observe(denoiser, config)
         calls = [(dict(step.inputs), step.prediction) for step in seen.calls]
         partial = path.with_suffix(f".{os.getpid()}")

@@ -80,7 +80,7 @@ class Canvas:
     def draw(self, denoise: Denoise, nudge: float = 0.0) -> Tensor:
         """Images by any stand-in for the model, [N, ...]."""
         noise = self.noise * (1 + nudge)
-        return record(self.denoiser, denoise, noise, self.prompts, _quiet)[1]
+        return record(self.denoiser, denoise, [lambda by: self.denoiser.sampler(by, noise, self.prompts)], _quiet)[1]
 
     def similarity(self, a: Tensor, b: Tensor) -> float:
         """PSNR, dB: mean over the images."""

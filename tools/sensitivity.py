@@ -113,8 +113,8 @@ def _images_by_part(
         "all but first and last layer": lambda layer, part: layer.name not in (first, last),
         "all": lambda layer, part: True,
     }
-    noise, prompts = denoiser.noise(count, 1), denoiser.prompts(count)
-    _, reference = record(denoiser, denoiser.module_denoise(), noise, prompts, _quiet)
+    runs = denoiser.runs(count, 1)
+    _, reference = record(denoiser, denoiser.module_denoise(), runs, _quiet)
     parts = {}
     for name, chosen in rows.items():
 
@@ -122,7 +122,7 @@ def _images_by_part(
             inputs = denoiser.inputs(sample, timestep, given)
             return first_tensor(Partial(program, recipe, chosen).run(*inputs.values()))
 
-        _, images = record(denoiser, denoise, noise, prompts, _quiet)
+        _, images = record(denoiser, denoise, runs, _quiet)
         values = psnr(*as_images(reference, images))
         parts[name] = [round(float(value), 2) for value in (values.mean(), np.median(values), values.min())]
         mean, median, worst = parts[name]

@@ -20,9 +20,8 @@ SHAPE = (2, 3, 8, 8)
 
 
 def notes_of(denoiser: Denoiser, images: int = 4) -> list[str]:
-    noise, prompts = denoiser.noise(images, 1), denoiser.prompts(images)
-    trajectory, drawn = record(denoiser, denoiser.module_denoise(), noise, prompts, lambda done, total: None)
-    return look_at(denoiser, noise, trajectory, drawn)
+    trajectory, drawn = record(denoiser, denoiser.module_denoise(), denoiser.runs(images, 1), lambda done, total: None)
+    return look_at(denoiser, 1, trajectory, drawn)
 
 
 class Guess(nn.Module):
@@ -81,8 +80,8 @@ def test_noise_drawn_on_the_way_is_the_same_in_every_run() -> None:
         return x + torch.randn_like(x)
 
     denoiser = probe(Guess(0.5), sampler=ancestral)
-    noise = denoiser.noise(2, 0)
-    first, second = (record(denoiser, denoiser.module_denoise(), noise, {}, lambda done, total: None) for _ in "12")
+    runs = denoiser.runs(2, 0)
+    first, second = (record(denoiser, denoiser.module_denoise(), runs, lambda done, total: None) for _ in "12")
 
     assert torch.equal(first[1], second[1])
     assert notes_of(denoiser) == []

@@ -62,6 +62,48 @@ class SamplerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LeafInfo:
+    """A value inside the arguments of a call of the model's own ``forward``.
+
+    Attributes:
+        path: Name of the argument, and behind it the keys and positions inside.
+        input: Name of the graph's input that it is; empty for a constant of the graph.
+        fold: Rows of the value's axis 0 for each row of the sample; 0 where it has no such axis.
+        constant: Of a constant, ``fingerprint_of`` its value.
+    """
+
+    path: tuple[str | int, ...]
+    input: str = ""
+    fold: int = 0
+    constant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CallInfo:
+    """How the model's own ``forward`` is called, so that the graph can stand in its place.
+
+    Attributes:
+        leaves: All values inside the arguments, in the order of the arguments.
+        rows_per_image: Rows of the sample for each image: 2 where guidance puts both halves in one call; 0 unknown.
+        calls_per_step: Calls of the model at each timestep: 2 where each half of guidance is a call of its own.
+    """
+
+    leaves: tuple[LeafInfo, ...]
+    rows_per_image: int = 0
+    calls_per_step: int = 1
+
+
+def fingerprint_of(value: object) -> str:
+    """Tells one constant argument from another, whatever floating-point type an array has."""
+    if not isinstance(value, np.ndarray):
+        return repr(value)
+    array = np.ascontiguousarray(value, np.float64 if value.dtype.kind == "f" else value.dtype)
+    digest = hashlib.sha256(f"{array.dtype.kind} {array.shape}".encode())
+    digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerInfo:
     """One layer and the precision asked for; widths of 0 mean floating point."""
 
@@ -183,6 +225,7 @@ class Manifest:
         tables: What rows of temporal tables are stored in: "fp32", "fp16" or "int8".
         engines: Built from the bundle's graphs.
         parts: Output channels of each node that a layer became, for layers computed in parts, by the layer's name.
+        call: Where the model was recorded in its pipeline, how it is called there.
     """
 
     version: str
@@ -207,6 +250,7 @@ class Manifest:
     tables: TableType = "fp32"
     engines: tuple[EngineInfo, ...] = ()
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    call: CallInfo | None = None
     schema: int = SCHEMA
 
     def input(self, role: str) -> tuple[InputInfo, ...]:

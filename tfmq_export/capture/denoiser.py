@@ -6,19 +6,23 @@ that loaders produce and every later step reads.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tfmq_export.bundle.manifest import SamplerInfo
+from tfmq_export.bundle.manifest import CallInfo, SamplerInfo
 from tfmq_export.capture.device import device_of
 from tfmq_export.errors import ConfigError, ExportError
 from tfmq_export.recipe.timesteps import TimestepSet
 
 Conditioning = Mapping[str, Tensor]
+
+SEEDS = 1000
+"""Images of one seed begin with seeds of their own, so many apart from those of the next."""
 
 
 class Denoise(Protocol):
@@ -31,6 +35,27 @@ class Denoise(Protocol):
 
 Sampler = Callable[[Denoise, Tensor, Conditioning], Tensor]
 """Draws images: ``sampler(denoise, noise, conditioning) -> images``, all with a batch axis in front."""
+
+Run = Callable[[Denoise], Tensor]
+"""Draws some images together with whatever predicts, [N, ...]; the same ones each time."""
+
+
+@runtime_checkable
+class SeededSampler(Protocol):
+    """Draws images that begin with a seed: a whole pipeline, or the user's own code, which make their own noise."""
+
+    @property
+    def together(self) -> int:
+        """How many images one run draws at most."""
+        ...
+
+    def draw(self, denoise: Denoise, seeds: Sequence[int], *, pictures: bool = False) -> Tensor:
+        """Draw an image for each seed, [N, ...].
+
+        Args:
+            pictures: As people look at them, where the model works on latents.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +96,7 @@ class Denoiser:
         sample: Name of the sample argument.
         timestep: Name of the timestep argument.
         timesteps: The finite set the sampler visits.
-        sampler: Draws images, guidance included.
+        sampler: Draws images, guidance included: from noise that it is given, or from seeds.
         sampler_info: The same in words, for the manifest.
         conditioning: Values to calibrate with, [examples, ...] by argument name.
         unconditional: The "no prompt" value by argument name; empty where there is none.
@@ -80,6 +105,8 @@ class Denoiser:
         scheduler_config: Of the diffusers scheduler, where there is one.
         source: Name of the file or folder it came from.
         pipeline: The pipeline folder it came from, whose other components go into the bundle.
+        call: How the model's own ``forward`` is called, where ``module`` is a flat form of it.
+        requests: What its pipeline was asked to draw, in plain data; images in turn.
     """
 
     module: nn.Module
@@ -87,7 +114,7 @@ class Denoiser:
     sample: str
     timestep: str
     timesteps: TimestepSet
-    sampler: Sampler
+    sampler: Sampler | SeededSampler
     sampler_info: SamplerInfo
     conditioning: Conditioning
     unconditional: Conditioning
@@ -96,6 +123,25 @@ class Denoiser:
     scheduler_config: Mapping[str, object] | None
     source: str
     pipeline: Path | None = None
+    call: CallInfo | None = None
+    requests: tuple[Mapping[str, object], ...] = ()
+
+    def runs(self, images: int, seed: int, *, first: int | None = None, pictures: bool = False) -> tuple[Run, ...]:
+        """What draws ``images`` images: one run, or several where a sampler draws fewer together.
+
+        Args:
+            seed: Of the starting noise.
+            first: Only so many of the images.
+            pictures: As people look at them, where the model works on latents and its pipeline can tell.
+        """
+        sampler, count = self.sampler, images if first is None else min(first, images)
+        if isinstance(sampler, SeededSampler):
+            seeds = [seed * SEEDS + number for number in range(count)]
+            parts = [seeds[start : start + sampler.together] for start in range(0, count, sampler.together)]
+            return tuple(partial(sampler.draw, seeds=part, pictures=pictures) for part in parts)
+        noise = self.noise(images, seed)[:count]
+        prompts = {name: value[:count] for name, value in self.prompts(images).items()}
+        return (lambda denoise: sampler(denoise, noise, prompts),)
 
     def noise(self, images: int, seed: int) -> Tensor:
         """Starting noise, [images, ...]; the same for a seed on every machine."""

@@ -13,6 +13,7 @@ from tfmq_export.cli.options import (
     Factory,
     Guidance,
     Model,
+    Prompts,
     Quiet,
     Scheduler,
     Steps,
@@ -39,6 +40,7 @@ def export(
     settings: Mapping[str, Any],
     steps: Steps = None,
     scheduler: Scheduler = None,
+    prompts: Prompts = None,
     conditioning: Conditioning = None,
     guidance_scale: Guidance = None,
     factory: Factory = None,
@@ -66,7 +68,7 @@ def export(
         with progress.stage("Starting"):
             from tfmq_export.compiler.chain import checkpoint_of, compile_model
             from tfmq_export.models.load import Source
-        source = Source(model, factory, steps, conditioning, guidance_scale, scheduler)
+        source = Source(model, factory, steps, conditioning, guidance_scale, scheduler, prompts)
         try:
             made = compile_model(
                 source, root, asked, recipe=recipe, resume=resume, dump_dir=dump_dir, progress=progress

@@ -32,6 +32,13 @@ Scheduler = Annotated[
     ),
 ]
 Conditioning = Annotated[Path | None, typer.Option(help="Prompt embeddings to calibrate with (safetensors).")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="List of prompts for a pipeline: one a line, or JSON lines of its call arguments.",
+        show_default="64 of our own",
+    ),
+]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.", show_default="the model's")]
 Against = Annotated[Path, typer.Option(help="The full-precision model the bundle came from.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]

@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.bundle.write import replaced_folder
 from tfmq_export.capture.device import find_device
 from tfmq_export.compiler.settings import check_settings, recipe_as_asked
 from tfmq_export.compiler.steps import Model, capture, load_model, lower, prove, quantize, reuse, write
 from tfmq_export.config import CompileConfig
+from tfmq_export.errors import ConfigError
+from tfmq_export.models.recorded.load import Draw
 from tfmq_export.progress import Progress, Silent, Step
 from tfmq_export.proof.validate import Validation
 from tfmq_export.runtime.engines.open import require_engine
@@ -35,10 +39,11 @@ class Compiled:
 
 
 def compile_model(  # noqa: PLR0913  # options of the one public entry, by keyword
-    model: Model,
+    model: Model | nn.Module,
     output: str | Path,
     config: CompileConfig | None = None,
     *,
+    draw: Draw | None = None,
     recipe: Path | None = None,
     resume: bool = False,
     dump_dir: Path | None = None,
@@ -48,8 +53,10 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
 
     Args:
         model: A path (diffusers folder, pipeline folder or ``model.pt``), a ``Source`` with more options, or any
-            module with its ``Description``.
+            module with ``draw`` or its ``Description``.
         output: The bundle's folder; an older bundle there is replaced at the very end.
+        draw: With a module alone: ``draw(seed) -> image`` runs your own sampler with the module inside. How it calls
+            the module is recorded; nothing else needs to be said.
         config: Preset, target, effort and all else that the command line knows; w8a8 for ``ort-cpu`` if None.
         recipe: Take the recipe of this bundle or file instead of quantizing again.
         resume: Go on where an interrupted run with this output and these settings stopped.
@@ -73,7 +80,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     _refuse_early(config)
     given = None if recipe is None else recipe_as_asked(recipe, config)
     kept = checkpoint_of(root)
-    denoiser = load_model(model, config.components, stages)
+    denoiser = load_model(_with_code(model, draw), config.components, stages)
     with replaced_folder(root) as partial:
         captured = capture(denoiser, stages)
         if given is None:
@@ -86,6 +93,16 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         validation = prove(made, bundle, config, seconds=stages.seconds, progress=stages)
     shutil.rmtree(kept, ignore_errors=True)  # only now is its work safe
     return Compiled(open_bundle(root), validation, stages.seconds)
+
+
+def _with_code(model: Model | nn.Module, draw: Draw | None) -> Model:
+    if not isinstance(model, nn.Module):
+        if draw is not None:
+            raise ConfigError("draw belongs to a module; a file or folder brings its own sampler")
+        return model
+    if draw is None:
+        raise ConfigError("a module alone says nothing of how images are drawn; give draw=function(seed) -> image")
+    return model, draw
 
 
 def checkpoint_of(root: Path) -> Path:

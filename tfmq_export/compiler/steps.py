@@ -32,9 +32,10 @@ from tfmq_export.compiler.prologue import cut_prologue
 from tfmq_export.compiler.settings import check_pairs, settle
 from tfmq_export.compiler.write import write
 from tfmq_export.config import CompileConfig, Components, find_preset
-from tfmq_export.errors import ConfigError, RecipeError
-from tfmq_export.models.factory import describe
+from tfmq_export.errors import RecipeError
+from tfmq_export.models.factory import denoiser_from_code
 from tfmq_export.models.load import Source, load
+from tfmq_export.models.recorded.load import Draw
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import dump_to, export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
@@ -57,8 +58,8 @@ from tfmq_export.target import find_target
 
 __all__ = ["capture", "load_model", "lower", "observe", "prove", "quantize", "reuse", "write"]
 
-Model = str | Path | Source | tuple[nn.Module, Description]
-"""A folder or file, a ``Source`` with more options, or any module with its ``Description``."""
+Model = str | Path | Source | tuple[nn.Module, Description | Draw]
+"""A folder or file, a ``Source`` with more options, or any module with ``draw(seed)`` or its ``Description``."""
 
 PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy")
 SILENT = Silent()
@@ -74,9 +75,7 @@ def load_model(model: Model, components: Components = "none", progress: Progress
     """
     with progress.stage("Loading"):
         if isinstance(model, tuple):
-            if len(model) != 2:
-                raise ConfigError("expected (module, tfmq_export.Description)")
-            denoiser = describe(*model, steps=None, source=type(model[0]).__name__)
+            denoiser = denoiser_from_code(model, None, where=type(model[0]).__name__)
         else:
             denoiser = load(model if isinstance(model, Source) else Source(Path(model)))
         check_components(denoiser.pipeline, components)

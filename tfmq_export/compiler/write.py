@@ -25,6 +25,7 @@ from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.compiler.forms import Lowered
 from tfmq_export.compiler.onnx_components import write_onnx_components
 from tfmq_export.config import Components
+from tfmq_export.models.recorded.requests import write_requests
 from tfmq_export.passes.graph import save_model
 from tfmq_export.recipe.io import save_recipe
 from tfmq_export.recipe.names import OUTPUT
@@ -59,6 +60,8 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
         if components == "onnx":
             write_onnx_components(denoiser.pipeline, root)
     save_recipe(recipe, root / "tfmq")
+    if denoiser.requests:
+        write_requests(root / "tfmq", denoiser.requests)
     if denoiser.conditioning:
         arrays = {name: value.numpy() for name, value in denoiser.conditioning.items()}
         arrays |= {f"{name}.unconditional": value.numpy() for name, value in denoiser.unconditional.items()}
@@ -84,6 +87,7 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
         files={str(path.relative_to(root)): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()},
         prologue=None if lowered.prologue is None else lowered.prologue.info,
         tables=lowered.tables,
+        call=denoiser.call,
         parts={name: sizes for report in lowered.reports for name, sizes in report.parts.items()},
     )
     write_manifest(root, manifest)

@@ -10,8 +10,10 @@ needs torch and diffusers, as the pipelines do: ``tfmq_export.runtime`` is what 
 import copy
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -23,6 +25,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tfmq_export.bundle.manifest import LeafInfo, fingerprint_of
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.recipe.timesteps import timestep_vector
 from tfmq_export.runtime.loaded import LoadedBundle, load
@@ -59,7 +62,10 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         self.loaded = loaded
         self._sample = manifest.input("sample")[0].name
         self._timestep = manifest.input("timestep")[0].name
-        self._conditioning = {info.name: info.dtype for info in manifest.input("conditioning")}
+        self._dtypes = {info.name: info.dtype for info in manifest.inputs}
+        # Without a recorded call the arguments are called like the inputs.
+        plain = tuple(LeafInfo((info.name,), info.name, 1) for info in manifest.inputs)
+        self._leaves = {leaf.path: leaf for leaf in (plain if manifest.call is None else manifest.call.leaves)}
         self._arguments = inspect.signature(model.forward)
         self.register_to_config(**config)
 
@@ -133,18 +139,13 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         """
         given = self._arguments.bind(None, *args, **named).arguments
         given.pop("self")
-        sample, timestep = given.pop(self._sample), given.pop(self._timestep, None)
-        conditioning = {name: given.pop(name) for name in self._conditioning if given.get(name) is not None}
-        for name, value in given.items():
-            if value is not None and not (isinstance(value, Mapping) and not value):
-                raise ConfigError(
-                    f"{self.loaded.bundle.root}: cannot honour {name}: the compiled graph has no such input; "
-                    "leave it out, or use the PyTorch model"
-                )
+        values = self._inputs(given)
+        sample, timestep = values.pop(self._sample), values.pop(self._timestep, None)
+        rows = len(sample)
         prediction = self.loaded(
-            _array(sample, "float32"),
-            timestep_vector(torch.as_tensor(timestep).numpy(force=True)),
-            **{name: _array(value, self._conditioning[name]) for name, value in conditioning.items()},
+            _array(sample, self._dtypes[self._sample]),
+            timestep_vector(_one_for_each(torch.as_tensor(timestep), rows).numpy(force=True)),
+            **{name: _array(self._by_row(name, value, rows), self._dtypes[name]) for name, value in values.items()},
         )
         found = torch.from_numpy(np.asarray(prediction)).to(sample.device, sample.dtype)
         if not return_dict:
@@ -152,6 +153,88 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         if self.loaded.bundle.manifest.component == "unet":
             return UNet2DConditionOutput(sample=found)
         return Transformer2DModelOutput(sample=found)
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """What pipelines enter around each half of guidance; nothing is cached here.
+
+        Args:
+            name: Of the half.
+        """
+        yield
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """Asked for at the end of a run; there is no such cache."""
+
+    @property
+    def add_embedding(self) -> SimpleNamespace:
+        """What SDXL and SVD read the width of their extra conditioning from."""
+        width = self.config["projection_class_embeddings_input_dim"]
+        return SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    def _inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The graph's inputs by name.
+
+        Raises:
+            ConfigError: an argument that the compiled graph does not have, or another constant than it was made with.
+        """
+        found = {}
+        for path, value in _values(given, ()):
+            leaf = self._leaves.get(path)
+            if leaf is not None and leaf.input:
+                if value is not None:
+                    found[leaf.input] = value
+            elif leaf is None and value is not None:
+                raise ConfigError(
+                    f"{self.loaded.bundle.root}: cannot honour {_place(path)}: the compiled graph has no such input; "
+                    "leave it out, or use the PyTorch model"
+                )
+            elif leaf is not None and path != ("return_dict",) and fingerprint_of(_plain(value)) != leaf.constant:
+                raise ConfigError(
+                    f"{self.loaded.bundle.root}: {_place(path)} is another one than the graph was compiled with, which "
+                    "holds it as a constant; compile for this size and these settings, or use the PyTorch model"
+                )
+        return found
+
+    def _by_row(self, name: str, value: Any, rows: int) -> Tensor:
+        """One row for each row of the sample."""
+        (fold,) = (leaf.fold for leaf in self._leaves.values() if leaf.input == name)
+        tensor = torch.as_tensor(value)
+        if fold > 1 and len(tensor) == rows * fold:
+            return tensor.reshape(rows, fold, *tensor.shape[1:])
+        one_for_all = self.loaded.bundle.manifest.call is not None and tensor.ndim > 0 and len(tensor) == 1
+        return tensor.expand(rows, *tensor.shape[1:]) if one_for_all else tensor
+
+
+def _values(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """The values inside nested arguments, by their paths."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _values(inner, (*path, key))
+    elif isinstance(value, list | tuple):
+        for key, inner in enumerate(value):
+            yield from _values(inner, (*path, key))
+    else:
+        yield path, value
+
+
+def _place(path: tuple[str | int, ...]) -> str:
+    first, *rest = path
+    return str(first) + "".join(f"[{key!r}]" for key in rest)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays for tensors; numpy has no bfloat16."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value.float() if value.is_floating_point() else value).numpy(force=True)
+
+
+def _one_for_each(timestep: Tensor, rows: int) -> Tensor:
+    """One timestep for each row, or one for all: models may take it repeated over tokens or frames."""
+    if timestep.numel() <= 1 or timestep.numel() == rows:
+        return timestep.reshape(-1)
+    return timestep.reshape(rows, -1)[:, 0]
 
 
 def _array(value: Tensor, dtype: str) -> NDArray[np.generic]:

@@ -19,6 +19,7 @@ from tfmq_export.capture.denoiser import Denoiser, Description
 from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.models.model_pt import read_tensors
 from tfmq_export.models.prompts import effective_scale
+from tfmq_export.models.recorded.load import Draw, denoiser_from_draw
 from tfmq_export.models.schedulers import scheduler_config
 from tfmq_export.models.walk import DiffusersSampler, require_finite_walk
 from tfmq_export.models.weights import load_weights
@@ -45,13 +46,37 @@ def load_factory(reference: str, weights: Path, steps: int | None) -> Denoiser:
     finally:
         sys.path.pop(0)
     built = factory()
-    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
-        raise LoadError(f"--factory {reference}: must return (module, tfmq_export.Description)")
-    module, description = built
+    require_pair(built, f"--factory {reference}: must return")
     if not weights.is_file():
         raise LoadError(f"{weights}: no such file; --factory takes a state_dict (.pt or .safetensors)")
-    load_weights(module, _read_state(weights), weights)
-    return describe(module, description, steps, source=weights.name)
+    load_weights(built[0], _read_state(weights), weights)
+    return denoiser_from_code(built, steps, where=weights.name)
+
+
+def require_pair(built: Any, what: str) -> None:
+    """Refuse what is no module with the code or the description that belongs to it.
+
+    Raises:
+        LoadError: says what is expected.
+    """
+    pair = isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)
+    if not pair or not (isinstance(built[1], Description) or callable(built[1])):
+        raise LoadError(
+            f"{what} (module, draw), where draw(seed) returns an image, or (module, tfmq_export.Description)"
+        )
+
+
+def denoiser_from_code(built: tuple[nn.Module, Description | Draw], steps: int | None, where: str) -> Denoiser:
+    """A module with the code that draws with it, or with a description of its inputs.
+
+    Raises:
+        LoadError, ConfigError: one of the two cannot be used; says which and why.
+    """
+    require_pair(built, "expected")
+    module, rest = built
+    if isinstance(rest, Description):
+        return describe(module, rest, steps, source=where)
+    return denoiser_from_draw(module, rest, steps, where)
 
 
 def describe(module: nn.Module, description: Description, steps: int | None, source: str) -> Denoiser:

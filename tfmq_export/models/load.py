@@ -12,6 +12,8 @@ from tfmq_export.models.factory import load_factory
 from tfmq_export.models.folder import read_folder
 from tfmq_export.models.model_pt import read_checkpoint
 from tfmq_export.models.prompts import PromptSet, read_prompts
+from tfmq_export.models.recorded.load import denoiser_from_pipeline
+from tfmq_export.models.recorded.requests import REQUESTS, read_requests
 
 DEFAULT_STEPS = 50
 
@@ -25,6 +27,7 @@ class Source:
         factory: ``package.module:build`` for any other ``nn.Module``.
         steps: Denoising steps; None takes 50, or what a factory's own sampler says.
         conditioning: safetensors file with prompt embeddings.
+        prompts: List of prompts, or of a pipeline's call arguments, for a pipeline that runs as it is.
         guidance_scale: Overrides the model's own.
         scheduler: "ddim", "euler", ..., "own" or the path of a scheduler_config.json; None takes DDIM, or the model's
             own where it was trained by flow matching.
@@ -36,11 +39,16 @@ class Source:
     conditioning: Path | None = None
     guidance_scale: float | None = None
     scheduler: str | None = None
+    prompts: Path | None = None
 
 
 def source_of(bundle: Bundle, model: Path, factory: str | None = None) -> Source:
     """The float model of a bundle, sampled the way the bundle is."""
     sampler = bundle.manifest.sampler
+    if bundle.manifest.call is not None and factory is None:
+        asked = bundle.root / "tfmq" / REQUESTS
+        prompts, kept = asked if asked.exists() else None, bundle.scheduler
+        return Source(model, steps=sampler.steps, scheduler=str(kept) if kept.exists() else None, prompts=prompts)
     if factory is not None or not bundle.scheduler.exists():
         return Source(model, factory, sampler.steps)
     stored = bundle.root / "tfmq" / "conditioning.npz"
@@ -65,6 +73,18 @@ def load(source: Source) -> Denoiser:
         return load_factory(source.factory, source.path, source.steps)
     if not source.path.exists():
         raise LoadError(f"{source.path}: no such file or folder")
+    where = "/".join(source.path.absolute().parts[-2:])
+    if is_pipeline(source.path) and source.conditioning is None:
+        return denoiser_from_pipeline(
+            source.path,
+            DEFAULT_STEPS if source.steps is None else source.steps,
+            requests=() if source.prompts is None else read_requests(source.prompts),
+            guidance_scale=source.guidance_scale,
+            scheduler=source.scheduler,
+            where=where,
+        )
+    if source.prompts is not None:
+        raise ConfigError("--prompts is for whole pipelines, which embed them; give this model --conditioning")
     if source.path.is_dir():
         model, scheduler = read_folder(source.path)
         prompts = PromptSet()
@@ -75,6 +95,5 @@ def load(source: Source) -> Denoiser:
     if source.guidance_scale is not None:
         prompts = replace(prompts, guidance_scale=source.guidance_scale)
     sampling = Sampling(DEFAULT_STEPS if source.steps is None else source.steps, source.scheduler)
-    where = "/".join(source.path.absolute().parts[-2:])
     denoiser = denoiser_of(model, scheduler, prompts, sampling, where=where)
     return replace(denoiser, pipeline=source.path if is_pipeline(source.path) else None)

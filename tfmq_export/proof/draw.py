@@ -84,11 +84,11 @@ def draw_against(bundle: Bundle, source: Source, request: Request, progress: Pro
     with progress.stage("Loading"):
         model = load(source)
     bundle.manifest.timesteps.require(model.timesteps.array, f"{bundle.root}: {model.sampler_info.kind}")
-    noise, prompts = model.noise(request.images, request.seed), model.prompts(request.images)
+    runs = model.runs(request.images, request.seed, pictures=True)
     with progress.stage("Sampling in full precision") as step:
-        _, reference = record(model, model.module_denoise(), noise, prompts, step)
+        _, reference = record(model, model.module_denoise(), runs, step)
     with load_bundle(bundle.root, threads=request.threads) as loaded, progress.stage("Sampling the bundle") as step:
-        _, compiled = record(model, bundle_denoise(loaded), noise, prompts, step)
+        _, compiled = record(model, bundle_denoise(loaded), runs, step)
     above, below, _ = as_images(reference, compiled)
     return [("full precision", above), ("compiled", below)]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.denoiser import Denoiser, SeededSampler
 from tfmq_export.models.walk import DiffusersSampler, without_variance
 from tfmq_export.ptq.walk.calibration import CalibrationStep
 from tfmq_export.runtime.measure.compare import is_picture
@@ -24,17 +24,17 @@ FEW = 4  # images to put it on
 SEED = 20
 
 
-def look_at(denoiser: Denoiser, noise: Tensor, trajectory: tuple[CalibrationStep, ...], images: Tensor) -> list[str]:
+def look_at(denoiser: Denoiser, seed: int, trajectory: tuple[CalibrationStep, ...], images: Tensor) -> list[str]:
     """What looks wrong about a float model, in sentences.
 
     Args:
-        noise: That the images were drawn from, [N, ...].
+        seed: That the images were drawn from.
         trajectory: Its calls while it drew.
         images: What it drew, [N, ...].
     """
     finite = bool(images.isfinite().all())
     notes = [
-        _own_noise(denoiser, noise, trajectory),
+        _own_noise(denoiser, denoiser.noise(len(images), seed), trajectory),
         _unvisited(denoiser, trajectory),
         _constant(images) if finite else "",
         _of_another_range(images) if finite else "",
@@ -45,6 +45,8 @@ def look_at(denoiser: Denoiser, noise: Tensor, trajectory: tuple[CalibrationStep
 
 def _own_noise(denoiser: Denoiser, noise: Tensor, trajectory: tuple[CalibrationStep, ...]) -> str:
     """The first sample should be the noise that was given, at most scaled; guidance puts it there twice."""
+    if isinstance(denoiser.sampler, SeededSampler):
+        return ""  # it was given a seed, not noise
     first = trajectory[0].inputs[denoiser.sample]
     given = noise.repeat(len(first) // len(noise), *[1] * (noise.ndim - 1))
     if first.shape == given.shape and abs(_correlation(first, given)) < 0.99:

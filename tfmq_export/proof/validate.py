@@ -152,24 +152,24 @@ def validate(
     """
     progress = progress or Silent()
     denoiser, root = subject.denoiser, subject.bundle.root
-    noise, prompts = denoiser.noise(images, seed), denoiser.prompts(images)
+    runs = denoiser.runs(images, seed, pictures=True)
+    few = denoiser.runs(images, seed, first=FEW_IMAGES, pictures=True)
     with progress.stage("Sampling in full precision") as step:
-        trajectory, reference = record(denoiser, denoiser.module_denoise(), noise, prompts, step)
+        trajectory, reference = record(denoiser, denoiser.module_denoise(), runs, step)
     with progress.stage("Looking at the float model"):
-        notes = look_at(denoiser, noise, trajectory, reference)
+        notes = look_at(denoiser, seed, trajectory, reference)
     with (
         load_bundle(root, self_test=False) as loaded,
         load_bundle(root, self_test=False, integer=False, backend="onnxruntime") as in_float,
     ):
         with progress.stage("Sampling in integers") as step:
-            _, compiled = record(denoiser, bundle_denoise(loaded), noise, prompts, step)
+            _, compiled = record(denoiser, bundle_denoise(loaded), runs, step)
         with progress.stage("Comparing step by step") as step:
             per_step = _per_step(denoiser, trajectory, loaded, step)
         with progress.stage("Checking the kernels against the graph") as step:
             kernels = compare_kernels(denoiser, trajectory, loaded, in_float)
-            few = noise[:FEW_IMAGES], {name: value[:FEW_IMAGES] for name, value in prompts.items()}
             served, defined = (
-                record(denoiser, bundle_denoise(each), *few, _part(step, part, 2))[1]
+                record(denoiser, bundle_denoise(each), few, _part(step, part, 2))[1]
                 for part, each in enumerate((loaded, in_float))
             )
             wrong = wrong_kernels(subject.bundle)
@@ -181,7 +181,7 @@ def validate(
     temporal = compare_temporal(subject.program, denoiser, subject.carried_out.tib, subject.bundle)
     finite = np.isfinite(np.stack([reference.numpy(), compiled.numpy()]))
     found = {
-        Metric.FINITE: finite.reshape(2, len(noise), -1).mean(2),
+        Metric.FINITE: finite.reshape(2, images, -1).mean(2),
         Metric.IMAGE_PSNR: psnr(reference_images, compiled_images, peak),
         Metric.STEP_SQNR: per_step,
         Metric.KERNELS: kernels.sqnr,

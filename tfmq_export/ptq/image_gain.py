@@ -46,17 +46,22 @@ def image_gain(
     Raises:
         CalibrationError: disturbed images are not finite.
     """
-    noise, prompts, plain = denoiser.noise(images, seed), denoiser.prompts(images), denoiser.module_denoise()
+    plain = denoiser.module_denoise()
     coarse = replace(denoiser, module=coarsened(denoiser.module)).module_denoise()
     with torch.random.fork_rng(devices=[]):
-        calls, reference = record(denoiser, plain, noise, prompts, lambda done, total: None, seed)
+        runs = denoiser.runs(images, seed)
+        recorded = [record(denoiser, plain, [run], _untold, seed) for run in runs]
+        calls = min((calls for calls, _ in recorded), key=len)
         edges = np.unique(np.linspace(0, len(calls), windows + 1).round().astype(int))
         logs = []
         for number, (first, stop) in enumerate(pairwise(edges.tolist())):
-            torch.manual_seed(seed)  # as record did: a sampler may draw noise of its own, the same in every run
-            disturbed = _Disturbed(plain, coarse, calls, range(first, stop))
-            moved = (denoiser.sampler(disturbed, noise, prompts) - reference).double().square().flatten(1).mean(1)
-            logs.append(float((moved / max(disturbed.power, 1e-30)).clamp_min(1e-30).log().mean()))
+            each = []
+            for run, (made, reference) in zip(runs, recorded, strict=True):
+                torch.manual_seed(seed)  # as record did: a sampler may draw noise of its own, the same in every run
+                disturbed = _Disturbed(plain, coarse, made, range(first, stop))
+                moved = (run(disturbed) - reference).double().square().flatten(1).mean(1)
+                each.append(moved / max(disturbed.power, 1e-30))
+            logs.append(float(torch.cat(each).clamp_min(1e-30).log().mean()))
             progress(number + 1, len(edges) - 1)
     if not np.isfinite(logs).all():
         raise CalibrationError(
@@ -69,6 +74,10 @@ def image_gain(
     rows = torch.from_numpy(denoiser.timesteps.rows(visited))
     total = torch.zeros(len(denoiser.timesteps), dtype=torch.float64).index_add_(0, rows, gains)
     return total / torch.bincount(rows, minlength=len(total)).clamp_min(1)
+
+
+def _untold(done: int, total: int) -> None:
+    """Recording is a small part of the work; the windows tell how far it is."""
 
 
 def weights_from(gain: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq_export.capture.denoiser import Conditioning, Denoise, Denoiser
+from tfmq_export.capture.denoiser import Denoise, Denoiser, Run
 from tfmq_export.errors import CalibrationError
 from tfmq_export.progress import Step
 
@@ -48,30 +48,51 @@ class CalibrationRows:
 
 @torch.no_grad()
 def record(
-    denoiser: Denoiser, denoise: Denoise, noise: Tensor, conditioning: Conditioning, progress: Step, seed: int = 0
+    denoiser: Denoiser, denoise: Denoise, runs: Sequence[Run], progress: Step, seed: int = 0
 ) -> tuple[tuple[CalibrationStep, ...], Tensor]:
     """Sample once and keep every model call.
 
     Args:
         denoise: Predicts, on behalf of ``denoiser``.
-        noise: [N, ...].
+        runs: From ``denoiser.runs``.
         seed: Of torch's own generator meanwhile: a sampler that draws from it draws the same in every run.
     Returns:
-        The calls in order, and the final images.
+        The calls in order, those of several runs put together where they are at the same timestep; and the images.
     """
-    steps: list[CalibrationStep] = []
+    recorded: list[list[CalibrationStep]] = []
+    images: list[Tensor] = []
 
-    def recorded(sample: Tensor, timestep: Any, /, **given: Tensor) -> Tensor:
+    def recording(sample: Tensor, timestep: Any, /, **given: Tensor) -> Tensor:
         prediction = denoise(sample, timestep, **given)
         inputs = denoiser.inputs(sample, timestep, given)
+        steps = recorded[-1]
         steps.append(CalibrationStep({name: value.clone() for name, value in inputs.items()}, prediction))
-        progress(len(steps), max(len(steps), len(denoiser.timesteps)))  # warm-ups visit some timesteps twice
+        expected = max(len(steps), len(recorded[0]), len(denoiser.timesteps))  # warm-ups visit some timesteps twice
+        progress((len(recorded) - 1) * expected + len(steps), len(runs) * expected)
         return prediction
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        images = denoiser.sampler(recorded, noise, conditioning)
-    return tuple(steps), images
+        for run in runs:
+            torch.manual_seed(seed)
+            recorded.append([])
+            images.append(run(recording))
+    return _together(denoiser, recorded), torch.cat(images)
+
+
+def _together(denoiser: Denoiser, runs: Sequence[Sequence[CalibrationStep]]) -> tuple[CalibrationStep, ...]:
+    """The calls of several runs as those of one: the first of each, the second of each, and so on."""
+    timesteps = [[float(step.inputs[denoiser.timestep].reshape(-1)[0]) for step in run] for run in runs]
+    if len(runs) == 1 or not all(each == timesteps[0] for each in timesteps):
+        return tuple(step for run in runs for step in run)
+    return tuple(_joined(steps) for steps in zip(*runs, strict=True))
+
+
+def _joined(steps: Sequence[CalibrationStep]) -> CalibrationStep:
+    given = [step.inputs for step in steps]
+    inputs = {  # a timestep without a batch axis is the same for all
+        name: torch.cat([each[name] for each in given]) if value.ndim else value for name, value in given[0].items()
+    }
+    return CalibrationStep(inputs, torch.cat([step.prediction for step in steps]))
 
 
 def calibrate(denoiser: Denoiser, *, images: int, seed: int, progress: Step) -> tuple[CalibrationStep, ...]:
@@ -80,8 +101,7 @@ def calibrate(denoiser: Denoiser, *, images: int, seed: int, progress: Step) -> 
     Raises:
         CalibrationError: the model predicted NaN or infinity.
     """
-    noise, prompts = denoiser.noise(images, seed), denoiser.prompts(images)
-    steps, _ = record(denoiser, denoiser.module_denoise(), noise, prompts, progress)
+    steps, _ = record(denoiser, denoiser.module_denoise(), denoiser.runs(images, seed), progress)
     for step in steps:
         if not step.prediction.isfinite().all():
             at = step.inputs[denoiser.timestep].reshape(-1)[0]

@@ -1,0 +1,206 @@
+"""Calls of a module as flat tensors by name, and back: the one place that knows how arguments are nested."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
+
+from tfmq_export.errors import LoadError
+
+Path = tuple[str | int, ...]
+"""Name of an argument, and behind it the keys and positions inside."""
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaf:
+    """One value inside the arguments of a call.
+
+    Attributes:
+        name: Of the flat input it is; None for a constant.
+        fold: Rows of its axis 0 for each row of the sample; 0 where it has no such axis.
+        repeated: Further axes that a timestep is repeated over, [N, *repeated].
+        value: Of a constant.
+    """
+
+    path: Path
+    name: str | None = None
+    fold: int = 0
+    repeated: tuple[int, ...] = ()
+    value: Any = None
+
+    @property
+    def place(self) -> str:
+        """The path as people write it."""
+        first, *rest = self.path
+        return str(first) + "".join(f"[{key!r}]" for key in rest)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CallPlan:
+    """What every call of a module looks like.
+
+    Attributes:
+        signature: Of its ``forward``, without self.
+        spec: How its arguments are nested.
+        leaves: In the order of ``spec``.
+        sample: Name of the noisy sample.
+        timestep: Name of the timestep.
+    """
+
+    signature: inspect.Signature
+    spec: TreeSpec
+    leaves: tuple[Leaf, ...]
+    sample: str
+    timestep: str
+
+    @property
+    def inputs(self) -> dict[str, Leaf]:
+        """The leaves that are inputs, by name."""
+        return {leaf.name: leaf for leaf in self.leaves if leaf.name is not None}
+
+    def flat(self, args: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The inputs of one call, one row per row of the sample: [N, ...], and [] for a timestep that is one number.
+
+        Raises:
+            LoadError: the call is another one than those recorded.
+        """
+        arguments, spec = flattened(self.signature, args, named)
+        if spec != self.spec:
+            raise LoadError(
+                f"the model is called with {_names(arguments)} this time, before with {_names(leaf.path for leaf in self.leaves)}"
+            )
+        return self.flat_values(arguments)
+
+    def flat_values(self, arguments: Mapping[Path, Any]) -> dict[str, Tensor]:
+        """The same of a recorded call, by path."""
+        rows = len(arguments[self.inputs[self.sample].path])
+        found = {}
+        for leaf, value in zip(self.leaves, arguments.values(), strict=True):
+            if leaf.name is None:
+                if not same(leaf.value, value):
+                    raise LoadError(f"argument {leaf.place} was the same in every recorded call and is another one now")
+                continue
+            found[leaf.name] = _unfolded(leaf, torch.as_tensor(value), rows, timestep=leaf.name == self.timestep)
+        return found
+
+    def call(self, flat: Mapping[str, Tensor]) -> inspect.BoundArguments:
+        """The arguments of one call from its inputs."""
+        values = [leaf.value if leaf.name is None else _folded(leaf, flat[leaf.name]) for leaf in self.leaves]
+        return inspect.BoundArguments(self.signature, tree_unflatten(values, self.spec))
+
+
+class FlatModule(nn.Module):
+    """A module as a function of flat tensors by name; ``flat_module`` makes one whose signature has the names."""
+
+    def __init__(self, model: nn.Module, plan: CallPlan) -> None:
+        super().__init__()
+        self.model, self.plan = model, plan
+        held = [leaf for leaf in plan.leaves if leaf.name is None and isinstance(leaf.value, Tensor)]
+        self._held = {leaf.path: f"constant_{number}" for number, leaf in enumerate(held)}
+        for leaf in held:
+            self.register_buffer(self._held[leaf.path], leaf.value, persistent=False)
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Any:
+        """What the model returns."""
+        names = [leaf.name for leaf in self.plan.leaves if leaf.name is not None]
+        flat = {**dict(zip(names, args, strict=False)), **named}
+        values = []
+        for leaf in self.plan.leaves:
+            if leaf.name is not None:
+                values.append(_folded(leaf, flat[leaf.name]))
+            else:
+                values.append(getattr(self, self._held[leaf.path]) if leaf.path in self._held else leaf.value)
+        bound = inspect.BoundArguments(self.plan.signature, tree_unflatten(values, self.plan.spec))
+        return forward_of(self.model)(*bound.args, **bound.kwargs)
+
+
+def flat_module(model: nn.Module, plan: CallPlan) -> FlatModule:
+    """A module as a function of flat tensors; ``torch.export`` reads their names off its signature."""
+
+    def forward(self: FlatModule, *args: Tensor, **named: Tensor) -> Any:
+        return FlatModule.forward(self, *args, **named)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [leaf.name for leaf in plan.leaves if leaf.name is not None]
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in ("self", *names)])  # type: ignore[attr-defined]
+    flat: FlatModule = type("FlatModule", (FlatModule,), {"forward": forward})(model, plan)
+    return flat
+
+
+@contextmanager
+def answering(module: nn.Module, reply: Forward) -> Iterator[None]:
+    """Let something else answer every call of a module: whatever calls it, and by whatever reference."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = reply
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+def forward_of(module: nn.Module) -> Forward:
+    """The module's own computation, also while something else answers for it; no hooks run."""
+    return type(module).forward.__get__(module)
+
+
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """Of its own ``forward``, without self."""
+    return inspect.signature(forward_of(module))
+
+
+def flattened(
+    signature: inspect.Signature, args: Sequence[Any], named: Mapping[str, Any]
+) -> tuple[dict[Path, Any], TreeSpec]:
+    """The values inside the arguments of a call by their paths, in order, and how they are nested."""
+    leaves, spec = tree_flatten_with_path(dict(signature.bind(*args, **named).arguments))
+    return {tuple(_key(each) for each in path): value for path, value in leaves}, spec
+
+
+def _key(step: Any) -> str | int:
+    """One step of torch's paths: a key, or a position."""
+    found: str | int = getattr(step, "key", getattr(step, "idx", str(step)))
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of a leaf are equal, number by number."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
+    if type(one) is not type(other):
+        return False
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError):  # arrays, which compare element by element
+        return one is other
+
+
+def _unfolded(leaf: Leaf, value: Tensor, rows: int, *, timestep: bool) -> Tensor:
+    """One row for each row of the sample."""
+    if not leaf.fold:
+        return value.reshape(()) if timestep else value
+    if timestep:  # the same number for all that belongs to a row
+        each = value.reshape(-1)[:: max(1, value.numel() // rows)]
+        return each.expand(rows)
+    if leaf.fold > 1:
+        return value.reshape(rows, leaf.fold, *value.shape[1:])
+    return value.expand(rows, *value.shape[1:]) if len(value) == 1 else value
+
+
+def _folded(leaf: Leaf, value: Tensor) -> Tensor:
+    if leaf.repeated:
+        return value.reshape(-1, *[1] * len(leaf.repeated)).expand(-1, *leaf.repeated)
+    if leaf.fold <= 1:
+        return value
+    return value.repeat_interleave(leaf.fold) if value.ndim == 1 else value.flatten(0, 1)
+
+
+def _names(paths: Iterable[Path]) -> str:
+    return ", ".join(Leaf(path).place for path in paths)

@@ -1,0 +1,257 @@
+"""From a model and the code that draws with it to a ``Denoiser``."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tfmq_export.bundle.manifest import SamplerInfo
+from tfmq_export.capture.denoiser import Denoiser, first_tensor
+from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.models.folder import read_json
+from tfmq_export.models.recorded.calls import CallPlan, flat_module, signature_of
+from tfmq_export.models.recorded.pipeline import (
+    TOGETHER,
+    PipelineCode,
+    call_arguments,
+    class_in_pipeline,
+    denoiser_name,
+    open_pipeline,
+    require_requests,
+)
+from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_info, images_of
+from tfmq_export.models.recorded.requests import Request, own_prompts
+from tfmq_export.models.recorded.roles import RecordedRun, plan_of
+from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
+from tfmq_export.models.weights import require_finite, require_float_files, require_keys
+from tfmq_export.recipe.timesteps import TimestepSet
+
+Draw = Callable[[int], Any]
+"""The user's own sampler: ``draw(seed) -> image``, with the module inside."""
+TELLING = 3
+"""Steps of a run that shows what changes from call to call."""
+CLOSE = 1e-3
+"""Of a prediction: what another batch size may change by rounding."""
+LEARNED = ("learned", "learned_range")
+"""Variances that a model predicts beside the noise, which DDIM does not read."""
+MANY_STEPS = "DDPMScheduler"
+"""Needs about a thousand steps; asked for fewer, its noise schedule is walked by DDIM."""
+
+
+def denoiser_from_draw(module: nn.Module, draw: Draw, steps: int | None, where: str) -> Denoiser:
+    """Record a module in the user's own sampler.
+
+    Raises:
+        LoadError: the sampler raises, never calls the module, or calls it in a way that no graph can take.
+        ConfigError: ``steps`` is not what the sampler does; or the seed says nothing.
+    """
+    module = module.eval().float().requires_grad_(False)
+
+    def code(seeds: Sequence[int], pictures: bool) -> Tensor:
+        drawn = [images_of(draw(seed), where) for seed in seeds]
+        return torch.stack([each[0] if len(each) == 1 else each for each in drawn])
+
+    recorder = Recorder(module, code, where)
+    runs = [recorder.run([seed]) for seed in (0, 0, 1)]
+    plan = plan_of(signature_of(module), runs[1:], where)
+    _require_seeded(plan, runs, where)
+    denoiser = _denoiser(recorder, plan, runs[1:], runs[1], together=1)
+    visited = len(denoiser.timesteps)
+    if steps is not None and steps != visited:
+        raise ConfigError(f"--steps {steps}, but draw() visits {visited} timesteps; set them in its own code")
+    return replace(denoiser, sampler_info=SamplerInfo("function", visited))
+
+
+def denoiser_from_pipeline(
+    root: Path,
+    steps: int,
+    *,
+    requests: Sequence[Request] = (),
+    guidance_scale: float | None = None,
+    scheduler: str | None = None,
+    where: str,
+) -> Denoiser:
+    """Record the denoiser of a pipeline folder while the pipeline runs.
+
+    Args:
+        requests: What to draw, in turn; if none, the package's own prompts where the pipeline takes a prompt.
+        scheduler: As ``choose_scheduler`` takes it; None keeps the pipeline's own.
+    Raises:
+        LoadError: a component cannot be loaded, the pipeline raises, or no graph can take its calls.
+        ConfigError: the pipeline takes no such argument, or its scheduler cannot be walked.
+    """
+    name = denoiser_name(root)
+    module = read_component(root / name if (root / name).is_dir() else root)
+    pipeline = open_pipeline(root, **{name: module})
+    chosen = _scheduler(pipeline, scheduler, steps, where)
+    code = PipelineCode(pipeline, requests, call_arguments(pipeline, steps, guidance_scale, where))
+    asked = tuple(requests) or _usual_requests(code)
+    code = replace(code, requests=asked)
+    require_requests(pipeline, asked, where)
+    runs, together = _runs(Recorder(module, _of_more_steps(code), where))
+    plan = plan_of(signature_of(module), runs, where)
+    schedule = runs[0] if steps >= TELLING else Recorder(module, code, where).run([0], images=1)
+    denoiser = _denoiser(Recorder(module, code, where), plan, runs, schedule, together)
+    config: Any = module.config
+    return replace(
+        denoiser,
+        sampler_info=SamplerInfo(type(chosen).__name__, steps, _guidance(code)),
+        scheduler_config=scheduler_config(chosen),
+        component=name,
+        config={**{k: v for k, v in config.items() if k != "_name_or_path"}, "_class_name": type(module).__name__},
+        pipeline=root,
+        requests=asked,
+    )
+
+
+def read_component(folder: Path) -> nn.Module:
+    """A model of diffusers from its folder, all of its weights and nothing else.
+
+    Raises:
+        LoadError: names the file that is missing, unreadable or unsafe.
+    """
+    name = str(read_json(folder / "config.json").get("_class_name"))
+    known = class_in_pipeline(name, folder)
+    require_float_files(sorted(folder.glob("diffusion_pytorch_model*.safetensors")))
+    try:
+        model, found = known.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # diffusers' loader, which may raise anything
+        raise LoadError(f"{folder}: cannot load {name}: {str(error).splitlines()[0]}") from error
+    require_keys(found["missing_keys"], found["unexpected_keys"], folder)
+    require_finite(model, folder)
+    module: nn.Module = model.eval().float().requires_grad_(False)
+    return module
+
+
+def _scheduler(pipeline: Any, choice: str | None, steps: int, where: str) -> Any:
+    """Put the scheduler that was asked for into the pipeline."""
+    own = pipeline.scheduler
+    config = scheduler_config(own)
+    needs_many = type(own).__name__ == MANY_STEPS and own.config.variance_type not in LEARNED
+    if choice is None and not (needs_many and steps < int(own.config.num_train_timesteps)):
+        return own
+    pipeline.scheduler = choose_scheduler(config, choice, where)
+    return pipeline.scheduler
+
+
+def _usual_requests(code: PipelineCode) -> tuple[Request, ...]:
+    if code.takes("prompt"):
+        return own_prompts()
+    if code.takes("class_labels"):
+        config = code.pipeline.transformer.config
+        return tuple({"class_labels": label} for label in range(int(config.num_embeds_ada_norm)))
+    return ()
+
+
+def _of_more_steps(code: PipelineCode) -> PipelineCode:
+    """A run of a step or two shows no changes."""
+    steps = code.common.get("num_inference_steps")
+    if not isinstance(steps, int) or steps >= TELLING:
+        return code
+    return replace(code, common={**code.common, "num_inference_steps": TELLING})
+
+
+def _runs(recorder: Recorder) -> tuple[list[RecordedRun], int]:
+    """A run of one image and one of two, so that it shows what belongs to an image; two of one where that fails."""
+    first = recorder.run([0], images=1)
+    try:
+        return [first, recorder.run([1, 2], images=2)], TOGETHER
+    except LoadError:
+        return [first, recorder.run([1], images=1)], 1
+
+
+def _guidance(code: PipelineCode) -> float:
+    given = code.common.get("guidance_scale")
+    if given is None and code.takes("guidance_scale"):
+        given = inspect.signature(code.pipeline.__call__).parameters["guidance_scale"].default
+    return float(given) if isinstance(given, int | float) else 1.0
+
+
+def _denoiser(
+    recorder: Recorder, plan: CallPlan, runs: Sequence[RecordedRun], schedule: RecordedRun, together: int
+) -> Denoiser:
+    plan = _with_a_timestep_for_each_row(recorder.module, plan, runs)
+    module = flat_module(recorder.module, plan).eval().requires_grad_(False)
+    inputs, conditioning = _examples(plan, runs)
+    if not _rows_are_independent(module, inputs):
+        raise LoadError(
+            f"{recorder.where}: the model predicts something else for a row of {plan.sample} alone than in a batch of "
+            "two; a graph needs rows that do not depend on each other"
+        )
+    place = plan.inputs[plan.timestep].path
+    visited = [np.asarray(torch.as_tensor(call[place])).reshape(-1)[:1] for call in schedule.calls]
+    return Denoiser(
+        module=module,
+        example_inputs=inputs,
+        sample=plan.sample,
+        timestep=plan.timestep,
+        timesteps=TimestepSet.visited(np.concatenate(visited)),
+        sampler=RecordedSampler(recorder.module, plan, runs[0].answer, recorder.draw, together, recorder.where),
+        sampler_info=SamplerInfo("function", len(schedule.calls)),
+        conditioning=conditioning,
+        unconditional={},
+        component="denoiser",
+        config={},
+        scheduler_config=None,
+        source=recorder.where,
+        call=call_info(plan, runs),
+    )
+
+
+def _examples(plan: CallPlan, runs: Sequence[RecordedRun]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A batch of two rows at different timesteps, and conditioning as it was recorded, [examples, ...] by name."""
+    firsts = [plan.flat_values(run.calls[-number]) for number, run in enumerate(runs)]
+    together = {
+        name: torch.cat([each[name] for each in firsts]) if value.ndim else value for name, value in firsts[0].items()
+    }
+    last = len(together[plan.sample]) - 1
+    inputs = {name: value[[0, last]].clone() if value.ndim else value for name, value in together.items()}
+    conditioning = {name: value for name, value in together.items() if name not in (plan.sample, plan.timestep)}
+    return inputs, conditioning
+
+
+def _with_a_timestep_for_each_row(model: nn.Module, plan: CallPlan, runs: Sequence[RecordedRun]) -> CallPlan:
+    """A model called with one number for the whole batch, which would take one for each row as well, is given these.
+
+    Then rows of different timesteps run together: calibration needs fewer calls, and servers batch freely.
+    """
+    leaf = plan.inputs[plan.timestep]
+    if leaf.fold:
+        return plan
+    rows = tuple(replace(each, fold=1) if each is leaf else each for each in plan.leaves)
+    wider = replace(plan, leaves=rows)
+    inputs, _ = _examples(wider, runs)
+    module = flat_module(model, wider).eval()
+    try:
+        return wider if _rows_are_independent(module, inputs) else plan
+    except Exception:  # whatever a model raises that takes one number only
+        return plan
+
+
+@torch.no_grad()
+def _rows_are_independent(module: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether two rows together give what each gives alone: else the roles of the arguments were not understood."""
+    both = first_tensor(module(**inputs))
+    rows = [
+        first_tensor(module(**{name: value[row : row + 1] if value.ndim else value for name, value in inputs.items()}))
+        for row in range(2)
+    ]
+    alone = torch.cat(rows)
+    return both.shape == alone.shape and torch.allclose(both, alone, rtol=CLOSE, atol=CLOSE * float(alone.abs().max()))
+
+
+def _require_seeded(plan: CallPlan, runs: Sequence[RecordedRun], where: str) -> None:
+    starts = [plan.flat_values(run.calls[0])[plan.sample] for run in runs]
+    if not torch.equal(starts[0], starts[1]):
+        raise ConfigError(f"{where}: draw(0) starts from other noise each time; seed its generator by it")
+    if torch.equal(starts[1], starts[2]):
+        raise ConfigError(
+            f"{where}: draw(0) and draw(1) start from the same noise; seed its generator with the argument"
+        )

@@ -1,0 +1,209 @@
+"""Recording a model in the code that draws with it, and drawing with something else in its place."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from tfmq_export.bundle.manifest import CallInfo, LeafInfo, fingerprint_of
+from tfmq_export.capture.denoiser import Denoise, first_tensor
+from tfmq_export.errors import LoadError, TfmqError, first_line
+from tfmq_export.models.recorded.calls import CallPlan, Path, answering, flattened, forward_of, signature_of
+from tfmq_export.models.recorded.roles import RecordedRun
+
+DrawSeeds = Callable[[Sequence[int], bool], Tensor]
+"""``draw(seeds, pictures) -> images``: with the model inside, one image for each seed, [N, ...]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recorder:
+    """A model, and code that draws with it.
+
+    Attributes:
+        module: The model inside.
+        draw: The code.
+        where: Name of the model in messages.
+    """
+
+    module: nn.Module
+    draw: DrawSeeds
+    where: str
+
+    def run(self, seeds: Sequence[int], *, images: int = 0) -> RecordedRun:
+        """Record one run. Only its first call is computed; later ones get noise of the same size for an answer.
+
+        That is enough to see how the model is called and which timesteps are visited, at the cost of one call.
+
+        Args:
+            images: How many images the run draws together; 0 if it draws one by one.
+        Raises:
+            LoadError: the model is never called, or the code raises.
+        """
+        signature, compute = signature_of(self.module), forward_of(self.module)
+        calls: list[Mapping[Path, Any]] = []
+        specs: list[Any] = []
+        answers = Answers(compute)
+
+        def reply(*args: Any, **named: Any) -> Any:
+            arguments, spec = flattened(signature, args, named)
+            calls.append({path: _kept(value) for path, value in arguments.items()})
+            specs.append(spec)
+            return answers(*args, **named)
+
+        with answering(self.module, reply):
+            drawn_by(self.draw, seeds, False, self.where)
+        if not calls:
+            raise LoadError(
+                f"{self.where}: drew an image without calling the model; return the module that draw() uses"
+            )
+        _require_one_form(calls, specs, self.where)
+        return RecordedRun(images, tuple(calls), specs[0], answers.first)
+
+
+class Answers:
+    """The first answer is the model's own, the others are noise of its size and form."""
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        self._compute = compute
+        self._noise = torch.Generator().manual_seed(0)
+        self.first: Any = None
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        if self.first is None:
+            self.first = self._compute(*args, **named)
+            first_tensor(self.first)  # refuses where there is none
+            return self.first
+        return tree_map_only(Tensor, self._like, self.first)
+
+    def _like(self, leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
+            return leaf
+        noise = torch.randn(leaf.shape, generator=self._noise)
+        return (noise * leaf.float().std(correction=0).cpu()).to(leaf.device, leaf.dtype)
+
+
+def answer_with(form: Any, prediction: Tensor) -> Any:
+    """An answer of the model's own form with another prediction; further tensors it had are None.
+
+    Args:
+        form: What the model returns.
+    """
+    leaves, spec = tree_flatten(form)
+    place = next(number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    kept = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    kept[place] = prediction.to(leaves[place].dtype)
+    return tree_unflatten(kept, spec)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordedSampler:
+    """Draws images through the code that the model came with.
+
+    Attributes:
+        module: The model inside, in whose place something else answers.
+        plan: How it is called.
+        answer: What it returned once.
+        code: Draws.
+        together: How many images one run draws at most.
+        where: Name of the model in messages.
+    """
+
+    module: nn.Module
+    plan: CallPlan
+    answer: Any
+    code: DrawSeeds
+    together: int
+    where: str
+
+    def draw(self, denoise: Denoise, seeds: Sequence[int], *, pictures: bool = False) -> Tensor:
+        """Draw an image for each seed with ``denoise`` in the model's place, [N, ...].
+
+        Raises:
+            LoadError: the code raises, or returns no images.
+        """
+
+        def reply(*args: Any, **named: Any) -> Any:
+            flat = self.plan.flat(args, named)
+            sample, timestep = flat.pop(self.plan.sample), flat.pop(self.plan.timestep)
+            return answer_with(self.answer, denoise(sample, timestep, **flat))
+
+        with answering(self.module, reply):
+            return drawn_by(self.code, seeds, pictures, self.where)
+
+
+def drawn_by(code: DrawSeeds, seeds: Sequence[int], pictures: bool, where: str) -> Tensor:
+    """Images of code that is not ours, [N, ...].
+
+    Raises:
+        LoadError: what it raised, named as its own; or it returned no images.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds[0])
+        try:
+            images = code(seeds, pictures)
+        except TfmqError:
+            raise
+        except Exception as error:  # the user's or a pipeline's own code, which may raise anything
+            raise LoadError(f"{where}: drawing raises {type(error).__name__}: {first_line(error)}") from error
+    return images
+
+
+def call_info(plan: CallPlan, runs: Sequence[RecordedRun]) -> CallInfo:
+    """The plan as a manifest tells it."""
+    leaves = tuple(
+        LeafInfo(leaf.path, constant=_fingerprint(leaf.value))
+        if leaf.name is None
+        else LeafInfo(leaf.path, leaf.name, leaf.fold)
+        for leaf in plan.leaves
+    )
+    sample, timestep = plan.inputs[plan.sample].path, plan.inputs[plan.timestep].path
+    first = runs[0]
+    rows = len(first.calls[0][sample]) // first.images if first.images else 0
+    visited = [float(torch.as_tensor(call[timestep]).reshape(-1)[0]) for call in first.calls]
+    alike = next((place for place, value in enumerate(visited) if value != visited[0]), len(visited))
+    return CallInfo(leaves, rows, alike)
+
+
+def _fingerprint(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return fingerprint_of(value)
+    return fingerprint_of((value.float() if value.is_floating_point() else value).numpy(force=True))
+
+
+def images_of(drawn: Any, where: str) -> Tensor:
+    """What a user's ``draw(seed)`` returned, as a batch in floating point, [N, ...].
+
+    Args:
+        drawn: A tensor, an array, a list of them, [C, H, W] or [N, C, H, W].
+    Raises:
+        LoadError: none of these.
+    """
+    if isinstance(drawn, list | tuple) and drawn and all(isinstance(each, Tensor | np.ndarray) for each in drawn):
+        drawn = torch.stack([torch.as_tensor(each) for each in drawn])
+    if not isinstance(drawn, Tensor | np.ndarray):
+        raise LoadError(f"{where}: draw(seed) returned {type(drawn).__name__}; return the image as a tensor, [C, H, W]")
+    images = torch.as_tensor(drawn).detach().float().cpu()
+    if images.ndim < 2:
+        raise LoadError(f"{where}: draw(seed) returned shape {list(images.shape)}; return the image, [C, H, W]")
+    return images
+
+
+def _kept(value: Any) -> Any:
+    """A copy that later steps of the sampler do not write to."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def _require_one_form(calls: Sequence[Mapping[Path, Any]], specs: Sequence[Any], where: str) -> None:
+    for call, spec in zip(calls, specs, strict=True):
+        if spec != specs[0]:
+            raise LoadError(
+                f"{where}: the model is called in two forms, once with {len(calls[0])} arguments and once with "
+                f"{len(call)}; give it the same arguments at every call"
+            )

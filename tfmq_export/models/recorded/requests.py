@@ -1,0 +1,81 @@
+"""What a pipeline is asked to draw: lines of text, or JSON lines of its own call arguments."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tfmq_export.errors import ConfigError, LoadError, first_line
+
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+REQUESTS = "prompts.jsonl"
+"""In a bundle's ``tfmq`` folder: what its pipeline was asked to draw."""
+Request = Mapping[str, object]
+
+
+def own_prompts() -> tuple[Request, ...]:
+    """The prompts that come with this package: varied subjects, styles and lengths, one a line."""
+    text = resources.files("tfmq_export.models.recorded").joinpath("prompts.txt").read_text("utf-8")
+    return tuple({"prompt": line} for line in text.splitlines() if line.strip())
+
+
+def read_requests(path: Path) -> tuple[Request, ...]:
+    """Read ``--prompts``: one image a line, as text or as a JSON object of the pipeline's call arguments.
+
+    Paths of pictures are meant from the file's own folder.
+
+    Raises:
+        LoadError: the file is missing, empty, or a line is no JSON object.
+        ConfigError: a picture is missing.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"{path}: not a readable list of prompts: {first_line(error)}; give one prompt a line"
+        ) from error
+    found = tuple(_request(line, f"{path}: line {number}", path.parent) for number, line in _numbered(lines))
+    if not found:
+        raise LoadError(f"{path}: no prompts; give one a line")
+    return found
+
+
+def write_requests(folder: Path, requests: Sequence[Request]) -> None:
+    """Write ``prompts.jsonl`` for ``read_requests``, with the pictures it names beside it."""
+    lines: list[str] = []
+    pictures: dict[str, str] = {}
+    for request in requests:
+        kept = dict(request)
+        for key, value in request.items():
+            if isinstance(value, str) and Path(value).suffix.lower() in PICTURES and Path(value).is_file():
+                kept[key] = pictures.setdefault(value, f"picture_{len(pictures)}{Path(value).suffix.lower()}")
+        lines.append(json.dumps(kept, ensure_ascii=False))
+    for source, name in pictures.items():
+        shutil.copyfile(source, folder / name)
+    (folder / REQUESTS).write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _numbered(lines: list[str]) -> Iterator[tuple[int, str]]:
+    return ((number, line) for number, line in enumerate(lines, 1) if line)
+
+
+def _request(line: str, where: str, folder: Path) -> Request:
+    if not line.startswith("{"):
+        return {"prompt": line}
+    try:
+        value: Any = json.loads(line)
+    except ValueError as error:
+        raise LoadError(f"{where}: not a JSON object ({first_line(error)}); give text, or an object a line") from error
+    return {key: _placed(each, where, folder) for key, each in value.items()}
+
+
+def _placed(value: object, where: str, folder: Path) -> object:
+    """A path of a picture, from where the list lies."""
+    if isinstance(value, str) and Path(value).suffix.lower() in PICTURES:
+        path = (folder / value).absolute()
+        if not path.is_file():
+            raise ConfigError(f"{where}: no picture {path}; paths are meant from the folder of the list")
+        return str(path)
+    return value

@@ -1,0 +1,187 @@
+"""Which argument is what: told by how the values behave from call to call, names only where that leaves a choice.
+
+The same in every call of every run is a constant. One number that changes along a run is the timestep. Of what is new
+at every call the first is the sample. All else is conditioning: it belongs to the prompt, to guidance, or is
+computed outside at every step.
+"""
+
+import inspect
+import keyword
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import TreeSpec
+
+from tfmq_export.errors import LoadError
+from tfmq_export.models.recorded.calls import CallPlan, Leaf, Path, same
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "noise_labels", "c_noise")
+"""What models call it; asked only where several arguments behave alike, or a run is a single call."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordedRun:
+    """The calls of one run.
+
+    Attributes:
+        images: How many were drawn together; 0 where nobody knows.
+        calls: Arguments of each call by path, in order.
+        spec: How they are nested.
+        answer: What the model returned at the first one.
+    """
+
+    images: int
+    calls: tuple[Mapping[Path, Any], ...]
+    spec: TreeSpec
+    answer: Any = None
+
+
+def plan_of(signature: inspect.Signature, runs: Sequence[RecordedRun], where: str) -> CallPlan:
+    """Tell the roles of all arguments.
+
+    Args:
+        runs: Of the same pipeline; the roles of what depends on prompt and number of images show between them.
+    Raises:
+        LoadError: the calls differ in form, or no argument behaves as a sample or as a timestep does.
+    """
+    first, *_ = runs
+    values = {path: _Values(path, runs) for path in first.calls[0]}
+    timestep = _timestep(values, where)
+    sample = _sample(values, timestep, where)
+    names = _names([path for path, found in values.items() if found.is_input or path in (sample, timestep)])
+    rows = [run.calls[0][sample].shape[0] for run in runs]
+    leaves = tuple(_leaf(found, names.get(path), rows, path == timestep, where) for path, found in values.items())
+    return CallPlan(signature, first.spec, leaves, names[sample], names[timestep])
+
+
+class _Values:
+    """What one leaf was in all calls."""
+
+    def __init__(self, path: Path, runs: Sequence[RecordedRun]) -> None:
+        self.path = path
+        self.runs = [[call[path] for call in run.calls] for run in runs]
+        self.images = [run.images for run in runs]
+        self.first = self.runs[0][0]
+        self.is_tensor = isinstance(self.first, Tensor)
+        self.changes_within = any(not same(run[0], value) for run in self.runs for value in run[1:])
+        self.changes_between = any(not same(self.runs[0][0], run[0]) for run in self.runs[1:])
+
+    @property
+    def is_input(self) -> bool:
+        """Whether it is more than a constant of the model's geometry."""
+        if not self.is_tensor:
+            return self.changes_within or self.changes_between
+        return self.changes_within or self.changes_between or self.follows_images
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of axis 0, in each run."""
+        return [run[0].shape[0] if run[0].ndim else 0 for run in self.runs]
+
+    @property
+    def follows_images(self) -> bool:
+        """Whether axis 0 grows with the number of images."""
+        return self.is_tensor and len(set(self.sizes)) > 1
+
+    @property
+    def is_one_number(self) -> bool:
+        """Whether each call has a single number, however often repeated."""
+        return all(_one_number(value) for run in self.runs for value in run)
+
+    @property
+    def is_new_at_every_call(self) -> bool:
+        return all(not same(a, b) for run in self.runs for a, b in pairwise(run))
+
+
+def _timestep(values: Mapping[Path, _Values], where: str) -> Path:
+    numbers = [path for path, found in values.items() if found.is_one_number]
+    found = [path for path in numbers if values[path].changes_within] or [
+        path for path in numbers if path[-1] in TIMESTEP_NAMES
+    ]
+    if not found:
+        raise LoadError(
+            f"{where}: no argument of the model behaves as a timestep does: one number that changes from call to call; "
+            f"it is called with {', '.join(Leaf(path).place for path in values)}"
+        )
+    named = [path for path in found if path[-1] in TIMESTEP_NAMES]
+    return (named or found)[0]
+
+
+def _sample(values: Mapping[Path, _Values], timestep: Path, where: str) -> Path:
+    floats = [
+        path
+        for path, found in values.items()
+        if path != timestep and found.is_tensor and found.first.is_floating_point() and found.first.ndim > 1
+    ]
+    found = [path for path in floats if values[path].changes_within and values[path].is_new_at_every_call]
+    found = found or [path for path in floats if values[path].changes_between]
+    if not found:
+        raise LoadError(
+            f"{where}: no argument of the model behaves as a noisy sample does: floating-point numbers, [N, ...], that "
+            f"change at every call; it is called with {', '.join(Leaf(path).place for path in values)}"
+        )
+    return found[0]
+
+
+def _leaf(found: _Values, name: str | None, rows: Sequence[int], timestep: bool, where: str) -> Leaf:
+    if name is None:
+        return Leaf(found.path, value=found.first)
+    place = Leaf(found.path).place
+    if timestep:
+        return _timestep_leaf(found, name, rows)
+    if not found.is_tensor:
+        raise LoadError(f"{where}: argument {place} is no tensor and changes from call to call; a graph cannot take it")
+    for run in found.runs:
+        other = next((value for value in run if value.shape[1:] != found.first.shape[1:]), None)
+        if other is not None:
+            raise LoadError(
+                f"{where}: argument {place} is {list(found.first.shape)} in one call, {list(other.shape)} in another; "
+                "give all prompts one length (pad them as your pipeline does), one size and one number of frames"
+            )
+    sizes = found.sizes
+    if all(size == count for size, count in zip(sizes, rows, strict=True)) or set(sizes) == {1}:
+        return Leaf(found.path, name, 1)
+    folds = {size // count if size % count == 0 else 0 for size, count in zip(sizes, rows, strict=True)}
+    if len(folds) == 1 and folds != {0} and (len(set(rows)) > 1 or found.follows_images or found.changes_within):
+        return Leaf(found.path, name, folds.pop())
+    raise LoadError(
+        f"{where}: argument {place} has {' and '.join(map(str, sizes))} rows where the sample has "
+        f"{' and '.join(map(str, rows))}; it changes, so it must have a row for each row of the sample"
+    )
+
+
+def _timestep_leaf(found: _Values, name: str, rows: Sequence[int]) -> Leaf:
+    if not found.is_tensor or not found.first.ndim:
+        return Leaf(found.path, name)
+    if found.first.ndim > 1:
+        return Leaf(found.path, name, 1, tuple(found.first.shape[1:]))
+    sizes = found.sizes
+    return Leaf(found.path, name, max(1, sizes[0] // rows[0]))
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """A short name for each input that no other has: the last word of its path, with the positions behind it."""
+    short = {path: _name(_last_word(path)) for path in paths}
+    often = Counter(short.values())
+    return {path: name if often[name] == 1 else _name(path) for path, name in short.items()}
+
+
+def _last_word(path: Path) -> Path:
+    words = [place for place, key in enumerate(path) if isinstance(key, str)]
+    return path[words[-1] :]
+
+
+def _name(path: Path) -> str:
+    name = re.sub(r"\W", "_", "_".join(str(key) for key in path))
+    return f"{name}_" if keyword.iskeyword(name) or name[:1].isdigit() else name
+
+
+def _one_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() > 0 and value.dtype.is_complex is False and bool((value == value.reshape(-1)[0]).all())
+    return isinstance(value, int | float) and not isinstance(value, bool)
