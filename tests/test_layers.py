@@ -29,7 +29,8 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "passes": (ONNX | {"numpy", "onnxruntime"}, DATA),
     # onnx only to read graphs back and to lint them; a production host never calls that.
     "runtime": (ENGINE_LIBRARIES | {"numpy", "onnx"}, DATA),
-    "proof": (TORCH | {"matplotlib", "numpy", "onnx"}, DATA | MODEL | GRAPH),
+    # It draws with the compiled denoiser in its pipeline.
+    "proof": (TORCH | {"matplotlib", "numpy", "onnx"}, DATA | MODEL | GRAPH | {"integrations"}),
     "compiler": (ANYTHING, DATA | MODEL | GRAPH | {"proof"}),
     # In the pipelines of diffusers: beside the runtime, not in it, because it needs torch as they do.
     "integrations": (TORCH | {"diffusers", "numpy"}, DATA | {"runtime"}),

@@ -36,7 +36,7 @@ def sample(
     from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.bundle.write import replaced_file
     from tfmq_export.errors import ConfigError
-    from tfmq_export.proof.draw import Request, draw, draw_against
+    from tfmq_export.proof.draw import Request, draw, draw_against, draw_in_pipeline
     from tfmq_export.proof.pictures import save_rows
     from tfmq_export.runtime.measure.compare import is_picture
 
@@ -45,14 +45,15 @@ def sample(
         raise ConfigError(f"{output}: pictures are written as PNG; name it {output.with_suffix('.png').name}")
     opened = open_bundle(bundle)
     (sample,) = opened.manifest.input("sample")
-    if not is_picture((None, *sample.shape)):
+    recorded = opened.manifest.call is not None
+    if not recorded and not is_picture((None, *sample.shape)):
         raise ConfigError(f"{bundle}: draws latents {list(sample.shape)}, not pictures; decode them with the VAE")
     if against is not None and (image, scheduler, steps) != (None, None, None):
         raise ConfigError("--against draws as the bundle was compiled; leave out --image, --scheduler and --steps")
     request = Request(images, seed, threads, scheduler, steps, image, strength)
     with bars(quiet) as progress:
         if against is None:
-            rows = [("compiled", draw(opened, request, progress))]
+            rows = [("compiled", (draw_in_pipeline if recorded else draw)(opened, request, progress))]
         else:
             rows = draw_against(opened, source_of(opened, against, factory), request, progress)
     with replaced_file(output) as partial:

@@ -12,10 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tfmq_export.bundle.manifest import Bundle
-from tfmq_export.capture.denoiser import Denoise
+from tfmq_export.bundle.pipeline_folder import is_pipeline
+from tfmq_export.capture.denoiser import SEEDS, Denoise
 from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.integrations.diffusers import CompiledDenoiser
 from tfmq_export.models.load import Source, load
-from tfmq_export.models.schedulers import OWN, choose_scheduler
+from tfmq_export.models.recorded.pipeline import TOGETHER, PipelineCode, call_arguments, open_pipeline
+from tfmq_export.models.recorded.record import drawn_by
+from tfmq_export.models.recorded.requests import REQUESTS, read_requests
+from tfmq_export.models.schedulers import OWN, choose_scheduler, scheduler_config
 from tfmq_export.models.walk import DiffusersSampler
 from tfmq_export.progress import Progress, Step
 from tfmq_export.proof.pictures import load_picture
@@ -77,6 +82,38 @@ def draw(bundle: Bundle, request: Request, progress: Progress) -> NDArray[np.flo
             start = torch.from_numpy(load_picture(request.start, shape) * 2 - 1).expand_as(noise)
             result = sampler.from_images(denoise, start, noise, prompts, strength=request.strength)
     return as_pictures(result.numpy())
+
+
+def draw_in_pipeline(bundle: Bundle, request: Request, progress: Progress) -> NDArray[np.float32]:
+    """Sample with the pipeline that the bundle was recorded in and that lies beside it; pictures in 0..1, [N, C, H, W].
+
+    Raises:
+        TimestepError: the schedule leaves the bundle's table; nothing was computed.
+        ConfigError: the pipeline does not lie beside it, or cannot start from a picture.
+    """
+    manifest = bundle.manifest
+    if not is_pipeline(bundle.root):
+        raise ConfigError(
+            f"{bundle.root}: holds no pipeline to draw with (--components none); give the model with --against"
+        )
+    if request.start is not None:
+        raise ConfigError("--image: a pipeline that starts from pictures takes them in its prompts; leave it out")
+    steps = request.steps or manifest.sampler.steps
+    asked = bundle.root / "tfmq" / REQUESTS
+    with progress.stage("Loading"):
+        compiled = CompiledDenoiser.from_pretrained(bundle.root, threads=request.threads)
+        pipeline = open_pipeline(bundle.root, **{manifest.component: compiled})
+        if request.scheduler is not None:
+            config = scheduler_config(pipeline.scheduler)
+            pipeline.scheduler = choose_scheduler(config, request.scheduler, str(bundle.root))
+    code = PipelineCode(pipeline, read_requests(asked) if asked.exists() else (), call_arguments(pipeline, steps))
+    seeds = [request.seed * SEEDS + number for number in range(request.images)]
+    drawn = []
+    with progress.stage("Sampling") as step:
+        for done, start in enumerate(range(0, len(seeds), TOGETHER), 1):
+            drawn.append(drawn_by(code, seeds[start : start + TOGETHER], True, str(bundle.root)))
+            step(done, -(-len(seeds) // TOGETHER))
+    return as_pictures(torch.cat(drawn).numpy())
 
 
 def draw_against(bundle: Bundle, source: Source, request: Request, progress: Progress) -> Rows:

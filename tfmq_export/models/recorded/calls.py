@@ -72,9 +72,8 @@ class CallPlan:
         """
         arguments, spec = flattened(self.signature, args, named)
         if spec != self.spec:
-            raise LoadError(
-                f"the model is called with {_names(arguments)} this time, before with {_names(leaf.path for leaf in self.leaves)}"
-            )
+            before = _names(leaf.path for leaf in self.leaves)
+            raise LoadError(f"the model is called with {_names(arguments)} this time, before with {before}")
         return self.flat_values(arguments)
 
     def flat_values(self, arguments: Mapping[Path, Any]) -> dict[str, Tensor]:

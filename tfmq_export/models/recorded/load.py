@@ -89,8 +89,8 @@ def denoiser_from_pipeline(
     module = read_component(root / name if (root / name).is_dir() else root)
     pipeline = open_pipeline(root, **{name: module})
     chosen = _scheduler(pipeline, scheduler, steps, where)
-    code = PipelineCode(pipeline, requests, call_arguments(pipeline, steps, guidance_scale, where))
-    asked = tuple(requests) or _usual_requests(code)
+    code = PipelineCode(pipeline, requests, call_arguments(pipeline, steps))
+    asked = _guided(tuple(requests) or _usual_requests(code), guidance_scale)
     code = replace(code, requests=asked)
     require_requests(pipeline, asked, where)
     runs, together = _runs(Recorder(module, _of_more_steps(code), where))
@@ -167,8 +167,15 @@ def _runs(recorder: Recorder) -> tuple[list[RecordedRun], int]:
         return [first, recorder.run([1], images=1)], 1
 
 
+def _guided(requests: Sequence[Request], scale: float | None) -> tuple[Request, ...]:
+    """The guidance that was asked for, in every request, so that they say all there is to say."""
+    if scale is None:
+        return tuple(requests)
+    return tuple({**request, "guidance_scale": scale} for request in requests or ({},))
+
+
 def _guidance(code: PipelineCode) -> float:
-    given = code.common.get("guidance_scale")
+    given = next((request["guidance_scale"] for request in code.requests if "guidance_scale" in request), None)
     if given is None and code.takes("guidance_scale"):
         given = inspect.signature(code.pipeline.__call__).parameters["guidance_scale"].default
     return float(given) if isinstance(given, int | float) else 1.0

@@ -147,21 +147,10 @@ def class_in_pipeline(name: str, where: Path) -> Any:
     return known
 
 
-def call_arguments(pipeline: Any, steps: int, guidance_scale: float | None, where: str) -> dict[str, object]:
-    """What every call of a pipeline is given.
-
-    Raises:
-        ConfigError: it takes no such argument.
-    """
+def call_arguments(pipeline: Any, steps: int) -> dict[str, object]:
+    """What every call of a pipeline is given."""
     known = inspect.signature(pipeline.__call__).parameters
-    common: dict[str, object] = {}
-    if "num_inference_steps" in known:
-        common["num_inference_steps"] = steps
-    if guidance_scale is not None:
-        if "guidance_scale" not in known:
-            raise ConfigError(f"{where}: {type(pipeline).__name__} takes no guidance_scale; leave it out")
-        common["guidance_scale"] = guidance_scale
-    return common
+    return {"num_inference_steps": steps} if "num_inference_steps" in known else {}
 
 
 def require_requests(pipeline: Any, requests: Sequence[Request], where: str) -> None:
