@@ -107,6 +107,7 @@ class Denoiser:
         pipeline: The pipeline folder it came from, whose other components go into the bundle.
         call: How the model's own ``forward`` is called, where ``module`` is a flat form of it.
         requests: What its pipeline was asked to draw, in plain data; images in turn.
+        ragged: Axes behind the batch whose size may vary, by input name (tokens of prompts of any length).
     """
 
     module: nn.Module
@@ -125,6 +126,7 @@ class Denoiser:
     pipeline: Path | None = None
     call: CallInfo | None = None
     requests: tuple[Mapping[str, object], ...] = ()
+    ragged: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def runs(self, images: int, seed: int, *, first: int | None = None, pictures: bool = False) -> tuple[Run, ...]:
         """What draws ``images`` images: one run, or several where a sampler draws fewer together.

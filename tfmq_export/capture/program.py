@@ -148,7 +148,10 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     decomposed one: then a value has the same name in PyTorch and in ONNX.
     """
     inputs = dict(denoiser.example_inputs)
-    dynamic = {name: {0: torch.export.Dim.AUTO} if value.ndim else None for name, value in inputs.items()}
+    dynamic = {
+        name: dict.fromkeys((0, *denoiser.ragged.get(name, ())), torch.export.Dim.AUTO) if value.ndim else None
+        for name, value in inputs.items()
+    }
     try:
         with warnings.catch_warnings(), torch.no_grad(), quiet_logger("torch.onnx"):
             warnings.simplefilter("ignore")

@@ -116,9 +116,15 @@ def _passes(lowered: Lowered) -> tuple[PassInfo, ...]:
 def _inputs(denoiser: Denoiser) -> tuple[InputInfo, ...]:
     roles = {denoiser.sample: "sample", denoiser.timestep: "timestep"}
     return tuple(
-        InputInfo(name, roles.get(name, "conditioning"), str(value.numpy().dtype), tuple(value.shape[1:]))
+        InputInfo(name, roles.get(name, "conditioning"), str(value.numpy().dtype), _shape(denoiser, name))
         for name, value in denoiser.example_inputs.items()
     )
+
+
+def _shape(denoiser: Denoiser, name: str) -> tuple[int | None, ...]:
+    ragged = denoiser.ragged.get(name, ())
+    sizes = enumerate(denoiser.example_inputs[name].shape)
+    return tuple(None if axis in ragged else size for axis, size in sizes)[1:]
 
 
 def _layers(recipe: QuantRecipe) -> tuple[LayerInfo, ...]:

@@ -24,6 +24,8 @@ class Leaf:
     Attributes:
         name: Of the flat input it is; None for a constant.
         fold: Rows of its axis 0 for each row of the sample; 0 where it has no such axis.
+        axis: Where these rows are, if not in front.
+        ragged: Axes of the flat input, behind the rows, whose size is another one from call to call.
         repeated: Further axes that a timestep is repeated over, [N, *repeated].
         value: Of a constant.
     """
@@ -31,6 +33,8 @@ class Leaf:
     path: Path
     name: str | None = None
     fold: int = 0
+    axis: int = 0
+    ragged: tuple[int, ...] = ()
     repeated: tuple[int, ...] = ()
     value: Any = None
 
@@ -188,6 +192,7 @@ def _unfolded(leaf: Leaf, value: Tensor, rows: int, *, timestep: bool) -> Tensor
     if timestep:  # the same number for all that belongs to a row
         each = value.reshape(-1)[:: max(1, value.numel() // rows)]
         return each.expand(rows)
+    value = value.movedim(leaf.axis, 0)
     if leaf.fold > 1:
         return value.reshape(rows, leaf.fold, *value.shape[1:])
     return value.expand(rows, *value.shape[1:]) if len(value) == 1 else value
@@ -196,9 +201,9 @@ def _unfolded(leaf: Leaf, value: Tensor, rows: int, *, timestep: bool) -> Tensor
 def _folded(leaf: Leaf, value: Tensor) -> Tensor:
     if leaf.repeated:
         return value.reshape(-1, *[1] * len(leaf.repeated)).expand(-1, *leaf.repeated)
-    if leaf.fold <= 1:
-        return value
-    return value.repeat_interleave(leaf.fold) if value.ndim == 1 else value.flatten(0, 1)
+    if leaf.fold > 1:
+        value = value.repeat_interleave(leaf.fold) if value.ndim == 1 else value.flatten(0, 1)
+    return value.movedim(0, leaf.axis)
 
 
 def _names(paths: Iterable[Path]) -> str:

@@ -22,6 +22,7 @@ from tfmq_export.models.recorded.pipeline import (
     class_in_pipeline,
     denoiser_name,
     open_pipeline,
+    pictures_not_given,
     require_requests,
 )
 from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_info, images_of
@@ -93,8 +94,7 @@ def denoiser_from_pipeline(
     asked = _guided(tuple(requests) or _usual_requests(code), guidance_scale)
     code = replace(code, requests=asked)
     require_requests(pipeline, asked, where)
-    runs, together = _runs(Recorder(module, _of_more_steps(code), where))
-    plan = plan_of(signature_of(module), runs, where)
+    runs, plan, together = _recorded(Recorder(module, _of_more_steps(code), where))
     schedule = runs[0] if steps >= TELLING else Recorder(module, code, where).run([0], images=1)
     denoiser = _denoiser(Recorder(module, code, where), plan, runs, schedule, together)
     config: Any = module.config
@@ -158,13 +158,28 @@ def _of_more_steps(code: PipelineCode) -> PipelineCode:
     return replace(code, common={**code.common, "num_inference_steps": TELLING})
 
 
-def _runs(recorder: Recorder) -> tuple[list[RecordedRun], int]:
-    """A run of one image and one of two, so that it shows what belongs to an image; two of one where that fails."""
-    first = recorder.run([0], images=1)
+def _first_run(recorder: Recorder) -> RecordedRun:
     try:
-        return [first, recorder.run([1, 2], images=2)], TOGETHER
+        return recorder.run([0], images=1)
+    except LoadError as error:
+        advice = pictures_not_given(recorder.draw) if isinstance(recorder.draw, PipelineCode) else ""
+        if not advice:
+            raise
+        raise LoadError(f"{error}; {advice}") from error
+
+
+def _recorded(recorder: Recorder) -> tuple[list[RecordedRun], CallPlan, int]:
+    """A run of one image and one of two, which show what belongs to an image; or two runs of one.
+
+    Some pipelines draw one image at a time, or call their model in another form for two.
+    """
+    signature, first = signature_of(recorder.module), _first_run(recorder)
+    try:
+        runs = [first, recorder.run([1, 2], images=2)]
+        return runs, plan_of(signature, runs, recorder.where), TOGETHER
     except LoadError:
-        return [first, recorder.run([1], images=1)], 1
+        runs = [first, recorder.run([1], images=1)]
+        return runs, plan_of(signature, runs, recorder.where), 1
 
 
 def _guided(requests: Sequence[Request], scale: float | None) -> tuple[Request, ...]:
@@ -209,12 +224,14 @@ def _denoiser(
         scheduler_config=None,
         source=recorder.where,
         call=call_info(plan, runs),
+        ragged={name: leaf.ragged for name, leaf in plan.inputs.items() if leaf.ragged},
     )
 
 
 def _examples(plan: CallPlan, runs: Sequence[RecordedRun]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A batch of two rows at different timesteps, and conditioning as it was recorded, [examples, ...] by name."""
-    firsts = [plan.flat_values(run.calls[-number]) for number, run in enumerate(runs)]
+    calls = [plan.flat_values(run.calls[place]) for run in runs for place in (0, -1)]
+    firsts = [each for each in calls if _shapes(each) == _shapes(calls[-1])]
     together = {
         name: torch.cat([each[name] for each in firsts]) if value.ndim else value for name, value in firsts[0].items()
     }
@@ -252,6 +269,10 @@ def _rows_are_independent(module: nn.Module, inputs: Mapping[str, Tensor]) -> bo
     ]
     alone = torch.cat(rows)
     return both.shape == alone.shape and torch.allclose(both, alone, rtol=CLOSE, atol=CLOSE * float(alone.abs().max()))
+
+
+def _shapes(inputs: Mapping[str, Tensor]) -> list[torch.Size]:
+    return [value.shape[1:] for value in inputs.values()]
 
 
 def _require_seeded(plan: CallPlan, runs: Sequence[RecordedRun], where: str) -> None:

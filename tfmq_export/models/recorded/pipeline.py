@@ -2,7 +2,7 @@
 
 import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +60,7 @@ class PipelineCode:
         options = {**self.common, **_joined(asked), "generator": _generators(seeds)}
         if self.takes("batch_size") and not self.takes("prompt"):
             options["batch_size"] = len(seeds)
-        if not self.takes("output_type"):
+        if not self.takes("output_type") or "output_type" in options:
             return _images(self.pipeline(**options))
         try:
             return _images(self.pipeline(**options, output_type="np" if pictures else "latent"))
@@ -166,15 +166,26 @@ def require_requests(pipeline: Any, requests: Sequence[Request], where: str) -> 
                 f"{where}: {type(pipeline).__name__} takes no {', '.join(strange)}; it takes {', '.join(known)}"
             )
     needed = [name for name, given in known.items() if given.default is inspect.Parameter.empty and name != "kwargs"]
-    needed += [name for name in ("image", "mask_image") if name in known and name not in needed]
     missing = [name for name in needed if requests and not all(name in request for request in requests)]
     if missing or (needed and not requests):
         lacking = missing or needed
-        example = ", ".join(f'"{name}": {_example(name)}' for name in ("prompt", *lacking) if name in known)
         raise ConfigError(
-            f"{where}: {type(pipeline).__name__} needs {', '.join(lacking)} for every image; give --prompts FILE with "
-            f"JSON lines of its call arguments, such as {{{example}}}"
+            f"{where}: {type(pipeline).__name__} needs {', '.join(lacking)} for every image; {_advice(known, lacking)}"
         )
+
+
+def pictures_not_given(code: PipelineCode) -> str:
+    """Advice where a pipeline that may take pictures was given none; else nothing."""
+    known = inspect.signature(code.pipeline.__call__).parameters
+    given = {name for request in code.requests for name in request}
+    lacking = [name for name in ("image", "mask_image") if name in known and name not in given]
+    return f"if it needs {' and '.join(lacking)}, {_advice(known, lacking)}" if lacking else ""
+
+
+def _advice(known: Collection[str], lacking: Sequence[str]) -> str:
+    names = [name for name in dict.fromkeys(("prompt", *lacking)) if name in known]
+    example = ", ".join(f'"{name}": {_example(name)}' for name in names)
+    return f"give --prompts FILE with JSON lines of its call arguments, such as {{{example}}}"
 
 
 def _example(name: str) -> str:

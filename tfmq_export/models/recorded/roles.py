@@ -136,30 +136,41 @@ def _leaf(found: _Values, name: str | None, rows: Sequence[int], timestep: bool,
         return _timestep_leaf(found, name, rows)
     if not found.is_tensor:
         raise LoadError(f"{where}: argument {place} is no tensor and changes from call to call; a graph cannot take it")
-    for run in found.runs:
-        other = next((value for value in run if value.shape[1:] != found.first.shape[1:]), None)
-        if other is not None:
-            raise LoadError(
-                f"{where}: argument {place} is {list(found.first.shape)} in one call, {list(other.shape)} in another; "
-                "give all prompts one length (pad them as your pipeline does), one size and one number of frames"
-            )
-    sizes = found.sizes
-    if all(size == count for size, count in zip(sizes, rows, strict=True)) or set(sizes) == {1}:
-        return Leaf(found.path, name, 1)
-    folds = {size // count if size % count == 0 else 0 for size, count in zip(sizes, rows, strict=True)}
-    if len(folds) == 1 and folds != {0} and (len(set(rows)) > 1 or found.follows_images or found.changes_within):
-        return Leaf(found.path, name, folds.pop())
-    raise LoadError(
-        f"{where}: argument {place} has {' and '.join(map(str, sizes))} rows where the sample has "
-        f"{' and '.join(map(str, rows))}; it changes, so it must have a row for each row of the sample"
-    )
+    if len({value.ndim for run in found.runs for value in run}) > 1:
+        raise LoadError(f"{where}: argument {place} has more axes in one call than in another; a graph cannot take it")
+    axis, fold = _row_axis(found, rows)
+    if not fold:
+        sizes = [str(list(run[0].shape)) for run in found.runs]
+        raise LoadError(
+            f"{where}: argument {place} is {' and '.join(sizes)} where the sample has "
+            f"{' and '.join(map(str, rows))} rows; it changes, so it must have a row for each row of the sample"
+        )
+    flat = [value.movedim(axis, 0) for run in found.runs for value in run]
+    inner = [place for place in range(1, flat[0].ndim) if len({value.shape[place] for value in flat}) > 1]
+    return Leaf(found.path, name, fold, axis, tuple(place + (fold > 1) for place in inner))
+
+
+def _row_axis(found: _Values, rows: Sequence[int]) -> tuple[int, int]:
+    """Where a leaf has rows for those of the sample, and how many for each; 0 where nowhere."""
+    pairs = list(zip(found.runs, rows, strict=True))
+    by_axis = [[run[0].shape[axis] for run, _ in pairs] for axis in range(found.first.ndim)]
+    for axis, sizes in enumerate(by_axis):
+        if sizes == list(rows):
+            return axis, 1
+    if by_axis and set(by_axis[0]) == {1}:
+        return 0, 1
+    for axis, sizes in enumerate(by_axis):
+        folds = {size / count for size, count in zip(sizes, rows, strict=True)}
+        if len(folds) == 1 and min(folds) >= 1 and min(folds).is_integer() and len(set(rows)) > 1:
+            return axis, int(min(folds))
+    return 0, 0
 
 
 def _timestep_leaf(found: _Values, name: str, rows: Sequence[int]) -> Leaf:
     if not found.is_tensor or not found.first.ndim:
         return Leaf(found.path, name)
     if found.first.ndim > 1:
-        return Leaf(found.path, name, 1, tuple(found.first.shape[1:]))
+        return Leaf(found.path, name, 1, repeated=tuple(found.first.shape[1:]))
     sizes = found.sizes
     return Leaf(found.path, name, max(1, sizes[0] // rows[0]))
 

@@ -82,7 +82,9 @@ def record(
 def _together(denoiser: Denoiser, runs: Sequence[Sequence[CalibrationStep]]) -> tuple[CalibrationStep, ...]:
     """The calls of several runs as those of one: the first of each, the second of each, and so on."""
     timesteps = [[float(step.inputs[denoiser.timestep].reshape(-1)[0]) for step in run] for run in runs]
-    if len(runs) == 1 or not all(each == timesteps[0] for each in timesteps):
+    sizes = [[[value.shape[1:] for value in step.inputs.values()] for step in run] for run in runs]
+    alike = all(each == timesteps[0] for each in timesteps) and all(each == sizes[0] for each in sizes)
+    if len(runs) == 1 or not alike:
         return tuple(step for run in runs for step in run)
     return tuple(_joined(steps) for steps in zip(*runs, strict=True))
 
@@ -132,16 +134,26 @@ def shares(weights: Tensor, per_timestep: int, most: int) -> list[int]:
     return [int(count) for count in (weights * low).clamp(1, most).round()]
 
 
+def _of_one_size(denoiser: Denoiser, steps: Sequence[CalibrationStep]) -> Sequence[CalibrationStep]:
+    if not denoiser.ragged:
+        return steps
+    wanted = {name: denoiser.example_inputs[name].shape[1:] for name in denoiser.ragged}
+    return [step for step in steps if all(step.inputs[name].shape[1:] == shape for name, shape in wanted.items())]
+
+
 def pick_rows(
     denoiser: Denoiser, steps: Sequence[CalibrationStep], per_timestep: int, weights: Tensor | None = None
 ) -> CalibrationRows:
     """Take samples of every recorded call, spread evenly over its batch.
+
+    Where prompts are of several lengths, those of the example's: rows of a cache are of one size.
 
     Args:
         per_timestep: How many on average.
         weights: How much each timestep counts, [T]; None: all the same.
     """
     timesteps = len(denoiser.timesteps)
+    steps = _of_one_size(denoiser, steps)
     batches = [len(step.inputs[denoiser.sample]) for step in steps]
     counts = shares(torch.ones(timesteps) if weights is None else weights, per_timestep, min(batches))
     picked: dict[str, list[Tensor]] = {name: [] for name in denoiser.example_inputs}
