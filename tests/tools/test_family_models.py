@@ -1,0 +1,75 @@
+"""Every tiny pipeline loads offline as a published one does, and what it draws depends on what it is given."""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from family_models import FAMILIES, Family
+from numpy.typing import NDArray
+from PIL import Image
+
+QUICK = frozenset({"sd15", "sdxl", "flux-dev", "dit", "ddpm"})
+
+
+def draw(pipeline: DiffusionPipeline, family: Family, folder: Path, prompt: str, seed: int = 0) -> NDArray[np.float32]:
+    """Three steps of the family's own call."""
+    taken = inspect.signature(pipeline.__call__).parameters
+    given: dict[str, object] = {"output_type": "latent", "prompt": prompt, "num_inference_steps": 3}
+    call = {name: value for name, value in given.items() if name in taken}
+    for name, value in family.call.items():
+        call[name] = Image.open(folder / value) if str(value).endswith(".png") else value
+    images = pipeline(**call, generator=torch.Generator().manual_seed(seed), return_dict=False)[0]
+    return np.asarray([np.asarray(image, dtype=np.float32) for image in images])
+
+
+def test_names_are_unique_and_safe_in_file_names() -> None:
+    names = [family.name for family in FAMILIES]
+
+    assert len(set(names)) == len(names)
+    assert all(name.replace("-", "").isalnum() and name == name.lower() for name in names)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(each, id=each.name, marks=() if each.name in QUICK else pytest.mark.slow) for each in FAMILIES],
+)
+def test_a_family_loads_and_draws_what_it_is_asked_for(family: Family, tmp_path: Path) -> None:
+    folder = tmp_path / family.name
+
+    family.write(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = draw(pipeline, family, folder, "a photo of a cat")
+
+    assert np.isfinite(drawn).all()
+    assert drawn.std() > 0.05  # neither blank nor saturated
+    np.testing.assert_array_equal(draw(pipeline, family, folder, "a photo of a cat"), drawn)
+    assert np.abs(draw(pipeline, family, folder, "a photo of a cat", seed=1) - drawn).mean() > 1e-2
+    if "prompt" in inspect.signature(pipeline.__call__).parameters:
+        assert np.abs(draw(pipeline, family, folder, "two blue dogs, oil on canvas") - drawn).mean() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["sd15", "dit"])
+def test_a_family_is_written_the_same_twice(name: str, tmp_path: Path) -> None:
+    family = next(each for each in FAMILIES if each.name == name)
+
+    for copy in ("one", "two"):
+        torch.manual_seed(len(copy) + ord(copy[0]))  # the process's own seed does not matter
+        family.write(tmp_path / copy)
+
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert files
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_no_layer_of_a_family_is_left_at_zero(tmp_path: Path) -> None:
+    family = next(each for each in FAMILIES if each.name == "dit")
+    family.write(tmp_path / "dit")
+
+    transformer = DiffusionPipeline.from_pretrained(tmp_path / "dit", local_files_only=True).transformer
+
+    assert all(parameter.std() > 0 for parameter in transformer.parameters() if parameter.numel() > 1)

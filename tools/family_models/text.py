@@ -1,0 +1,125 @@
+"""Tokenizers and text encoders: the published kinds over a vocabulary of a few hundred tokens."""
+
+import json
+import string
+from pathlib import Path
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from family_models.weights import seeded
+
+WIDTH = 64
+"""Channels of a text encoder."""
+WORDS = ("a", "the", "of", "photo", "cat", "dog", "red", "blue", "on", "in", "house", "tree", "small", "old")
+"""Words that are one token; all others are spelled in bytes or letters."""
+
+
+def byte_pairs(specials: tuple[str, ...], ending: str = "") -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary that spells any text in bytes, and the merges that join ``WORDS``.
+
+    Args:
+        specials: Tokens behind all others, as CLIP and Qwen have them.
+        ending: What marks the last token of a word: CLIP's ``</w>``.
+    """
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(letter + ending for letter in letters if ending)]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + ending]
+        for end in range(1, len(pieces)):
+            pair = ("".join(pieces[:end]), pieces[end])
+            if pair not in merges:
+                merges.append(pair)
+                tokens.append("".join(pair))
+    return {token: index for index, token in enumerate([*tokens, *specials])}, merges
+
+
+CLIP_VOCABULARY, CLIP_MERGES = byte_pairs(("<|startoftext|>", "<|endoftext|>"), "</w>")
+
+
+def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """CLIP's byte pairs, 77 tokens at most. The second tokenizer of OpenCLIP pads by ``!``."""
+    return CLIPTokenizer(dict(CLIP_VOCABULARY), list(CLIP_MERGES), pad_token=pad, model_max_length=77)
+
+
+def clip_config(*, act: str = "quick_gelu", layers: int = 2, width: int = WIDTH) -> CLIPTextConfig:
+    """A CLIP text encoder's: OpenAI's activation is ``quick_gelu``, OpenCLIP's ``gelu``.
+
+    The ids of special tokens are those of the published configs, which are not the tokenizer's; with
+    ``eos_token_id=2`` the encoder pools at the largest id, which is the end of the text.
+    """
+    return CLIPTextConfig(
+        vocab_size=len(CLIP_VOCABULARY),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        hidden_act=act,
+        layer_norm_eps=1e-5,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+
+
+def clip_encoder(seed: int = 10, *, act: str = "quick_gelu", layers: int = 2) -> CLIPTextModel:
+    """Embeddings [rows, 77, WIDTH]."""
+    return seeded(lambda: CLIPTextModel(clip_config(act=act, layers=layers)), seed)
+
+
+def clip_projected(seed: int = 11, *, act: str = "gelu", layers: int = 3) -> CLIPTextModelWithProjection:
+    """Embeddings [rows, 77, WIDTH] and one pooled embedding [rows, WIDTH]."""
+    return seeded(lambda: CLIPTextModelWithProjection(clip_config(act=act, layers=layers)), seed)
+
+
+SENTINELS = tuple(f"<extra_id_{index}>" for index in reversed(range(100)))
+
+
+def t5_tokenizer(limit: int = 512) -> T5TokenizerFast:
+    """T5's Unigram over the words and the letters of ASCII."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -3.0) for word in WORDS if len(word) > 1]
+    pieces += [(letter, -6.0) for letter in string.printable[:94]]
+    pieces += [(token, 0.0) for token in SENTINELS]
+    return T5TokenizerFast(vocab=pieces, model_max_length=limit)
+
+
+def t5_encoder(seed: int = 12, *, layers: int = 2, width: int = WIDTH) -> T5EncoderModel:
+    """The encoder of T5 v1.1 (gated GELU): embeddings [rows, tokens, width]."""
+    config = T5Config(
+        vocab_size=len(t5_tokenizer()),
+        d_model=width,
+        d_kv=16,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dense_act_fn="gelu_new",
+        is_gated_act=True,
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return seeded(lambda: T5EncoderModel(config), seed)
+
+
+def write_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the vocabulary and the merges of byte pairs beside ``tokenizer.json``: published folders have both."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] == "BPE":
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
