@@ -1,15 +1,19 @@
 """Every tiny pipeline loads offline as a published one does, and what it draws depends on what it is given."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline
 from family_models import FAMILIES, Family
+from family_models.language_models import gemma_tokenizer, qwen_tokenizer
+from family_models.text import bert_tokenizer, clip_tokenizer, llama_tokenizer, t5_tokenizer, write_vocabulary
 from numpy.typing import NDArray
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 QUICK = frozenset({"sd15", "sdxl", "flux-dev", "dit", "ddpm"})
 
@@ -45,11 +49,12 @@ def test_a_family_loads_and_draws_what_it_is_asked_for(family: Family, tmp_path:
     drawn = draw(pipeline, family, folder, "a photo of a cat")
 
     assert np.isfinite(drawn).all()
+    matters = 1e-2 * drawn.std()  # the weakest tie, of a prompt to a picture, moves more than that
     assert drawn.std() > 0.05  # neither blank nor saturated
     np.testing.assert_array_equal(draw(pipeline, family, folder, "a photo of a cat"), drawn)
-    assert np.abs(draw(pipeline, family, folder, "a photo of a cat", seed=1) - drawn).mean() > 1e-2
+    assert np.abs(draw(pipeline, family, folder, "a photo of a cat", seed=1) - drawn).mean() > matters
     if "prompt" in inspect.signature(pipeline.__call__).parameters:
-        assert np.abs(draw(pipeline, family, folder, "two blue dogs, oil on canvas") - drawn).mean() > 1e-2
+        assert np.abs(draw(pipeline, family, folder, "two blue dogs, oil on canvas") - drawn).mean() > matters
 
 
 @pytest.mark.parametrize("name", ["sd15", "dit"])
@@ -73,3 +78,28 @@ def test_no_layer_of_a_family_is_left_at_zero(tmp_path: Path) -> None:
     transformer = DiffusionPipeline.from_pretrained(tmp_path / "dit", local_files_only=True).transformer
 
     assert all(parameter.std() > 0 for parameter in transformer.parameters() if parameter.numel() > 1)
+
+
+TOKENIZERS = (clip_tokenizer, t5_tokenizer, gemma_tokenizer, llama_tokenizer, bert_tokenizer, qwen_tokenizer)
+
+
+@pytest.mark.parametrize("make", TOKENIZERS, ids=lambda make: make.__name__)
+def test_a_tokenizer_reads_the_same_from_its_folder(
+    make: Callable[[], PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
+    tokenizer = make()
+    tokenizer.save_pretrained(tmp_path)
+    write_vocabulary(tmp_path, tokenizer)
+
+    read = type(tokenizer).from_pretrained(tmp_path, local_files_only=True)
+
+    texts = ["a photo of a cat", "Zürich, 3 katzen!", ""]
+    assert read(texts).input_ids == tokenizer(texts).input_ids
+    assert len({tuple(ids) for ids in read(texts).input_ids}) == len(texts)
+    assert max(max(ids, default=0) for ids in read(texts).input_ids) < len(read)
+
+
+def test_the_system_prompt_of_qwen_image_has_as_many_tokens_as_its_pipeline_drops() -> None:
+    template = inspect.getsource(QwenImagePipeline.__init__).split('prompt_template_encode = "')[1].split("{}")[0]
+
+    assert len(qwen_tokenizer()(template.replace("\\n", "\n")).input_ids) == 34

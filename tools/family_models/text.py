@@ -6,14 +6,21 @@ from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    LlamaTokenizerFast,
     PreTrainedTokenizerBase,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from family_models.weights import seeded
@@ -24,24 +31,38 @@ WORDS = ("a", "the", "of", "photo", "cat", "dog", "red", "blue", "on", "in", "ho
 """Words that are one token; all others are spelled in bytes or letters."""
 
 
-def byte_pairs(specials: tuple[str, ...], ending: str = "") -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary that spells any text in bytes, and the merges that join ``WORDS``.
+Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]
+"""Ids of tokens, and the merges of byte pairs."""
+
+
+def byte_pairs(specials: tuple[str, ...], ending: str = "", words: tuple[str, ...] = WORDS) -> Vocabulary:
+    """A vocabulary that spells any text in bytes, and the merges that join whole words.
 
     Args:
         specials: Tokens behind all others, as CLIP and Qwen have them.
         ending: What marks the last token of a word: CLIP's ``</w>``.
+        words: What is one token, a space before a word as ``Ġ``.
     """
     letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(letter + ending for letter in letters if ending)]
-    merges: list[tuple[str, str]] = []
-    for word in WORDS:
+    joined, merges = _joined(words, ending)
+    tokens = [*letters, *(letter + ending for letter in letters if ending), *joined, *specials]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def spelled(specials: tuple[str, ...], words: tuple[str, ...] = WORDS) -> Vocabulary:
+    """A vocabulary of bytes, ASCII and words behind ``▁``, as SentencePiece makes them; specials come first."""
+    joined, merges = _joined(tuple(f"▁{word}" for word in words))
+    tokens = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.printable[:95].strip(), *joined]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def _joined(words: tuple[str, ...], ending: str = "") -> tuple[list[str], list[tuple[str, str]]]:
+    """Join each word letter by letter."""
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
         pieces = [*word[:-1], word[-1] + ending]
-        for end in range(1, len(pieces)):
-            pair = ("".join(pieces[:end]), pieces[end])
-            if pair not in merges:
-                merges.append(pair)
-                tokens.append("".join(pair))
-    return {token: index for index, token in enumerate([*tokens, *specials])}, merges
+        merges.update({("".join(pieces[:end]), pieces[end]): None for end in range(1, len(pieces))})
+    return ["".join(pair) for pair in merges], list(merges)
 
 
 CLIP_VOCABULARY, CLIP_MERGES = byte_pairs(("<|startoftext|>", "<|endoftext|>"), "</w>")
@@ -116,10 +137,54 @@ def t5_encoder(seed: int = 12, *, layers: int = 2, width: int = WIDTH) -> T5Enco
     return seeded(lambda: T5EncoderModel(config), seed)
 
 
+def umt5_encoder(seed: int = 16) -> UMT5EncoderModel:
+    """T5 whose layers have positions of their own: embeddings [rows, tokens, WIDTH]."""
+    config = UMT5Config(
+        vocab_size=len(spelled(LLAMA_SPECIALS)[0]), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4
+    )
+    return seeded(lambda: UMT5EncoderModel(config), seed)
+
+
+LLAMA_SPECIALS = ("<unk>", "<s>", "</s>")
+
+
+def llama_tokenizer() -> LlamaTokenizerFast:
+    """Llama's byte pairs with bytes for what it cannot spell, as AuraFlow has them before UMT5."""
+    vocabulary, merges = spelled(LLAMA_SPECIALS)
+    return LlamaTokenizerFast(
+        vocab=vocabulary, merges=merges, pad_token="<s>", padding_side="right", model_max_length=512
+    )
+
+
+BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BERT_LETTERS = sorted(set(string.printable[:94].lower()))
+BERT_VOCABULARY = (*BERT_SPECIALS, *BERT_LETTERS, *(f"##{letter}" for letter in BERT_LETTERS), *WORDS[1:])
+
+
+def bert_tokenizer() -> BertTokenizer:
+    """BERT's word pieces, 77 tokens at most."""
+    return BertTokenizer({token: index for index, token in enumerate(BERT_VOCABULARY)}, model_max_length=77)
+
+
+def bert_encoder(seed: int = 17) -> BertModel:
+    """Embeddings [rows, 77, WIDTH]."""
+    config = BertConfig(
+        vocab_size=len(BERT_VOCABULARY),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+    )
+    return seeded(lambda: BertModel(config), seed)
+
+
 def write_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the vocabulary and the merges of byte pairs beside ``tokenizer.json``: published folders have both."""
+    """Write the vocabulary beside ``tokenizer.json`` in the older form, which the published folders of these have."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if model["type"] == "BPE":
+    if isinstance(tokenizer, CLIPTokenizer | Qwen2Tokenizer):
         (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
-        (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+        merges = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+        (folder / "merges.txt").write_text("\n".join(merges) + "\n", "utf-8")
+    if isinstance(tokenizer, BertTokenizer):
+        (folder / "vocab.txt").write_text("\n".join(sorted(model["vocab"], key=model["vocab"].get)) + "\n", "utf-8")
