@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline
 from family_models import FAMILIES, Family
-from family_models.language_models import gemma_tokenizer, qwen_tokenizer
+from family_models.language_models import gemma_tokenizer, glm_tokenizer, llama3_tokenizer, qwen_tokenizer
 from family_models.text import bert_tokenizer, clip_tokenizer, llama_tokenizer, t5_tokenizer, write_vocabulary
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,7 +25,7 @@ def draw(pipeline: DiffusionPipeline, family: Family, folder: Path, prompt: str,
     call = {name: value for name, value in given.items() if name in taken}
     for name, value in family.call.items():
         call[name] = Image.open(folder / value) if str(value).endswith(".png") else value
-    images = pipeline(**call, generator=torch.Generator().manual_seed(seed), return_dict=False)[0]
+    images = pipeline(**call, generator=torch.Generator().manual_seed(seed))[0]
     return np.asarray([np.asarray(image, dtype=np.float32) for image in images])
 
 
@@ -80,7 +80,16 @@ def test_no_layer_of_a_family_is_left_at_zero(tmp_path: Path) -> None:
     assert all(parameter.std() > 0 for parameter in transformer.parameters() if parameter.numel() > 1)
 
 
-TOKENIZERS = (clip_tokenizer, t5_tokenizer, gemma_tokenizer, llama_tokenizer, bert_tokenizer, qwen_tokenizer)
+TOKENIZERS = (
+    clip_tokenizer,
+    t5_tokenizer,
+    bert_tokenizer,
+    llama_tokenizer,
+    gemma_tokenizer,
+    qwen_tokenizer,
+    glm_tokenizer,
+    llama3_tokenizer,
+)
 
 
 @pytest.mark.parametrize("make", TOKENIZERS, ids=lambda make: make.__name__)

@@ -1,13 +1,23 @@
-"""Language models whose hidden states are prompts: Gemma 2, Qwen3 and Qwen2.5-VL, with their tokenizers."""
+"""Language models whose hidden states are prompts, with their tokenizers: Gemma 2, Qwen3, Qwen2.5-VL, GLM, Llama."""
 
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizerFast,
+    GlmConfig,
+    GlmModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
 )
 
@@ -63,18 +73,27 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 def qwen3_encoder(seed: int = 14) -> Qwen3Model:
     """Embeddings [rows, tokens, WIDTH]: normed queries and keys, two of them to one key."""
-    config = Qwen3Config(
+    return seeded(lambda: Qwen3Model(qwen3_config(layers=2)), seed)
+
+
+def qwen3_causal(seed: int = 14) -> Qwen3ForCausalLM:
+    """The same with a head, which prompts do not use, and three layers."""
+    return seeded(lambda: Qwen3ForCausalLM(qwen3_config(layers=3)), seed)
+
+
+def qwen3_config(*, layers: int) -> Qwen3Config:
+    """Qwen3 of WIDTH channels."""
+    return Qwen3Config(
         vocab_size=len(QWEN_VOCABULARY),
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=2048,
         pad_token_id=QWEN_VOCABULARY["<|endoftext|>"],
     )
-    return seeded(lambda: Qwen3Model(config), seed)
 
 
 def qwen25_encoder(seed: int = 15) -> Qwen2_5_VLForConditionalGeneration:
@@ -101,3 +120,74 @@ def qwen25_encoder(seed: int = 15) -> Qwen2_5_VLForConditionalGeneration:
     }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return seeded(lambda: Qwen2_5_VLForConditionalGeneration(config), seed)
+
+
+GLM_SPECIALS = ("<|endoftext|>", "[gMASK]", "<sop>")
+
+
+def glm_tokenizer() -> PreTrainedTokenizerFast:
+    """GLM's byte pairs, with two marks at the start, padded on the left."""
+    vocabulary, merges = byte_pairs(GLM_SPECIALS)
+    return _byte_level(vocabulary, merges, start=("[gMASK]", "<sop>"), end="<|endoftext|>", padding_side="left")
+
+
+def glm_encoder(seed: int = 18) -> GlmModel:
+    """Embeddings [rows, tokens, WIDTH]: half of each head's channels are turned by position."""
+    config = GlmConfig(
+        vocab_size=len(byte_pairs(GLM_SPECIALS)[0]),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=0,
+    )
+    return seeded(lambda: GlmModel(config), seed)
+
+
+LLAMA3_SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>")
+
+
+def llama3_tokenizer() -> PreTrainedTokenizerFast:
+    """Llama 3's byte pairs, with a mark at the start."""
+    vocabulary, merges = byte_pairs(LLAMA3_SPECIALS)
+    return _byte_level(vocabulary, merges, start=("<|begin_of_text|>",), end="<|end_of_text|>", padding_side="right")
+
+
+def llama3_encoder(seed: int = 19) -> LlamaForCausalLM:
+    """Embeddings [rows, tokens, WIDTH] of every layer."""
+    config = LlamaConfig(
+        vocab_size=len(byte_pairs(LLAMA3_SPECIALS)[0]),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        output_hidden_states=True,
+    )
+    return seeded(lambda: LlamaForCausalLM(config), seed)
+
+
+def _byte_level(
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    *,
+    start: tuple[str, ...],
+    end: str,
+    padding_side: str,
+) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = TemplateProcessing(
+        single=[*start, "$A"], pair=[*start, "$A", "$B"], special_tokens=[(mark, vocabulary[mark]) for mark in start]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=start[0],
+        eos_token=end,
+        pad_token=end,
+        padding_side=padding_side,
+        model_max_length=1024,
+    )

@@ -49,7 +49,7 @@ def write_alpha(folder: Path) -> None:
 
 
 def write_sigma(folder: Path) -> None:
-    """``PixArt-alpha/PixArt-Sigma-XL-2-1024-MS``: SDXL's autoencoder, no sizes, longer prompts."""
+    """``PixArt-alpha/PixArt-Sigma-XL-2-1024-MS``: SDXL's autoencoder, no sizes, longer prompts; by today's class."""
     transformer = seeded(
         lambda: PixArtTransformer2DModel(
             **OPTIONS, sample_size=8, use_additional_conditions=False, interpolation_scale=2

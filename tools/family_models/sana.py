@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+)
 
 from family_models.family import Family
 from family_models.folder import save
@@ -33,9 +40,9 @@ def deep_autoencoder() -> AutoencoderDC:
     )
 
 
-def write_sana(folder: Path) -> None:
-    """``Efficient-Large-Model/Sana_1600M_1024px_diffusers``: no positions, a mask of the prompt."""
-    transformer = seeded(
+def sana_transformer(**changes: object) -> SanaTransformer2DModel:
+    """No positions: the convolutions of the feed-forward layers see them."""
+    return seeded(
         lambda: SanaTransformer2DModel(
             in_channels=32,
             out_channels=32,
@@ -47,8 +54,13 @@ def write_sana(folder: Path) -> None:
             cross_attention_dim=64,
             caption_channels=WIDTH,
             sample_size=8,
+            **changes,
         )
     )
+
+
+def write_sana(folder: Path) -> None:
+    """``Efficient-Large-Model/Sana_1600M_1024px_diffusers``: a mask of the prompt."""
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
@@ -56,8 +68,21 @@ def write_sana(folder: Path) -> None:
         beta_schedule="linear",
         algorithm_type="dpmsolver++",
     )
-    save(SanaPipeline(gemma_tokenizer(300), gemma_encoder(), deep_autoencoder(), transformer, scheduler), folder)
+    save(SanaPipeline(gemma_tokenizer(300), gemma_encoder(), deep_autoencoder(), sana_transformer(), scheduler), folder)
+
+
+def write_sprint(folder: Path) -> None:
+    """``Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers``: normed queries, the scale of guidance as input."""
+    transformer = sana_transformer(guidance_embeds=True, qk_norm="rms_norm_across_heads", timestep_scale=1000.0)
+    parts = (gemma_tokenizer(300), gemma_encoder(), deep_autoencoder(), transformer, SCMScheduler())
+    save(SanaSprintPipeline(*parts), folder)
 
 
 # Binning would draw the nearest of the published sizes.
-FAMILIES = (Family("sana", "Sana", write_sana, call={"height": 256, "width": 256, "use_resolution_binning": False}),)
+SMALL = {"height": 256, "width": 256, "use_resolution_binning": False}
+
+FAMILIES = (
+    Family("sana", "Sana", write_sana, call=SMALL),
+    # A timestep between is for two steps, the published number.
+    Family("sana-sprint", "Sana Sprint", write_sprint, call={**SMALL, "intermediate_timesteps": None}),
+)

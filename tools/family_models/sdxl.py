@@ -24,26 +24,34 @@ NUMBER = 8
 """Channels of the embedding of one number: of six sizes in the base, of four and a score in the refiner."""
 
 
-def unet_xl(*, encoders: int = 2, numbers: int = 6, depth: tuple[int, int] = (1, 2), **more: object):
-    """No attention at the first level, several transformer layers at the next."""
-    return seeded(
-        lambda: UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 64),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=depth,
-            attention_head_dim=(2, 4),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=NUMBER,
-            projection_class_embeddings_input_dim=WIDTH + numbers * NUMBER,
-            cross_attention_dim=encoders * WIDTH,
-            norm_num_groups=8,
-            **more,
-        )
-    )
+def unet_options(*, encoders: int = 2, numbers: int = 6, depth: tuple[int, int] = (1, 2)) -> dict[str, object]:
+    """No attention at the first level, several transformer layers at the next.
+
+    Args:
+        encoders: Whose embeddings stand side by side.
+        numbers: That are embedded beside the prompt.
+        depth: Transformer layers at a place of each level.
+    """
+    return {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": depth,
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": NUMBER,
+        "projection_class_embeddings_input_dim": WIDTH + numbers * NUMBER,
+        "cross_attention_dim": encoders * WIDTH,
+        "norm_num_groups": 8,
+    }
+
+
+def unet_xl(**changes: object) -> UNet2DConditionModel:
+    """The base's U-Net, but for the changes."""
+    return seeded(lambda: UNet2DConditionModel(**{**unet_options(), **changes}))
 
 
 def components(scheduler: SchedulerMixin) -> dict[str, object]:
@@ -73,7 +81,7 @@ def write_sdxl(folder: Path) -> None:
 def write_refiner(folder: Path) -> None:
     """``stabilityai/stable-diffusion-xl-refiner-1.0``: image to image, the second encoder alone, a score of beauty."""
     parts = {**components(euler()), "text_encoder": None, "tokenizer": None, "force_zeros_for_empty_prompt": False}
-    unet = unet_xl(encoders=1, numbers=5, depth=(2, 2))
+    unet = unet_xl(**unet_options(encoders=1, numbers=5, depth=(2, 2)))
     save(StableDiffusionXLImg2ImgPipeline(unet=unet, requires_aesthetics_score=True, **parts), folder)
     write_image(folder)
 

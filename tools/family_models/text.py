@@ -68,12 +68,12 @@ def _joined(words: tuple[str, ...], ending: str = "") -> tuple[list[str], list[t
 CLIP_VOCABULARY, CLIP_MERGES = byte_pairs(("<|startoftext|>", "<|endoftext|>"), "</w>")
 
 
-def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
-    """CLIP's byte pairs, 77 tokens at most. The second tokenizer of OpenCLIP pads by ``!``."""
-    return CLIPTokenizer(dict(CLIP_VOCABULARY), list(CLIP_MERGES), pad_token=pad, model_max_length=77)
+def clip_tokenizer(pad: str = "<|endoftext|>", limit: int = 77) -> CLIPTokenizer:
+    """CLIP's byte pairs. The second tokenizer of OpenCLIP pads by ``!``."""
+    return CLIPTokenizer(dict(CLIP_VOCABULARY), list(CLIP_MERGES), pad_token=pad, model_max_length=limit)
 
 
-def clip_config(*, act: str = "quick_gelu", layers: int = 2, width: int = WIDTH) -> CLIPTextConfig:
+def clip_config(*, act: str = "quick_gelu", layers: int = 2, limit: int = 77) -> CLIPTextConfig:
     """A CLIP text encoder's: OpenAI's activation is ``quick_gelu``, OpenCLIP's ``gelu``.
 
     The ids of special tokens are those of the published configs, which are not the tokenizer's; with
@@ -81,12 +81,12 @@ def clip_config(*, act: str = "quick_gelu", layers: int = 2, width: int = WIDTH)
     """
     return CLIPTextConfig(
         vocab_size=len(CLIP_VOCABULARY),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=77,
+        max_position_embeddings=limit,
         hidden_act=act,
         layer_norm_eps=1e-5,
         bos_token_id=0,
@@ -100,9 +100,11 @@ def clip_encoder(seed: int = 10, *, act: str = "quick_gelu", layers: int = 2) ->
     return seeded(lambda: CLIPTextModel(clip_config(act=act, layers=layers)), seed)
 
 
-def clip_projected(seed: int = 11, *, act: str = "gelu", layers: int = 3) -> CLIPTextModelWithProjection:
-    """Embeddings [rows, 77, WIDTH] and one pooled embedding [rows, WIDTH]."""
-    return seeded(lambda: CLIPTextModelWithProjection(clip_config(act=act, layers=layers)), seed)
+def clip_projected(
+    seed: int = 11, *, act: str = "gelu", layers: int = 3, limit: int = 77
+) -> CLIPTextModelWithProjection:
+    """Embeddings [rows, limit, WIDTH] and one pooled embedding [rows, WIDTH]."""
+    return seeded(lambda: CLIPTextModelWithProjection(clip_config(act=act, layers=layers, limit=limit)), seed)
 
 
 SENTINELS = tuple(f"<extra_id_{index}>" for index in reversed(range(100)))
