@@ -25,6 +25,7 @@ def draw(pipeline: DiffusionPipeline, family: Family, folder: Path, prompt: str,
     call = {name: value for name, value in given.items() if name in taken}
     for name, value in family.call.items():
         call[name] = Image.open(folder / value) if str(value).endswith(".png") else value
+    torch.manual_seed(seed)  # for what a pipeline draws without the generator that it is given
     images = pipeline(**call, generator=torch.Generator().manual_seed(seed))[0]
     return np.asarray([np.asarray(image, dtype=np.float32) for image in images])
 

@@ -14,6 +14,7 @@ from family_models import (
     hunyuan_dit,
     kandinsky,
     lumina,
+    ovis_image,
     pixart,
     pixels,
     qwen_image,
@@ -51,4 +52,5 @@ FAMILIES: tuple[Family, ...] = (
     *deepfloyd.FAMILIES,
     *cogview.FAMILIES,
     *hidream.FAMILIES,
+    *ovis_image.FAMILIES,
 )

@@ -9,7 +9,13 @@ SIDE = 64
 
 
 def image_autoencoder(
-    channels: int = 4, *, scaling: float = 0.18215, shift: float | None = None, quantized: bool = True, levels: int = 4
+    channels: int = 4,
+    *,
+    scaling: float = 0.18215,
+    shift: float | None = None,
+    quantized: bool = True,
+    levels: int = 4,
+    moments: tuple[list[float], list[float]] | None = None,
 ) -> AutoencoderKL:
     """The KL autoencoder of Stable Diffusion, SDXL, SD3 and FLUX.
 
@@ -19,6 +25,7 @@ def image_autoencoder(
         shift: What is taken off latents before, in SD3 and FLUX.
         quantized: Whether there are the two 1x1 convolutions around the latents; SD3 and FLUX have none.
         levels: One more than the halvings of the image.
+        moments: Mean and standard deviation of each latent channel, where latents are normed by them.
     """
     return seeded(
         lambda: AutoencoderKL(
@@ -33,6 +40,8 @@ def image_autoencoder(
             use_quant_conv=quantized,
             use_post_quant_conv=quantized,
             force_upcast=False,
+            latents_mean=moments[0] if moments else None,
+            latents_std=moments[1] if moments else None,
         ),
         seed=20,
     )

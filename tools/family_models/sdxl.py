@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from diffusers import (
+    EDMDPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
@@ -99,10 +100,19 @@ def write_lcm_sdxl(folder: Path) -> None:
     save(StableDiffusionXLPipeline(unet=unet, **components(scheduler)), folder)
 
 
+def write_playground(folder: Path) -> None:
+    """``playgroundai/playground-v2.5-1024px-aesthetic``: EDM's parametrization, latents normed by channel."""
+    moments = ([-1.6574, 1.886, -1.383, 2.5155], [8.4927, 5.9022, 6.5498, 5.2299])
+    parts = components(EDMDPMSolverMultistepScheduler())
+    parts |= {"vae": image_autoencoder(scaling=0.5, moments=moments)}
+    save(StableDiffusionXLPipeline(unet=unet_xl(), **parts), folder)
+
+
 FAMILIES = (
     Family("sdxl", "Stable Diffusion XL", write_sdxl),
     # Of three steps at the default strength of 0.3, none would be left.
     Family("sdxl-refiner", "SDXL refiner", write_refiner, call={"image": IMAGE, "strength": 1.0}),
     Family("sdxl-turbo", "SDXL-Turbo", write_turbo, call={"guidance_scale": 0.0}),
     Family("lcm-sdxl", "LCM-SDXL", write_lcm_sdxl, note="the embedded scale of guidance replaces guidance"),
+    Family("playground-v25", "Playground v2.5", write_playground),
 )

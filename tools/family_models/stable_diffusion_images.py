@@ -7,12 +7,15 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     EulerAncestralDiscreteScheduler,
+    MarigoldDepthPipeline,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImageVariationPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionUpscalePipeline,
+    T2IAdapter,
     UniPCMultistepScheduler,
 )
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -101,6 +104,43 @@ def write_image_to_image(folder: Path) -> None:
     write_image(folder)
 
 
+def write_adapter(folder: Path) -> None:
+    """Stable Diffusion 1.5 with ``TencentARC/t2iadapter_canny_sd15v2``: one call of the adapter for all steps."""
+    adapter = seeded(
+        lambda: T2IAdapter(
+            in_channels=3, channels=[32, 64], num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter"
+        ),
+        seed=40,
+    )
+    save(StableDiffusionAdapterPipeline(unet=unet1(), adapter=adapter, **components1(pndm())), folder)
+    write_image(folder)
+
+
+def write_depth(folder: Path) -> None:
+    """``prs-eth/marigold-depth-v1-1``: Stable Diffusion 2 that draws the depth of an image, for the empty prompt."""
+    scheduler = DDIMScheduler(
+        **BETAS,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+    parts = {name: components2(scheduler)[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    pipeline = MarigoldDepthPipeline(
+        unet=unet2(in_channels=8),
+        prediction_type="depth",
+        scale_invariant=True,
+        shift_invariant=True,
+        default_denoising_steps=4,
+        default_processing_resolution=768,
+        **parts,
+    )
+    save(pipeline, folder)
+    write_image(folder)
+
+
 FAMILIES = (
     Family("sd-inpainting", "Stable Diffusion inpainting", write_inpainting, call={"image": IMAGE, "mask_image": MASK}),
     Family("instruct-pix2pix", "InstructPix2Pix", write_instructions, call={"image": IMAGE}),
@@ -108,4 +148,11 @@ FAMILIES = (
     Family("sd-image-variation", "Stable Diffusion image variations", write_variation, call={"image": IMAGE}),
     Family("sd-controlnet", "Stable Diffusion 1.5 with ControlNet", write_controlnet, call={"image": IMAGE}),
     Family("sd-img2img", "Stable Diffusion 1.5, image to image", write_image_to_image, call={"image": IMAGE}),
+    Family("sd-t2i-adapter", "Stable Diffusion 1.5 with T2I-Adapter", write_adapter, call={"image": IMAGE}),
+    Family(
+        "marigold-depth",
+        "Marigold depth",
+        write_depth,
+        call={"image": IMAGE, "processing_resolution": 64, "output_type": "np"},
+    ),
 )
