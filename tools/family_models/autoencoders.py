@@ -39,7 +39,6 @@ def image_autoencoder(
             shift_factor=shift,
             use_quant_conv=quantized,
             use_post_quant_conv=quantized,
-            force_upcast=False,
             latents_mean=moments[0] if moments else None,
             latents_std=moments[1] if moments else None,
         ),

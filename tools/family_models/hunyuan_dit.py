@@ -15,15 +15,15 @@ from family_models.weights import seeded
 
 def write_11(folder: Path) -> None:
     """``Tencent-Hunyuan/HunyuanDiT-v1.1-Diffusers``: style and sizes are embedded."""
-    _write(folder, sized=True)
+    _write(folder, sized=True, beta_end=0.03)
 
 
 def write_12(folder: Path) -> None:
     """``Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers``: neither."""
-    _write(folder, sized=False)
+    _write(folder, sized=False, beta_end=0.018)
 
 
-def _write(folder: Path, *, sized: bool) -> None:
+def _write(folder: Path, *, sized: bool, beta_end: float) -> None:
     transformer = seeded(
         lambda: HunyuanDiT2DModel(
             num_attention_heads=4,
@@ -46,7 +46,7 @@ def _write(folder: Path, *, sized: bool) -> None:
         transformer=transformer,
         scheduler=DDPMScheduler(
             beta_start=0.00085,
-            beta_end=0.03,
+            beta_end=beta_end,
             beta_schedule="scaled_linear",
             prediction_type="v_prediction",
             clip_sample=False,
