@@ -1,4 +1,4 @@
-"""Text to video by transformers: Wan, CogVideoX, LTX-Video, HunyuanVideo and others. 64 pixels, 5 frames, 2 latent ones."""
+"""Video by transformers: Wan, CogVideoX, LTX-Video, HunyuanVideo and others. Two latent frames of 8 x 8 at most."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +87,7 @@ def write_wan(folder: Path) -> None:
 
 
 def write_wan_image(folder: Path) -> None:
-    """``Wan-AI/Wan2.1-I2V-14B-480P-Diffusers``: the sample carries latents of the image and a mask, 36 of 16 channels."""
+    """``Wan-AI/Wan2.1-I2V-14B-480P-Diffusers``: latents of the image and a mask beside the sample."""
     config = CLIPVisionConfig(**{**vision_config(), "hidden_size": 64, "num_hidden_layers": 3})
     pipeline = WanImageToVideoPipeline(
         transformer=wan_transformer(in_channels=36, image_dim=64, added_kv_proj_dim=64),
@@ -207,8 +207,8 @@ def write_cogvideox_image(folder: Path) -> None:
     write_image(folder)
 
 
-def write_ltx(folder: Path) -> None:
-    """``Lightricks/LTX-Video``: latents of 128 channels, 32 pixels and 8 frames to one; sizes go in as numbers."""
+def ltx_components() -> dict[str, object]:
+    """What every LTX-Video is: latents of 128 channels, 32 pixels and 8 frames to one."""
     transformer = seeded(
         lambda: LTXVideoTransformer3DModel(
             num_attention_heads=4,
@@ -227,14 +227,18 @@ def write_ltx(folder: Path) -> None:
         ),
         seed=20,
     )
-    pipeline = LTXPipeline(
-        scheduler=dynamic_flow(max_shift=2.05, base_shift=0.95, max_image_seq_len=4096, shift_terminal=0.1),
-        vae=autoencoder,
-        text_encoder=t5_encoder(),
-        tokenizer=t5_tokenizer(128),
-        transformer=transformer,
-    )
-    save(pipeline, folder)
+    return {
+        "scheduler": dynamic_flow(max_shift=2.05, base_shift=0.95, max_image_seq_len=4096, shift_terminal=0.1),
+        "vae": autoencoder,
+        "text_encoder": t5_encoder(),
+        "tokenizer": t5_tokenizer(128),
+        "transformer": transformer,
+    }
+
+
+def write_ltx(folder: Path) -> None:
+    """``Lightricks/LTX-Video``: sizes go into the denoiser as numbers."""
+    save(LTXPipeline(**ltx_components()), folder)
 
 
 def dynamic_flow(**options: object) -> FlowMatchEulerDiscreteScheduler:
@@ -337,7 +341,7 @@ def write_allegro(folder: Path) -> None:
 
 
 def write_latte(folder: Path) -> None:
-    """``maxin-cn/Latte-1``: blocks over space and blocks over time take turns; 8 channels of 4, half of them variance."""
+    """``maxin-cn/Latte-1``: blocks over space and over time take turns; four channels of noise, four of variance."""
     transformer = seeded(
         lambda: LatteTransformer3DModel(
             num_attention_heads=4,
@@ -374,7 +378,12 @@ FAMILIES: Sequence[Family] = (
     Family("wan22-ti2v", "Wan 2.2, 5B", write_wan_small, call=SIZE, note="a timestep for every token"),
     Family("cogvideox-2b", "CogVideoX 2B", write_cogvideox2),
     Family("cogvideox-5b", "CogVideoX 5B", write_cogvideox5),
-    Family("cogvideox-5b-i2v", "CogVideoX 5B, image to video", write_cogvideox_image, call={"image": IMAGE}),
+    Family(
+        "cogvideox-5b-i2v",
+        "CogVideoX 5B, image to video",
+        write_cogvideox_image,
+        call={"image": IMAGE, "num_frames": FRAMES},
+    ),
     Family("ltx-video", "LTX-Video", write_ltx, call={"height": 128, "width": 128, "num_frames": 9}),
     Family("hunyuan-video", "HunyuanVideo", write_hunyuan_video, call=SIZE),
     Family("mochi", "Mochi 1", write_mochi, call={**SIZE, "num_frames": 7}),

@@ -1,4 +1,4 @@
-"""Video by U-Nets with attention over time: Stable Video Diffusion, AnimateDiff, text-to-video and I2VGen-XL. 2 frames."""
+"""Video by U-Nets that attend over time: Stable Video Diffusion, AnimateDiff, text-to-video, I2VGen-XL. 2 frames."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,6 +183,7 @@ FAMILIES: Sequence[Family] = (
         "I2VGen-XL",
         write_i2vgen,
         call={**SIZE, "image": IMAGE, "clip_skip": None},
-        note="skips no layer of the text encoder: where the pipeline looks for its last norm, transformers 5 has none",
+        note="skips no layer of the text encoder: where the pipeline looks for its last norm, transformers 5 has none;"
+        " latents of the image are drawn from torch's own generator",
     ),
 )

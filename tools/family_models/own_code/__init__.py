@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .edm import edm, edm2
 from .flows import keywords, point_flow
-from .policies import policy_transformer, policy_unet
+from .policies import planner, policy_transformer, policy_unet
 from .scores import ncsnpp
 from .transformers import dit, hdit, u_vit
 
@@ -41,6 +41,7 @@ OWN_CODE: tuple[OwnCode, ...] = (
     OwnCode("hdit", "HDiT", hdit, "hourglass over pixels, windows, noise level as a vector"),
     OwnCode("policy_unet", "Diffusion policy, U-Net", policy_unet, "[N, T, actions]; the timestep is an integer"),
     OwnCode("policy_transformer", "Diffusion policy, transformer", policy_transformer, "masked decoder"),
+    OwnCode("planner", "Diffuser, a planner", planner, "a network of diffusers without a pipeline; [N, values, T]"),
     OwnCode("ncsnpp", "NCSN++", ncsnpp, "real noise level that also divides the output; predictor and corrector"),
     OwnCode("point_flow", "Rectified flow of 2D points", point_flow, "no image: [N, 2]; the time is [N, 1]"),
     OwnCode("keywords", "A dictionary of conditions", keywords, "keywords alone, a dictionary in and out"),

@@ -1,8 +1,9 @@
-"""Diffusion policies (Chi et al. 2023): trajectories of actions, conditioned on observations."""
+"""Trajectories: diffusion policies (Chi et al. 2023) and a planner (Janner et al. 2022)."""
 
 from collections.abc import Callable
 
 import torch
+from diffusers import DDPMScheduler, UNet1DModel
 from torch import Tensor, nn
 
 from .layers import sinusoids
@@ -132,6 +133,44 @@ def policy_transformer() -> tuple[nn.Module, Callable[[int], Tensor]]:
             clean = ((x - (1 - here).sqrt() * net(x, torch.tensor(t), seen)) / here.sqrt()).clamp(-1, 1)
             noise = (x - here.sqrt() * clean) / (1 - here).sqrt()
             x = there.sqrt() * clean + (1 - there).sqrt() * noise
+        return x
+
+    return net, draw
+
+
+def planner() -> tuple[nn.Module, Callable[[int], Tensor]]:
+    """``UNet1DModel`` as the published planners of diffusers have it, in a loop of one's own.
+
+    The state at the start is written into the trajectory after every step. [N, actions + states, T].
+    """
+    torch.manual_seed(0)
+    net = UNet1DModel(
+        in_channels=ACTIONS + OBSERVATIONS,
+        out_channels=ACTIONS + OBSERVATIONS,
+        block_out_channels=(32, 64),
+        down_block_types=("DownResnetBlock1D", "DownResnetBlock1D"),
+        up_block_types=("UpResnetBlock1D",),
+        mid_block_type="MidResTemporalBlock1D",
+        out_block_type="OutConv1DBlock",
+        act_fn="mish",
+        time_embedding_type="positional",
+        use_timestep_embedding=True,
+        flip_sin_to_cos=False,
+        freq_shift=1.0,
+        layers_per_block=1,
+    )
+    net = net.eval().requires_grad_(False)
+    scheduler = DDPMScheduler(100, beta_schedule="squaredcos_cap_v2", clip_sample=False, prediction_type="sample")
+
+    def draw(seed: int) -> Tensor:
+        random = torch.Generator().manual_seed(seed)
+        state = torch.rand(OBSERVATIONS, generator=random)
+        x = torch.randn(1, ACTIONS + OBSERVATIONS, HORIZON, generator=random)
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            x[:, ACTIONS:, 0] = state
+            x = scheduler.step(net(x, t.expand(1)).sample, t, x, generator=random).prev_sample
+        x[:, ACTIONS:, 0] = state
         return x
 
     return net, draw
