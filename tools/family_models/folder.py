@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from family_models.text import write_vocabulary
 
@@ -30,7 +30,7 @@ def save(pipeline: DiffusionPipeline, folder: Path, options: Mapping[str, object
         if bars:
             logging.enable_progress_bar()
     for name, component in pipeline.components.items():
-        if isinstance(component, PreTrainedTokenizerBase):
+        if isinstance(component, PreTrainedTokenizerFast):
             write_vocabulary(folder / name, component)
     index = {name: _published(entry) for name, entry in read_index(folder).items()} | dict(options or {})
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 from family_models import (
     audio,
-    cogview,
-    deepfloyd,
+    deepfloyd_upscaler,
+    hunyuan_video_15,
     joint,
     lumina_next,
+    music,
     shap_e,
     stable_diffusion_kin,
     video,
@@ -19,11 +20,12 @@ from family_models.family import Family
 FAMILIES: tuple[Family, ...] = (
     *video.FAMILIES,
     *video_variants.FAMILIES,
+    *hunyuan_video_15.FAMILIES,
     *video_unets.FAMILIES,
     *audio.FAMILIES,
+    *music.FAMILIES,
     *stable_diffusion_kin.FAMILIES,
-    *deepfloyd.FAMILIES,
-    *cogview.FAMILIES,
+    *deepfloyd_upscaler.FAMILIES,
     *lumina_next.FAMILIES,
     *joint.FAMILIES,
     *shap_e.FAMILIES,

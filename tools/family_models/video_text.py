@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast, UMT5C
 from family_models.text import WIDTH, WORDS, t5_tokenizer
 from family_models.weights import seeded
 
-HEADERS = ("<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>")
+HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>")
 
 
 def umt5_encoder(seed: int = 12) -> UMT5EncoderModel:
@@ -33,13 +33,12 @@ PARTS = (
 """How Llama 3 cuts a text before it merges bytes."""
 
 
-def llama_tokenizer(text: str, *, begin: str = "<|begin_of_text|>", limit: int = 256) -> PreTrainedTokenizerFast:
+def llama_tokenizer(text: str, limit: int = 256) -> PreTrainedTokenizerFast:
     """Byte pairs as Llama 3 has them.
 
     Args:
         text: Its words are one token each, as are ``WORDS``; all others are spelled in bytes. A pipeline that cuts off
             its template at a published number of tokens then cuts it where the published tokenizer does.
-        begin: The token in front of every text.
         limit: Tokens of a prompt at most.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -53,10 +52,11 @@ def llama_tokenizer(text: str, *, begin: str = "<|begin_of_text|>", limit: int =
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         show_progress=False,
-        special_tokens=[begin, *HEADERS],
+        special_tokens=list(HEADERS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator([text, *(f" {word}" for word in WORDS)], trainer)
+    begin = HEADERS[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
     )
