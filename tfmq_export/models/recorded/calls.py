@@ -186,7 +186,8 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _unfolded(leaf: Leaf, value: Tensor, rows: int, *, timestep: bool) -> Tensor:
-    """One row for each row of the sample."""
+    """One row for each row of the sample; graphs compute in single precision."""
+    value = value.float() if value.dtype == torch.float64 else value
     if not leaf.fold:
         return value.reshape(()) if timestep else value
     if timestep:  # the same number for all that belongs to a row

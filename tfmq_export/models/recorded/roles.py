@@ -53,8 +53,9 @@ def plan_of(signature: inspect.Signature, runs: Sequence[RecordedRun], where: st
     values = {path: _Values(path, runs) for path in first.calls[0]}
     timestep = _timestep(values, where)
     sample = _sample(values, timestep, where)
-    names = _names([path for path, found in values.items() if found.is_input or path in (sample, timestep)])
     rows = [run.calls[0][sample].shape[0] for run in runs]
+    told = (sample, timestep)
+    names = _names([path for path, found in values.items() if path in told or found.is_input or found.is_given(rows)])
     leaves = tuple(_leaf(found, names.get(path), rows, path == timestep, where) for path, found in values.items())
     return CallPlan(signature, first.spec, leaves, names[sample], names[timestep])
 
@@ -77,6 +78,10 @@ class _Values:
         if not self.is_tensor:
             return self.changes_within or self.changes_between
         return self.changes_within or self.changes_between or self.follows_images
+
+    def is_given(self, rows: Sequence[int]) -> bool:
+        """Whether it looks like a prompt that was the same in all runs: where nobody counted images, rows tell."""
+        return self.is_tensor and self.first.ndim > 1 and not any(self.images) and self.sizes == list(rows)
 
     @property
     def sizes(self) -> list[int]:

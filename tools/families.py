@@ -1,0 +1,275 @@
+"""Every family of models through the compiler, and what came of it, as a page.
+
+    python tools/families.py [NAME ...] [--output out/families] [--page docs/families.md] [--jobs 1]
+
+Each family is a tiny model with random weights, in the folder or the code in which it is published; the compiler gets
+the folder, or the module and its ``draw``, and nothing else. It is compiled at W8A8 for ONNX Runtime, OpenVINO and
+TensorRT-RTX, and at W4A8 for ONNX Runtime, in three steps, two images, ``fast`` without learned scaling. Random
+weights show whether a family gets through and runs in integers, not how good its pictures are.
+
+Results are kept as one JSON file each: the same command goes on where it was interrupted. A family that fails keeps
+its row, with the reason.
+"""
+
+import argparse
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STEPS = 3
+IMAGES = 2
+PROMPTS = ("a red fox asleep in fresh snow", "two men on a beach", "a blue teapot")
+LIMIT = 900  # seconds of one family
+TARGETS = ("ort-cpu", "openvino", "tensorrt-rtx")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="families; all of them by default")
+    parser.add_argument("--output", type=Path, default=Path("out/families"))
+    parser.add_argument("--page", type=Path, help="write the table here")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        _in_this_process(args.names[0], args.output)
+        return
+    from family_models import FAMILIES
+    from family_models.own_code import OWN_CODE
+
+    known = [*FAMILIES, *OWN_CODE]
+    if strange := set(args.names) - {each.name for each in known}:
+        parser.error(f"no family {', '.join(sorted(strange))}; there are {', '.join(each.name for each in known)}")
+    for each in known:
+        path = args.output / f"{each.name}.json"
+        if (args.names and each.name not in args.names) or path.exists():
+            continue
+        print(f"{each.name:24}", end=" ", flush=True)
+        _in_a_child(each.name, args.output)
+        print(_line(json.loads(path.read_text())), flush=True)
+    if args.page is not None:
+        found = [json.loads((args.output / f"{each.name}.json").read_text()) for each in known if not args.names]
+        args.page.write_text(_page(found), "utf-8")
+        print(f"written to {args.page}")
+
+
+def _in_a_child(name: str, output: Path) -> None:
+    """A process of its own, so that a crash or a long wait is a row too."""
+    command = [sys.executable, __file__, name, "--one", "--output", str(output)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+        problem = "" if done.returncode == 0 else f"ended with {done.returncode}: {done.stderr.strip()[-300:]}"
+    except subprocess.TimeoutExpired:
+        problem = f"not done in {LIMIT} s"
+    path = output / f"{name}.json"
+    if not path.exists():
+        path.write_text(json.dumps({"name": name, "title": name, "reason": problem}))
+
+
+def _in_this_process(name: str, output: Path) -> None:
+    warnings.simplefilter("ignore")
+    from family_models import FAMILIES
+    from family_models.own_code import OWN_CODE
+
+    for each in (*FAMILIES, *OWN_CODE):
+        if each.name == name:
+            found: dict[str, Any] = {"name": name, "title": each.title, "note": each.note}
+            began = time.perf_counter()
+            with tempfile.TemporaryDirectory() as folder:
+                _try(lambda: _compiled(each, Path(folder), found), found)
+            found["seconds"] = round(time.perf_counter() - began)
+            partial = output / f"{name}.partial"
+            partial.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            partial.replace(output / f"{name}.json")
+
+
+def _try(step: Any, found: dict[str, Any]) -> None:
+    """A failure is a result; one that is not an error of ours is told with its place."""
+    from tfmq_export.errors import TfmqError
+
+    try:
+        step()
+    except TfmqError as error:
+        found["reason"] = str(error).splitlines()[0]
+    except Exception as error:  # a traceback that a user would see
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        first = (str(error).splitlines() or [""])[0]
+        found["reason"] = f"traceback: {type(error).__name__}: {first} ({Path(place.filename).name}:{place.lineno})"
+
+
+def _compiled(family: Any, folder: Path, found: dict[str, Any]) -> None:
+    from tfmq_export.compiler.steps import capture, observe
+    from tfmq_export.config import CompileConfig
+
+    denoiser = _denoiser(family, folder)
+    weights = denoiser.module.parameters()
+    found["parameters"] = sum(value.numel() for value in weights)
+    found["inputs"] = {name: list(value.shape) for name, value in denoiser.example_inputs.items()}
+    captured = capture(denoiser)
+    found["nodes"] = len(captured.program.module.graph.nodes)
+    found["features"] = len(captured.program.features)
+    settings: dict[str, Any] = {
+        "effort": "fast",
+        "calibration_images": IMAGES,
+        "validation_images": IMAGES,
+        "method": {"timestep_weights": "uniform", "les": "off"},
+        "thresholds": {"psnr": -100, "sqnr": -100, "ssim": -1},
+        "allow_precision_loss": True,  # a loss is a number of the table
+    }
+    observed = observe(denoiser, CompileConfig(**settings))
+    found["presets"] = {}
+    for preset, targets in (("w8a8", TARGETS), ("w4a8", TARGETS[:1])):
+        cells: dict[str, Any] = {}
+        found["presets"][preset] = cells
+        _try(lambda: _preset(captured, observed, {**settings, "preset": preset}, targets, folder, cells), cells)
+
+
+def _denoiser(family: Any, folder: Path) -> Any:
+    from tfmq_export.models.load import Source, load
+    from tfmq_export.models.recorded.load import denoiser_from_draw
+
+    if hasattr(family, "build"):
+        return denoiser_from_draw(*family.build(), None, family.name)
+    root = folder / family.name
+    family.write(root)
+    prompts = None
+    if family.call:
+        prompts = root / "requests.jsonl"
+        prompts.write_text("\n".join(json.dumps(each) for each in _requests(root, family.call)), "utf-8")
+    return load(Source(root, steps=STEPS, prompts=prompts))
+
+
+def _requests(root: Path, call: Mapping[str, object]) -> list[dict[str, object]]:
+    import diffusers
+
+    kind = getattr(diffusers, json.loads((root / "model_index.json").read_text())["_class_name"])
+    if "prompt" not in inspect.signature(kind.__call__).parameters:
+        return [dict(call)] * 2
+    return [{"prompt": prompt, **call} for prompt in PROMPTS]
+
+
+def _preset(
+    captured: Any, observed: Any, settings: Mapping[str, Any], targets: tuple[str, ...], folder: Path, cells: Any
+) -> None:
+    from tfmq_export.compiler.steps import lower, prove, quantize, write
+    from tfmq_export.config import CompileConfig
+
+    made = quantize(captured, CompileConfig(**settings), observed=observed)
+    for target in targets:
+        cell: dict[str, Any] = {}
+        cells[target] = cell
+
+        def one(target: str = target, cell: dict[str, Any] = cell) -> None:
+            config = CompileConfig(**settings, target=target)
+            root = folder / f"{settings['preset']}-{target}"
+            bundle = write(lower(made, config), root, "none")
+            if target == "tensorrt-rtx":  # runs on a GPU alone: what can be had without is the engine
+                from tfmq_export.runtime.engines.tensorrt.building.files import add_engines_in_place
+
+                cell["engines"] = len(add_engines_in_place(bundle, allow_precision_loss=True).manifest.engines)
+                return
+            validation = prove(made, bundle, config)
+            receipt = validation.receipt
+            asked = [row for row in receipt.rows if row.layer.activation_bits]
+            cell["asked"], cell["integer"] = len(asked), sum(row.integer for row in asked)
+            cell["share"] = round(receipt.integer_share, 3)
+            cell["lost"] = [f"{row.layer.path}: {row.reason}" for row in receipt.lost] + [
+                f"{a}: {b}" for a, b in receipt.strays
+            ]
+            numbers = {each.metric.name: each for each in validation.report.comparisons}
+            cell["lock_step"] = round(float(numbers["LOCK_STEP"].lowest), 1)
+            cell["psnr"] = round(float(numbers["IMAGE_PSNR"].mean), 1)
+            cell["tables"] = len(validation.temporal.paths)
+
+        _try(one, cell)
+    cells["prologue"] = _prologue(made, settings, folder)
+
+
+def _prologue(made: Any, settings: Mapping[str, Any], folder: Path) -> str:
+    from tfmq_export.compiler.steps import lower
+    from tfmq_export.config import CompileConfig
+    from tfmq_export.errors import PreconditionError
+
+    found: dict[str, Any] = {}
+
+    def cut() -> None:
+        try:
+            lowered = lower(made, CompileConfig(**settings, prologue=True))
+        except PreconditionError:
+            found["reason"] = "none"
+            return
+        info = lowered.prologue.info
+        found["reason"] = f"{len(info.tensors)} tensors, {'bit-equal' if info.bit_equal else 'close'}"
+
+    _try(cut, found)
+    return found["reason"]
+
+
+def _line(found: Mapping[str, Any]) -> str:
+    if "reason" in found:
+        return found["reason"][:150]
+    return " | ".join(f"{preset}: {_cell(cells.get('ort-cpu', cells))}" for preset, cells in found["presets"].items())
+
+
+def _cell(cell: Mapping[str, Any]) -> str:
+    if "engines" in cell:
+        return "builds"
+    if "reason" in cell:
+        return cell["reason"][:120]
+    return f"{cell['integer']}/{cell['asked']}, {cell['share']:.0%}, {cell['lock_step']:.0f} dB"
+
+
+def _page(found: list[Mapping[str, Any]]) -> str:
+    works = [each for each in found if "reason" not in each]
+    rows = [_row(each) for each in found]
+    head = "| family | parameters | inputs | tables | prologue | W8A8, ONNX Runtime | OpenVINO | TensorRT-RTX | W4A8 |"
+    return "\n".join(
+        [
+            "# Families",
+            "",
+            f"What goes through the compiler: {len(works)} of {len(found)} families, made by",
+            "",
+            "```bash",
+            "python tools/families.py --page docs/families.md",
+            "```",
+            "",
+            *(__doc__ or "").split("\n\n")[2].splitlines(),
+            "",
+            "A cell: layers that ran in integers of those that were asked for, their share of the MACs, and how far the",
+            "graph is from fake-quant in lock-step. Tables are temporal features served as tables.",
+            "",
+            head,
+            "|" + "---|" * 9,
+            *rows,
+            "",
+        ]
+    )
+
+
+def _row(found: Mapping[str, Any]) -> str:
+    title = found["title"]
+    if "reason" in found:
+        return f"| {title} | | | | | {_plain(found['reason'])} | | | |"
+    eight, four = (found["presets"].get(name, {}) for name in ("w8a8", "w4a8"))
+    inputs = ", ".join(f"{name} {shape[1:]}" for name, shape in found["inputs"].items())
+    cells = [_plain(_cell(eight.get(target, eight))) for target in TARGETS]
+    tables = f"{eight.get('ort-cpu', {}).get('tables', '')}"
+    prologue = _plain(str(eight.get("prologue", "")))
+    last = _plain(_cell(four.get("ort-cpu", four)))
+    return f"| {title} | {found['parameters']:,} | {inputs} | {tables} | {prologue} | {' | '.join(cells)} | {last} |"
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    main()
