@@ -7,7 +7,6 @@ from family_models import (
     deepfloyd_upscaler,
     hunyuan_video_15,
     joint,
-    lumina_next,
     music,
     shap_e,
     stable_diffusion_kin,
@@ -26,7 +25,6 @@ FAMILIES: tuple[Family, ...] = (
     *music.FAMILIES,
     *stable_diffusion_kin.FAMILIES,
     *deepfloyd_upscaler.FAMILIES,
-    *lumina_next.FAMILIES,
     *joint.FAMILIES,
     *shap_e.FAMILIES,
 )

@@ -43,7 +43,7 @@ from family_models.folder import save
 from family_models.images import IMAGE, write_image
 from family_models.stable_diffusion import image_processor, vision_config
 from family_models.text import WIDTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
-from family_models.video_text import llama_encoder, llama_tokenizer, umt5_encoder
+from family_models.video_text import llava_encoder, llava_tokenizer, umt5_encoder
 from family_models.weights import seeded
 
 FRAMES = 5
@@ -264,9 +264,9 @@ def write_hunyuan_video(folder: Path) -> None:
         lambda: AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4),
         seed=20,
     )
-    tokenizer = llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"])
+    tokenizer = llava_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"])
     pipeline = HunyuanVideoPipeline(
-        text_encoder=llama_encoder(tokenizer),
+        text_encoder=llava_encoder(tokenizer),
         tokenizer=tokenizer,
         transformer=transformer,
         vae=autoencoder,
