@@ -7,6 +7,7 @@ from family_models import (
     deepfloyd_upscaler,
     hunyuan_video_15,
     joint,
+    ltx2,
     music,
     shap_e,
     stable_diffusion_kin,
@@ -19,6 +20,7 @@ from family_models.family import Family
 FAMILIES: tuple[Family, ...] = (
     *video.FAMILIES,
     *video_variants.FAMILIES,
+    *ltx2.FAMILIES,
     *hunyuan_video_15.FAMILIES,
     *video_unets.FAMILIES,
     *audio.FAMILIES,
