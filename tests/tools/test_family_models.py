@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline
-from family_models import FAMILIES, Family
+from family_models import FAMILIES, Family, other
 from family_models.language_models import gemma_tokenizer, glm_tokenizer, llama3_tokenizer, qwen_tokenizer
 from family_models.text import bert_tokenizer, clip_tokenizer, llama_tokenizer, t5_tokenizer, write_vocabulary
 from numpy.typing import NDArray
@@ -48,7 +48,11 @@ def test_names_are_unique_and_safe_in_file_names() -> None:
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(each, id=each.name, marks=() if each.name in QUICK else pytest.mark.slow) for each in FAMILIES],
+    [
+        pytest.param(each, id=each.name, marks=() if each.name in QUICK else pytest.mark.slow)
+        for each in FAMILIES
+        if each not in other.FAMILIES  # test_family_models_other.py draws those
+    ],
 )
 def test_a_family_loads_and_draws_what_it_is_asked_for(family: Family, tmp_path: Path) -> None:
     folder = tmp_path / family.name

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from family_models.family import Family
 from family_models.other import FAMILIES, NEEDS, SKIPPED
 from family_models.own_code import OWN_CODE, OwnCode
+from family_models.video_text import llava_tokenizer
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -56,6 +58,17 @@ def draw(pipeline: DiffusionPipeline, family: Family, folder: Path, prompt: str,
     return numbers(pipeline(**call, generator=torch.Generator().manual_seed(seed), return_dict=False)[0])
 
 
+def constant(pipeline: DiffusionPipeline) -> list[str]:
+    """Weights that are all alike, as in layers that start at zero."""
+    return [
+        f"{name}.{weight}"
+        for name, component in pipeline.components.items()
+        if isinstance(component, torch.nn.Module)
+        for weight, value in component.named_parameters()
+        if value.numel() > 1 and value.std() == 0
+    ]
+
+
 @pytest.mark.parametrize("name", quick([family.name for family in FAMILIES]))
 def test_a_family_loads_and_draws_what_it_is_asked_for(name: str, tmp_path: Path) -> None:
     for package in NEEDS.get(name, ()):
@@ -68,6 +81,7 @@ def test_a_family_loads_and_draws_what_it_is_asked_for(name: str, tmp_path: Path
     pipeline.set_progress_bar_config(disable=True)
     drawn = draw(pipeline, family, folder, PROMPT)
 
+    assert constant(pipeline) == []
     assert np.isfinite(drawn).all()
     matters = 1e-3 * drawn.std()  # far above the rounding of fp32; AudioLDM's prompt is the weakest at a hundredth
     assert matters > 0
@@ -112,6 +126,14 @@ def test_a_family_is_written_the_same_twice(name: str, tmp_path: Path) -> None:
     assert files
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_the_template_of_hunyuan_video_has_as_many_tokens_as_its_pipeline_drops() -> None:
+    template = DEFAULT_PROMPT_TEMPLATE["template"]
+
+    tokens = llava_tokenizer(template)(template.split("{}")[0]).input_ids
+
+    assert len(tokens) == DEFAULT_PROMPT_TEMPLATE["crop_start"]
 
 
 def test_names_are_unique_and_nothing_is_both_there_and_skipped() -> None:

@@ -14,6 +14,7 @@ from family_models import (
     hunyuan_dit,
     kandinsky,
     lumina,
+    other,
     ovis_image,
     pixart,
     pixels,
@@ -52,5 +53,6 @@ FAMILIES: tuple[Family, ...] = (
     *deepfloyd.FAMILIES,
     *cogview.FAMILIES,
     *hidream.FAMILIES,
+    *other.FAMILIES,
     *ovis_image.FAMILIES,
 )

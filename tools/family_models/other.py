@@ -7,7 +7,7 @@ from family_models import (
     deepfloyd_upscaler,
     hunyuan_video_15,
     joint,
-    lumina_next,
+    ltx2,
     music,
     shap_e,
     stable_diffusion_kin,
@@ -20,13 +20,13 @@ from family_models.family import Family
 FAMILIES: tuple[Family, ...] = (
     *video.FAMILIES,
     *video_variants.FAMILIES,
+    *ltx2.FAMILIES,
     *hunyuan_video_15.FAMILIES,
     *video_unets.FAMILIES,
     *audio.FAMILIES,
     *music.FAMILIES,
     *stable_diffusion_kin.FAMILIES,
     *deepfloyd_upscaler.FAMILIES,
-    *lumina_next.FAMILIES,
     *joint.FAMILIES,
     *shap_e.FAMILIES,
 )
@@ -47,7 +47,8 @@ SKIPPED: Mapping[str, str] = {
     "MusicLDM": "diffusers 0.42 takes CLAP's text features for a tensor, which they are not in transformers 5",
     "Kolors": "its tokenizer is read by sentencepiece",
     "OmniGen": "its processor of images needs torchvision",
-    "ConsisID": "its processor of faces needs OpenCV",
+    "ConsisID": "features of a face are tensors in its call, which packages outside diffusers compute",
+    "Cosmos": "its pipelines are made with a checker of the package cosmos_guardrail, which downloads weights",
     "ValueGuidedRL": "its pipeline is built around an environment of gym; see the planner in own_code",
 }
 """What was left out, and why. Each is a fact about the installed releases, and may change."""

@@ -1,4 +1,4 @@
-"""What Stable Diffusion's parts were made into: depth and normals by Marigold, a latent upscaler."""
+"""What Stable Diffusion's parts were made into: normals by Marigold, a latent upscaler."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
-    MarigoldDepthPipeline,
     MarigoldNormalsPipeline,
     StableDiffusionLatentUpscalePipeline,
     UNet2DConditionModel,
@@ -20,12 +19,12 @@ from family_models.stable_diffusion import BETAS, unet2
 from family_models.text import WIDTH, clip_encoder, clip_tokenizer
 from family_models.weights import seeded
 
-STEPS = 2
 SMALL = 32
 """Pixels of the side of what is made larger."""
 
 
-def _marigold() -> dict[str, object]:
+def write_normals(folder: Path) -> None:
+    """``prs-eth/marigold-normals-v1-1``: latents of the image beside the sample, the text always empty."""
     scheduler = DDIMScheduler(
         **BETAS,
         clip_sample=False,
@@ -35,27 +34,18 @@ def _marigold() -> dict[str, object]:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
     )
-    return {
-        "unet": unet2(in_channels=8),
-        "vae": image_autoencoder(),
-        "scheduler": scheduler,
-        "text_encoder": clip_encoder(act="gelu", layers=3),
-        "tokenizer": clip_tokenizer("!"),
-        "default_denoising_steps": STEPS,
-        "default_processing_resolution": SIDE,
-    }
-
-
-def write_depth(folder: Path) -> None:
-    """``prs-eth/marigold-depth-v1-1``: latents of the image beside the sample, the text always empty."""
-    pipeline = MarigoldDepthPipeline(prediction_type="depth", scale_invariant=True, shift_invariant=True, **_marigold())
+    pipeline = MarigoldNormalsPipeline(
+        unet=unet2(in_channels=8),
+        vae=image_autoencoder(),
+        scheduler=scheduler,
+        text_encoder=clip_encoder(act="gelu", layers=3),
+        tokenizer=clip_tokenizer("!"),
+        prediction_type="normals",
+        use_full_z_range=True,
+        default_denoising_steps=2,
+        default_processing_resolution=SIDE,
+    )
     save(pipeline, folder)
-    write_image(folder)
-
-
-def write_normals(folder: Path) -> None:
-    """``prs-eth/marigold-normals-v1-1``."""
-    save(MarigoldNormalsPipeline(prediction_type="normals", use_full_z_range=True, **_marigold()), folder)
     write_image(folder)
 
 
@@ -96,7 +86,6 @@ def write_latent_upscaler(folder: Path) -> None:
 
 
 FAMILIES: Sequence[Family] = (
-    Family("marigold-depth", "Marigold, depth", write_depth, call={"image": IMAGE}, note="no prompt"),
-    Family("marigold-normals", "Marigold, normals", write_normals, call={"image": IMAGE}, note="no prompt"),
+    Family("marigold-normals", "Marigold normals", write_normals, call={"image": IMAGE}, note="no prompt"),
     Family("sd-x2-latent-upscaler", "Latent upscaler x2", write_latent_upscaler, call={"image": IMAGE}),
 )

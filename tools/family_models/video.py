@@ -43,7 +43,7 @@ from family_models.folder import save
 from family_models.images import IMAGE, write_image
 from family_models.stable_diffusion import image_processor, vision_config
 from family_models.text import WIDTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
-from family_models.video_text import llama_encoder, llama_tokenizer, umt5_encoder
+from family_models.video_text import llava_encoder, llava_tokenizer, umt5_encoder
 from family_models.weights import seeded
 
 FRAMES = 5
@@ -246,35 +246,38 @@ def dynamic_flow(**options: object) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **options)
 
 
+HUNYUAN = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "text_embed_dim": WIDTH,
+    "pooled_projection_dim": WIDTH,
+    "rope_axes_dim": (4, 6, 6),
+}
+
+
+def hunyuan_components() -> dict[str, object]:
+    """What every HunyuanVideo has beside its transformer."""
+    tokenizer = llava_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"])
+    autoencoder = seeded(
+        lambda: AutoencoderKLHunyuanVideo(block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4), seed=20
+    )
+    return {
+        "text_encoder": llava_encoder(tokenizer),
+        "tokenizer": tokenizer,
+        "vae": autoencoder,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+        "text_encoder_2": clip_encoder(),
+        "tokenizer_2": clip_tokenizer(),
+    }
+
+
 def write_hunyuan_video(folder: Path) -> None:
     """``hunyuanvideo-community/HunyuanVideo``: double and single blocks, a refiner of the text, embedded guidance."""
-    transformer = seeded(
-        lambda: HunyuanVideoTransformer3DModel(
-            num_attention_heads=4,
-            attention_head_dim=16,
-            num_layers=1,
-            num_single_layers=1,
-            num_refiner_layers=1,
-            text_embed_dim=WIDTH,
-            pooled_projection_dim=WIDTH,
-            rope_axes_dim=(4, 6, 6),
-        )
-    )
-    autoencoder = seeded(
-        lambda: AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4),
-        seed=20,
-    )
-    tokenizer = llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"])
-    pipeline = HunyuanVideoPipeline(
-        text_encoder=llama_encoder(tokenizer),
-        tokenizer=tokenizer,
-        transformer=transformer,
-        vae=autoencoder,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=clip_encoder(),
-        tokenizer_2=clip_tokenizer(),
-    )
-    save(pipeline, folder)
+    transformer = seeded(lambda: HunyuanVideoTransformer3DModel(**HUNYUAN))
+    save(HunyuanVideoPipeline(transformer=transformer, **hunyuan_components()), folder)
 
 
 def write_mochi(folder: Path) -> None:

@@ -33,7 +33,7 @@ PARTS = (
 """How Llama 3 cuts a text before it merges bytes."""
 
 
-def llama_tokenizer(text: str, limit: int = 256) -> PreTrainedTokenizerFast:
+def llava_tokenizer(text: str, limit: int = 256) -> PreTrainedTokenizerFast:
     """Byte pairs as Llama 3 has them.
 
     Args:
@@ -70,7 +70,7 @@ def llama_tokenizer(text: str, limit: int = 256) -> PreTrainedTokenizerFast:
     )
 
 
-def llama_encoder(tokenizer: PreTrainedTokenizerFast, *, layers: int = 4, seed: int = 13) -> LlamaModel:
+def llava_encoder(tokenizer: PreTrainedTokenizerFast, *, layers: int = 4, seed: int = 13) -> LlamaModel:
     """Embeddings [rows, tokens, WIDTH] of every layer; pipelines read one before the last."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,4 +1,4 @@
-"""More video by transformers: from an image by LTX-Video, Wan VACE, SkyReels-V2, Sana-Video, EasyAnimate."""
+"""More video by transformers: from an image by LTX-Video, FramePack, Wan VACE, SkyReels-V2, Sana-Video, EasyAnimate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +9,8 @@ from diffusers import (
     EasyAnimatePipeline,
     EasyAnimateTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoFramepackPipeline,
+    HunyuanVideoFramepackTransformer3DModel,
     LTXImageToVideoPipeline,
     SanaVideoPipeline,
     SanaVideoTransformer3DModel,
@@ -17,7 +19,13 @@ from diffusers import (
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from family_models.autoencoders import SIDE
 from family_models.family import Family
@@ -25,7 +33,7 @@ from family_models.folder import save
 from family_models.images import IMAGE, write_image
 from family_models.language_models import QWEN_VOCABULARY, gemma_encoder, gemma_tokenizer, qwen_tokenizer
 from family_models.text import WIDTH
-from family_models.video import SIZE, ltx_components, wan_autoencoder, wan_components
+from family_models.video import HUNYUAN, SIZE, hunyuan_components, ltx_components, wan_autoencoder, wan_components
 from family_models.weights import seeded
 
 WAN = {
@@ -142,12 +150,39 @@ def write_easyanimate(folder: Path) -> None:
     save(pipeline, folder)
 
 
+def write_framepack(folder: Path) -> None:
+    """``lllyasviel/FramePackI2V_HY``: earlier frames at three resolutions, and the place of each frame as a number."""
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    transformer = seeded(
+        lambda: HunyuanVideoFramepackTransformer3DModel(
+            **HUNYUAN, has_image_proj=True, image_proj_dim=32, has_clean_x_embedder=True
+        )
+    )
+    pipeline = HunyuanVideoFramepackPipeline(
+        transformer=transformer,
+        image_encoder=seeded(lambda: SiglipVisionModel(config), seed=30),
+        feature_extractor=SiglipImageProcessor(size={"height": 32, "width": 32}),
+        **hunyuan_components(),
+    )
+    save(pipeline, folder)
+    write_image(folder)
+
+
 FAMILIES: Sequence[Family] = (
     Family(
         "ltx-video-i2v",
         "LTX-Video, image to video",
         write_ltx_image,
         call={"image": IMAGE, "height": 128, "width": 128, "num_frames": 9},
+    ),
+    Family(
+        "framepack",
+        "FramePack (HunyuanVideo)",
+        write_framepack,
+        call={**SIZE, "image": IMAGE, "latent_window_size": 2},
+        note="the sample is a window; the pipeline joins the windows",
     ),
     Family("wan21-vace", "Wan 2.1 VACE", write_vace, call=SIZE),
     Family("skyreels-v2", "SkyReels-V2, diffusion forcing", write_skyreels, call={**SIZE, "base_num_frames": 5}),
