@@ -23,12 +23,12 @@ from tfmq_export.capture.dependences import (
     Operation,
     TemporalFeature,
     classify,
-    count_macs,
     dependences,
     find_operations,
     find_temporal_features,
 )
 from tfmq_export.capture.device import device_of
+from tfmq_export.capture.macs import count_macs
 from tfmq_export.errors import ExportError, first_line
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     operations = tuple(op for op in operations if op.name not in merged)
     features = tuple(feature for feature in features if feature.name not in merged)
     attention = tuple(product for product in attention if product.source not in merged)
-    macs = count_macs(module, denoiser.example_inputs, depends)
+    macs = count_macs(module.graph, lambda node: not depends[node.name] <= {TIMESTEP})
     logger.info("captured %d nodes, %d operations to quantize", len(module.graph.nodes), len(operations))
     return DiffusionProgram(
         program, module, operations, left_float, features, macs, roles, _fingerprint(module, exported), attention

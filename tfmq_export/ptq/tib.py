@@ -25,7 +25,7 @@ from tfmq_export.ptq.fake_quant import fake_quantize
 from tfmq_export.ptq.finite_set import calibrate_finite_set
 from tfmq_export.ptq.observers import Observation, min_max
 from tfmq_export.ptq.reconstruct import learn_rounding
-from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule, batch_symbol
+from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule
 from tfmq_export.ptq.walk.draft import Draft, decided_grids, input_key, quantized_rules, with_nearest_codes
 from tfmq_export.ptq.walk.effort import RoundingSchedule
 from tfmq_export.ptq.walk.flow import Rules
@@ -102,7 +102,7 @@ class TemporalBlock:
     def __init__(self, program: DiffusionProgram, denoiser: Denoiser) -> None:
         self.operations = temporal_operations(program)
         block = temporal_block(program.module.graph, _names(program), [op.name for op in self.operations])
-        self._runner = BlockRunner(program.module, block, batch_symbol(program))
+        self._runner = BlockRunner(program.module, block)
         self._features = {feature.name: feature for feature in program.features}
         self._schedule = denoiser.timesteps
         self._inputs = self._feeds(denoiser, block)
