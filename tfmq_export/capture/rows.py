@@ -73,7 +73,7 @@ def _lies_in_order(node: fx.Node, shape: Sequence[Any], axis: int, mixed: set[fx
         return False
     if node.target in IN_ORDER:
         _, theirs, at = sources[0]
-        return math.prod(theirs[:at]) == math.prod(shape[:axis])
+        return bool(math.prod(theirs[:at]) == math.prod(shape[:axis]))
     if node.target in REPEATS_EACH:
         return True
     # Whatever else computes on several rows found them there.

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from tfmq_export.capture.blocks import Block, temporal_block
 from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.capture.dependences import TIMESTEP, Operation, dependences, find_operations
+from tfmq_export.capture.dependences import TIMESTEP, Operation, TemporalFeature, dependences, find_operations
 from tfmq_export.capture.program import DiffusionProgram, evaluate
 from tfmq_export.progress import Step
 from tfmq_export.ptq.fake_quant import fake_quantize
@@ -72,12 +72,22 @@ def tabulate(program: DiffusionProgram, denoiser: Denoiser) -> TibRecipe:
         TemporalTable(
             feature.name,
             feature.path,
-            torch.stack([row[0] if feature.per_sample else row for row in rows[feature.name]]).float().numpy(),
+            _rows_of(feature, torch.stack(rows[feature.name])).float().numpy(),
             feature.per_sample,
+            feature.rows,
         )
         for feature in program.features
     ]
     return TibRecipe(denoiser.timesteps, tuple(tables))
+
+
+def _rows_of(feature: TemporalFeature, values: Tensor) -> Tensor:
+    """What a table keeps of a feature's values for one sample, [T, 1 or more, ...]."""
+    if not feature.per_sample:
+        return values
+    if feature.rows == 1:
+        return values[:, 0]
+    return values[:, :1] if bool((values == values[:, :1]).all()) else values
 
 
 def temporal_operations(program: DiffusionProgram) -> tuple[Operation, ...]:
@@ -178,9 +188,13 @@ def reconstruct_temporal(
 @torch.no_grad()
 def quantized_tables(block: TemporalBlock, drafts: Sequence[Draft], exact: TibRecipe) -> TibRecipe:
     """Tables of what the quantized block computes."""
-    found = block(lambda steps: quantized_rules(drafts, steps))
+    found = {name: value.float().cpu() for name, value in block(lambda steps: quantized_rules(drafts, steps)).items()}
     tables = [
-        replace(table, rows=found[table.name].float().cpu().numpy().reshape(table.rows.shape)) for table in exact.tables
+        # Rows that were equal are computed from the same numbers and stay equal.
+        replace(table, rows=found[table.name].reshape(table.unfolded.shape).numpy()[:, : table.rows.shape[1]])
+        if table.rows_per_sample > 1
+        else replace(table, rows=found[table.name].numpy().reshape(table.rows.shape))
+        for table in exact.tables
     ]
     return TibRecipe(exact.timesteps, tuple(tables), "quantized")
 

@@ -231,7 +231,7 @@ def _near(value: Tensor, device: torch.device) -> Tensor:
 def _features(program: DiffusionProgram, tib: TibRecipe) -> dict[str, Tensor]:
     """Tables are float32; a mask or an index gets its own type back."""
     types = {node.name: node.meta["val"].dtype for node in program.module.graph.nodes if node.name in tib.names}
-    return {table.name: torch.from_numpy(table.rows).to(types[table.name]) for table in tib.tables}
+    return {table.name: torch.from_numpy(table.unfolded.copy()).to(types[table.name]) for table in tib.tables}
 
 
 def _drafts(program: DiffusionProgram, plan: QuantPlan) -> list[Draft]:
