@@ -29,6 +29,7 @@ from tfmq_export.capture.dependences import (
     find_temporal_features,
 )
 from tfmq_export.capture.device import device_of
+from tfmq_export.capture.small_numbers import hidden_numbers
 from tfmq_export.errors import ExportError, first_line
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,8 @@ def _optimize(program: torch.onnx.ONNXProgram, names: Iterable[str]) -> dict[str
     prediction = outputs[0]
     values = {value.name: value for node in program.model.graph for value in node.outputs}
     outputs[:] = [prediction, *(values[name] for name in names if name in values and values[name] is not prediction)]
-    program.optimize()
+    with hidden_numbers(program.model.graph):
+        program.optimize()
     merged = {}
     for value in outputs:
         node = value.producer()
