@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tfmq_export.capture.attention import AttentionProduct, find_attention
+from tfmq_export.capture.complex_numbers import spell_complex
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.dependences import (
     CONDITIONING,
@@ -29,8 +30,10 @@ from tfmq_export.capture.dependences import (
     find_temporal_features,
 )
 from tfmq_export.capture.device import device_of
+from tfmq_export.capture.fixed_batch import where_fixed
+from tfmq_export.capture.refusal import refusal
 from tfmq_export.capture.small_numbers import hidden_numbers
-from tfmq_export.errors import ExportError, first_line
+from tfmq_export.errors import ExportError
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -148,20 +151,25 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     The exporter renames nodes when it decomposes the captured program, so the analysis must read the
     decomposed one: then a value has the same name in PyTorch and in ONNX.
     """
-    inputs = dict(denoiser.example_inputs)
-    dynamic = {name: {0: torch.export.Dim.AUTO} if value.ndim else None for name, value in inputs.items()}
+    exported = None
     try:
         with warnings.catch_warnings(), torch.no_grad(), quiet_logger("torch.onnx"):
             warnings.simplefilter("ignore")
-            exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=dynamic, strict=False)
+            exported = _traced(denoiser)
+            exported = spell_complex(exported, denoiser.source)
             program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    except ExportError:
+        raise
     except Exception as error:  # torch.export has no common base; whatever it raises comes from the model
-        raise ExportError(
-            f"{denoiser.source}: torch.export cannot capture this module: {first_line(error)}; "
-            "replace data-dependent Python control flow in forward() by tensor operations"
-        ) from error
+        raise refusal(denoiser.source, error, exported) from error
     assert program is not None
     return program
+
+
+def _traced(denoiser: Denoiser) -> torch.export.ExportedProgram:
+    inputs = dict(denoiser.example_inputs)
+    dynamic = {name: {0: torch.export.Dim.AUTO} if value.ndim else None for name, value in inputs.items()}
+    return torch.export.export(denoiser.module, (), inputs, dynamic_shapes=dynamic, strict=False)
 
 
 def _keep_prediction(module: fx.GraphModule) -> None:
@@ -231,8 +239,11 @@ def _check_batch(module: fx.GraphModule, denoiser: Denoiser) -> None:
     for node in (samples[0], output.args[0]):
         shape = node.meta["val"].shape
         if not shape or isinstance(shape[0], int):
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                place = where_fixed(lambda: _traced(denoiser))
             raise ExportError(
-                f"{denoiser.source}: forward() fixes the batch size ({node.name} has shape {list(shape)}); "
+                f"{denoiser.source}: forward() fixes the batch size ({place or f'{node.name} has {list(shape)}'}); "
                 "use x.shape[0] where a literal or int(...) stands for the batch"
             )
 

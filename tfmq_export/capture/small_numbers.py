@@ -8,10 +8,9 @@ numbers are hidden while it runs.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 NEUTRAL = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0}
 """What leaves the other operand as it is."""
@@ -24,7 +23,7 @@ PASSED_ON = frozenset({"Identity", "Cast", "CastLike"})
 def hidden_numbers(graph: ir.Graph) -> Iterator[None]:
     """Make scalar operands that are nearly neutral, and not quite, inputs of the graph meanwhile; rewrites in place."""
     kept = len(graph.inputs)
-    numbers: dict[int, NDArray[np.generic]] = {}
+    numbers: dict[int, Any] = {}
     for node in list(graph):
         for place, operand in enumerate(node.inputs):
             number = None if operand is None or node.op_type not in NEUTRAL else _scalar(operand)
@@ -44,7 +43,7 @@ def hidden_numbers(graph: ir.Graph) -> Iterator[None]:
             graph.register_initializer(value)
 
 
-def _scalar(value: ir.Value) -> NDArray[np.generic] | None:
+def _scalar(value: ir.Value) -> Any:
     """The number of a constant of rank 0, however it is passed on; None for anything else."""
     if value.const_value is not None:
         number = value.const_value.numpy()
@@ -62,9 +61,9 @@ def _scalar(value: ir.Value) -> NDArray[np.generic] | None:
     return number if number is None or like is None else number.astype(like.numpy())
 
 
-def _nearly(number: NDArray[np.generic], neutral: float) -> bool:
+def _nearly(number: Any, neutral: float) -> bool:
     """Whether a number is close to the neutral one, and not it."""
-    if not np.issubdtype(number.dtype, np.floating):
+    if not ir.tensor(number).dtype.is_floating_point():
         return False
     distance = abs(float(number) - neutral)
     return bool(0 < distance < (TOLERANCE if neutral else TOLERANCE**2))
