@@ -23,7 +23,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # room: (third-party packages it may import, parts of tfmq_export it may import besides itself)
     **dict.fromkeys(DATA - {"recipe"}, (frozenset({"numpy", "pydantic"}), DATA)),
     "recipe": (frozenset({"numpy", "safetensors"}), DATA),
-    "capture": (TORCH | {"onnx"}, DATA),
+    "capture": (TORCH | {"onnx", "onnx_ir"}, DATA),
     "models": (TORCH | {"diffusers", "numpy", "safetensors"}, DATA | {"capture"}),
     "ptq": (TORCH | {"numpy", "safetensors"}, DATA | {"capture"}),
     "passes": (ONNX | {"numpy", "onnxruntime"}, DATA),

@@ -7,6 +7,8 @@ com.microsoft.MultiHeadAttention, which takes heads side by side, [B, L, H * D]:
 Transpose that split the heads before, and those that join them after. Where they are not around, ``mha``
 leaves the node alone, and ``matmul`` can follow it. On one CPU thread ``mha`` takes 0.8 of the time at 1024
 tokens and more, and the same below 256.
+
+Masks broadcast (``attention_mask.py``), and heads of k and v that several heads of q share are gathered.
 """
 
 from dataclasses import dataclass
@@ -17,8 +19,16 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
-from tfmq_export.passes.graph import producer, sole_consumer
-from tfmq_export.passes.reading import Shape, float_attribute, known_shape, static_size
+from tfmq_export.passes.graph import producer, read_instead, sole_consumer
+from tfmq_export.passes.lower.attention_mask import (
+    HIDDEN,
+    as_bias,
+    bias_obstacle,
+    mask_obstacle,
+    may_hide_all,
+    zero_unseeing,
+)
+from tfmq_export.passes.reading import Shape, Size, computed, float_attribute, known_shape, static_size
 from tfmq_export.recipe.names import node_name, scores_name
 
 Form = Literal["matmul", "mha"]
@@ -89,28 +99,37 @@ def unsupported(node: gs.Node) -> str | None:
     if len(known) < len(shapes):
         return f"needs q, k, v of shape [B, H, L, D], got {shapes}"
     q, k, v = known
-    if not (q[1] == k[1] == v[1]):
-        return f"grouped heads are not lowered: {q[1]} for q, {k[1]} for k, {v[1]} for v"
+    if k[1] != v[1] or (q[1] != k[1] and not (isinstance(q[1], int) and isinstance(k[1], int) and q[1] % k[1] == 0)):
+        return f"heads do not divide into groups: {q[1]} for q, {k[1]} for k, {v[1]} for v"
     if not isinstance(q[3], int):
         return f"the size of a head is not static: {q[3]}"
     if any(tensor.dtype != np.float32 for tensor in node.inputs[:3]):
         return f"needs float32, got {[str(tensor.dtype) for tensor in node.inputs[:3]]}"
-    return None
+    mask = attention_mask(node)
+    return None if mask is None else mask_obstacle(mask)
 
 
 def no_head_split(graph: gs.Graph, node: gs.Node) -> str | None:
     """Why MultiHeadAttention cannot stand in for the node and the head split around it."""
+    if shares_heads(node):
+        return "its heads share keys and values"
     for name, tensor in zip("qkv", node.inputs[:3], strict=True):
         if merged_heads(tensor) is None:
             return f"{name} is not split into heads by Reshape and Transpose"
     if joining_reshape(graph, node.outputs[0]) is None:
         return "its heads are not joined by Transpose and Reshape"
     mask = attention_mask(node)
-    if mask is not None and (mask.dtype != np.float32 or mask.shape is None or len(mask.shape) != 4):
-        return (
-            f"MultiHeadAttention needs a float32 mask [B, H, L, S], got {mask.dtype} {mask.shape and tuple(mask.shape)}"
-        )
-    return None
+    return None if mask is None else bias_obstacle(mask, *scores_size(node))
+
+
+def scores_size(node: gs.Node) -> tuple[Size, Size]:
+    """How many queries and how many keys there are."""
+    return known_shape(node.inputs[0])[2], known_shape(node.inputs[1])[2]
+
+
+def shares_heads(node: gs.Node) -> bool:
+    """Whether several heads of q read one head of k and v."""
+    return bool(known_shape(node.inputs[0])[1] != known_shape(node.inputs[1])[1])
 
 
 def given(tensor: gs.Tensor) -> bool:
@@ -169,9 +188,14 @@ def lower_to_mha(graph: gs.Graph, node: gs.Node) -> None:
     assert len(inputs) == 3  # ``no_head_split`` looked
     (joined,) = reshape.outputs
     mask = attention_mask(node)
-    if mask is not None:
-        inputs += [gs.Variable.empty(), gs.Variable.empty(), mask]  # no bias, no key padding mask
     reshape.outputs.clear()
+    if mask is not None:
+        bias = as_bias(graph, mask, node.name, *scores_size(node))
+        inputs += [gs.Variable.empty(), gs.Variable.empty(), bias]  # no projection bias, no key padding mask
+        if may_hide_all(mask):
+            attended = gs.Variable(f"{node.name}_attended", np.float32, joined.shape)
+            zero_unseeing(graph, mask, attended, joined, node.name, heads_joined=True)
+            joined = attended
     graph.nodes.append(
         gs.Node(
             "MultiHeadAttention",
@@ -187,6 +211,8 @@ def lower_to_mha(graph: gs.Graph, node: gs.Node) -> None:
 
 def lower_to_matmul(graph: gs.Graph, node: gs.Node) -> None:
     """Spell the node out; ORT merges the transpose and the scale into the first MatMul."""
+    if shares_heads(node):
+        repeat_heads(graph, node)
     q, k, v = node.inputs[:3]
     (y,) = node.outputs[:1]
     batch, heads, length, size = known_shape(q)
@@ -207,10 +233,28 @@ def lower_to_matmul(graph: gs.Graph, node: gs.Node) -> None:
     graph.nodes.append(gs.Node("MatMul", node_name(scored), {}, [scaled, transposed], [scores]))
     mask = attention_mask(node)
     if mask is not None and mask.dtype == np.bool_:
-        hidden = gs.Constant(f"{name}_hidden", np.array(-np.inf, np.float32))
+        hidden = gs.Constant(f"{name}_hidden", HIDDEN)
         scores = emit("Where", "masked_scores", [mask, scores, hidden], scores_shape)
     elif mask is not None:
         scores = emit("Add", "masked_scores", [scores, mask], scores_shape)
     weights = emit("Softmax", "weights", [scores], scores_shape, axis=-1)
     node.outputs.clear()
     graph.nodes.append(gs.Node("MatMul", name, {}, [weights, v], [y]))
+    if mask is not None and may_hide_all(mask):
+        # The product keeps its name, by which the recipe knows it.
+        result = gs.Variable(f"{name}_result", np.float32, y.shape)
+        read_instead(y, result)
+        graph.outputs = [result if value is y else value for value in graph.outputs]
+        zero_unseeing(graph, mask, computed(y), result, name, heads_joined=False)
+
+
+def repeat_heads(graph: gs.Graph, node: gs.Node) -> None:
+    """Give each head of q a head of k and v of its own, [B, H, S, D]."""
+    heads, shared = static_size(node.inputs[0], 1), static_size(node.inputs[1], 1)
+    places = gs.Constant(f"{node.name}_heads", np.arange(heads, dtype=np.int64) // (heads // shared))
+    for position, name in ((1, "k"), (2, "v")):
+        value = node.inputs[position]
+        batch, _, source, size = known_shape(value)
+        repeated = gs.Variable(f"{node.name}_repeated_{name}", np.float32, [batch, heads, source, size])
+        graph.nodes.append(gs.Node("Gather", f"{node.name}_repeat_{name}", {"axis": 1}, [value, places], [repeated]))
+        node.inputs[position] = repeated

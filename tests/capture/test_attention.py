@@ -48,6 +48,10 @@ def with_bool_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, torch.ones(TOKENS, TOKENS).tril().bool())
 
 
+def with_unseeing_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(q, k, v, torch.ones(TOKENS, TOKENS).tril(-1).bool())
+
+
 def spelled_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.dropout((q @ k.transpose(-2, -1) / SIZE**0.5 + 0.1).softmax(-1), 0.1, training=False) @ v
 
@@ -88,7 +92,7 @@ def predict(denoiser: Denoiser, program: DiffusionProgram) -> Tensor:
 
 @pytest.mark.parametrize(
     "attend",
-    [one_node, with_scale, with_float_mask, with_bool_mask, spelled_out, folded_heads],
+    [one_node, with_scale, with_float_mask, with_bool_mask, with_unseeing_queries, spelled_out, folded_heads],
     ids=lambda x: x.__name__,
 )
 def test_attention_is_found_and_spelling_it_out_changes_no_prediction(attend: Attend) -> None:

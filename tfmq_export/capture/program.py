@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tfmq_export.capture.attention import AttentionProduct, find_attention
+from tfmq_export.capture.complex_numbers import spell_complex
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.dependences import (
     CONDITIONING,
@@ -29,8 +30,11 @@ from tfmq_export.capture.dependences import (
     find_temporal_features,
 )
 from tfmq_export.capture.device import device_of
+from tfmq_export.capture.fixed_batch import where_fixed
 from tfmq_export.capture.macs import count_macs
+from tfmq_export.capture.refusal import refusal
 from tfmq_export.capture.rewrites.for_exporter import as_the_exporter_takes_it
+from tfmq_export.capture.small_numbers import hidden_numbers
 from tfmq_export.capture.untouched import left_as_it_was
 from tfmq_export.errors import ExportError, first_line
 
@@ -162,11 +166,10 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
         with torch.no_grad(), left_as_it_was(denoiser.module), _one_batch(denoiser.module):
             denoiser.module(**denoiser.example_inputs)
             return _lower(denoiser)
+    except ExportError:
+        raise
     except Exception as error:
-        raise ExportError(
-            f"{denoiser.source}: torch.export cannot capture this module: {first_line(error)}; "
-            "replace data-dependent Python control flow in forward() by tensor operations"
-        ) from error
+        raise refusal(denoiser.source, error, None) from error
 
 
 def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
@@ -175,16 +178,18 @@ def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     The exporter renames nodes when it decomposes the captured program, so the analysis must read the
     decomposed one: then a value has the same name in PyTorch and in ONNX.
     """
-    inputs = dict(denoiser.example_inputs)
-    dynamic = {
-        name: dict.fromkeys((0, *denoiser.ragged.get(name, ())), torch.export.Dim.AUTO) if value.ndim else None
-        for name, value in inputs.items()
-    }
-    with warnings.catch_warnings(), torch.no_grad(), quiet_logger("torch.onnx"), left_as_it_was(denoiser.module):
-        warnings.simplefilter("ignore")
-        exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=dynamic, strict=False)
-        as_the_exporter_takes_it(exported.graph_module)
-        program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    exported = None
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), quiet_logger("torch.onnx"), left_as_it_was(denoiser.module):
+            warnings.simplefilter("ignore")
+            exported = _traced(denoiser)
+            exported = spell_complex(exported, denoiser.source)
+            as_the_exporter_takes_it(exported.graph_module)
+            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    except ExportError:
+        raise
+    except Exception as error:  # torch.export has no common base; whatever it raises comes from the model
+        raise refusal(denoiser.source, error, exported) from error
     assert program is not None
     return program
 
@@ -215,6 +220,15 @@ def _one_batch(module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+def _traced(denoiser: Denoiser) -> torch.export.ExportedProgram:
+    inputs = dict(denoiser.example_inputs)
+    dynamic = {
+        name: dict.fromkeys((0, *denoiser.ragged.get(name, ())), torch.export.Dim.AUTO) if value.ndim else None
+        for name, value in inputs.items()
+    }
+    return torch.export.export(denoiser.module, (), inputs, dynamic_shapes=dynamic, strict=False)
+
+
 def _keep_prediction(module: fx.GraphModule) -> None:
     """Drop every result but the first tensor, and what computes only them."""
     graph = module.graph
@@ -241,7 +255,8 @@ def _optimize(program: torch.onnx.ONNXProgram, names: Iterable[str]) -> dict[str
     prediction = outputs[0]
     values = {value.name: value for node in program.model.graph for value in node.outputs}
     outputs[:] = [prediction, *(values[name] for name in names if name in values and values[name] is not prediction)]
-    program.optimize()
+    with hidden_numbers(program.model.graph):
+        program.optimize()
     merged = {}
     for value in outputs:
         node = value.producer()
@@ -292,8 +307,11 @@ def _check_batch(module: fx.GraphModule, denoiser: Denoiser) -> None:
     for node in (samples[0], output.args[0]):
         shape = node.meta["val"].shape
         if not shape or isinstance(shape[0], int):
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                place = where_fixed(lambda: _traced(denoiser))
             raise ExportError(
-                f"{denoiser.source}: forward() fixes the batch size ({node.name} has shape {list(shape)}); "
+                f"{denoiser.source}: forward() fixes the batch size ({place or f'{node.name} has {list(shape)}'}); "
                 "use x.shape[0] where a literal or int(...) stands for the batch"
             )
 

@@ -4,11 +4,13 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets.onnx_graphs import Shape, build, graph_of, infer, normal, ops, with_batch
 from numpy.typing import NDArray
 from onnx import helper
+from torch.nn import functional
 
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import run_passes
@@ -108,28 +110,113 @@ def test_float_mask_is_added(form: Form, shape: tuple[int, ...]) -> None:
     assert_same(lower(model, form), model, feeds())
 
 
-@pytest.mark.parametrize("shape", [(LENGTH, SOURCE), (2, 1, LENGTH, SOURCE)])
-def test_bool_mask_hides_keys(shape: tuple[int, ...]) -> None:
-    mask = normal(4, *shape) > 0
-    mask[..., 0] = True  # A query that sees no key has no weights to compare.
-    model = attention_model(mask=mask)
+MASK_SHAPES = [
+    (2, 1, 1, SOURCE),
+    (2, HEADS, 1, SOURCE),
+    (1, 1, LENGTH, 1),
+    (2, 1, LENGTH, SOURCE),
+    (2, HEADS, LENGTH, SOURCE),
+    (HEADS, LENGTH, SOURCE),
+    (LENGTH, SOURCE),
+    (1, SOURCE),
+    (SOURCE,),
+]
 
-    assert_same(lower(model, "matmul"), model, feeds())
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_masks_of_every_size_broadcast(form: Form, shape: tuple[int, ...]) -> None:
+    added = normal(4, *shape)
+    whole = np.broadcast_to(added, (2, HEADS, LENGTH, SOURCE)).copy()
+
+    graph = lower(attention_model(mask=added), form)
+
+    assert_same(graph, attention_model(mask=whole), feeds())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_bool_mask_hides_keys(form: Form, shape: tuple[int, ...]) -> None:
+    shown = normal(4, *shape) > 0
+    shown[..., 0] = True  # A query that sees no key has no weights to compare.
+    added = np.where(np.broadcast_to(shown, (2, HEADS, LENGTH, SOURCE)), 0, -np.inf).astype(np.float32)
+
+    graph = lower(attention_model(mask=shown), form)
+
+    assert_same(graph, attention_model(mask=added), feeds())
+
+
+def with_mask_input(model: onnx.ModelProto, shape: Shape, *, to_bool: bool = True) -> onnx.ModelProto:
+    """The constant mask becomes an input, of another type."""
+    (mask,) = (value for value in model.graph.initializer if value.name == "mask")
+    model.graph.initializer.remove(mask)
+    kind = onnx.TensorProto.BOOL if to_bool else onnx.TensorProto.FLOAT
+    model.graph.input.append(helper.make_tensor_value_info("mask", kind, list(shape or ())))
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [1, LENGTH])
+def test_a_query_that_sees_no_key_has_a_result_of_zero_as_in_pytorch(form: Form, length: int) -> None:
+    shown = normal(4, 3, 1, length, SOURCE) > 0
+    shown[1] = False
+    shown[..., 0] |= np.array([True, False, True])[:, None, None]
+    model = with_mask_input(attention_model(mask=shown), ("n", 1, length, SOURCE))
+    inputs = feeds(3)
+    tokens = {
+        name: torch.from_numpy(value).unflatten(2, (HEADS, SIZE)).transpose(1, 2) for name, value in inputs.items()
+    }
+    expected = functional.scaled_dot_product_attention(**named(tokens), attn_mask=torch.from_numpy(shown))
+
+    (got,) = infer(lower(model, form), {**inputs, "mask": shown})
+
+    assert not got[1].any()
+    np.testing.assert_allclose(got, expected.transpose(1, 2).flatten(2).numpy(), rtol=1e-5, atol=2e-6)
+
+
+def named(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"query": tokens["q"], "key": tokens["k"], "value": tokens["v"]}
 
 
 @pytest.mark.parametrize(
-    ("mask", "got"),
-    [(normal(4, LENGTH, SOURCE), "float32 (5, 3)"), (np.ones((1, 1, LENGTH, SOURCE), np.bool_), "bool (1, 1, 5, 3)")],
+    ("mask", "shape", "reason"),
+    [
+        (normal(4, 2, 1, 1, SOURCE), ("n", 1, 1, "keys"), "its mask has keys keys, the scores have 3"),
+        (normal(4, 2, HEADS, 1, SOURCE) > 0, ("n", HEADS, 1, SOURCE), "its mask hides keys from single heads"),
+    ],
 )
-def test_mha_leaves_other_masks_to_matmul(mask: NDArray, got: str) -> None:
-    model = attention_model(mask=mask)
-    graph = graph_of(model)
+def test_mha_leaves_other_masks_to_matmul(mask: NDArray, shape: Shape, reason: str) -> None:
+    mask[..., 0] = True
+    added = mask if mask.dtype != np.bool_ else np.where(mask, 0, -np.inf).astype(np.float32)
+    whole = np.broadcast_to(added, (2, HEADS, LENGTH, SOURCE)).copy()
+    graph = graph_of(with_mask_input(attention_model(mask=mask), shape, to_bool=mask.dtype == np.bool_))
 
     mha, matmul = run_passes(graph, [LowerAttention("mha"), LowerAttention("matmul")])
 
-    assert mha.skipped == (("attention", f"MultiHeadAttention needs a float32 mask [B, H, L, S], got {got}"),)
+    assert mha.skipped == (("attention", reason),)
     assert matmul.changed == ("attention",)
-    assert_same(graph, model, feeds())
+    (got,) = infer(graph, feeds() | {"mask": mask})
+    np.testing.assert_allclose(got, infer(attention_model(mask=whole), feeds())[0], rtol=1e-5, atol=2e-6)
+
+
+def test_a_mask_that_shows_every_query_a_key_costs_nothing_behind_the_product() -> None:
+    shown = np.ones((1, 1, LENGTH, SOURCE), np.bool_)
+
+    assert "ReduceMax" not in ops(lower(attention_model(mask=shown), "matmul"))
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_heads_that_share_keys_and_values_get_copies(shared: int) -> None:
+    heads, shapes = 4, {"q": ("n", 4, LENGTH, SIZE), **dict.fromkeys("kv", ("n", shared, SOURCE, SIZE))}
+    model = with_batch(build([helper.make_node("Attention", [*"qkv"], ["y"], "attention")], shapes, {"y": shapes["q"]}))
+    inputs = {"q": normal(1, 2, heads, LENGTH, SIZE), **{x: normal(ord(x), 2, shared, SOURCE, SIZE) for x in "kv"}}
+    whole = {name: value if name == "q" else value.repeat(heads // shared, axis=1) for name, value in inputs.items()}
+    tokens = {name: torch.from_numpy(value) for name, value in whole.items()}
+
+    (got,) = infer(lower(model, "matmul"), inputs)
+
+    expected = functional.scaled_dot_product_attention(**named(tokens)).numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_mha_leaves_heads_whose_split_has_no_known_shape_to_matmul() -> None:
@@ -246,7 +333,7 @@ def test_other_functions_are_left_alone_with_a_reason(form: Form, attrs: dict[st
     ("shapes", "reason"),
     [
         ([("n", 5, 8)] * 3, "needs q, k, v of shape [B, H, L, D], got"),
-        ([("n", 4, 5, 8), ("n", 2, 5, 8), ("n", 2, 5, 8)], "grouped heads are not lowered: 4 for q, 2 for k, 2 for v"),
+        ([("n", 4, 5, 8), ("n", 3, 5, 8), ("n", 3, 5, 8)], "heads do not divide into groups: 4 for q, 3 for k, 3"),
         ([("n", 2, 5, "d")] * 3, "the size of a head is not static: d"),
     ],
 )

@@ -69,14 +69,17 @@ def _spell(graph: fx.Graph, node: fx.Node) -> None:
         turned = emit(aten.transpose.int, (k, -2, -1), k, (*shapes[1][:-2], shapes[1][-1], shapes[1][-2]))  # type: ignore[arg-type]
         scores = emit(aten.matmul.default, (scaled, turned), scaled, scored, scores_name(node.name))
         if mask is not None and mask.meta["val"].dtype == torch.bool:
-            scores = emit(aten.where.ScalarOther, (mask, scores, -torch.inf), scores, scored)
+            scores = emit(aten.where.ScalarOther, (mask, scores, torch.finfo(torch.float32).min), scores, scored)
         elif mask is not None:
             scores = emit(aten.add.Tensor, (scores, mask), scores, scored)
         weights = emit(aten.softmax.int, (scores, -1), scores, scored)
-        result = emit(aten.matmul.default, (weights, v), scores, node.meta["val"].shape)
+        result = attended = emit(aten.matmul.default, (weights, v), scores, node.meta["val"].shape)
+        if mask is not None and mask.meta["val"].dtype == torch.bool:
+            sees = emit(aten.any.dim, (mask, -1, True), mask, (*mask.meta["val"].shape[:-1], 1))
+            attended = emit(aten.mul.Tensor, (result, sees), scores, node.meta["val"].shape)  # 0 where no key is seen
         # Fused kernels leave [B, L, H, D] in memory, and what joins the heads may take a view of that.
         batch, heads, length, size = node.meta["val"].shape
-        swapped = emit(aten.transpose.int, (result, 1, 2), scores, (batch, length, heads, size))
+        swapped = emit(aten.transpose.int, (attended, 1, 2), scores, (batch, length, heads, size))
         stored = emit(aten.contiguous.default, (swapped,), scores, (batch, length, heads, size))
         behind = emit(aten.transpose.int, (stored, 1, 2), scores, node.meta["val"].shape)
     name = node.name
