@@ -73,7 +73,6 @@ def not_finite(state: State) -> State:
 
 DAMAGES = [
     (with_adapters, "merge them first"),
-    (wrapped, "its keys start with 'module.': save the model inside, or strip the prefix"),
     (short, r"1 of the model's tensors are missing \(conv_in.bias\)"),
     (with_one_more, r"1 are not the model's \(extra.weight\)"),
     (in_bytes, "conv_in.bias is stored as (I8|int8), not in floating point"),
@@ -101,6 +100,19 @@ def test_a_file_whose_weights_do_not_fit_is_refused(damage: Any, says: str, tmp_
 
     with pytest.raises(LoadError, match=says):
         load(Source(path))
+
+
+def test_a_folder_whose_keys_have_a_wrappers_prefix_is_the_same_model(tmp_path: Path) -> None:
+    model = tiny().eval()
+    model.save_pretrained(tmp_path)
+    DDIMScheduler().save_config(tmp_path)
+    save_file(wrapped(load_file(tmp_path / FILE)), tmp_path / FILE, {"format": "pt"})
+
+    loaded, _ = read_folder(tmp_path)
+
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(loaded(x, 3).sample, model(x, 3).sample)
+    assert "prefix 'module.'" in load(Source(tmp_path, steps=2)).source
 
 
 def test_weights_without_the_models_own_prefix_are_told_so() -> None:

@@ -175,7 +175,7 @@ class _Speller:
             self._baked += 1
         name = f"spelled_{self._baked}"
         with self.graph.inserting_before(first):
-            made = self.graph.placeholder(name)
+            made: fx.Node = self.graph.placeholder(name)
         made.meta["val"] = self._fake_mode.from_tensor(value, static_shapes=True)
         spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(made.name), name)
         place = next(i for i, given in enumerate(self._specs()) if given.kind == InputKind.USER_INPUT)

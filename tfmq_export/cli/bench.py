@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tfmq_export.cli.console import bars, out, reports_errors, table
-from tfmq_export.cli.options import Factory, Quiet, require_folder_of, source_of
+from tfmq_export.cli.options import Factory, Lora, Quiet, Variant, require_folder_of, source_of
 from tfmq_export.errors import ConfigError
 
 BASELINES = (
@@ -21,6 +21,8 @@ def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Bundles of one model, made by tfmq-export.")],
     against: Annotated[Path | None, typer.Option(help="The float model they came from; most baselines run it.")] = None,
     factory: Factory = None,
+    variant: Variant = None,
+    lora: Lora = None,
     baselines: Annotated[
         str | None, typer.Option(help=f"Of {BASELINES}; with commas, or all, or none.", show_default="those at hand")
     ] = None,
@@ -55,7 +57,7 @@ def bench(
     plan = Plan(
         _numbers("--threads", threads), _numbers("--batch", batch), rounds, seconds or math.inf, sampling, accuracy
     )
-    model = None if against is None else Model(source_of(opened[0], against, factory))
+    model = None if against is None else Model(source_of(opened[0], against, factory, variant, lora))
     names = baselines_named(baselines, model=model is not None)
     candidates = candidates_of(opened, [word.strip() for word in backends.split(",")], names)
 

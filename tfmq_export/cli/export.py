@@ -12,11 +12,13 @@ from tfmq_export.cli.options import (
     Conditioning,
     Factory,
     Guidance,
+    Lora,
     Model,
     Prompts,
     Quiet,
     Scheduler,
     Steps,
+    Variant,
     Verbose,
     Version,
 )
@@ -44,6 +46,8 @@ def export(
     conditioning: Conditioning = None,
     guidance_scale: Guidance = None,
     factory: Factory = None,
+    variant: Variant = None,
+    lora: Lora = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Start from the recipe of an earlier bundle: its scales, integers and tables.")
     ] = None,
@@ -68,7 +72,9 @@ def export(
         with progress.stage("Starting"):
             from tfmq_export.compiler.chain import checkpoint_of, compile_model
             from tfmq_export.models.load import Source
-        source = Source(model, factory, steps, conditioning, guidance_scale, scheduler, prompts)
+        source = Source(
+            model, factory, steps, conditioning, guidance_scale, scheduler, prompts, variant, tuple(lora or ())
+        )
         try:
             made = compile_model(
                 source, root, asked, recipe=recipe, resume=resume, dump_dir=dump_dir, progress=progress

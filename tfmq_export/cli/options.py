@@ -14,11 +14,22 @@ if TYPE_CHECKING:
     from tfmq_export.models.load import Source
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="model.pt, a diffusers folder, or the weights of --factory.")
+    Path,
+    typer.Argument(metavar="MODEL", help="A diffusers folder, a checkpoint, a model.pt, or the weights of --factory."),
 ]
 BundleFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A bundle made by tfmq-export.")]
 Factory = Annotated[
     str | None, typer.Option(help="Function that returns (module, Description), as package.module:build.")
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="Which weights of a diffusers folder, as fp16 or non_ema.", show_default="the plain or only ones"
+    ),
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[:SCALE]", help="Fuse this LoRA into the weights first; may be given several times."),
 ]
 Steps = Annotated[
     int | None, typer.Option(help="Number of denoising steps; the bundle serves their timesteps.", show_default="50")
@@ -71,8 +82,10 @@ def require_folder_of(*files: Path | None) -> None:
             raise OutputError(f"{file}: no folder {file.parent}; make it, or choose another place")
 
 
-def source_of(bundle: "Bundle", against: Path, factory: str | None) -> "Source":
+def source_of(
+    bundle: "Bundle", against: Path, factory: str | None, variant: str | None, lora: list[str] | None
+) -> "Source":
     """The float model, sampled the way the bundle is."""
     from tfmq_export.models.load import source_of as of_bundle
 
-    return of_bundle(bundle, against, factory)
+    return of_bundle(bundle, against, factory, variant=variant, lora=lora or ())

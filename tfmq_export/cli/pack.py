@@ -7,23 +7,31 @@ import typer
 from rich.markup import escape
 
 from tfmq_export.cli.console import out, reports_errors, size
-from tfmq_export.cli.options import Conditioning, Guidance, require_folder_of
+from tfmq_export.cli.options import Conditioning, Guidance, Lora, Variant, require_folder_of
 
 
 @reports_errors
 def pack(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A diffusers model or pipeline folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="MODEL", help="A diffusers folder, or a checkpoint in one file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     conditioning: Conditioning = None,
     guidance_scale: Guidance = None,
+    variant: Variant = None,
+    lora: Lora = None,
 ) -> None:
-    """Pack a diffusers folder into one model.pt of plain data."""
-    from tfmq_export.models.folder import read_folder
+    """Pack a diffusers folder or a checkpoint into one model.pt of plain data."""
+    from tfmq_export.models.layouts.find import find_layout
+    from tfmq_export.models.layouts.lora import LoraFile, fuse
+    from tfmq_export.models.layouts.read import read_layout
     from tfmq_export.models.model_pt import write_checkpoint
-    from tfmq_export.models.prompts import PromptSet, read_prompts
+    from tfmq_export.models.prompts import read_prompts
 
     require_folder_of(output)
-    model, scheduler = read_folder(folder)
-    prompts = PromptSet() if conditioning is None else read_prompts(conditioning, guidance_scale)
-    write_checkpoint(output, model, scheduler, prompts)
+    opened = read_layout(find_layout(folder, variant))
+    model = opened.model
+    notes = [*opened.notes, *(fuse(model, LoraFile.of(each)) for each in lora or ())]
+    prompts = opened.prompts if conditioning is None else read_prompts(conditioning, guidance_scale)
+    write_checkpoint(output, model, dict(opened.scheduler), prompts)
+    for note in notes:
+        out.print(note, markup=False)
     out.print(f"packed {type(model).__name__} into [bold]{escape(str(output))}[/] ({size(output.stat().st_size)})")

@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from tfmq_export.cli.console import bars, out, reports_errors
-from tfmq_export.cli.options import BundleFolder, Factory, MinPsnr, MinSqnr, MinSsim, Quiet, require_folder_of
+from tfmq_export.cli.options import (
+    BundleFolder,
+    Factory,
+    Lora,
+    MinPsnr,
+    MinSqnr,
+    MinSsim,
+    Quiet,
+    Variant,
+    require_folder_of,
+)
 from tfmq_export.cli.result import show
 from tfmq_export.errors import ConfigError
 
@@ -22,6 +32,8 @@ def validate(
         typer.Option("--host", help="Only run the bundle's self-test on this host; needs no model."),
     ] = False,
     factory: Factory = None,
+    variant: Variant = None,
+    lora: Lora = None,
     images: Annotated[int, typer.Option(min=1, help="Images to compare.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 1,
     min_psnr: MinPsnr = None,
@@ -56,7 +68,7 @@ def validate(
             from tfmq_export.proof.validate import subject_of
             from tfmq_export.proof.validate import validate as run_validation
 
-            subject = subject_of(opened, against, factory)
+            subject = subject_of(opened, against, factory, variant=variant, lora=lora or ())
         validation = run_validation(subject, thresholds, images=images, seed=seed, progress=progress)
     show(opened, validation)
     if json is not None:

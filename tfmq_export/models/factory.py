@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tfmq_export.bundle.manifest import SamplerInfo
 from tfmq_export.capture.denoiser import Denoiser, Description
 from tfmq_export.errors import ConfigError, LoadError, first_line
-from tfmq_export.models.model_pt import read_tensors
+from tfmq_export.models.layouts.foreign import refuse_file, refuse_quantized
+from tfmq_export.models.layouts.states import INDEX, fit, read_state
 from tfmq_export.models.prompts import effective_scale
 from tfmq_export.models.recorded.load import Draw, denoiser_from_draw
 from tfmq_export.models.schedulers import scheduler_config
@@ -49,8 +48,14 @@ def load_factory(reference: str, weights: Path, steps: int | None) -> Denoiser:
     require_pair(built, f"--factory {reference}: must return")
     if not weights.is_file():
         raise LoadError(f"{weights}: no such file; --factory takes a state_dict (.pt or .safetensors)")
-    load_weights(built[0], _read_state(weights), weights)
-    return denoiser_from_code(built, steps, where=weights.name)
+    if not INDEX.fullmatch(weights.name):
+        refuse_file(weights)
+    state = read_state(weights)
+    refuse_quantized(state.types(), weights)
+    tensors, notes = fit(state.tensors, built[0].state_dict().keys())
+    load_weights(built[0], {name: tensors[name] for name in tensors}, weights)
+    noted = "; ".join((*state.notes, *notes))
+    return denoiser_from_code(built, steps, where=f"{weights.name} ({noted})" if noted else weights.name)
 
 
 def require_pair(built: Any, what: str) -> None:
@@ -176,13 +181,3 @@ def _sampler(
     if steps is not None and steps != len(listed):
         raise ConfigError(f"--steps {steps}, but your own sampler's schedule has {len(listed)} timesteps")
     return listed, given, SamplerInfo("function", len(listed)), None
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise LoadError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
-    state = read_tensors(path)
-    return state["state_dict"] if isinstance(state, dict) and isinstance(state.get("state_dict"), dict) else state

@@ -1,39 +1,85 @@
 """diffusers folders on disk: a single model, or a pipeline with a ``model_index.json``."""
 
-import json
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
-from tfmq_export.bundle.pipeline_folder import is_pipeline
 from tfmq_export.capture.program import quiet_logger
 from tfmq_export.errors import LoadError, first_line
-from tfmq_export.models.diffusers_model import TRANSFORMER, UNET, class_of
-from tfmq_export.models.weights import require_finite, require_float_files, require_keys
+from tfmq_export.models.diffusers_model import class_of
+from tfmq_export.models.layouts.descriptions import read_scheduler_beside
+from tfmq_export.models.layouts.folders import ModelFolder, class_name, find_folder, read_config
+from tfmq_export.models.layouts.foreign import refuse_folder, refuse_quantized, refuse_quantized_config
+from tfmq_export.models.layouts.opened import Opened
+from tfmq_export.models.layouts.states import INDEX, fit, read_state, shards_of
+from tfmq_export.models.layouts.tensor_file import StoredTensors
+from tfmq_export.models.weights import load_weights, require_finite, require_float_files, require_keys
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def read_folder(root: Path) -> tuple[nn.Module, dict[str, Any]]:
+def read_folder(root: Path, variant: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Load the denoiser of a folder and the configuration of its scheduler.
+
+    Args:
+        variant: Of its weights, as "fp16"; None takes the plain ones, or the only one there is.
+    Raises:
+        LoadError: names the file that is missing, unreadable or unsafe.
+    """
+    refuse_folder(root)
+    opened = read_model_folder(find_folder(root, variant))
+    return opened.model, dict(opened.scheduler)
+
+
+def read_model_folder(folder: ModelFolder) -> Opened:
+    """Load a denoiser in the format of diffusers, and the configuration of its scheduler.
 
     Raises:
         LoadError: names the file that is missing, unreadable or unsafe.
     """
-    component = root
-    if is_pipeline(root):
-        component = root / (TRANSFORMER if (root / TRANSFORMER).is_dir() else UNET)
-    config = read_json(component / "config.json")
-    name = str(config.get("_class_name"))
-    known = class_of(name, component)
-    files = sorted(component.glob("diffusion_pytorch_model*.safetensors"))
-    if not files:
-        pickled = any(component.glob("*.bin"))
-        why = "only pickled weights, which could run code" if pickled else f"no {WEIGHTS}"
-        raise LoadError(f"{component}: {why}; save the model with save_pretrained(safe_serialization=True)")
-    require_float_files(files)
+    model, notes = read_weights(folder, class_of)
+    scheduler = read_scheduler_beside(folder.root) or read_scheduler_beside(folder.component)
+    if scheduler is None:
+        raise LoadError(
+            f"{folder.root}: no scheduler_config.json beside the model or in scheduler/; copy it from the pipeline"
+        )
+    return Opened(model, scheduler, notes=notes)
+
+
+def read_weights(
+    folder: ModelFolder, class_named: Callable[[str, str | Path], Any]
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """A model of diffusers with all of its weights and nothing else, and what was chosen on the way.
+
+    Args:
+        class_named: Its class, by name; refuses those that are not taken.
+    Raises:
+        LoadError: names the file that is missing, unreadable or unsafe.
+    """
+    component = folder.component
+    config = read_config(component)
+    refuse_quantized_config(config, component)
+    name = class_name(config)
+    known = class_named(name, component)
+    notes = () if folder.variant is None else (f"variant {folder.variant}",)
+    if folder.pickled:
+        model, chosen = _from_pickles(folder, known, config)
+    else:
+        model, chosen = _from_safetensors(folder, known, name)
+    require_finite(model, component)
+    return model, (*notes, *chosen)
+
+
+def _from_safetensors(folder: ModelFolder, known: Any, name: str) -> tuple[nn.Module, tuple[str, ...]]:
+    component = folder.component
+    for path in component.glob("*.json"):
+        if (index := INDEX.fullmatch(path.name)) and index["variant"] == folder.variant and ".bin." not in path.name:
+            shards_of(path)  # refuses what is not there
+    stored = StoredTensors(component, folder.files)
+    refuse_quantized(stored.types, component)
+    require_float_files(folder.files)
     try:
         with quiet_logger("diffusers"):  # what it warns of at length is an error below, in one line
             model, found = known.from_pretrained(
@@ -42,29 +88,41 @@ def read_folder(root: Path) -> tuple[nn.Module, dict[str, Any]]:
                 use_safetensors=True,
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
+                variant=folder.variant,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # diffusers' loader, which may raise anything
         raise LoadError(f"{component}: cannot load {name}: {first_line(error)}") from error
-    require_keys(found["missing_keys"], found["unexpected_keys"], component)
-    require_finite(model, component)
-    for place in (root / "scheduler" / "scheduler_config.json", component / "scheduler_config.json"):
-        if place.is_file():
-            return model, read_json(place)
-    raise LoadError(f"{root}: no scheduler_config.json beside the model or in scheduler/; copy it from the pipeline")
+    chosen: tuple[str, ...] = ()
+    if found["missing_keys"] or found["unexpected_keys"]:
+        inside, chosen = fit(stored, model.state_dict().keys())
+        if not chosen:
+            require_keys(found["missing_keys"], found["unexpected_keys"], component)
+        load_weights(model, {key: inside[key] for key in inside}, component)
+    return model, chosen
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        LoadError: missing, or no JSON object.
-    """
+def _from_pickles(folder: ModelFolder, known: Any, config: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+    """As older repositories have them: read with ``weights_only``, so that nothing in them runs."""
+    state: dict[str, Any] = {}
+    for path in folder.files:
+        state |= read_state(path).tensors
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise LoadError(f"{path}: no such file; a diffusers model folder has one") from error
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: not readable JSON: {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{path}: expected a JSON object")
-    return value
+        with quiet_logger("diffusers"):
+            model = known.from_config(dict(config))
+    except Exception as error:  # the class's own reading of its configuration
+        raise LoadError(f"{folder.component}: cannot build {known.__name__}: {first_line(error)}") from error
+    own = model.state_dict().keys()
+    state = {_of_today(key, own): value for key, value in state.items()}
+    inside, chosen = fit(state, own)
+    load_weights(model, dict(inside), folder.component)
+    return model, chosen
+
+
+def _of_today(name: str, own: Collection[str]) -> str:
+    """What diffusers called the projections of attention in its first releases, in today's names."""
+    if name in own:
+        return name
+    for before, today in RENAMED.items():
+        if (now := name.replace(f".{before}.", f".{today}.")) in own:
+            return now
+    return name

@@ -1,17 +1,20 @@
 """Load every kind of input through one function."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.bundle.pipeline_folder import is_pipeline
 from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.errors import ConfigError, LoadError
-from tfmq_export.models.diffusers_model import Sampling, denoiser_of
+from tfmq_export.errors import ConfigError
+from tfmq_export.models.diffusers_model import Sampling, class_of, denoiser_of
 from tfmq_export.models.factory import load_factory
-from tfmq_export.models.folder import read_folder
-from tfmq_export.models.model_pt import read_checkpoint
-from tfmq_export.models.prompts import PromptSet, read_prompts
+from tfmq_export.models.layouts.find import find_layout
+from tfmq_export.models.layouts.lora import LoraFile, fuse
+from tfmq_export.models.layouts.opened import noted
+from tfmq_export.models.layouts.read import read_layout
+from tfmq_export.models.prompts import read_prompts
 from tfmq_export.models.recorded.load import denoiser_from_pipeline
 from tfmq_export.models.recorded.requests import REQUESTS, read_requests
 
@@ -23,7 +26,7 @@ class Source:
     """Where a model comes from, and how it will be sampled.
 
     Attributes:
-        path: A diffusers folder, a ``model.pt``, or the weights of ``factory``.
+        path: A diffusers folder, a checkpoint in one file, a ``model.pt``, or the weights of ``factory``.
         factory: ``package.module:build`` for any other ``nn.Module``.
         steps: Denoising steps; None takes 50, or what a factory's own sampler says.
         conditioning: safetensors file with prompt embeddings.
@@ -31,6 +34,8 @@ class Source:
         guidance_scale: Overrides the model's own.
         scheduler: "ddim", "euler", ..., "own" or the path of a scheduler_config.json; None takes DDIM, or the model's
             own where it was trained by flow matching.
+        variant: Which weights of a diffusers folder, as "fp16"; None takes the plain ones, or the only ones there are.
+        lora: LoRA files that are fused into the weights in this order, as ``FILE`` or ``FILE:SCALE``.
     """
 
     path: Path
@@ -40,20 +45,34 @@ class Source:
     guidance_scale: float | None = None
     scheduler: str | None = None
     prompts: Path | None = None
+    variant: str | None = None
+    lora: Sequence[str] = ()
 
 
-def source_of(bundle: Bundle, model: Path, factory: str | None = None) -> Source:
+def source_of(
+    bundle: Bundle, model: Path, factory: str | None = None, *, variant: str | None = None, lora: Sequence[str] = ()
+) -> Source:
     """The float model of a bundle, sampled the way the bundle is."""
     sampler = bundle.manifest.sampler
+    lora = tuple(str(Path(each).absolute()) for each in lora)  # read from other folders, too
     if bundle.manifest.call is not None and factory is None:
         asked = bundle.root / "tfmq" / REQUESTS
         prompts, kept = asked if asked.exists() else None, bundle.scheduler
-        return Source(model, steps=sampler.steps, scheduler=str(kept) if kept.exists() else None, prompts=prompts)
+        scheduler = str(kept) if kept.exists() else None
+        return Source(model, steps=sampler.steps, scheduler=scheduler, prompts=prompts, variant=variant, lora=lora)
     if factory is not None or not bundle.scheduler.exists():
-        return Source(model, factory, sampler.steps)
+        return Source(model, factory, sampler.steps, variant=variant, lora=lora)
     stored = bundle.root / "tfmq" / "conditioning.npz"
     conditioning = stored if stored.exists() else None
-    return Source(model, None, sampler.steps, conditioning, sampler.guidance_scale, str(bundle.scheduler))
+    return Source(
+        model,
+        steps=sampler.steps,
+        conditioning=conditioning,
+        guidance_scale=sampler.guidance_scale,
+        scheduler=str(bundle.scheduler),
+        variant=variant,
+        lora=lora,
+    )
 
 
 def load(source: Source) -> Denoiser:
@@ -70,30 +89,33 @@ def load(source: Source) -> Denoiser:
             raise ConfigError("--conditioning and --factory: a factory brings its own examples in its Description")
         if source.scheduler is not None:
             raise ConfigError("--scheduler and --factory: a factory brings its own sampler in its Description")
+        if source.variant is not None or source.lora:
+            option = "--lora" if source.lora else "--variant"
+            raise ConfigError(f"{option} and --factory: this is for models of diffusers; let the factory do it")
         return load_factory(source.factory, source.path, source.steps)
-    if not source.path.exists():
-        raise LoadError(f"{source.path}: no such file or folder")
+    layout = find_layout(source.path, source.variant)
+    loras = [LoraFile.of(each) for each in source.lora]
     where = "/".join(source.path.absolute().parts[-2:])
-    if is_pipeline(source.path) and source.conditioning is None:
+    if layout.folder is not None and is_pipeline(layout.folder.root) and source.conditioning is None:
         return denoiser_from_pipeline(
-            source.path,
+            layout.folder,
             DEFAULT_STEPS if source.steps is None else source.steps,
             requests=() if source.prompts is None else read_requests(source.prompts),
             guidance_scale=source.guidance_scale,
             scheduler=source.scheduler,
+            loras=loras,
             where=where,
         )
     if source.prompts is not None:
         raise ConfigError("--prompts is for whole pipelines, which embed them; give this model --conditioning")
-    if source.path.is_dir():
-        model, scheduler = read_folder(source.path)
-        prompts = PromptSet()
-    else:
-        model, scheduler, prompts = read_checkpoint(source.path)
+    opened = read_layout(layout)
+    fused = tuple(fuse(opened.model, each) for each in loras)
+    prompts = opened.prompts
     if source.conditioning is not None:
         prompts = read_prompts(source.conditioning, prompts.guidance_scale)
     if source.guidance_scale is not None:
         prompts = replace(prompts, guidance_scale=source.guidance_scale)
     sampling = Sampling(DEFAULT_STEPS if source.steps is None else source.steps, source.scheduler)
-    denoiser = denoiser_of(model, scheduler, prompts, sampling, where=where)
-    return replace(denoiser, pipeline=source.path if is_pipeline(source.path) else None)
+    class_of(type(opened.model).__name__, where)
+    denoiser = denoiser_of(opened.model, opened.scheduler, prompts, sampling, where=where)
+    return replace(denoiser, pipeline=layout.pipeline, source=noted(where, (*opened.notes, *fused)))

@@ -1,7 +1,5 @@
 """``model.pt``: one ``torch.save``d dict of plain data, read without running anything in it."""
 
-import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +9,12 @@ from torch import nn
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.errors import LoadError
 from tfmq_export.models.diffusers_model import build
+from tfmq_export.models.layouts.tensor_file import read_pickled
 from tfmq_export.models.prompts import PromptSet, read_stored
 from tfmq_export.models.weights import load_weights
 
 FORMAT = "tfmq-export model"
 VERSION = 1
-
-
-def read_tensors(path: Path) -> Any:
-    """``torch.load`` with ``weights_only``.
-
-    Raises:
-        LoadError: missing, truncated, or holding pickled code.
-    """
-    if not path.is_file():
-        raise LoadError(f"{path}: no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if isinstance(error, pickle.UnpicklingError) and "eights" in str(error):  # "Weights only load failed"
-            raise LoadError(
-                f"{path}: holds pickled Python objects, which could run code when loaded, so it was not; "
-                "save plain tensors (model.state_dict()) and use --factory, or pack a diffusers folder with tfmq-pack"
-            ) from error
-        raise LoadError(f"{path}: truncated, or not a file that torch.save wrote; save or download it again") from error
 
 
 def read_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any], PromptSet]:
@@ -45,7 +23,7 @@ def read_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any], PromptSet]:
     Raises:
         LoadError: the file is unreadable, of another format, or its weights do not fit its architecture.
     """
-    data = read_tensors(path)
+    data = read_pickled(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise LoadError(
             f"{path}: holds tensors but no description of the model; pack a diffusers folder with "
@@ -62,9 +40,20 @@ def read_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any], PromptSet]:
 
 
 def write_checkpoint(path: Path, model: nn.Module, scheduler: dict[str, Any], prompts: PromptSet) -> None:
-    """Write a ``model.pt``, first under a temporary name."""
+    """Write a ``model.pt``, first under a temporary name.
+
+    Raises:
+        LoadError: the model is more than its configuration says, so that it could not be built again.
+    """
     settings: Any = model.config  # of diffusers, which torch's types do not know
     config = {key: _plain(value) for key, value in settings.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        again = build(type(model).__name__, config, path)
+    if _heads(again) != _heads(model):
+        raise LoadError(
+            f"{path}: the attention heads of this {type(model).__name__} are not in its configuration, so it cannot be "
+            "packed; give the original file instead"
+        )
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -80,6 +69,11 @@ def write_checkpoint(path: Path, model: nn.Module, scheduler: dict[str, Any], pr
     }
     with replaced_file(path) as partial:
         torch.save(document, partial)
+
+
+def _heads(model: nn.Module) -> dict[str, object]:
+    """Attention heads by module."""
+    return {name: module.heads for name, module in model.named_modules() if hasattr(module, "heads")}
 
 
 def _plain(value: Any) -> Any:

@@ -128,16 +128,20 @@ class Subject:
         return adapt(self.recipe, find_target(manifest.target), manifest.tables)
 
 
-def subject_of(bundle: Bundle, model: Path, factory: str | None = None) -> Subject:
+def subject_of(
+    bundle: Bundle, model: Path, factory: str | None = None, *, variant: str | None = None, lora: Sequence[str] = ()
+) -> Subject:
     """A bundle beside the model it came from, sampled the same way.
 
     Args:
-        model: A folder, a ``model.pt``, or the weights of ``factory``.
+        model: A folder, a checkpoint, a ``model.pt``, or the weights of ``factory``.
+        variant: Of the weights in a folder.
+        lora: Files that were fused into the weights.
     Raises:
         LoadError: the model cannot be read.
         RecipeError: the bundle was not compiled from it.
     """
-    denoiser = load(source_of(bundle, model, factory))
+    denoiser = load(source_of(bundle, model, factory, variant=variant, lora=lora))
     recipe = load_recipe(bundle.root)
     return Subject(denoiser, program_for(capture(denoiser), recipe), recipe, bundle)
 

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,10 @@ from torch import Tensor, nn
 from tfmq_export.bundle.manifest import SamplerInfo
 from tfmq_export.capture.denoiser import Denoiser, first_tensor
 from tfmq_export.errors import ConfigError, LoadError
-from tfmq_export.models.folder import read_json
+from tfmq_export.models.folder import read_weights
+from tfmq_export.models.layouts.folders import ModelFolder
+from tfmq_export.models.layouts.lora import LoraFile, fuse
+from tfmq_export.models.layouts.opened import noted
 from tfmq_export.models.recorded.calls import CallPlan, flat_module, signature_of
 from tfmq_export.models.recorded.pipeline import (
     TOGETHER,
@@ -29,7 +31,6 @@ from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_i
 from tfmq_export.models.recorded.requests import Request, own_prompts
 from tfmq_export.models.recorded.roles import RecordedRun, plan_of
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
-from tfmq_export.models.weights import require_finite, require_float_files, require_keys
 from tfmq_export.recipe.timesteps import TimestepSet
 
 Draw = Callable[[int], Any]
@@ -68,13 +69,14 @@ def denoiser_from_draw(module: nn.Module, draw: Draw, steps: int | None, where: 
     return replace(denoiser, sampler_info=SamplerInfo("function", visited))
 
 
-def denoiser_from_pipeline(
-    root: Path,
+def denoiser_from_pipeline(  # noqa: PLR0913
+    folder: ModelFolder,
     steps: int,
     *,
     requests: Sequence[Request] = (),
     guidance_scale: float | None = None,
     scheduler: str | None = None,
+    loras: Sequence[LoraFile] = (),
     where: str,
 ) -> Denoiser:
     """Record the denoiser of a pipeline folder while the pipeline runs.
@@ -82,13 +84,17 @@ def denoiser_from_pipeline(
     Args:
         requests: What to draw, in turn; if none, the package's own prompts where the pipeline takes a prompt.
         scheduler: As ``choose_scheduler`` takes it; None keeps the pipeline's own.
+        loras: Files to fuse into the denoiser's weights.
     Raises:
         LoadError: a component cannot be loaded, the pipeline raises, or no graph can take its calls.
         ConfigError: the pipeline takes no such argument, or its scheduler cannot be walked.
     """
+    root = folder.root
     name = denoiser_name(root)
-    module = read_component(root / name if (root / name).is_dir() else root)
-    pipeline = open_pipeline(root, **{name: module})
+    module, notes = read_weights(folder, class_in_pipeline)
+    where = noted(where, (*notes, *(fuse(module, lora) for lora in loras)))
+    module = module.eval().float().requires_grad_(False)
+    pipeline = open_pipeline(root, folder.variant, **{name: module})
     chosen = _scheduler(pipeline, scheduler, steps, where)
     code = PipelineCode(pipeline, requests, call_arguments(pipeline, steps))
     asked = _guided(tuple(requests) or _usual_requests(code), guidance_scale)
@@ -104,30 +110,9 @@ def denoiser_from_pipeline(
         scheduler_config=scheduler_config(chosen),
         component=name,
         config={**{k: v for k, v in config.items() if k != "_name_or_path"}, "_class_name": type(module).__name__},
-        pipeline=root,
+        pipeline=folder.pipeline,
         requests=asked,
     )
-
-
-def read_component(folder: Path) -> nn.Module:
-    """A model of diffusers from its folder, all of its weights and nothing else.
-
-    Raises:
-        LoadError: names the file that is missing, unreadable or unsafe.
-    """
-    name = str(read_json(folder / "config.json").get("_class_name"))
-    known = class_in_pipeline(name, folder)
-    require_float_files(sorted(folder.glob("diffusion_pytorch_model*.safetensors")))
-    try:
-        model, found = known.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except Exception as error:  # diffusers' loader, which may raise anything
-        raise LoadError(f"{folder}: cannot load {name}: {str(error).splitlines()[0]}") from error
-    require_keys(found["missing_keys"], found["unexpected_keys"], folder)
-    require_finite(model, folder)
-    module: nn.Module = model.eval().float().requires_grad_(False)
-    return module
 
 
 def _scheduler(pipeline: Any, choice: str | None, steps: int, where: str) -> Any:

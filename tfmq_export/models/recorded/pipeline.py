@@ -70,10 +70,11 @@ class PipelineCode:
             return _images(self.pipeline(**options, output_type="np"))  # it works on pictures, not on latents
 
 
-def open_pipeline(root: Path, **components: object) -> Any:
+def open_pipeline(root: Path, variant: str | None = None, **components: object) -> Any:
     """Load a pipeline folder; nothing in it is executed and nothing fetched.
 
     Args:
+        variant: Of the weights, as "fp16", for the components that have it.
         components: Those that are loaded already, by name.
     Raises:
         LoadError: names the component that is missing or cannot be loaded.
@@ -89,6 +90,7 @@ def open_pipeline(root: Path, **components: object) -> Any:
                 local_files_only=True,
                 use_safetensors=True,
                 low_cpu_mem_usage=False,
+                variant=variant,
                 **absent,
                 **extra,
                 **components,
@@ -135,7 +137,7 @@ def denoiser_name(root: Path) -> str:
     return found[0]
 
 
-def class_in_pipeline(name: str, where: Path) -> Any:
+def class_in_pipeline(name: str, where: str | Path) -> Any:
     """A model class of diffusers by its name.
 
     Raises:

@@ -1,0 +1,372 @@
+"""A single file of a published layout opens as the model of diffusers that predicts the same noise."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers.loaders.single_file_utils import (
+    convert_flux_transformer_checkpoint_to_diffusers,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+)
+from nets.ddpm_unet import PixelUNet
+from nets.ldm_unet import LatentUNet
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tfmq_export.errors import LoadError
+from tfmq_export.models.layouts import rules
+from tfmq_export.models.layouts.find import Kind, find_layout
+from tfmq_export.models.layouts.opened import Opened
+from tfmq_export.models.layouts.read import read_layout
+from tfmq_export.models.layouts.single_transformers import flux_rules, sd3_rules
+from tfmq_export.models.load import Source, load
+from tfmq_export.models.model_pt import write_checkpoint
+
+State = dict[str, Tensor]
+ALIKE = {"rtol": 1e-4, "atol": 1e-5}
+"""Two spellings of one function in float32."""
+
+
+def trained(module: nn.Module) -> nn.Module:
+    """Weights that no initialization gives: norms with gains and shifts of their own among them."""
+    torch.manual_seed(1)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1)
+    return module.eval()
+
+
+def opened(path: Path) -> Opened:
+    return read_layout(find_layout(path))
+
+
+def ldm_yaml(unet: Mapping[str, Any], **params: Any) -> str:
+    """As the configurations of latent diffusion are written."""
+    given: dict[str, Any] = {"linear_start": 0.0015, "linear_end": 0.0195, "timesteps": 1000, "image_size": 8, **params}
+    target = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion"}
+    return json.dumps({"model": {**target, "params": {**given, "unet_config": {"params": unet}}}})  # JSON is YAML
+
+
+def latent_file(folder: Path, unet: LatentUNet, settings: Mapping[str, Any], **more: Any) -> Path:
+    """A checkpoint of Lightning with its YAML beside."""
+    state = {f"model.diffusion_model.{name}": value for name, value in unet.state_dict().items()}
+    extra = {"betas": torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64).square().float(), **more}
+    state["first_stage_model.encoder.conv_in.weight"] = torch.zeros(1)
+    torch.save({"state_dict": {**state, **extra}, "global_step": 3, "epoch": 1}, folder / "model.ckpt")
+    (folder / "config.yaml").write_text(ldm_yaml(settings), "utf-8")
+    return folder / "model.ckpt"
+
+
+SELF_ATTENDING: list[Any] = [
+    # FFHQ, CelebA-HQ, bedrooms (LDM-4): heads of one width
+    ({"head_channels": 16}, {"num_head_channels": 16}),
+    # churches (LDM-8): a number of heads, attention everywhere, residual blocks that change the size
+    ({"heads": 2, "depths": (1, 1), "shift": True, "resnet_samplers": True, "samples": (4, 4)}, {"num_heads": 2}),
+    ({"heads": 2, "shift": True, "resnet_samplers": True, "layers": 2}, {"num_heads": 2}),
+    ({"head_channels": 32, "channels": (32, 32, 64), "depths": (0, 1, 1)}, {"num_head_channels": 32}),
+]
+
+
+@pytest.mark.parametrize(("structure", "settings"), SELF_ATTENDING)
+def test_unconditional_latent_diffusion_predicts_the_same_noise(structure: Any, settings: Any, tmp_path: Path) -> None:
+    unet = trained(LatentUNet(**structure))
+    found = opened(latent_file(tmp_path, unet, settings))
+    x, t = torch.randn(2, unet.input_blocks[0][0].in_channels, 8, 8), torch.tensor([3, 700])
+
+    torch.testing.assert_close(found.model(x, t).sample, unet(x, t), **ALIKE)
+    assert found.model.config.sample_size == 8
+    assert found.scheduler["beta_schedule"] == "scaled_linear"
+    assert found.scheduler["beta_start"] == pytest.approx(0.0015)
+    assert "trained_betas" not in found.scheduler
+
+
+def test_what_a_configuration_cannot_say_is_not_packed(tmp_path: Path) -> None:
+    structure: dict[str, Any] = {"heads": 2, "channels": (32, 64), "depths": (1, 1)}
+    found = opened(latent_file(tmp_path, LatentUNet(**structure), {"num_heads": 2}))
+
+    with pytest.raises(LoadError, match="the attention heads of this UNet2DModel are not in its configuration"):
+        write_checkpoint(tmp_path / "model.pt", found.model, dict(found.scheduler), found.prompts)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_latent_u_net_with_prompts_predicts_the_same_noise(linear: bool, tmp_path: Path) -> None:
+    structure: dict[str, Any] = {"context": 24, "heads": 4, "linear": linear, "depths": (0, 2), "samples": (9, 4)}
+    unet = trained(LatentUNet(**structure))
+    found = opened(latent_file(tmp_path, unet, {"num_heads": 4}))
+    x, t, context = torch.randn(2, 9, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 24)
+
+    torch.testing.assert_close(found.model(x, t, context).sample, unet(x, t, context), **ALIKE)
+    assert "the denoiser alone, of a file with more" in found.notes
+
+
+def test_a_class_conditional_one_brings_its_classes(tmp_path: Path) -> None:
+    unet = trained(LatentUNet(context=24, heads=1))
+    table = torch.randn(11, 24)
+    path = latent_file(tmp_path, unet, {"num_heads": 1}, **{"cond_stage_model.embedding.weight": table})
+
+    denoiser = load(Source(path, steps=2, guidance_scale=3.0))
+
+    assert torch.equal(denoiser.conditioning["encoder_hidden_states"], table[:, None])
+    assert torch.equal(denoiser.unconditional["encoder_hidden_states"], table[-1:])
+    assert "conditioned on its 11 classes" in denoiser.source
+
+
+def test_the_average_over_the_training_is_taken_by_its_own_names(tmp_path: Path) -> None:
+    unet = trained(LatentUNet(head_channels=16))
+    averaged = {f"model_ema.diffusion_model{k.replace('.', '')}": v for k, v in unet.state_dict().items()}
+    raw = LatentUNet(head_channels=16)
+    found = opened(latent_file(tmp_path, raw, {"num_head_channels": 16}, **averaged))
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor([3])
+
+    torch.testing.assert_close(found.model(x, t).sample, unet(x, t), **ALIKE)
+    assert "EMA weights ('model_ema.')" in found.notes
+
+
+def test_names_that_trainers_leave_beside_the_weights_run_nothing(tmp_path: Path) -> None:
+    # Stable Diffusion 1.4 is published with a class of Lightning as a key.
+    unet = trained(LatentUNet(head_channels=16))
+    path = latent_file(tmp_path, unet, {"num_head_channels": 16})
+    data = torch.load(path, weights_only=True)
+    callback = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+    module = type(torch)("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = callback  # type: ignore[attr-defined]
+    names = ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint")
+    with pytest.MonkeyPatch.context() as patch:
+        import sys
+
+        for name in names:
+            patch.setitem(sys.modules, name, module)
+        torch.save({**data, "callbacks": {callback: {"best_model_score": torch.tensor(1.0)}}}, path)
+
+    assert find_layout(path).kind is Kind.LATENT_DIFFUSION
+
+
+def test_stable_diffusion_xl_keeps_its_added_embedding(tmp_path: Path) -> None:
+    structure: dict[str, Any] = {"context": 2048, "head_channels": 32, "linear": True, "added": 48, "depths": (0, 2)}
+    unet = trained(LatentUNet(samples=(4, 4), **structure))
+    found = opened(latent_file(tmp_path, unet, {"num_head_channels": 32}))
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 2048)
+    vector = torch.randn(2, 48)
+
+    embed = found.model.add_embedding
+    given = found.model.get_aug_embed
+    assert embed is not None
+    assert given is not None
+    found.model.get_aug_embed = lambda emb, encoder_hidden_states, added_cond_kwargs: embed(vector)
+    torch.testing.assert_close(found.model(x, t, context).sample, unet(x, t, context, vector), **ALIKE)
+    assert found.model.config.addition_embed_type == "text_time"
+
+
+def test_published_widths_need_no_yaml() -> None:
+    from tfmq_export.models.layouts.published import family_of
+
+    known = family_of((320, 640, 1280, 1280), 768)
+
+    assert known is not None
+    assert (known.name, known.heads) == ("Stable Diffusion 1.x", 8)
+    assert family_of((32, 64), 768) is None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda state, folder: (folder / "config.yaml").unlink(), "the number of attention heads is not in the file"),
+        (lambda state, folder: state.pop("model.diffusion_model.out.2.bias"), r"conv_out\.bias"),
+        (lambda state, folder: state.pop("model.diffusion_model.input_blocks.1.0.out_layers.3.weight"), "is missing"),
+        (lambda state, folder: state.update({"model.diffusion_model.odd.weight": torch.ones(1)}), r"odd\.weight"),
+        (
+            lambda state, folder: (folder / "config.yaml").write_text(
+                ldm_yaml({"num_head_channels": 16}, image_size=None)
+            ),
+            "the size of the latent",
+        ),
+    ],
+)
+def test_what_a_latent_checkpoint_lacks_is_said(
+    spoil: Callable[[State, Path], object], says: str, tmp_path: Path
+) -> None:
+    path = latent_file(tmp_path, LatentUNet(head_channels=16), {"num_head_channels": 16})
+    data = torch.load(path, weights_only=True)
+    spoil(data["state_dict"], tmp_path)
+    torch.save(data, path)
+
+    with pytest.raises(LoadError, match=says):
+        opened(path)
+
+
+def test_a_schedule_of_its_own_is_kept(tmp_path: Path) -> None:
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    path = latent_file(tmp_path, LatentUNet(head_channels=16), {"num_head_channels": 16}, betas=betas)
+
+    assert opened(path).scheduler["trained_betas"] == pytest.approx(betas.tolist())
+
+
+# -- the original DDPM U-Net ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("structure", "size"),
+    [({}, 32), ({"multiples": (1, 1, 2, 2), "size": 64}, 64), ({"layers": 2, "multiples": (1, 2)}, 32)],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_original_ddpm_predicts_the_same_noise(structure: Any, size: int, wrapped: bool, tmp_path: Path) -> None:
+    unet = trained(PixelUNet(**structure))
+    state = unet.state_dict()
+    if wrapped:  # [model, optimizer, epoch, step], under a wrapper's prefix
+        torch.save([{f"module.{name}": value for name, value in state.items()}, {"lr": 0.1}, 3, 4], tmp_path / "m.pth")
+    else:
+        torch.save(state, tmp_path / "m.pth")
+
+    found = opened(tmp_path / "m.pth")
+
+    x, t = torch.randn(1, 3, size, size), torch.tensor([417])
+    torch.testing.assert_close(found.model(x, t).sample, unet(x, t), **ALIKE)
+    assert found.model.config.sample_size == size
+    assert (found.scheduler["beta_schedule"], found.scheduler["beta_end"]) == ("linear", 0.02)
+
+
+def test_the_average_of_a_list_is_taken(tmp_path: Path) -> None:
+    unet, raw = trained(PixelUNet()), PixelUNet()
+    state = [{f"module.{k}": v for k, v in each.state_dict().items()} for each in (raw, unet)]
+    torch.save([state[0], {"lr": 0.1}, 3, 4, unet.state_dict()], tmp_path / "m.pth")
+
+    found = opened(tmp_path / "m.pth")
+
+    assert torch.equal(found.model.conv_in.weight, unet.conv_in.weight)
+    assert "EMA weights" in found.notes
+
+
+def test_an_image_size_that_shows_nowhere_is_asked_for(tmp_path: Path) -> None:
+    torch.save(PixelUNet(size=8).state_dict(), tmp_path / "m.pth")
+
+    with pytest.raises(LoadError, match=r"the image size is not in the file; put the YAML .* as m\.yaml"):
+        opened(tmp_path / "m.pth")
+
+    (tmp_path / "m.yaml").write_text("data:\n  image_size: 8\ndiffusion:\n  beta_end: 0.01\n")
+    found = opened(tmp_path / "m.pth")
+    assert (found.model.config.sample_size, found.scheduler["beta_end"]) == (8, 0.01)
+
+
+# -- transformers --------------------------------------------------------------------------------------
+
+
+def tiny_sd3() -> SD3Transformer2DModel:
+    return trained(
+        SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=64,
+            num_attention_heads=1,
+            joint_attention_dim=16,
+            caption_projection_dim=64,
+            pooled_projection_dim=24,
+            out_channels=4,
+            pos_embed_max_size=8,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0,),
+        )
+    )
+
+
+def tiny_flux(guided: bool) -> FluxTransformer2DModel:
+    return trained(
+        FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=128,
+            num_attention_heads=1,
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            guidance_embeds=guided,
+        )
+    )
+
+
+def written_back(state: Mapping[str, Tensor], table: list[rules.Rule], layers: int) -> State:
+    """The tensors of a model of diffusers under their published names: each rule the other way round."""
+    made: State = {}
+    for each in table:
+        for index in range(layers) if "{i}" in each.old else (0,):
+            for leaf in ("",) if each.whole else (".weight", ".bias"):
+                parts = [state.get(place.replace("{i}", str(index)) + leaf) for place in each.new]
+                old = each.old.replace("{i}", str(index)) + leaf
+                if all(part is not None for part in parts) and old not in made:
+                    value = torch.cat([part for part in parts if part is not None]) if len(parts) > 1 else parts[0]
+                    assert value is not None
+                    made[old] = torch.cat(value.chunk(2)[::-1]) if each.swapped else value
+    return made
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_stable_diffusion_3_is_read_as_diffusers_converts_it(prefix: str, tmp_path: Path) -> None:
+    model = tiny_sd3()
+    state = written_back(model.state_dict(), sd3_rules(2), 2)
+    save_file(
+        {**{f"{prefix}{k}": v.contiguous() for k, v in state.items()}, "vae.x": torch.ones(1)},
+        tmp_path / "sd3.safetensors",
+    )
+
+    found = opened(tmp_path / "sd3.safetensors")
+
+    theirs = convert_sd3_transformer_checkpoint_to_diffusers(dict(state))
+    ours = found.model.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 16, 16),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 3, 16),
+        "pooled_projections": torch.randn(1, 24),
+    }
+    torch.testing.assert_close(found.model(**inputs).sample, model(**inputs).sample, **ALIKE)
+    assert found.scheduler["shift"] == 3.0
+
+
+def test_flux_predicts_the_same_noise(tmp_path: Path) -> None:
+    for guided in (True, False):
+        model = tiny_flux(guided)
+        save_file(written_back(model.state_dict(), flux_rules(128), 1), tmp_path / "flux.safetensors")
+
+        found = opened(tmp_path / "flux.safetensors")
+
+        inputs = {
+            "hidden_states": torch.randn(1, 4, 16),
+            "timestep": torch.tensor([0.5]),
+            "encoder_hidden_states": torch.randn(1, 3, 24),
+            "pooled_projections": torch.randn(1, 16),
+            "img_ids": torch.zeros(4, 3),
+            "txt_ids": torch.zeros(3, 3),
+            **({"guidance": torch.tensor([3.5])} if guided else {}),
+        }
+        torch.testing.assert_close(found.model(**inputs).sample, model(**inputs).sample, **ALIKE)
+        assert found.scheduler["use_dynamic_shifting"] is guided
+
+
+def test_flux_is_renamed_as_diffusers_renames_it() -> None:
+    # Their converter knows one width only, so the tensors of that width are never stored: one number, expanded.
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    state = written_back({k: torch.empty(v, device="meta") for k, v in shapes.items()}, flux_rules(3072), 1)
+
+    theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(state))
+    ours, strange = rules.renamed(state, flux_rules(3072))
+
+    assert not strange
+    assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()} == shapes
+    marked = {"final_layer.adaLN_modulation.1.bias": torch.arange(4.0)}
+    assert rules.renamed(marked, flux_rules(3072))[0]["norm_out.linear.bias"].tolist() == [2, 3, 0, 1]
+
+
+def test_a_flux_transformer_says_what_it_is_where_it_cannot_be_sampled(tmp_path: Path) -> None:
+    save_file(written_back(tiny_flux(True).state_dict(), flux_rules(128), 1), tmp_path / "flux.safetensors")
+
+    with pytest.raises(LoadError, match="cannot load 'FluxTransformer2DModel'"):
+        load(Source(tmp_path / "flux.safetensors", steps=2))

@@ -1,0 +1,63 @@
+"""What stands beside a checkpoint and describes it: the YAML it was trained with, a scheduler_config.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tfmq_export.errors import LoadError, first_line
+
+SCHEDULER = "scheduler_config.json"
+YAMLS = (".yaml", ".yml")
+
+
+def read_yaml_beside(path: Path) -> tuple[Mapping[str, Any], Path | None]:
+    """The training configuration beside a checkpoint: of its name, ``config.yaml``, or the only one there.
+
+    Returns:
+        Plain data, read with ``safe_load``, and its file; empty and None where there is none.
+    Raises:
+        LoadError: it is no readable YAML.
+    """
+    named = [path.with_suffix(suffix) for suffix in YAMLS]
+    named += [path.parent / f"{name}{suffix}" for name in ("config", "project") for suffix in YAMLS]
+    found = next((each for each in named if each.is_file()), None)
+    if found is None:
+        beside = [each for suffix in YAMLS for each in sorted(path.parent.glob(f"*{suffix}"))]
+        if len(beside) != 1:
+            return {}, None
+        (found,) = beside
+    try:
+        content = yaml.safe_load(found.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise LoadError(f"{found}: not readable YAML: {first_line(error)}; it describes {path.name}") from error
+    return (content, found) if isinstance(content, dict) else ({}, None)
+
+
+def read_scheduler_beside(path: Path) -> Mapping[str, Any] | None:
+    """A ``scheduler_config.json`` beside a file or in a folder, in ``scheduler/`` of it or of the folder above.
+
+    Raises:
+        LoadError: it is no JSON object.
+    """
+    folder = path if path.is_dir() else path.parent
+    for place in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER, folder.parent / "scheduler" / SCHEDULER):
+        if place.is_file():
+            try:
+                config = json.loads(place.read_text("utf-8"))
+            except (OSError, ValueError) as error:
+                raise LoadError(f"{place}: not readable JSON: {first_line(error)}") from error
+            if not isinstance(config, dict):
+                raise LoadError(f"{place}: expected a JSON object")
+            return config
+    return None
+
+
+def looked_up(config: Mapping[str, Any], *path: str) -> Any:
+    """A value in nested mappings; None where a step is missing."""
+    found: Any = config
+    for step in path:
+        found = found.get(step) if isinstance(found, Mapping) else None
+    return found
