@@ -374,11 +374,24 @@ def write_latte(folder: Path) -> None:
     save(pipeline, folder)
 
 
+ACCELERATE = "diffusers loads it only where accelerate is installed"
 FAMILIES: Sequence[Family] = (
-    Family("wan21", "Wan 2.1, text to video", write_wan, call=SIZE),
-    Family("wan21-i2v", "Wan 2.1, image to video", write_wan_image, call={**SIZE, "image": IMAGE}),
-    Family("wan22", "Wan 2.2, text to video", write_wan_two, call=SIZE, note="two denoisers, parted by the timestep"),
-    Family("wan22-ti2v", "Wan 2.2, 5B", write_wan_small, call=SIZE, note="a timestep for every token"),
+    Family("wan21", "Wan 2.1, text to video", write_wan, call=SIZE, note=ACCELERATE),
+    Family(
+        "wan21-i2v",
+        "Wan 2.1, image to video",
+        write_wan_image,
+        call={**SIZE, "image": IMAGE},
+        note=f"{ACCELERATE}; it calls ftfy",
+    ),
+    Family(
+        "wan22",
+        "Wan 2.2, text to video",
+        write_wan_two,
+        call=SIZE,
+        note=f"two denoisers, parted by the timestep; {ACCELERATE}",
+    ),
+    Family("wan22-ti2v", "Wan 2.2, 5B", write_wan_small, call=SIZE, note=f"a timestep for every token; {ACCELERATE}"),
     Family("cogvideox-2b", "CogVideoX 2B", write_cogvideox2),
     Family("cogvideox-5b", "CogVideoX 5B", write_cogvideox5),
     Family(

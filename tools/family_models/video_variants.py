@@ -33,7 +33,15 @@ from family_models.folder import save
 from family_models.images import IMAGE, write_image
 from family_models.language_models import QWEN_VOCABULARY, gemma_encoder, gemma_tokenizer, qwen_tokenizer
 from family_models.text import WIDTH
-from family_models.video import HUNYUAN, SIZE, hunyuan_components, ltx_components, wan_autoencoder, wan_components
+from family_models.video import (
+    ACCELERATE,
+    HUNYUAN,
+    SIZE,
+    hunyuan_components,
+    ltx_components,
+    wan_autoencoder,
+    wan_components,
+)
 from family_models.weights import seeded
 
 WAN = {
@@ -184,8 +192,14 @@ FAMILIES: Sequence[Family] = (
         call={**SIZE, "image": IMAGE, "latent_window_size": 2},
         note="the sample is a window; the pipeline joins the windows",
     ),
-    Family("wan21-vace", "Wan 2.1 VACE", write_vace, call=SIZE),
-    Family("skyreels-v2", "SkyReels-V2, diffusion forcing", write_skyreels, call={**SIZE, "base_num_frames": 5}),
+    Family("wan21-vace", "Wan 2.1 VACE", write_vace, call=SIZE, note=ACCELERATE),
+    Family(
+        "skyreels-v2",
+        "SkyReels-V2, diffusion forcing",
+        write_skyreels,
+        call={**SIZE, "base_num_frames": 5},
+        note=ACCELERATE,
+    ),
     Family(
         "sana-video",
         "Sana-Video",
