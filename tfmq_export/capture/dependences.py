@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from tfmq_export.capture.macs import EINSUM, PRODUCTS, is_transposed, macs_of
-from tfmq_export.capture.rows import batch_axis, mixed_rows, rows_per_sample
+from tfmq_export.capture.rows import batch_axis, mixed_rows, rows_per_sample, varies
 from tfmq_export.errors import ExportError
 
 aten = torch.ops.aten
@@ -197,7 +197,7 @@ def find_temporal_features(graph: fx.Graph, depends: Mapping[str, frozenset[str]
         value = node.meta["val"]
         if not isinstance(value, Tensor):
             raise ExportError(f"{module_path(node)}: the temporal value {node.name} is not a tensor")
-        symbolic = [axis for axis, size in enumerate(value.shape) if not isinstance(size, int)]
+        symbolic = [axis for axis, size in enumerate(value.shape) if varies(size)]
         rows = rows_per_sample(node) if symbolic else 1
         if rows is None:
             raise ExportError(

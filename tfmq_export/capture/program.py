@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import onnx
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -191,7 +192,21 @@ def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     except Exception as error:  # torch.export has no common base; whatever it raises comes from the model
         raise refusal(denoiser.source, error, exported) from error
     assert program is not None
+    _settle_lengths(program.exported_program, denoiser)
     return program
+
+
+def _settle_lengths(exported: torch.export.ExportedProgram | None, denoiser: Denoiser) -> None:
+    """Take prompts of any length for as long as the example's, but not in ONNX.
+
+    The analysis and the walk over the blocks then see one size that varies, the batch.
+    """
+    assert exported is not None
+    for node in exported.graph.find_nodes(op="placeholder"):
+        for axis in denoiser.ragged.get(node.name, ()):
+            size = node.meta["val"].shape[axis]
+            if not isinstance(size, int) and size.node.expr.free_symbols:
+                size.node.shape_env.replacements[size.node.expr] = sympy.Integer(size.node.hint)
 
 
 def _batch_symbols(program: torch.onnx.ONNXProgram, denoiser: Denoiser) -> set[object]:

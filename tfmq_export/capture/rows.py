@@ -30,6 +30,11 @@ def size_for_one(size: Any) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
 
 
+def varies(size: Any) -> bool:
+    """Whether a size of the graph follows the batch."""
+    return not isinstance(size, int) and bool(size.node.expr.free_symbols)
+
+
 def elements_for_one(node: fx.Node) -> int:
     """Elements of a value for one sample, whatever its batch axis holds besides."""
     return math.prod(size_for_one(size) for size in node.meta["val"].shape)
@@ -49,7 +54,7 @@ def rows_per_sample(node: fx.Node) -> int | None:
 
 def batch_axis(shape: Sequence[Any]) -> int | None:
     """The only axis whose size varies; None where there are none or several."""
-    varying = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
+    varying = [axis for axis, size in enumerate(shape) if varies(size)]
     return varying[0] if len(varying) == 1 else None
 
 

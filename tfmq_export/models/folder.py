@@ -86,7 +86,7 @@ def _from_safetensors(folder: ModelFolder, known: Any, name: str) -> tuple[nn.Mo
                 component,
                 local_files_only=True,
                 use_safetensors=True,
-                low_cpu_mem_usage=False,
+                low_cpu_mem_usage=_needs_accelerate(known),
                 output_loading_info=True,
                 variant=folder.variant,
             )
@@ -116,6 +116,11 @@ def _from_pickles(folder: ModelFolder, known: Any, config: Mapping[str, Any]) ->
     inside, chosen = fit(state, own)
     load_weights(model, dict(inside), folder.component)
     return model, chosen
+
+
+def _needs_accelerate(known: Any) -> bool:
+    """Whether diffusers loads a class in no other way; else its weights are at hand to be compared with the file's."""
+    return bool(getattr(known, "_keep_in_fp32_modules", None))
 
 
 def _of_today(name: str, own: Collection[str]) -> str:

@@ -102,6 +102,8 @@ def denoiser_from_pipeline(  # noqa: PLR0913
     require_requests(pipeline, asked, where)
     runs, plan, together = _recorded(Recorder(module, _of_more_steps(code), where))
     schedule = runs[0] if steps >= TELLING else Recorder(module, code, where).run([0], images=1)
+    if any(leaf.ragged for leaf in plan.leaves):
+        together = 1  # prompts drawn together would be padded to the longest
     denoiser = _denoiser(Recorder(module, code, where), plan, runs, schedule, together)
     config: Any = module.config
     return replace(
@@ -216,7 +218,7 @@ def _denoiser(
 def _examples(plan: CallPlan, runs: Sequence[RecordedRun]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A batch of two rows at different timesteps, and conditioning as it was recorded, [examples, ...] by name."""
     calls = [plan.flat_values(run.calls[place]) for run in runs for place in (0, -1)]
-    firsts = [each for each in calls if _shapes(each) == _shapes(calls[-1])]
+    firsts = [each for each in calls if _shapes(each) == _shapes(calls[0])]  # where prompts may be of any length
     together = {
         name: torch.cat([each[name] for each in firsts]) if value.ndim else value for name, value in firsts[0].items()
     }

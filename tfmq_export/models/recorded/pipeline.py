@@ -89,7 +89,6 @@ def open_pipeline(root: Path, variant: str | None = None, **components: object) 
                 root,
                 local_files_only=True,
                 use_safetensors=True,
-                low_cpu_mem_usage=False,
                 variant=variant,
                 **absent,
                 **extra,

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -99,8 +98,13 @@ class _Values:
         return all(_one_number(value) for run in self.runs for value in run)
 
     @property
-    def is_new_at_every_call(self) -> bool:
-        return all(not same(a, b) for run in self.runs for a, b in pairwise(run))
+    def distinct(self) -> int:
+        """How many values it takes in the first run: a branch of guidance a few, a sample one at every step."""
+        kept: list[Any] = []
+        for value in self.runs[0]:
+            if not any(same(value, each) for each in kept):
+                kept.append(value)
+        return len(kept)
 
 
 def _timestep(values: Mapping[Path, _Values], where: str) -> Path:
@@ -123,7 +127,9 @@ def _sample(values: Mapping[Path, _Values], timestep: Path, where: str) -> Path:
         for path, found in values.items()
         if path != timestep and found.is_tensor and found.first.is_floating_point() and found.first.ndim > 1
     ]
-    found = [path for path in floats if values[path].changes_within and values[path].is_new_at_every_call]
+    counts = {path: values[path].distinct for path in floats if values[path].changes_within}
+    most = max(counts.values(), default=0)
+    found = [path for path, count in counts.items() if count == most]
     found = found or [path for path in floats if values[path].changes_between]
     if not found:
         raise LoadError(

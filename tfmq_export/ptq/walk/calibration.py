@@ -138,7 +138,15 @@ def _of_one_size(denoiser: Denoiser, steps: Sequence[CalibrationStep]) -> Sequen
     if not denoiser.ragged:
         return steps
     wanted = {name: denoiser.example_inputs[name].shape[1:] for name in denoiser.ragged}
-    return [step for step in steps if all(step.inputs[name].shape[1:] == shape for name, shape in wanted.items())]
+    kept = [step for step in steps if all(step.inputs[name].shape[1:] == shape for name, shape in wanted.items())]
+    seen = {float(step.inputs[denoiser.timestep].reshape(-1)[0]) for step in kept}
+    if len(seen) < len(denoiser.timesteps):
+        sizes = ", ".join(f"{name} {list(shape)}" for name, shape in wanted.items())
+        raise CalibrationError(
+            f"{denoiser.source}: no prompt drawn for calibration is as long as the first ({sizes}); calibrate with more "
+            "images, or give --prompts of one length"
+        )
+    return kept
 
 
 def pick_rows(
