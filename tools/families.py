@@ -21,6 +21,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ TARGETS = ("ort-cpu", "openvino", "tensorrt-rtx")
 
 
 def main() -> None:
+    """Compile what is not compiled yet, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="families; all of them by default")
     parser.add_argument("--output", type=Path, default=Path("out/families"))
@@ -79,16 +81,15 @@ def _in_this_process(name: str, output: Path) -> None:
     from family_models import FAMILIES
     from family_models.own_code import OWN_CODE
 
-    for each in (*FAMILIES, *OWN_CODE):
-        if each.name == name:
-            found: dict[str, Any] = {"name": name, "title": each.title, "note": each.note}
-            began = time.perf_counter()
-            with tempfile.TemporaryDirectory() as folder:
-                _try(lambda: _compiled(each, Path(folder), found), found)
-            found["seconds"] = round(time.perf_counter() - began)
-            partial = output / f"{name}.partial"
-            partial.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-            partial.replace(output / f"{name}.json")
+    (family,) = (each for each in (*FAMILIES, *OWN_CODE) if each.name == name)
+    found: dict[str, Any] = {"name": name, "title": family.title, "note": family.note}
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        _try(lambda: _compiled(family, Path(folder), found), found)
+    found["seconds"] = round(time.perf_counter() - began)
+    unfinished = output / f"{name}.partial"
+    unfinished.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    unfinished.replace(output / f"{name}.json")
 
 
 def _try(step: Any, found: dict[str, Any]) -> None:
@@ -129,7 +130,8 @@ def _compiled(family: Any, folder: Path, found: dict[str, Any]) -> None:
     for preset, targets in (("w8a8", TARGETS), ("w4a8", TARGETS[:1])):
         cells: dict[str, Any] = {}
         found["presets"][preset] = cells
-        _try(lambda: _preset(captured, observed, {**settings, "preset": preset}, targets, folder, cells), cells)
+        given = (captured, observed, {**settings, "preset": preset}, targets, folder, cells)
+        _try(partial(_preset, *given), cells)
 
 
 def _denoiser(family: Any, folder: Path) -> Any:
@@ -243,8 +245,8 @@ def _page(found: list[Mapping[str, Any]]) -> str:
             "",
             *(__doc__ or "").split("\n\n")[2].splitlines(),
             "",
-            "A cell: layers that ran in integers of those that were asked for, their share of the MACs, and how far the",
-            "graph is from fake-quant in lock-step. Tables are temporal features served as tables.",
+            "A cell: layers that ran in integers of those that were asked for, their share of the MACs, and how far",
+            "the graph is from fake-quant in lock-step. Tables are temporal features served as tables.",
             "",
             head,
             "|" + "---|" * 9,

@@ -205,8 +205,12 @@ def _settle_lengths(exported: torch.export.ExportedProgram | None, denoiser: Den
     for node in exported.graph.find_nodes(op="placeholder"):
         for axis in denoiser.ragged.get(node.name, ()):
             size = node.meta["val"].shape[axis]
-            if not isinstance(size, int) and size.node.expr.free_symbols:
-                size.node.shape_env.replacements[size.node.expr] = sympy.Integer(size.node.hint)
+            if isinstance(size, int):
+                raise ExportError(
+                    f"{denoiser.source}: prompts are of several lengths, but forward() fixes axis {axis} of {node.name} to "
+                    f"{size}; give --prompts that are all encoded to one length"
+                )
+            size.node.shape_env.replacements[size.node.expr] = sympy.Integer(size.node.hint)
 
 
 def _batch_symbols(program: torch.onnx.ONNXProgram, denoiser: Denoiser) -> set[object]:

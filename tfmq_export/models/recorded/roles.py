@@ -1,8 +1,8 @@
 """Which argument is what: told by how the values behave from call to call, names only where that leaves a choice.
 
-The same in every call of every run is a constant. One number that changes along a run is the timestep. Of what is new
-at every call the first is the sample. All else is conditioning: it belongs to the prompt, to guidance, or is
-computed outside at every step.
+The same in every call of every run is a constant. One number that changes along a run is the timestep. Of what takes
+most values along a run the first is the sample. All else is conditioning: it belongs to the prompt, to guidance, or
+is computed outside at every step.
 """
 
 import inspect

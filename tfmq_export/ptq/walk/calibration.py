@@ -143,8 +143,8 @@ def _of_one_size(denoiser: Denoiser, steps: Sequence[CalibrationStep]) -> Sequen
     if len(seen) < len(denoiser.timesteps):
         sizes = ", ".join(f"{name} {list(shape)}" for name, shape in wanted.items())
         raise CalibrationError(
-            f"{denoiser.source}: no prompt drawn for calibration is as long as the first ({sizes}); calibrate with more "
-            "images, or give --prompts of one length"
+            f"{denoiser.source}: no prompt drawn for calibration is as long as the first ({sizes}); calibrate with "
+            "more images, or give --prompts of one length"
         )
     return kept
 

@@ -1,0 +1,156 @@
+"""Any module in its user's own sampler: whatever the sampler does, it works or is told in one line."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tfmq_export.capture.program import capture
+from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.models.recorded.load import denoiser_from_draw
+from tfmq_export.models.recorded.record import images_of
+from tfmq_export.ptq.walk.calibration import record
+
+LEVELS = (3.0, 2.0, 1.0)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.time = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(1, 2)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.mix(x) + self.time(torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1))[..., None, None]
+
+
+def noise(seed: int, images: int = 1) -> Tensor:
+    return torch.randn(images, 2, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def by_keyword(net: nn.Module, seed: int) -> Any:
+    x = noise(seed)
+    for level in LEVELS:
+        x = x - 0.1 * net(x=x, t=torch.tensor([level]))
+    return x
+
+
+def in_place(net: nn.Module, seed: int) -> Any:
+    x = noise(seed)
+    for level in LEVELS:
+        x -= 0.1 * net(x, torch.full((1,), level))
+    return x[0].numpy()
+
+
+def of_numbers(net: nn.Module, seed: int) -> Any:
+    x = noise(seed)
+    for level in LEVELS:
+        x = x - 0.1 * net(x, level)
+    return [x[0]]
+
+
+def with_autograd(net: nn.Module, seed: int) -> Any:
+    x = noise(seed).requires_grad_()
+    for level in LEVELS:
+        x = (x - 0.1 * net(x, torch.tensor(level))).detach().requires_grad_()
+    return x
+
+
+def twice_a_step(net: nn.Module, seed: int) -> Any:
+    x = noise(seed)
+    for level in LEVELS:
+        x = x - 0.05 * (net(x, torch.tensor([level])) + net(x + 0.1, torch.tensor([level])))
+    return x
+
+
+def built(draw: Callable[[nn.Module, int], Any]) -> tuple[nn.Module, Callable[[int], Any]]:
+    torch.manual_seed(0)
+    net = Net()
+    return net, lambda seed: draw(net, seed)
+
+
+@pytest.mark.parametrize("draw", [by_keyword, in_place, of_numbers, with_autograd, twice_a_step])
+def test_a_sampler_draws_the_same_through_the_recording(draw: Callable[[nn.Module, int], Any]) -> None:
+    net, code = built(draw)
+    denoiser = denoiser_from_draw(net, code, None, "net")
+    wanted = images_of(code(7000), "net").reshape(2, 6, 6)
+
+    calls, images = record(denoiser, denoiser.module_denoise(), denoiser.runs(2, 7), lambda done, total: None)
+
+    assert denoiser.timesteps.values == LEVELS
+    assert torch.allclose(images[0], wanted, atol=1e-6)
+    assert {len(call.inputs[denoiser.sample]) for call in calls} == {2}  # runs of one image, put together
+    assert capture(denoiser).operations
+
+
+def test_a_second_draw_of_a_seed_is_the_same_and_the_module_is_left_as_it_was() -> None:
+    net, code = built(by_keyword)
+    before = code(3)
+    denoiser_from_draw(net, code, None, "net")
+    assert torch.equal(code(3), before)
+    assert "forward" not in net.__dict__
+
+
+def raises(net: nn.Module, seed: int) -> Any:
+    net(noise(seed), torch.tensor([1.0]))
+    raise ZeroDivisionError("mine")
+
+
+def nothing(net: nn.Module, seed: int) -> Any:
+    by_keyword(net, seed)
+
+
+def never_calls(net: nn.Module, seed: int) -> Any:
+    return noise(seed)
+
+
+def unseeded(net: nn.Module, seed: int) -> Any:
+    x = torch.from_numpy(np.random.default_rng().standard_normal((1, 2, 6, 6), np.float32))
+    for level in LEVELS:
+        x = x - 0.1 * net(x, torch.tensor([level]))
+    return x
+
+
+def one_noise(net: nn.Module, seed: int) -> Any:
+    return by_keyword(net, 0)
+
+
+def two_forms(net: nn.Module, seed: int) -> Any:
+    x = noise(seed)
+    x = x - net(x, torch.tensor([2.0]))
+    return x - net(x, torch.tensor([1.0]), cond=x)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (raises, "drawing raises ZeroDivisionError: mine"),
+        (nothing, r"draw\(seed\) returned NoneType; return the image"),
+        (never_calls, "drew an image without calling the model"),
+        (unseeded, r"draw\(0\) starts from other noise each time"),
+        (one_noise, r"draw\(0\) and draw\(1\) start from the same noise"),
+        (two_forms, "the model is called in two forms, once with 2 arguments and once with 3"),
+    ],
+)
+def test_a_sampler_that_cannot_be_recorded_is_told_why(draw: Callable[[nn.Module, int], Any], message: str) -> None:
+    with pytest.raises((LoadError, ConfigError), match=message):
+        denoiser_from_draw(*built(draw), None, "net")
+
+
+def test_steps_are_the_samplers_own() -> None:
+    assert len(denoiser_from_draw(*built(by_keyword), 3, "net").timesteps) == 3
+    with pytest.raises(ConfigError, match=r"--steps 5, but draw\(\) visits 3 timesteps"):
+        denoiser_from_draw(*built(by_keyword), 5, "net")
+
+
+class Mixing(Net):
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        return super().forward(x, t) - x.mean(0)
+
+
+def test_rows_that_depend_on_each_other_are_refused() -> None:
+    net = Mixing()
+    with pytest.raises(LoadError, match="rows that do not depend on each other"):
+        denoiser_from_draw(net, lambda seed: by_keyword(net, seed), None, "net")
