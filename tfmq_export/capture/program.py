@@ -207,7 +207,7 @@ def _settle_lengths(exported: torch.export.ExportedProgram | None, denoiser: Den
             size = node.meta["val"].shape[axis]
             if isinstance(size, int):
                 raise ExportError(
-                    f"{denoiser.source}: prompts are of several lengths, but forward() fixes axis {axis} of {node.name} to "
+                    f"{denoiser.source}: prompts differ in length, but forward() fixes axis {axis} of {node.name} to "
                     f"{size}; give --prompts that are all encoded to one length"
                 )
             size.node.shape_env.replacements[size.node.expr] = sympy.Integer(size.node.hint)
