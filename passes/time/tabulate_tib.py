@@ -99,9 +99,10 @@ def computed_from_time(graph: gs.Graph, timestep: str) -> list[str]:
 
 
 def _moves_a_row(node: gs.Node) -> bool:
-    """Whether a node only reshapes or splits table rows."""
+    """Whether a node only reshapes, splits or picks from table rows."""
     layout = {"Unsqueeze", "Squeeze", "Reshape", "Slice", "Split", "Transpose", "Expand", "Flatten", "Identity", "Cast"}
-    if node.op not in layout:
+    picks = node.op == "Gather" and isinstance(node.inputs[1], gs.Constant)  # one part of the row, as select does
+    if node.op not in layout and not picks:
         return False
     source = node.inputs[0].inputs
     return bool(source) and (is_lookup(source[0].name) or _moves_a_row(source[0]))
