@@ -175,8 +175,19 @@ def _look_up(graph: gs.Graph, table: TemporalTable, rows: gs.Variable, batch: gs
     else:
         size = variable(f"{prefix}.size", dtype=np.int64)
         ones = constant(f"{prefix}.ones", np.ones(table.rows.ndim - 1, np.int64))
+        if table.rows_per_sample > 1:
+            ones.values[0] = table.rows_per_sample
         graph.nodes.append(
             gs.Node("Concat", f"{prefix}.full_size", attrs={"axis": 0}, inputs=[batch, ones], outputs=[size])
         )
-    graph.nodes.append(gs.Node("Expand", f"{prefix}.expand", inputs=[gathered, size], outputs=[served]))
+    if table.rows_per_sample == 1:
+        graph.nodes.append(gs.Node("Expand", f"{prefix}.expand", inputs=[gathered, size], outputs=[served]))
+        return served
+    # The rows of a sample, sample after sample.
+    expanded = variable(f"{prefix}.rows", dtype=np.float32)
+    folded = constant(f"{prefix}.folded", np.array([-1, *table.rows.shape[2:]], np.int64))
+    graph.nodes += [
+        gs.Node("Expand", f"{prefix}.expand", inputs=[gathered, size], outputs=[expanded]),
+        gs.Node("Reshape", f"{prefix}.fold", inputs=[expanded, folded], outputs=[served]),
+    ]
     return served

@@ -10,7 +10,7 @@ from tfmq_export.capture.blocks import Block, find_blocks, temporal_block
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.dependences import TIMESTEP, dependences
 from tfmq_export.capture.program import DiffusionProgram, capture, evaluate
-from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, batch_symbol
+from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute
 
 HANDWRITTEN = ("film_unet", "dit", "edm")
 NETS = (*HANDWRITTEN, "emoji32")
@@ -55,10 +55,10 @@ def result_name(program: DiffusionProgram) -> str:
 
 def run(program: DiffusionProgram, blocks: tuple[Block, ...], values: dict[str, Tensor]) -> dict[str, Tensor]:
     """All blocks in sequence; each sees what it says it reads, and no more."""
-    values, batch = dict(values), batch_symbol(program)
+    values = dict(values)
     with torch.no_grad():
         for block in blocks:
-            runner = BlockRunner(program.module, block, batch)
+            runner = BlockRunner(program.module, block)
             values |= runner({name: values[name] for name in block.reads}, {})
     return values
 
@@ -208,7 +208,7 @@ def test_rules_stand_in_for_their_layer_and_no_other() -> None:
     denoiser, program = net("film_unet")
     block = next(block for block in blocks_of(program) if block.path == "up")
     values = run(program, blocks_of(program), inputs_of(denoiser, program))
-    runner = BlockRunner(program.module, block, batch_symbol(program))
+    runner = BlockRunner(program.module, block)
     given = {name: values[name] for name in block.reads}
     skip = layers_by_path(program)["up.skip"]
     seen = []

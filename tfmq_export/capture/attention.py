@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from tfmq_export.capture.blocks import rows_per_sample
-from tfmq_export.capture.dependences import LAYOUT, PRODUCTS, SAMPLE, TIMESTEP, module_path
+from tfmq_export.capture.dependences import LAYOUT, SAMPLE, TIMESTEP, module_path
+from tfmq_export.capture.macs import PRODUCTS, SDPA, attention_macs, macs_of
 from tfmq_export.recipe.names import scores_name
 
 aten = torch.ops.aten
 
-SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 # Products in a spelling that no pass brings into the form of a MatMul.
 OTHER_PRODUCTS = frozenset({aten.einsum.default, aten.baddbmm.default})
@@ -73,13 +72,11 @@ def find_attention(graph: fx.Graph, depends: Mapping[str, frozenset[str]]) -> tu
 
 
 def _of_one_node(node: fx.Node, depends: Mapping[str, frozenset[str]]) -> Iterator[AttentionProduct]:
-    q, k, v = (_shape(source) for source in _factors(node))
     obstacle = _sdpa_obstacle(node, depends)
     names = (scores_name(node.name), node.name)
-    per_pair = _positions(node) // _size(v[-1]) * _size(k[-2])  # pairs of query and key, heads included
-    for name, kind, channels in zip(names, ("qk", "pv"), (q[-1], v[-1]), strict=True):
+    for name, kind, macs in zip(names, ("qk", "pv"), attention_macs(node), strict=True):
         path = f"{module_path(node)}[{kind}]"
-        yield AttentionProduct(name, node.name, path, per_pair * _size(channels), kind == "pv", obstacle)
+        yield AttentionProduct(name, node.name, path, macs, kind == "pv", obstacle)
 
 
 def _of_two_nodes(
@@ -96,9 +93,8 @@ def _of_two_nodes(
     for node, kind in ((scores, "qk"), (result, "pv")):
         if any(not depends[source.name] for source in _factors(node)):
             continue  # a product with a bare parameter is an operation of its own
-        summed = _shape(_factors(node)[0])[-1]
-        macs = _positions(node) * _size(summed)
-        yield AttentionProduct(node.name, node.name, f"{module_path(node)}[{kind}]", macs, kind == "pv", obstacle)
+        path = f"{module_path(node)}[{kind}]"
+        yield AttentionProduct(node.name, node.name, path, macs_of(node), kind == "pv", obstacle)
 
 
 def _sdpa_obstacle(node: fx.Node, depends: Mapping[str, frozenset[str]]) -> str:
@@ -155,16 +151,3 @@ def _factors(node: fx.Node) -> list[fx.Node]:
 
 def _shape(node: fx.Node) -> Any:
     return node.meta["val"].shape
-
-
-def _size(size: object) -> int:
-    """A size of the graph; 1 for one that varies."""
-    return size if isinstance(size, int) else 1
-
-
-def _positions(node: fx.Node) -> int:
-    """Elements of a value for one sample, heads that are folded into its batch axis included."""
-    count = rows_per_sample(node) or 1
-    for size in _shape(node):
-        count *= _size(size)
-    return count

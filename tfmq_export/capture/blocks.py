@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from tfmq_export.capture.dependences import SAMPLE, module_path, module_stack
+from tfmq_export.capture.rows import mixed_rows, rows_per_sample
 
 aten = torch.ops.aten
 
@@ -57,12 +58,12 @@ def find_blocks(
     nodes = _flow(graph, served)
     units = _units(nodes, depends, wanted)
     labels = [_unit_of(node, units) for node in nodes]
-    cuts = [0]
+    cuts, mixed = [0], mixed_rows(graph)
     for position in range(1, len(nodes)):
         before, label = labels[position - 1], labels[position]
         started = any(node.name in wanted for node in nodes[cuts[-1] : position])
         after_layer = before is None and nodes[position - 1].name in wanted
-        if started and (before != label or after_layer) and _can_cut(nodes, position):
+        if started and (before != label or after_layer) and _can_cut(nodes, position, mixed):
             cuts.append(position)
     bounds = [*cuts, len(nodes)]
     if len(bounds) > 2 and not any(node.name in wanted for node in nodes[bounds[-2] :]):
@@ -141,29 +142,11 @@ def _unit_of(node: fx.Node, units: frozenset[str]) -> str | None:
     return next((path for path, _ in reversed(module_stack(node)) if path in units), None)
 
 
-def _can_cut(nodes: list[fx.Node], position: int) -> bool:
-    """Whether everything that crosses is a tensor with the batch in front."""
+def _can_cut(nodes: list[fx.Node], position: int, mixed: frozenset[fx.Node]) -> bool:
+    """Whether everything that crosses is a tensor with the batch in front, sample after sample."""
     later = set(nodes[position:])
     crossing = [node for node in nodes[:position] if any(user in later for user in node.users)]
-    return all(rows_per_sample(node) for node in crossing)
-
-
-def rows_per_sample(node: fx.Node) -> int | None:
-    """Rows of axis 0 that each sample has; 0 for a scalar, None where axis 0 is not the batch."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    if value.ndim == 0:
-        return 0
-    if isinstance(value.shape[0], int) or any(not isinstance(size, int) for size in value.shape[1:]):
-        return None
-    expression = value.shape[0].node.expr
-    symbols = expression.free_symbols
-    if len(symbols) != 1:
-        return None
-    (symbol,) = symbols
-    factor = expression / symbol
-    return int(factor) if factor.is_integer and factor.is_number else None
+    return all(rows_per_sample(node) and node not in mixed for node in crossing)
 
 
 def _block(

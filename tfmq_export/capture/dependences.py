@@ -4,14 +4,15 @@ Which operations can be quantized, which values depend on the timestep alone, ho
 costs: all of it follows from data dependences, never from module names.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from tfmq_export.capture.macs import EINSUM, PRODUCTS, is_transposed, macs_of
+from tfmq_export.capture.rows import batch_axis, mixed_rows, rows_per_sample
 from tfmq_export.errors import ExportError
 
 aten = torch.ops.aten
@@ -28,9 +29,6 @@ KINDS: Mapping[object, str] = {
     aten.convolution.default: "conv",
     aten.linear.default: "linear",
 }
-TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-PRODUCTS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
-CONVOLUTION_IS_TRANSPOSED = 6  # position of the flag among aten.convolution's arguments
 
 # A shape query reads no data: a timestep expanded to the batch of the sample still depends on t only.
 SHAPE_QUERIES = frozenset(
@@ -63,6 +61,7 @@ class Operation:
         macs: Multiply-accumulates for one sample.
         roles: What its result depends on.
         groups: Of a convolution.
+        batch_axis: Of the value it reads; the samples of a batch may lie behind the tokens.
     """
 
     name: str
@@ -74,6 +73,7 @@ class Operation:
     macs: int
     roles: frozenset[str]
     groups: int = 1
+    batch_axis: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,11 +82,13 @@ class TemporalFeature:
 
     Attributes:
         per_sample: Whether its first axis is the batch.
+        rows: Of its first axis that each sample has: the frames of a video, where time is repeated for each.
     """
 
     name: str
     path: str
     per_sample: bool
+    rows: int = 1
 
 
 def dependences(graph: fx.Graph, roles: Mapping[str, str]) -> dict[str, frozenset[str]]:
@@ -111,23 +113,28 @@ def find_operations(graph: fx.Graph, depends: Mapping[str, frozenset[str]]) -> l
     """
     found = []
     for node in graph.nodes:
-        transposed = node.target in TRANSPOSED or (
-            node.target is aten.convolution.default and node.args[CONVOLUTION_IS_TRANSPOSED]
-        )
-        if node.target in PRODUCTS and any(not depends[operand.name] for operand in node.all_input_nodes):
+        transposed = is_transposed(node)
+        if node.target in PRODUCTS | EINSUM and any(not depends[operand.name] for operand in node.all_input_nodes):
             found.append(_raw_product(node, depends))
         if node.target not in KINDS and not transposed:
             continue
         source, weight = node.args[0], node.args[1]
-        shape = weight.meta["val"].shape
-        positions = _per_sample(source if transposed else node)
-        per_position = weight.meta["val"].numel() // shape[0]  # multiplications for one output (or transposed input)
         kind = "conv_transpose" if transposed else KINDS[node.target]
         bias = node.args[2].name if len(node.args) > 2 and isinstance(node.args[2], fx.Node) else None
-        macs = positions * per_position
-        roles = depends[node.name]
-        groups = _groups(node) if kind == "conv" else 1
-        found.append(Operation(node.name, module_path(node), kind, source.name, weight.name, bias, macs, roles, groups))
+        found.append(
+            Operation(
+                node.name,
+                module_path(node),
+                kind,
+                source.name,
+                weight.name,
+                bias,
+                macs_of(node),
+                depends[node.name],
+                _groups(node) if kind == "conv" else 1,
+                batch_axis(source.meta["val"].shape) or 0,
+            )
+        )
     return found
 
 
@@ -139,21 +146,12 @@ def _groups(node: fx.Node) -> int:
 
 
 def _raw_product(node: fx.Node, depends: Mapping[str, frozenset[str]]) -> Operation:
-    """A product with a bare parameter, such as ``x @ self.weight``."""
-    left: Any = node.args[0]
-    right: Any = node.args[1]
-    weight, source = (left, right) if not depends[left.name] else (right, left)
-    macs = _per_sample(node) * left.meta["val"].shape[-1]
-    return Operation(node.name, module_path(node), "product", source.name, weight.name, None, macs, depends[node.name])
-
-
-def _per_sample(node: fx.Node) -> int:
-    """Number of elements of a value for one sample."""
-    count = 1
-    for size in node.meta["val"].shape:
-        if isinstance(size, int):
-            count *= size
-    return count
+    """A product with a bare parameter, such as ``x @ self.weight``, also spelled as an einsum."""
+    factors = node.all_input_nodes
+    weight = next(factor for factor in factors if not depends[factor.name])
+    source = next((factor for factor in factors if depends[factor.name]), weight)
+    path, macs = module_path(node), macs_of(node)
+    return Operation(node.name, path, "product", source.name, weight.name, None, macs, depends[node.name])
 
 
 def classify(
@@ -193,18 +191,25 @@ def find_temporal_features(graph: fx.Graph, depends: Mapping[str, frozenset[str]
         for source in node.all_input_nodes:
             if depends[source.name] == {TIMESTEP} and node.target not in SHAPE_QUERIES:
                 found.setdefault(_behind_layout(source, temporal))
+    mixed = mixed_rows(graph)
     features = []
     for node in found:
         value = node.meta["val"]
         if not isinstance(value, Tensor):
             raise ExportError(f"{module_path(node)}: the temporal value {node.name} is not a tensor")
         symbolic = [axis for axis, size in enumerate(value.shape) if not isinstance(size, int)]
-        if symbolic not in ([], [0]):
+        rows = rows_per_sample(node) if symbolic else 1
+        if rows is None:
             raise ExportError(
                 f"{module_path(node)}: temporal value {node.name} has its batch on axis {symbolic[-1]}; "
                 "keep the batch of timestep features on axis 0"
             )
-        features.append(TemporalFeature(node.name, module_path(node), bool(symbolic)))
+        if node in mixed:
+            raise ExportError(
+                f"{module_path(node)}: temporal value {node.name} has {rows} rows for each sample, but not one sample "
+                "after the other; repeat timestep features with repeat_interleave, not with repeat"
+            )
+        features.append(TemporalFeature(node.name, module_path(node), bool(symbolic), rows or 1))
     return tuple(features)
 
 
@@ -216,26 +221,6 @@ def _behind_layout(node: fx.Node, temporal: set[fx.Node]) -> fx.Node:
             break
         node = source
     return node
-
-
-def count_macs(module: fx.GraphModule, inputs: Mapping[str, Tensor], depends: Mapping[str, frozenset[str]]) -> int:
-    """For one sample, without the layers of the temporal block."""
-
-    def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # torch has no types here
-
-    mapping: dict[Any, Callable[..., int]] = {aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    batch = max(len(value) for value in inputs.values() if value.ndim)
-    with torch.no_grad(), counter:
-        module(**inputs)
-    total = counter.get_total_flops() // 2
-    nodes = {node.name: node for node in module.graph.nodes}
-    for op in find_operations(module.graph, depends):
-        if op.roles == {TIMESTEP}:
-            has_batch = not isinstance(nodes[op.name].meta["val"].shape[0], int)
-            total -= op.macs * (batch if has_batch else 1)
-    return total // batch
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, str]]:

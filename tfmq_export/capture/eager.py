@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tfmq_export.capture.denoiser import Denoiser, first_tensor
+from tfmq_export.capture.untouched import left_as_it_was
 from tfmq_export.errors import LoadError
 
 
@@ -16,7 +17,8 @@ def require_running(denoiser: Denoiser) -> None:
     """
     for inputs in _calls(denoiser):
         try:
-            prediction = first_tensor(denoiser.module(**inputs))
+            with left_as_it_was(denoiser.module):
+                prediction = first_tensor(denoiser.module(**inputs))
         except Exception as error:  # the user's own code, which may raise anything
             lines = str(error).strip().splitlines() or [""]
             raise LoadError(

@@ -5,13 +5,14 @@ import hashlib
 import logging
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import onnx
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tfmq_export.capture.attention import AttentionProduct, find_attention
@@ -24,16 +25,18 @@ from tfmq_export.capture.dependences import (
     Operation,
     TemporalFeature,
     classify,
-    count_macs,
     dependences,
     find_operations,
     find_temporal_features,
 )
 from tfmq_export.capture.device import device_of
 from tfmq_export.capture.fixed_batch import where_fixed
+from tfmq_export.capture.macs import count_macs
 from tfmq_export.capture.refusal import refusal
+from tfmq_export.capture.rewrites.for_exporter import as_the_exporter_takes_it
 from tfmq_export.capture.small_numbers import hidden_numbers
-from tfmq_export.errors import ExportError
+from tfmq_export.capture.untouched import left_as_it_was
+from tfmq_export.errors import ExportError, first_line
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -102,11 +105,11 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     operations = tuple(op for op in operations if op.name not in merged)
     features = tuple(feature for feature in features if feature.name not in merged)
     attention = tuple(product for product in attention if product.source not in merged)
-    macs = count_macs(module, denoiser.example_inputs, depends)
+    macs = count_macs(module.graph, lambda node: not depends[node.name] <= {TIMESTEP})
+    fingerprint = _fingerprint(module, exported)
+    _free_of_strides(module)
     logger.info("captured %d nodes, %d operations to quantize", len(module.graph.nodes), len(operations))
-    return DiffusionProgram(
-        program, module, operations, left_float, features, macs, roles, _fingerprint(module, exported), attention
-    )
+    return DiffusionProgram(program, module, operations, left_float, features, macs, roles, fingerprint, attention)
 
 
 def program_on(program: DiffusionProgram, device: torch.device) -> DiffusionProgram:
@@ -146,6 +149,25 @@ def evaluate(
 
 
 def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
+    """Capture and lower; with more help where the module needs it.
+
+    ``torch.export`` finds out that two inputs have one batch where they meet. Where they do not, as when the batch of
+    one enters through a reshape, each has a symbol of its own; then it is told before the module runs. And what a
+    module makes in its first call and keeps must be there before it is traced.
+    """
+    try:
+        program = _lower(denoiser)
+        if len(_batch_symbols(program, denoiser)) <= 1:
+            return program
+        logger.info("%s: inputs with batches of their own; capturing again with one batch", denoiser.source)
+    except ExportError as error:
+        logger.info("%s: %s; capturing again behind a first call", denoiser.source, first_line(error))
+    with torch.no_grad(), left_as_it_was(denoiser.module), _one_batch(denoiser.module):
+        denoiser.module(**denoiser.example_inputs)
+        return _lower(denoiser)
+
+
+def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     """Capture and lower in one go.
 
     The exporter renames nodes when it decomposes the captured program, so the analysis must read the
@@ -153,10 +175,11 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     """
     exported = None
     try:
-        with warnings.catch_warnings(), torch.no_grad(), quiet_logger("torch.onnx"):
+        with warnings.catch_warnings(), torch.no_grad(), quiet_logger("torch.onnx"), left_as_it_was(denoiser.module):
             warnings.simplefilter("ignore")
             exported = _traced(denoiser)
             exported = spell_complex(exported, denoiser.source)
+            as_the_exporter_takes_it(exported.graph_module)
             program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     except ExportError:
         raise
@@ -170,6 +193,32 @@ def _traced(denoiser: Denoiser) -> torch.export.ExportedProgram:
     inputs = dict(denoiser.example_inputs)
     dynamic = {name: {0: torch.export.Dim.AUTO} if value.ndim else None for name, value in inputs.items()}
     return torch.export.export(denoiser.module, (), inputs, dynamic_shapes=dynamic, strict=False)
+
+
+def _batch_symbols(program: torch.onnx.ONNXProgram, denoiser: Denoiser) -> set[object]:
+    """What stands for the batch in the inputs that the module reads."""
+    exported = program.exported_program
+    assert exported is not None
+    given = [node for node in exported.graph.find_nodes(op="placeholder") if node.name in denoiser.example_inputs]
+    shapes = [node.meta["val"].shape for node in given if node.users and node.meta["val"].ndim]
+    return {shape[0].node.expr for shape in shapes if not isinstance(shape[0], int)}
+
+
+@contextmanager
+def _one_batch(module: nn.Module) -> Iterator[None]:
+    """Compare the batch sizes of all inputs in front of each call, which makes one symbol of several."""
+
+    def compare(_: nn.Module, args: object, inputs: Mapping[str, Tensor]) -> None:
+        with disable_proxy_modes_tracing():  # the comparison is no part of the graph
+            sizes = [value.shape[0] for value in inputs.values() if value.ndim]
+            if any(size != sizes[0] for size in sizes):
+                raise ExportError(f"the inputs have batches of {', '.join(str(size) for size in sizes)}")
+
+    handle = module.register_forward_pre_hook(compare, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _keep_prediction(module: fx.GraphModule) -> None:
@@ -219,6 +268,17 @@ def _merge(module: fx.GraphModule, merged: Mapping[str, str]) -> None:
     module.recompile()
 
 
+def _free_of_strides(module: fx.GraphModule) -> None:
+    """Let every view be a reshape: values that were cached, or come from another engine, lie in memory as they please.
+
+    Behind the fingerprint, to which the graph is as it was captured.
+    """
+    for node in module.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+    module.recompile()
+
+
 @contextmanager
 def quiet_logger(logger_name: str) -> Iterator[None]:
     """Silence a library's warnings about packages this project does not use."""
@@ -239,7 +299,7 @@ def _check_batch(module: fx.GraphModule, denoiser: Denoiser) -> None:
     for node in (samples[0], output.args[0]):
         shape = node.meta["val"].shape
         if not shape or isinstance(shape[0], int):
-            with warnings.catch_warnings(), torch.no_grad():
+            with warnings.catch_warnings(), torch.no_grad(), left_as_it_was(denoiser.module):
                 warnings.simplefilter("ignore")
                 place = where_fixed(lambda: _traced(denoiser))
             raise ExportError(
@@ -271,12 +331,13 @@ def export_onnx(program: DiffusionProgram) -> onnx.ModelProto:
     dims = output.type.tensor_type.shape.dim
     if not dims or not dims[0].dim_param:
         raise ExportError(f"the model's output {output.name} has no batch axis; return a tensor shaped like the sample")
-    _rename_batch(graph, dims[0].dim_param)
+    fronts = [dim for value in (*graph.input, output) for dim in value.type.tensor_type.shape.dim[:1]]
+    _rename_batch(graph, {dim.dim_param for dim in fronts if dim.dim_param})
     return model
 
 
-def _rename_batch(graph: onnx.GraphProto, symbol: str) -> None:
+def _rename_batch(graph: onnx.GraphProto, symbols: Collection[str]) -> None:
     for info in (*graph.input, *graph.output, *graph.value_info):
         for dim in info.type.tensor_type.shape.dim:
-            if dim.dim_param == symbol:
+            if dim.dim_param in symbols:
                 dim.dim_param = BATCH

@@ -14,7 +14,7 @@ from tfmq_export.capture.rewrites.skip_concat import channel_axis
 from tfmq_export.ptq.equivalent_scaling import on_channels, scale_input_channels
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.weights import per_output
-from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe
+from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe, TemporalTable
 
 AfterLayer = Callable[[LayerRecipe | ProductRecipe, Tensor], Tensor]
 """Sees the result of each quantized layer and product; what it returns flows on."""
@@ -55,12 +55,19 @@ class Simulation:
             TimestepError: a timestep is not in the recipe's schedule.
         """
         rows = torch.from_numpy(self._recipe.tib.timesteps.rows(inputs[self._timestep].numpy()))
-        features = {
-            table.name: torch.from_numpy(table.rows)[rows if table.per_sample else rows[0]].to(self._device)
-            for table in self._recipe.tib.tables
-        }
+        features = {table.name: _served(table, rows).to(self._device) for table in self._recipe.tib.tables}
         interpreter = _Interpreter(self, features, rows, after_layer)
         return first_tensor(interpreter.run(*(value.to(self._device) for value in inputs.values()))).cpu()
+
+
+def _served(table: TemporalTable, rows: Tensor) -> Tensor:
+    """A feature's value.
+
+    Args:
+        rows: Position of each sample's timestep in the schedule, [N] or [1].
+    """
+    values = torch.from_numpy(table.unfolded.copy())[rows if table.per_sample else rows[0]]
+    return values.flatten(0, 1) if table.rows_per_sample > 1 else values
 
 
 class QuantizedLayer:
@@ -121,6 +128,8 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.features:
+            if n.op == "placeholder":
+                super().run_node(n)  # a feature that is the timestep itself: the inputs behind it follow in order
             return self._stored(self.features[n.name].to(n.meta["val"].dtype))
         if n.name in self.products:
             return self._run_product(n, self.products[n.name])

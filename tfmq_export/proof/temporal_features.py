@@ -1,7 +1,7 @@
 """How far served temporal features are from full precision (TFMQ-DM, figures 2 and 4)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ def compare_temporal(
         # A feature that the exporter merged with an equal one has no lookup of its own.
         rows = held.get(table.name, table.rows)
         exact.append([np.array_equal(row, ours) for row, ours in zip(rows, table.rows, strict=True)])
-        flat = rows.reshape(len(rows), -1).astype(np.float64)
+        flat = replace(table, rows=rows).unfolded.reshape(len(rows), -1).astype(np.float64)
         paths.append(table.path)
         cosines.append(cosine(wanted[table.name], flat))
         mismatches.append(temporal_mismatch(wanted[table.name], flat))

@@ -18,14 +18,14 @@ from torch import Tensor, fx
 
 from tfmq_export.capture.blocks import Block, temporal_block
 from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.capture.dependences import TIMESTEP, Operation, dependences, find_operations
+from tfmq_export.capture.dependences import TIMESTEP, Operation, TemporalFeature, dependences, find_operations
 from tfmq_export.capture.program import DiffusionProgram, evaluate
 from tfmq_export.progress import Step
 from tfmq_export.ptq.fake_quant import fake_quantize
 from tfmq_export.ptq.finite_set import calibrate_finite_set
 from tfmq_export.ptq.observers import Observation, min_max
 from tfmq_export.ptq.reconstruct import learn_rounding
-from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule, batch_symbol
+from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule
 from tfmq_export.ptq.walk.draft import Draft, decided_grids, input_key, quantized_rules, with_nearest_codes
 from tfmq_export.ptq.walk.effort import RoundingSchedule
 from tfmq_export.ptq.walk.flow import Rules
@@ -72,12 +72,22 @@ def tabulate(program: DiffusionProgram, denoiser: Denoiser) -> TibRecipe:
         TemporalTable(
             feature.name,
             feature.path,
-            torch.stack([row[0] if feature.per_sample else row for row in rows[feature.name]]).float().numpy(),
+            _rows_of(feature, torch.stack(rows[feature.name])).float().numpy(),
             feature.per_sample,
+            feature.rows,
         )
         for feature in program.features
     ]
     return TibRecipe(denoiser.timesteps, tuple(tables))
+
+
+def _rows_of(feature: TemporalFeature, values: Tensor) -> Tensor:
+    """What a table keeps of a feature's values for one sample, [T, 1 or more, ...]."""
+    if not feature.per_sample:
+        return values
+    if feature.rows == 1:
+        return values[:, 0]
+    return values[:, :1] if bool((values == values[:, :1]).all()) else values
 
 
 def temporal_operations(program: DiffusionProgram) -> tuple[Operation, ...]:
@@ -102,7 +112,7 @@ class TemporalBlock:
     def __init__(self, program: DiffusionProgram, denoiser: Denoiser) -> None:
         self.operations = temporal_operations(program)
         block = temporal_block(program.module.graph, _names(program), [op.name for op in self.operations])
-        self._runner = BlockRunner(program.module, block, batch_symbol(program))
+        self._runner = BlockRunner(program.module, block)
         self._features = {feature.name: feature for feature in program.features}
         self._schedule = denoiser.timesteps
         self._inputs = self._feeds(denoiser, block)
@@ -178,9 +188,13 @@ def reconstruct_temporal(
 @torch.no_grad()
 def quantized_tables(block: TemporalBlock, drafts: Sequence[Draft], exact: TibRecipe) -> TibRecipe:
     """Tables of what the quantized block computes."""
-    found = block(lambda steps: quantized_rules(drafts, steps))
+    found = {name: value.float().cpu() for name, value in block(lambda steps: quantized_rules(drafts, steps)).items()}
     tables = [
-        replace(table, rows=found[table.name].float().cpu().numpy().reshape(table.rows.shape)) for table in exact.tables
+        # Rows that were equal are computed from the same numbers and stay equal.
+        replace(table, rows=found[table.name].reshape(table.unfolded.shape).numpy()[:, : table.rows.shape[1]])
+        if table.rows_per_sample > 1
+        else replace(table, rows=found[table.name].numpy().reshape(table.rows.shape))
+        for table in exact.tables
     ]
     return TibRecipe(exact.timesteps, tuple(tables), "quantized")
 

@@ -92,11 +92,13 @@ def load_recipe(path: Path) -> QuantRecipe:
 
 def _save_table(table: TemporalTable, arrays: Arrays) -> dict[str, object]:
     arrays[f"{table.name}.rows"] = table.rows
-    return {"name": table.name, "path": table.path, "per_sample": table.per_sample}
+    found: dict[str, object] = {"name": table.name, "path": table.path, "per_sample": table.per_sample}
+    return found if table.rows_per_sample == 1 else {**found, "rows_per_sample": table.rows_per_sample}
 
 
 def _load_table(item: dict[str, Any], arrays: Arrays) -> TemporalTable:
-    return TemporalTable(item["name"], item["path"], arrays[f"{item['name']}.rows"], item["per_sample"])
+    rows = arrays[f"{item['name']}.rows"]
+    return TemporalTable(item["name"], item["path"], rows, item["per_sample"], item.get("rows_per_sample", 1))
 
 
 def _save_layer(layer: LayerRecipe, arrays: Arrays) -> dict[str, object]:

@@ -216,16 +216,30 @@ class TemporalTable:
         path: Module path of the operation that computed it.
         rows: float32, [T, *feature]; one row per timestep of the set.
         per_sample: Whether the graph value has a batch axis in front of ``feature``.
+        rows_per_sample: Of the batch axis: the frames of a video, where time is repeated for each. Above 1, ``rows``
+            is [T, rows_per_sample, *feature], or [T, 1, *feature] where they are all equal.
     """
 
     name: str
     path: str
     rows: NDArray[np.float32]
     per_sample: bool
+    rows_per_sample: int = 1
 
     def __post_init__(self) -> None:
         if self.rows.dtype != np.float32:
             raise RecipeError(f"{self.path}: a table must be float32, got {self.rows.dtype}")
+        if self.rows_per_sample > 1 and (self.rows.ndim < 2 or self.rows.shape[1] not in (1, self.rows_per_sample)):
+            raise RecipeError(
+                f"{self.path}: {self.rows_per_sample} rows per sample, but a table of shape {list(self.rows.shape)}"
+            )
+
+    @property
+    def unfolded(self) -> NDArray[np.float32]:
+        """The rows with every row of a sample written out: [T, rows_per_sample, *feature], or [T, *feature] for one."""
+        if self.rows_per_sample == 1:
+            return self.rows
+        return np.broadcast_to(self.rows, (len(self.rows), self.rows_per_sample, *self.rows.shape[2:]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

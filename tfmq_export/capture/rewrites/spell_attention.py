@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tfmq_export.capture.attention import SDPA, AttentionProduct
+from tfmq_export.capture.attention import AttentionProduct
+from tfmq_export.capture.macs import SDPA
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.recipe.names import scores_name
 from tfmq_export.recipe.recipe import FloatLayer

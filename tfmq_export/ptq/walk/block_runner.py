@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from tfmq_export.capture.blocks import Block, constant_nodes, rows_per_sample
-from tfmq_export.capture.dependences import SAMPLE
+from tfmq_export.capture.blocks import Block, constant_nodes
 from tfmq_export.capture.device import device_of
-from tfmq_export.capture.program import DiffusionProgram
+from tfmq_export.capture.rows import rows_per_sample
 
 Compute = Callable[..., Tensor]
 LayerRule = Callable[[Compute, Sequence[Tensor]], Tensor]
@@ -25,17 +24,15 @@ class BlockRunner:
 
     Args:
         module: The graph the block was cut from.
-        batch: The symbol that stands for the batch in the graph's shapes.
     """
 
-    def __init__(self, module: fx.GraphModule, block: Block, batch: Any) -> None:
+    def __init__(self, module: fx.GraphModule, block: Block) -> None:
         self.device = device_of(module)
         by_name = {node.name: node for node in module.graph.nodes}
         self.block = block
         self._nodes = [by_name[name] for name in block.nodes]
         self._reads = [by_name[name] for name in block.reads]
         self._writes = [by_name[name] for name in block.writes]
-        self._batch = batch
         inside = {*self._nodes, *self._reads}
         outside = {source for node in self._nodes for source in node.all_input_nodes if source not in inside}
         constant = constant_nodes(module.graph)
@@ -58,7 +55,7 @@ class BlockRunner:
         """
         count = len(next(iter(values.values())))
         env: dict[fx.Node, Any] = dict(self._constants)
-        env.update((node, _size(node, self._batch, count)) for node in self._sizes)
+        env.update((node, _size(node, count)) for node in self._sizes)
         env.update((node, _as_in_graph(values[node.name], node)) for node in self._reads)
         for node in self._nodes:
             args, kwargs = tree_map_only(fx.Node, env.__getitem__, (node.args, node.kwargs))
@@ -98,11 +95,12 @@ def _evaluate_constants(module: fx.GraphModule, nodes: Sequence[fx.Node]) -> dic
         return {node: value(node) for node in nodes}
 
 
-def _size(node: fx.Node, batch: Any, count: int) -> Any:
-    """A size that the graph reads off its inputs, for this many samples."""
+def _size(node: fx.Node, count: int) -> Any:
+    """A size that the graph reads off its inputs, for this many samples: nothing but the batch varies."""
     value = node.meta["val"]
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return type(value.node.hint)(value.node.expr.subs({batch: count}))
+        expression = value.node.expr
+        return type(value.node.hint)(expression.subs(dict.fromkeys(expression.free_symbols, count)))
     return value
 
 
@@ -118,9 +116,3 @@ def _by_sample(value: Tensor, count: int) -> Tensor:
     if not value.ndim:
         return value.expand(count)  # a scalar that depends on one timestep
     return value if len(value) == count else value.reshape(count, -1, *value.shape[1:])
-
-
-def batch_symbol(program: DiffusionProgram) -> Any:
-    """What stands for the batch in the shapes of a captured graph."""
-    (sample,) = (node for node in program.module.graph.nodes if program.roles.get(node.name) == SAMPLE)
-    return sample.meta["val"].shape[0].node.expr

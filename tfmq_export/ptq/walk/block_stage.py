@@ -30,7 +30,7 @@ from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule
 from tfmq_export.ptq.walk.draft import Draft, decided_grids, input_key, output_key, quantized_rules, with_nearest_codes
 from tfmq_export.ptq.walk.effort import Effort
 from tfmq_export.ptq.walk.flow import Flow, draw_rows
-from tfmq_export.ptq.walk.input_watch import InputWatch
+from tfmq_export.ptq.walk.input_watch import InputWatch, by_sample
 from tfmq_export.ptq.walk.learning import Batch, Draw
 from tfmq_export.ptq.weights import SHRINK_STEPS
 from tfmq_export.recipe.grid import QuantSpec
@@ -182,14 +182,14 @@ class BlockStage:
             def rule(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
                 x = draft.scale_input(operands[0])
                 if firsts[input_key(draft)] == draft.op.name:
-                    look(inputs, input_key(draft), x, steps)
+                    look(inputs, input_key(draft), by_sample(x, draft.op, len(steps)), steps)
                 shifted = draft.shift_back(x)
                 if draft.op.name in input_products:
                     most = -(-SAMPLES * len(steps) // len(self.given.rows))
                     input_products[draft.op.name].add(shifted, most)
                 y = compute(shifted, draft.weight)
                 if draft.output_spec is not None:
-                    look(outputs, output_key(draft), y, steps)
+                    look(outputs, output_key(draft), by_sample(y, draft.op, len(steps)), steps)
                 return y
 
             return rule

@@ -5,11 +5,21 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tfmq_export.capture.dependences import Operation
 from tfmq_export.capture.device import CPU
 from tfmq_export.ptq.walk.activation_cache import ActivationCache
 from tfmq_export.ptq.walk.block_runner import Compute, LayerRule
 from tfmq_export.ptq.walk.calibration import CalibrationRows
 from tfmq_export.ptq.walk.draft import Draft
+
+
+def by_sample(x: Tensor, op: Operation, count: int) -> Tensor:
+    """What a layer reads, sample by sample, [count, rows of a sample, ...]; channels stay where they are.
+
+    A sample may have several rows, and the batch may lie behind the tokens.
+    """
+    front = x.movedim(op.batch_axis, 0)
+    return front.reshape(count, -1, *front.shape[1:])
 
 
 class InputWatch:
@@ -40,18 +50,18 @@ class InputWatch:
             return {}
         first = int(picks[chosen][0]) // self._stride
 
-        def noting(name: str) -> LayerRule:
+        def noting(op: Operation) -> LayerRule:
             def rule(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
-                rows = operands[0].reshape(len(picks), -1, *operands[0].shape[1:])  # several rows per sample, maybe
-                self._cache.write(name, first, rows[chosen.to(rows.device)])
+                rows = by_sample(operands[0], op, len(picks))
+                self._cache.write(op.input, first, rows[chosen.to(rows.device)])
                 return compute(*operands)
 
             return rule
 
-        return {draft.op.name: noting(draft.op.input) for draft in self._drafts}
+        return {draft.op.name: noting(draft.op) for draft in self._drafts}
 
     def read(self, value: str, picks: Tensor | None = None) -> Tensor:
-        """Noted rows of a value as the layer sees them; all of them, or ``picks``."""
+        """Noted rows of a value as the layer sees them, the batch in front; all of them, or ``picks``."""
         rows = self._cache.read(value, torch.arange(len(self._chosen)) if picks is None else picks)
         return rows.flatten(0, 1)
 

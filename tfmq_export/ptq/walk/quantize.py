@@ -29,7 +29,7 @@ from tfmq_export.ptq.tib import (
     temporal_drafts,
 )
 from tfmq_export.ptq.walk.activation_cache import ActivationCache
-from tfmq_export.ptq.walk.block_runner import BlockRunner, batch_symbol
+from tfmq_export.ptq.walk.block_runner import BlockRunner
 from tfmq_export.ptq.walk.block_stage import BlockStage, by_input
 from tfmq_export.ptq.walk.calibrated_model import CalibratedModel, QuantPlan
 from tfmq_export.ptq.walk.checkpoint import Checkpoint
@@ -161,7 +161,6 @@ class Walk:
         self._wanted, self._given = (
             Flow(rows, values, ActivationCache(len(rows), self._ceiling, device), device) for values in features
         )
-        self._batch = batch_symbol(program)
         self._integer_attention = plan.method.attention == "integer"
 
     def blocks(self, layers: Iterable[str]) -> tuple[Block, ...]:
@@ -177,7 +176,7 @@ class Walk:
         Args:
             kept: The layers of the block as an earlier run finished it.
         """
-        runner = BlockRunner(self._program.module, block, self._batch)
+        runner = BlockRunner(self._program.module, block)
         products = self._attention_grids(index, runner)
         scaled = [group[0] for group in by_input(drafts).values()] if kept is None and self._scales else []
         with closing(InputWatch(self._wanted.rows, scaled, SCALING_ROWS, self._ceiling, runner.device)) as inputs:
@@ -232,7 +231,7 @@ def _near(value: Tensor, device: torch.device) -> Tensor:
 def _features(program: DiffusionProgram, tib: TibRecipe) -> dict[str, Tensor]:
     """Tables are float32; a mask or an index gets its own type back."""
     types = {node.name: node.meta["val"].dtype for node in program.module.graph.nodes if node.name in tib.names}
-    return {table.name: torch.from_numpy(table.rows).to(types[table.name]) for table in tib.tables}
+    return {table.name: torch.from_numpy(table.unfolded.copy()).to(types[table.name]) for table in tib.tables}
 
 
 def _drafts(program: DiffusionProgram, plan: QuantPlan) -> list[Draft]:

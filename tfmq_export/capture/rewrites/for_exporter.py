@@ -1,0 +1,58 @@
+"""The captured graph in the form that the ONNX exporter takes at its word.
+
+``squeeze(dim)`` of an axis that is longer than 1 changes nothing in PyTorch, and one number stands for all axes of a
+convolution or a pooling. The exporter writes both down as they are, and the graph does not load.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+# Number of axes, and the arguments that hold one number for each.
+SPATIAL: Mapping[object, tuple[int, tuple[int, ...]]] = {
+    aten.conv2d.default: (2, (3, 4, 5)),
+    aten.conv2d.padding: (2, (3, 5)),
+    aten.conv3d.default: (3, (3, 4, 5)),
+    aten.conv3d.padding: (3, (3, 5)),
+    aten.conv_transpose2d.input: (2, (3, 4, 5, 7)),
+    aten.conv_transpose3d.input: (3, (3, 4, 5, 7)),
+    aten.avg_pool2d.default: (2, (1, 2, 3)),
+    aten.avg_pool3d.default: (3, (1, 2, 3)),
+    aten.max_pool2d.default: (2, (1, 2, 3, 4)),
+    aten.max_pool3d.default: (3, (1, 2, 3, 4)),
+}
+
+
+def as_the_exporter_takes_it(module: fx.GraphModule) -> None:
+    """Rewrite what the exporter would get wrong, in place; the graph computes the same."""
+    for node in list(module.graph.nodes):
+        if node.target in (aten.squeeze.dim, aten.squeeze.dims):
+            _drop_or_narrow(module.graph, node)
+        elif node.target in SPATIAL:
+            count, places = SPATIAL[node.target]
+            node.args = tuple(
+                _for_each_axis(value, count) if place in places else value for place, value in enumerate(node.args)
+            )
+    module.recompile()
+
+
+def _drop_or_narrow(graph: fx.Graph, node: fx.Node) -> None:
+    """Squeeze only what has one element."""
+    source: Any = node.args[0]
+    asked: Any = node.args[1]
+    shape = source.meta["val"].shape
+    axes = [asked] if isinstance(asked, int) else list(asked)
+    single = [axis for axis in axes if len(shape) and isinstance(shape[axis], int) and shape[axis] == 1]
+    if not single:
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+    elif single != axes:
+        node.args = (source, single)
+
+
+def _for_each_axis(value: Any, count: int) -> Any:
+    return list(value) * count if isinstance(value, (list, tuple)) and len(value) == 1 else value
