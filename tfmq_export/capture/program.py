@@ -34,6 +34,7 @@ from tfmq_export.capture.fixed_batch import where_fixed
 from tfmq_export.capture.macs import count_macs
 from tfmq_export.capture.refusal import refusal
 from tfmq_export.capture.rewrites.for_exporter import as_the_exporter_takes_it
+from tfmq_export.capture.rewrites.truth_values import spell_truth_choices
 from tfmq_export.capture.small_numbers import hidden_numbers
 from tfmq_export.capture.untouched import left_as_it_was
 from tfmq_export.errors import ExportError, first_line
@@ -180,6 +181,7 @@ def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
             exported = _traced(denoiser)
             exported = spell_complex(exported, denoiser.source)
             as_the_exporter_takes_it(exported.graph_module)
+            spell_truth_choices(exported.graph_module)
             program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     except ExportError:
         raise
