@@ -31,8 +31,10 @@ from tfmq_export.capture.dependences import (
 )
 from tfmq_export.capture.device import device_of
 from tfmq_export.capture.fixed_batch import where_fixed
+from tfmq_export.capture.half_numbers import refuse_half_numbers
 from tfmq_export.capture.macs import count_macs
 from tfmq_export.capture.refusal import refusal
+from tfmq_export.capture.rewrites.circular_padding import spell_circular_padding
 from tfmq_export.capture.rewrites.for_exporter import as_the_exporter_takes_it
 from tfmq_export.capture.rewrites.truth_values import spell_truth_choices
 from tfmq_export.capture.small_numbers import hidden_numbers
@@ -97,6 +99,7 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     }
     _check_batch(module, denoiser)
     depends = dependences(module.graph, roles)
+    refuse_half_numbers(module.graph, depends, denoiser.source)
     operations, left_float = classify(find_operations(module.graph, depends), depends)
     features = find_temporal_features(module.graph, depends)
     attention = find_attention(module.graph, depends)
@@ -182,6 +185,7 @@ def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
             exported = spell_complex(exported, denoiser.source)
             as_the_exporter_takes_it(exported.graph_module)
             spell_truth_choices(exported.graph_module)
+            spell_circular_padding(exported.graph_module)
             program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     except ExportError:
         raise

@@ -64,7 +64,8 @@ class Source:
         products: Its convolutions and matrix products, by name.
         producers: Who computes each value.
         constants: Stored tensors by name, as the file has them.
-        aliases: Other names under which OpenVINO keeps a product: of the bias added to it, of the output behind it.
+        aliases: Other names under which OpenVINO keeps a product: of what it folds into it (a bias, the half of a
+            SiLU), of the output behind it.
     """
 
     products: Mapping[str, Operation]
@@ -83,7 +84,7 @@ class Source:
         for alias, operation in [*ends, *((operation.name, operation) for operation in operations)]:
             while operation is not None and operation.op not in _SOURCE_PRODUCTS:
                 varying = [value for value in operation.inputs if value not in constants]
-                passes_on = operation.op in LAYOUT_OPS | {"Identity", "Add"} and len(varying) == 1
+                passes_on = operation.op in LAYOUT_OPS | {"Identity", "Add", "Mul"} and len(varying) == 1
                 operation = producers.get(varying[0]) if passes_on else None
             if operation is not None:
                 aliases[alias] = operation.name

@@ -80,6 +80,16 @@ def linear_of_rank_2(path: Path) -> Case:
     return graph.save(path, x, ["batch", 32]), layer("linear", "linear")
 
 
+def linear_in_front_of_silu(path: Path) -> Case:
+    """OpenVINO folds the half of ``h + h tanh(h)`` into the layer, which then goes by the half's name."""
+    graph = QdqGraph("batch", 32)
+    inputs = [graph.activation("sample"), graph.weight("linear", (32, 32)), graph.real_bias("linear", 32)]
+    x = graph.node("Gemm", inputs, "linear", "node_linear", transB=1)
+    half = graph.node("Mul", [x, graph.constant("one_half", np.array(0.5, np.float32))], "half")
+    turned = graph.node("Mul", [half, graph.node("Tanh", [half], "tanh")], "turned")
+    return graph.save(path, graph.node("Add", [half, turned], "silu"), ["batch", 32]), layer("linear", "linear")
+
+
 def linear_of_rank_3(path: Path) -> Case:
     graph = QdqGraph("batch", SIDE, 32)
     x = graph.matmul("linear", graph.activation("sample"), 32, (1, 1, 32))
@@ -110,6 +120,7 @@ def linear_of_packed_shifted_weights(path: Path) -> Case:
         (conv_of_packed_weights_and_six_bits, "Convolution"),
         (conv_of_packed_shifted_weights, "Convolution"),
         (linear_of_rank_2, "FullyConnected"),
+        (linear_in_front_of_silu, "FullyConnected"),
         (linear_of_rank_3, "FullyConnected"),
         (linear_of_rank_3_with_a_vector_bias, "FullyConnected"),
         (linear_of_packed_shifted_weights, "FullyConnected"),
