@@ -89,7 +89,7 @@ class _Speller:
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A node in front of the one that is spelled, which computes ``target(*args)``."""
         with self.graph.inserting_before(self._node):
-            made = self.graph.call_function(target, args, kwargs)
+            made: fx.Node = self.graph.call_function(target, args, kwargs)
         made.meta |= {key: self._node.meta[key] for key in KEPT if key in self._node.meta}
         given = fx.map_arg((args, kwargs), lambda value: value.meta["val"])
         with self._fake_mode:
@@ -128,7 +128,8 @@ class _Speller:
         return [node for node in self._placeholders() if self._given[node.name].kind == InputKind.USER_INPUT]
 
     def _specs(self) -> list[InputSpec]:
-        return self.exported.graph_signature.input_specs
+        specs: list[InputSpec] = self.exported.graph_signature.input_specs
+        return specs
 
     def _find_constants(self) -> set[fx.Node]:
         """Values that no input decides, neither by its numbers nor by a size that varies."""
@@ -174,7 +175,7 @@ class _Speller:
             self._baked += 1
         name = f"spelled_{self._baked}"
         with self.graph.inserting_before(first):
-            made = self.graph.placeholder(name)
+            made: fx.Node = self.graph.placeholder(name)
         made.meta["val"] = self._fake_mode.from_tensor(value, static_shapes=True)
         spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(made.name), name)
         place = next(i for i, given in enumerate(self._specs()) if given.kind == InputKind.USER_INPUT)

@@ -8,7 +8,7 @@ from tfmq_export.bundle.manifest import Bundle, LayerInfo
 from tfmq_export.recipe.names import node_name
 from tfmq_export.runtime.engines.onnxruntime.onnx_nodes import read_nodes
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
-from tfmq_export.runtime.measure.operations import Operation, dequantizer, layer_of, producers_of
+from tfmq_export.runtime.measure.operations import LAYOUT_OPS, Operation, dequantizer, layer_of, producers_of
 from tfmq_export.runtime.measure.receipt import LayerReceipt, Receipt, total_macs
 
 INTEGER_OPS = frozenset(
@@ -110,10 +110,16 @@ def _multiplies_given_codes(operation: Operation, producers: Mapping[str, Operat
     Both factors are results of quantized layers (q and k of convolutions), which are there as codes, and ONNX Runtime
     multiplies these in place of what they stand for. The result stays float.
     """
-    codes = FACTORS.get(operation.op, ())
-    return bool(codes) and all(
-        place < len(operation.inputs) and operation.inputs[place] in producers for place in codes
-    )
+    places = FACTORS.get(operation.op, ())
+    return bool(places) and all(_is_result(operation.inputs[place], producers) for place in places)
+
+
+def _is_result(codes: str, producers: Mapping[str, Operation]) -> bool:
+    """Whether codes are what a quantized layer returned, changed in layout at most."""
+    producer = producers.get(codes)
+    while producer is not None and producer.op in LAYOUT_OPS:
+        producer = producers.get(producer.inputs[0])
+    return producer is not None and producer.op in INTEGER_OPS
 
 
 def _why_float(

@@ -31,6 +31,7 @@ FUSED = "Subgraph"
 """Generated code for several nodes: elementwise ones, and both products of an attention."""
 
 _SOURCE_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "ConvTranspose"})
+_SCALE = "/DequantizationMultiply"
 _INTEGER = re.compile(r"_[iu]8$", re.IGNORECASE)
 
 _INTEGER_TYPES = frozenset({"i8", "u8"})
@@ -98,9 +99,11 @@ class Source:
 
     def products_in(self, item: RuntimeOperation) -> set[str]:
         """Products an operation was made of; usually one, but OpenVINO fuses some convolutions with the one before."""
-        stems = {origin.partition("/")[0].removesuffix("_original") for origin in item.origins}
         if item.kind == FUSED:
-            return self.products.keys() & stems  # its other nodes are there in their own right
+            # Its other nodes are there in their own right; a layer's scale may be among them, without the layer.
+            whole = {origin.removesuffix("_original") for origin in item.origins if not origin.endswith(_SCALE)}
+            return self.products.keys() & whole
+        stems = {origin.partition("/")[0].removesuffix("_original") for origin in item.origins}
         return self.products.keys() & {self.aliases.get(stem, stem) for stem in stems}
 
     def runs_integers(self, item: RuntimeOperation) -> bool:

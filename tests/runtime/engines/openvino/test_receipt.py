@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from onnx import TensorProto, helper
 from tfmq_export.bundle.manifest import LayerInfo
 from tfmq_export.errors import BuildError, PrecisionError
 from tfmq_export.recipe.names import node_name
-from tfmq_export.runtime.engines.openvino.receipt import realized_on_openvino
+from tfmq_export.runtime.engines.openvino.receipt import FUSED, Source, realized_on_openvino
+from tfmq_export.runtime.engines.openvino.runner import RuntimeOperation
 
 pytest.importorskip("openvino")
 
@@ -94,6 +96,17 @@ def linear_of_rank_3(path: Path) -> Case:
     graph = QdqGraph("batch", SIDE, 32)
     x = graph.matmul("linear", graph.activation("sample"), 32, (1, 1, 32))
     return graph.save(path, x, ["batch", SIDE, 32]), layer("linear", "linear")
+
+
+def test_a_layers_scale_that_is_summed_elsewhere_is_not_the_layer(tmp_path: Path) -> None:
+    # Position embeddings behind a layer: OpenVINO puts the layer's scale with that sum.
+    path, _ = linear_of_rank_2(tmp_path / "m.onnx")
+    source = Source.read(path)
+    summed = RuntimeOperation(FUSED, "jit_avx512_f32", ("node_linear/DequantizationMultiply", "node_add"))
+
+    assert source.products_in(summed) == set()
+    assert source.products_in(replace(summed, kind="FullyConnected")) == {"node_linear"}
+    assert source.products_in(replace(summed, origins=("node_linear", *summed.origins))) == {"node_linear"}
 
 
 def linear_of_rank_3_with_a_vector_bias(path: Path) -> Case:
