@@ -23,6 +23,12 @@ from tfmq_export.recipe.recipe import TemporalTable, TibRecipe
 
 STEPS = "steps"
 
+# How the layout operators of ``capture/dependences.py`` are written in ONNX.
+LAYOUT = frozenset(
+    {"Unsqueeze", "Squeeze", "Reshape", "Slice", "Split", "Transpose", "Expand", "Flatten", "Identity", "Cast"}
+    | {"SplitToSequence", "SequenceAt", "Dropout"}
+)
+
 
 @dataclass(frozen=True)
 class TabulateTib(Pass):
@@ -100,9 +106,8 @@ def computed_from_time(graph: gs.Graph, timestep: str) -> list[str]:
 
 def _moves_a_row(node: gs.Node) -> bool:
     """Whether a node only reshapes, splits or picks from table rows."""
-    layout = {"Unsqueeze", "Squeeze", "Reshape", "Slice", "Split", "Transpose", "Expand", "Flatten", "Identity", "Cast"}
-    picks = node.op == "Gather" and isinstance(node.inputs[1], gs.Constant)  # one part of the row, as select does
-    if node.op not in layout and not picks:
+    picks = node.op == "Gather" and isinstance(node.inputs[1], gs.Constant)  # select: x[:, 0]
+    if node.op not in LAYOUT and not picks:
         return False
     source = node.inputs[0].inputs
     return bool(source) and (is_lookup(source[0].name) or _moves_a_row(source[0]))

@@ -32,9 +32,12 @@ from tfmq_export.capture.dependences import (
 )
 from tfmq_export.capture.device import device_of
 from tfmq_export.capture.fixed_batch import where_fixed
+from tfmq_export.capture.half_numbers import refuse_half_numbers
 from tfmq_export.capture.macs import count_macs
 from tfmq_export.capture.refusal import refusal
+from tfmq_export.capture.rewrites.circular_padding import spell_circular_padding
 from tfmq_export.capture.rewrites.for_exporter import as_the_exporter_takes_it
+from tfmq_export.capture.rewrites.truth_values import spell_truth_choices
 from tfmq_export.capture.small_numbers import hidden_numbers
 from tfmq_export.capture.untouched import left_as_it_was
 from tfmq_export.errors import ExportError, first_line
@@ -97,6 +100,7 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     }
     _check_batch(module, denoiser)
     depends = dependences(module.graph, roles)
+    refuse_half_numbers(module.graph, depends, denoiser.source)
     operations, left_float = classify(find_operations(module.graph, depends), depends)
     features = find_temporal_features(module.graph, depends)
     attention = find_attention(module.graph, depends)
@@ -161,16 +165,11 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
         if len(_batch_symbols(program, denoiser)) <= 1:
             return program
         logger.info("%s: inputs with batches of their own; capturing again with one batch", denoiser.source)
-    except Exception as error:  # torch.export has no common base; whatever it raises comes from the model
+    except ExportError as error:
         logger.info("%s: %s; capturing again behind a first call", denoiser.source, first_line(error))
-    try:
-        with torch.no_grad(), left_as_it_was(denoiser.module), _one_batch(denoiser.module):
-            denoiser.module(**denoiser.example_inputs)
-            return _lower(denoiser)
-    except ExportError:
-        raise
-    except Exception as error:
-        raise refusal(denoiser.source, error, None) from error
+    with torch.no_grad(), left_as_it_was(denoiser.module), _one_batch(denoiser.module):
+        denoiser.module(**denoiser.example_inputs)
+        return _lower(denoiser)
 
 
 def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
@@ -186,6 +185,8 @@ def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
             exported = _traced(denoiser)
             exported = spell_complex(exported, denoiser.source)
             as_the_exporter_takes_it(exported.graph_module)
+            spell_truth_choices(exported.graph_module)
+            spell_circular_padding(exported.graph_module)
             program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     except ExportError:
         raise
@@ -337,7 +338,7 @@ def _check_batch(module: fx.GraphModule, denoiser: Denoiser) -> None:
     for node in (samples[0], output.args[0]):
         shape = node.meta["val"].shape
         if not shape or isinstance(shape[0], int):
-            with warnings.catch_warnings(), torch.no_grad():
+            with warnings.catch_warnings(), torch.no_grad(), left_as_it_was(denoiser.module):
                 warnings.simplefilter("ignore")
                 place = where_fixed(lambda: _traced(denoiser))
             raise ExportError(

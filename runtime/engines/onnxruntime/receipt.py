@@ -8,7 +8,7 @@ from tfmq_export.bundle.manifest import Bundle, LayerInfo
 from tfmq_export.recipe.names import node_name
 from tfmq_export.runtime.engines.onnxruntime.onnx_nodes import read_nodes
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
-from tfmq_export.runtime.measure.operations import Operation, dequantizer, layer_of, producers_of
+from tfmq_export.runtime.measure.operations import LAYOUT_OPS, Operation, dequantizer, layer_of, producers_of
 from tfmq_export.runtime.measure.receipt import LayerReceipt, Receipt, total_macs
 
 INTEGER_OPS = frozenset(
@@ -22,6 +22,9 @@ INTEGER_OPS = frozenset(
         "DynamicQuantizeMatMul",
     }
 )
+FACTORS = {"MatMulIntegerToFloat": (0, 1), "MatMulInteger": (0, 1)}
+"""Where an integer product with a float or exact result has its codes."""
+
 FLOAT_OPS = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits"})
 
 
@@ -87,7 +90,11 @@ def _loss(
     """Why a layer is not what was asked; empty where it is."""
     in_float = [operation for operation in operations if operation.op in FLOAT_OPS]
     if not layer.activation_bits:
-        integer = [operation.op for operation in operations if operation.op in INTEGER_OPS]
+        integer = [
+            operation.op
+            for operation in operations
+            if operation.op in INTEGER_OPS and not _multiplies_given_codes(operation, producers)
+        ]
         return f"asked to stay float, runs as {integer[0]}" if integer else ""
     if not operations:
         return f"no operation {node_name(layer.name)} in the optimized graph; was it renamed or folded?"
@@ -95,6 +102,24 @@ def _loss(
         return ""
     (operation, *_) = in_float
     return f"runs as {operation.op} in float: {_why_float(operation, producers, consumers)}"
+
+
+def _multiplies_given_codes(operation: Operation, producers: Mapping[str, Operation]) -> bool:
+    """Whether an integer product is the float one that was asked for: nothing was rounded to make it.
+
+    Both factors are results of quantized layers (q and k of convolutions), which are there as codes, and ONNX Runtime
+    multiplies these in place of what they stand for. The result stays float.
+    """
+    places = FACTORS.get(operation.op, ())
+    return bool(places) and all(_is_result(operation.inputs[place], producers) for place in places)
+
+
+def _is_result(codes: str, producers: Mapping[str, Operation]) -> bool:
+    """Whether codes are what a quantized layer returned, changed in layout at most."""
+    producer = producers.get(codes)
+    while producer is not None and producer.op in LAYOUT_OPS:
+        producer = producers.get(producer.inputs[0])
+    return producer is not None and producer.op in INTEGER_OPS
 
 
 def _why_float(

@@ -31,6 +31,7 @@ FUSED = "Subgraph"
 """Generated code for several nodes: elementwise ones, and both products of an attention."""
 
 _SOURCE_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "ConvTranspose"})
+_SCALE = "/DequantizationMultiply"
 _INTEGER = re.compile(r"_[iu]8$", re.IGNORECASE)
 
 _INTEGER_TYPES = frozenset({"i8", "u8"})
@@ -64,7 +65,8 @@ class Source:
         products: Its convolutions and matrix products, by name.
         producers: Who computes each value.
         constants: Stored tensors by name, as the file has them.
-        aliases: Other names under which OpenVINO keeps a product: of the bias added to it, of the output behind it.
+        aliases: Other names under which OpenVINO keeps a product: of what it folds into it (a bias, the half of a
+            SiLU), of the output behind it.
     """
 
     products: Mapping[str, Operation]
@@ -83,7 +85,7 @@ class Source:
         for alias, operation in [*ends, *((operation.name, operation) for operation in operations)]:
             while operation is not None and operation.op not in _SOURCE_PRODUCTS:
                 varying = [value for value in operation.inputs if value not in constants]
-                passes_on = operation.op in LAYOUT_OPS | {"Identity", "Add"} and len(varying) == 1
+                passes_on = operation.op in LAYOUT_OPS | {"Identity", "Add", "Mul"} and len(varying) == 1
                 operation = producers.get(varying[0]) if passes_on else None
             if operation is not None:
                 aliases[alias] = operation.name
@@ -97,9 +99,11 @@ class Source:
 
     def products_in(self, item: RuntimeOperation) -> set[str]:
         """Products an operation was made of; usually one, but OpenVINO fuses some convolutions with the one before."""
-        stems = {origin.partition("/")[0].removesuffix("_original") for origin in item.origins}
         if item.kind == FUSED:
-            return self.products.keys() & stems  # its other nodes are there in their own right
+            # Its other nodes are there in their own right; a layer's scale may be among them, without the layer.
+            whole = {origin.removesuffix("_original") for origin in item.origins if not origin.endswith(_SCALE)}
+            return self.products.keys() & whole
+        stems = {origin.partition("/")[0].removesuffix("_original") for origin in item.origins}
         return self.products.keys() & {self.aliases.get(stem, stem) for stem in stems}
 
     def runs_integers(self, item: RuntimeOperation) -> bool:

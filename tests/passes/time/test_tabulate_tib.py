@@ -149,6 +149,41 @@ def test_a_part_of_a_row_may_be_picked_where_the_sample_meets_it() -> None:
     np.testing.assert_array_equal(infer(export_model(graph), feeds)[0], ROWS[:1, 2:])
 
 
+def test_a_part_picked_from_a_row_is_no_computation() -> None:
+    schedule = TimestepSet((999, 500, 1))
+    nodes = [
+        node("Gather", "embedding timestep", "looked_up"),  # nn.Embedding of the timestep
+        node("Gather", "looked_up first", "shift", axis=1),  # [:, 0]
+        node("Add", "sample shift", "y"),
+    ]
+    constants = {"embedding": normal(1, 1000, 2, 4), "first": np.array(0)}
+    model = build(nodes, {"sample": ("batch", 4), "timestep": ("steps",)}, {"y": ("batch", 4)}, constants)
+    graph = graph_of(with_integer_timestep(model))
+    rows = constants["embedding"][schedule.array]
+    tib = TibRecipe(schedule, (TemporalTable("looked_up", "net.embedding", rows, True),))
+
+    run_passes(graph, (TabulateTib(tib, "timestep", "sample"),))
+
+    feeds = {"sample": np.zeros((2, 4), np.float32), "timestep": np.array([500, 1])}
+    np.testing.assert_array_equal(infer(export_model(graph), feeds)[0], rows[1:, 0])
+
+
+def test_an_index_that_is_computed_from_time_is_one() -> None:
+    schedule = TimestepSet((2, 1, 0))
+    nodes = [
+        node("Gather", "embedding timestep", "looked_up"),
+        node("Gather", "looked_up timestep", "shift", axis=1),
+        node("Add", "sample shift", "y"),
+    ]
+    shapes = {"sample": ("batch", 1, 4), "timestep": (1,)}
+    model = build(nodes, shapes, {"y": ("batch", 1, 4)}, {"embedding": normal(1, 3, 3, 4)})
+    graph = graph_of(with_integer_timestep(model))
+    tib = TibRecipe(schedule, (TemporalTable("looked_up", "net.embedding", normal(1, 3, 3, 4), True),))
+
+    with pytest.raises(PostconditionError, match="still computes from 'timestep'"):
+        run_passes(graph, (TabulateTib(tib, "timestep", "sample"),))
+
+
 def test_integers_may_reach_a_model_that_takes_reals() -> None:
     schedule = TimestepSet((999, 500, 1))
     graph, passes = additive(schedule, integer=False)

@@ -188,6 +188,23 @@ def test_a_layer_asked_to_stay_float_must_not_run_in_integers(tmp_path: Path) ->
         receipt.raise_if_lost()
 
 
+def test_a_float_product_of_two_quantized_results_may_multiply_their_codes(tmp_path: Path) -> None:
+    graph = QdqGraph("batch", 4, 8, 8)
+    x = graph.activation("sample")
+    tokens = graph.constant("tokens", np.array([0, 16, 64]))
+    q, k = (graph.node("Reshape", [graph.conv(name, x, (4, 16)), tokens], f"{name}.tokens") for name in ("q", "k"))
+    turned = graph.node("Transpose", [q], "turned", perm=[0, 2, 1])
+    scores = graph.node("MatMul", [turned, k], "scores", "node_scores")
+    path = graph.save(tmp_path / "m.onnx", scores, ["batch", 64, 64])
+
+    receipt = realized_on_ort(path, [layer("q"), layer("k"), layer("scores", weights=0, activations=0)])
+
+    receipt.raise_if_lost()
+    assert realized(receipt)["scores"] == ("MatMulIntegerToFloat",)
+    assert not receipt.rows[2].integer  # nobody asked for it, so it does not count
+    assert receipt.counts("conv") == (2, 2)
+
+
 def test_a_receipt_is_json(tmp_path: Path) -> None:
     path, asked = lost_conv_without_output_grid(tmp_path / "m.onnx")
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from onnx import TensorProto, helper
 from tfmq_export.bundle.manifest import LayerInfo
 from tfmq_export.errors import BuildError, PrecisionError
 from tfmq_export.recipe.names import node_name
-from tfmq_export.runtime.engines.openvino.receipt import realized_on_openvino
+from tfmq_export.runtime.engines.openvino.receipt import FUSED, Source, realized_on_openvino
+from tfmq_export.runtime.engines.openvino.runner import RuntimeOperation
 
 pytest.importorskip("openvino")
 
@@ -80,10 +82,31 @@ def linear_of_rank_2(path: Path) -> Case:
     return graph.save(path, x, ["batch", 32]), layer("linear", "linear")
 
 
+def linear_in_front_of_silu(path: Path) -> Case:
+    """OpenVINO folds the half of ``h + h tanh(h)`` into the layer, which then goes by the half's name."""
+    graph = QdqGraph("batch", 32)
+    inputs = [graph.activation("sample"), graph.weight("linear", (32, 32)), graph.real_bias("linear", 32)]
+    x = graph.node("Gemm", inputs, "linear", "node_linear", transB=1)
+    half = graph.node("Mul", [x, graph.constant("one_half", np.array(0.5, np.float32))], "half")
+    turned = graph.node("Mul", [half, graph.node("Tanh", [half], "tanh")], "turned")
+    return graph.save(path, graph.node("Add", [half, turned], "silu"), ["batch", 32]), layer("linear", "linear")
+
+
 def linear_of_rank_3(path: Path) -> Case:
     graph = QdqGraph("batch", SIDE, 32)
     x = graph.matmul("linear", graph.activation("sample"), 32, (1, 1, 32))
     return graph.save(path, x, ["batch", SIDE, 32]), layer("linear", "linear")
+
+
+def test_a_layers_scale_that_is_summed_elsewhere_is_not_the_layer(tmp_path: Path) -> None:
+    # Position embeddings behind a layer: OpenVINO puts the layer's scale with that sum.
+    path, _ = linear_of_rank_2(tmp_path / "m.onnx")
+    source = Source.read(path)
+    summed = RuntimeOperation(FUSED, "jit_avx512_f32", ("node_linear/DequantizationMultiply", "node_add"))
+
+    assert source.products_in(summed) == set()
+    assert source.products_in(replace(summed, kind="FullyConnected")) == {"node_linear"}
+    assert source.products_in(replace(summed, origins=("node_linear", *summed.origins))) == {"node_linear"}
 
 
 def linear_of_rank_3_with_a_vector_bias(path: Path) -> Case:
@@ -110,6 +133,7 @@ def linear_of_packed_shifted_weights(path: Path) -> Case:
         (conv_of_packed_weights_and_six_bits, "Convolution"),
         (conv_of_packed_shifted_weights, "Convolution"),
         (linear_of_rank_2, "FullyConnected"),
+        (linear_in_front_of_silu, "FullyConnected"),
         (linear_of_rank_3, "FullyConnected"),
         (linear_of_rank_3_with_a_vector_bias, "FullyConnected"),
         (linear_of_packed_shifted_weights, "FullyConnected"),
