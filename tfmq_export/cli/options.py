@@ -24,7 +24,7 @@ Factory = Annotated[
 Variant = Annotated[
     str | None,
     typer.Option(
-        help="Which weights of a diffusers folder, as fp16 or non_ema.", show_default="the plain or only ones"
+        help="Which weights: of a folder fp16, non_ema, ...; of a file raw, without EMA.", show_default="the usual"
     ),
 ]
 Lora = Annotated[

@@ -10,7 +10,7 @@ from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.errors import ConfigError
 from tfmq_export.models.diffusers_model import Sampling, class_of, denoiser_of
 from tfmq_export.models.factory import load_factory
-from tfmq_export.models.layouts.find import find_layout
+from tfmq_export.models.layouts.find import find_layout, is_raw
 from tfmq_export.models.layouts.lora import LoraFile, fuse
 from tfmq_export.models.layouts.opened import noted
 from tfmq_export.models.layouts.read import read_layout
@@ -35,6 +35,7 @@ class Source:
         scheduler: "ddim", "euler", ..., "own" or the path of a scheduler_config.json; None takes DDIM, or the model's
             own where it was trained by flow matching.
         variant: Which weights of a diffusers folder, as "fp16"; None takes the plain ones, or the only ones there are.
+            Of a single file "raw": as the last step left them; None takes their average (EMA) where there is one.
         lora: LoRA files that are fused into the weights in this order, as ``FILE`` or ``FILE:SCALE``.
     """
 
@@ -89,10 +90,9 @@ def load(source: Source) -> Denoiser:
             raise ConfigError("--conditioning and --factory: a factory brings its own examples in its Description")
         if source.scheduler is not None:
             raise ConfigError("--scheduler and --factory: a factory brings its own sampler in its Description")
-        if source.variant is not None or source.lora:
-            option = "--lora" if source.lora else "--variant"
-            raise ConfigError(f"{option} and --factory: this is for models of diffusers; let the factory do it")
-        return load_factory(source.factory, source.path, source.steps)
+        if source.lora:
+            raise ConfigError("--lora and --factory: this is for models of diffusers; let the factory do it")
+        return load_factory(source.factory, source.path, source.steps, raw=is_raw(source.variant, source.path))
     layout = find_layout(source.path, source.variant)
     loras = [LoraFile.of(each) for each in source.lora]
     where = "/".join(source.path.absolute().parts[-2:])
