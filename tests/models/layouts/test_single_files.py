@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import DDIMScheduler, FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
 from nets.ddpm_unet import PixelUNet
 from nets.ldm_unet import LatentUNet
+from nets.tiny_pipelines import stable_diffusion
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -103,6 +104,19 @@ def test_a_latent_u_net_with_prompts_predicts_the_same_noise(linear: bool, tmp_p
 
     torch.testing.assert_close(found.model(x, t, context).sample, unet(x, t, context), **ALIKE)
     assert "the denoiser alone, of a file with more" in found.notes
+
+
+def test_a_latent_u_net_runs_in_a_pipeline_folder(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path / "made", DDIMScheduler())
+    unet = trained(LatentUNet(context=16, heads=2, samples=(4, 4)))
+    path = latent_file(tmp_path, unet, {"num_heads": 2})
+
+    denoiser = load(Source(path, steps=3, pipeline=folder))
+
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16)
+    torch.testing.assert_close(denoiser.module.model(x, t, context).sample, unet(x, t, context), **ALIKE)
+    assert denoiser.pipeline == folder
+    assert denoiser.call is not None
 
 
 def test_a_class_conditional_one_brings_its_classes(tmp_path: Path) -> None:
