@@ -236,8 +236,9 @@ def open_torch(job: Job, meter: Meter) -> Opened:
     from tfmq_export.models.load import Source, load
 
     source = {**job.source, "path": Path(job.source["path"])}
-    if source.get("conditioning") is not None:
-        source["conditioning"] = Path(source["conditioning"])
+    for name in ("conditioning", "prompts", "pipeline"):
+        if source.get(name) is not None:
+            source[name] = Path(source[name])
     denoiser = load(Source(**source))
     if job.kind == "torch-compile":
         denoiser.module.compile()

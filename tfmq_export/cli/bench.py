@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tfmq_export.cli.console import bars, out, reports_errors, table
-from tfmq_export.cli.options import Factory, Lora, Quiet, Variant, require_folder_of, source_of
+from tfmq_export.cli.options import Factory, Lora, Pipeline, Quiet, Variant, require_folder_of, source_of
 from tfmq_export.errors import ConfigError
 
 BASELINES = (
@@ -23,6 +23,7 @@ def bench(
     factory: Factory = None,
     variant: Variant = None,
     lora: Lora = None,
+    pipeline: Pipeline = None,
     baselines: Annotated[
         str | None, typer.Option(help=f"Of {BASELINES}; with commas, or all, or none.", show_default="those at hand")
     ] = None,
@@ -57,7 +58,11 @@ def bench(
     plan = Plan(
         _numbers("--threads", threads), _numbers("--batch", batch), rounds, seconds or math.inf, sampling, accuracy
     )
-    model = None if against is None else Model(source_of(opened[0], against, factory, variant, lora))
+    model = (
+        None
+        if against is None
+        else Model(source_of(opened[0], against, factory, variant=variant, lora=lora, pipeline=pipeline))
+    )
     names = baselines_named(baselines, model=model is not None)
     candidates = candidates_of(opened, [word.strip() for word in backends.split(",")], names)
 

@@ -14,6 +14,7 @@ from tfmq_export.cli.options import (
     Guidance,
     Lora,
     Model,
+    Pipeline,
     Prompts,
     Quiet,
     Scheduler,
@@ -48,6 +49,7 @@ def export(
     factory: Factory = None,
     variant: Variant = None,
     lora: Lora = None,
+    pipeline: Pipeline = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Start from the recipe of an earlier bundle: its scales, integers and tables.")
     ] = None,
@@ -73,7 +75,16 @@ def export(
             from tfmq_export.compiler.chain import checkpoint_of, compile_model
             from tfmq_export.models.load import Source
         source = Source(
-            model, factory, steps, conditioning, guidance_scale, scheduler, prompts, variant, tuple(lora or ())
+            model,
+            factory,
+            steps,
+            conditioning,
+            guidance_scale,
+            scheduler,
+            prompts,
+            variant,
+            tuple(lora or ()),
+            pipeline,
         )
         try:
             made = compile_model(

@@ -24,12 +24,18 @@ Factory = Annotated[
 Variant = Annotated[
     str | None,
     typer.Option(
-        help="Which weights of a diffusers folder, as fp16 or non_ema.", show_default="the plain or only ones"
+        help="Which weights: of a folder fp16, non_ema, ...; of a file raw, without EMA.", show_default="the usual"
     ),
 ]
 Lora = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE[:SCALE]", help="Fuse this LoRA into the weights first; may be given several times."),
+]
+Pipeline = Annotated[
+    Path | None,
+    typer.Option(
+        help="Pipeline folder to run the denoiser of MODEL in, with its text encoders and VAE.", show_default=False
+    ),
 ]
 Steps = Annotated[
     int | None, typer.Option(help="Number of denoising steps; the bundle serves their timesteps.", show_default="50")
@@ -83,9 +89,15 @@ def require_folder_of(*files: Path | None) -> None:
 
 
 def source_of(
-    bundle: "Bundle", against: Path, factory: str | None, variant: str | None, lora: list[str] | None
+    bundle: "Bundle",
+    against: Path,
+    factory: str | None,
+    *,
+    variant: str | None,
+    lora: list[str] | None,
+    pipeline: Path | None,
 ) -> "Source":
     """The float model, sampled the way the bundle is."""
     from tfmq_export.models.load import source_of as of_bundle
 
-    return of_bundle(bundle, against, factory, variant=variant, lora=lora or ())
+    return of_bundle(bundle, against, factory, variant=variant, lora=lora or (), pipeline=pipeline)

@@ -7,7 +7,17 @@ import typer
 from rich.markup import escape
 
 from tfmq_export.cli.console import bars, out, reports_errors
-from tfmq_export.cli.options import BundleFolder, Factory, Lora, Quiet, Threads, Variant, require_folder_of, source_of
+from tfmq_export.cli.options import (
+    BundleFolder,
+    Factory,
+    Lora,
+    Pipeline,
+    Quiet,
+    Threads,
+    Variant,
+    require_folder_of,
+    source_of,
+)
 
 
 @reports_errors
@@ -32,6 +42,7 @@ def sample(
     factory: Factory = None,
     variant: Variant = None,
     lora: Lora = None,
+    pipeline: Pipeline = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw images with a bundle; with --against, full precision above and compiled below."""
@@ -57,7 +68,12 @@ def sample(
         if against is None:
             rows = [("compiled", (draw_in_pipeline if recorded else draw)(opened, request, progress))]
         else:
-            rows = draw_against(opened, source_of(opened, against, factory, variant, lora), request, progress)
+            rows = draw_against(
+                opened,
+                source_of(opened, against, factory, variant=variant, lora=lora, pipeline=pipeline),
+                request,
+                progress,
+            )
     with replaced_file(output) as partial:
         save_rows(partial, rows)
     out.print(f"written to [bold]{escape(str(output))}[/]")

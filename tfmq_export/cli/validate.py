@@ -13,6 +13,7 @@ from tfmq_export.cli.options import (
     MinPsnr,
     MinSqnr,
     MinSsim,
+    Pipeline,
     Quiet,
     Variant,
     require_folder_of,
@@ -34,6 +35,7 @@ def validate(
     factory: Factory = None,
     variant: Variant = None,
     lora: Lora = None,
+    pipeline: Pipeline = None,
     images: Annotated[int, typer.Option(min=1, help="Images to compare.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 1,
     min_psnr: MinPsnr = None,
@@ -68,7 +70,7 @@ def validate(
             from tfmq_export.proof.validate import subject_of
             from tfmq_export.proof.validate import validate as run_validation
 
-            subject = subject_of(opened, against, factory, variant=variant, lora=lora or ())
+            subject = subject_of(opened, against, factory, variant=variant, lora=lora or (), pipeline=pipeline)
         validation = run_validation(subject, thresholds, images=images, seed=seed, progress=progress)
     show(opened, validation)
     if json is not None:

@@ -25,7 +25,7 @@ from tfmq_export.models.weights import load_weights
 from tfmq_export.recipe.timesteps import TimestepSet
 
 
-def load_factory(reference: str, weights: Path, steps: int | None) -> Denoiser:
+def load_factory(reference: str, weights: Path, steps: int | None, *, raw: bool = False) -> Denoiser:
     """Call ``package.module:build`` and load its weights.
 
     The factory is the user's own code, named by the user; the weights are read as plain tensors.
@@ -50,9 +50,9 @@ def load_factory(reference: str, weights: Path, steps: int | None) -> Denoiser:
         raise LoadError(f"{weights}: no such file; --factory takes a state_dict (.pt or .safetensors)")
     if not INDEX.fullmatch(weights.name):
         refuse_file(weights)
-    state = read_state(weights)
+    state = read_state(weights, raw=raw)
     refuse_quantized(state.types(), weights)
-    tensors, notes = fit(state.tensors, built[0].state_dict().keys())
+    tensors, notes = fit(state.tensors, built[0].state_dict().keys(), raw=raw)
     load_weights(built[0], {name: tensors[name] for name in tensors}, weights)
     noted = "; ".join((*state.notes, *notes))
     return denoiser_from_code(built, steps, where=f"{weights.name} ({noted})" if noted else weights.name)

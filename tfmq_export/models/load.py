@@ -3,22 +3,35 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.bundle.pipeline_folder import is_pipeline
 from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.errors import ConfigError
+from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.diffusers_model import Sampling, class_of, denoiser_of
 from tfmq_export.models.factory import load_factory
-from tfmq_export.models.layouts.find import find_layout
+from tfmq_export.models.layouts.find import Layout, find_layout, is_raw
+from tfmq_export.models.layouts.folders import class_name, read_config
 from tfmq_export.models.layouts.lora import LoraFile, fuse
-from tfmq_export.models.layouts.opened import noted
+from tfmq_export.models.layouts.opened import Opened, noted
 from tfmq_export.models.layouts.read import read_layout
 from tfmq_export.models.prompts import read_prompts
 from tfmq_export.models.recorded.load import denoiser_from_pipeline
 from tfmq_export.models.recorded.requests import REQUESTS, read_requests
 
 DEFAULT_STEPS = 50
+INTERFACE = (
+    "in_channels",
+    "out_channels",
+    "cross_attention_dim",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "addition_embed_type",
+    "projection_class_embeddings_input_dim",
+    "guidance_embeds",
+)
+"""Of a denoiser's configuration: what the rest of a pipeline has to fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +48,9 @@ class Source:
         scheduler: "ddim", "euler", ..., "own" or the path of a scheduler_config.json; None takes DDIM, or the model's
             own where it was trained by flow matching.
         variant: Which weights of a diffusers folder, as "fp16"; None takes the plain ones, or the only ones there are.
+            Of a single file "raw": as the last step left them; None takes their average (EMA) where there is one.
         lora: LoRA files that are fused into the weights in this order, as ``FILE`` or ``FILE:SCALE``.
+        pipeline: A pipeline folder in which the denoiser of ``path`` takes the place of its own.
     """
 
     path: Path
@@ -47,10 +62,17 @@ class Source:
     prompts: Path | None = None
     variant: str | None = None
     lora: Sequence[str] = ()
+    pipeline: Path | None = None
 
 
 def source_of(
-    bundle: Bundle, model: Path, factory: str | None = None, *, variant: str | None = None, lora: Sequence[str] = ()
+    bundle: Bundle,
+    model: Path,
+    factory: str | None = None,
+    *,
+    variant: str | None = None,
+    lora: Sequence[str] = (),
+    pipeline: Path | None = None,
 ) -> Source:
     """The float model of a bundle, sampled the way the bundle is."""
     sampler = bundle.manifest.sampler
@@ -59,9 +81,17 @@ def source_of(
         asked = bundle.root / "tfmq" / REQUESTS
         prompts, kept = asked if asked.exists() else None, bundle.scheduler
         scheduler = str(kept) if kept.exists() else None
-        return Source(model, steps=sampler.steps, scheduler=scheduler, prompts=prompts, variant=variant, lora=lora)
+        return Source(
+            model,
+            steps=sampler.steps,
+            scheduler=scheduler,
+            prompts=prompts,
+            variant=variant,
+            lora=lora,
+            pipeline=pipeline,
+        )
     if factory is not None or not bundle.scheduler.exists():
-        return Source(model, factory, sampler.steps, variant=variant, lora=lora)
+        return Source(model, factory, sampler.steps, variant=variant, lora=lora, pipeline=pipeline)
     stored = bundle.root / "tfmq" / "conditioning.npz"
     conditioning = stored if stored.exists() else None
     return Source(
@@ -72,6 +102,7 @@ def source_of(
         scheduler=str(bundle.scheduler),
         variant=variant,
         lora=lora,
+        pipeline=pipeline,
     )
 
 
@@ -89,13 +120,17 @@ def load(source: Source) -> Denoiser:
             raise ConfigError("--conditioning and --factory: a factory brings its own examples in its Description")
         if source.scheduler is not None:
             raise ConfigError("--scheduler and --factory: a factory brings its own sampler in its Description")
-        if source.variant is not None or source.lora:
-            option = "--lora" if source.lora else "--variant"
-            raise ConfigError(f"{option} and --factory: this is for models of diffusers; let the factory do it")
-        return load_factory(source.factory, source.path, source.steps)
+        if source.pipeline is not None:
+            raise ConfigError("--pipeline and --factory: return (module, draw) from the factory, and draw with it")
+        if source.lora:
+            raise ConfigError("--lora and --factory: this is for models of diffusers; let the factory do it")
+        return load_factory(source.factory, source.path, source.steps, raw=is_raw(source.variant, source.path))
     layout = find_layout(source.path, source.variant)
     loras = [LoraFile.of(each) for each in source.lora]
     where = "/".join(source.path.absolute().parts[-2:])
+    given = None
+    if source.pipeline is not None:
+        layout, given = _in_pipeline(source.pipeline, layout)
     if layout.folder is not None and is_pipeline(layout.folder.root) and source.conditioning is None:
         return denoiser_from_pipeline(
             layout.folder,
@@ -104,8 +139,11 @@ def load(source: Source) -> Denoiser:
             guidance_scale=source.guidance_scale,
             scheduler=source.scheduler,
             loras=loras,
+            given=given,
             where=where,
         )
+    if source.pipeline is not None:
+        raise ConfigError("--pipeline and --conditioning: a pipeline embeds its prompts; leave one of them out")
     if source.prompts is not None:
         raise ConfigError("--prompts is for whole pipelines, which embed them; give this model --conditioning")
     opened = read_layout(layout)
@@ -119,3 +157,24 @@ def load(source: Source) -> Denoiser:
     class_of(type(opened.model).__name__, where)
     denoiser = denoiser_of(opened.model, opened.scheduler, prompts, sampling, where=where)
     return replace(denoiser, pipeline=layout.pipeline, source=noted(where, (*opened.notes, *fused)))
+
+
+def _in_pipeline(folder: Path, layout: Layout) -> tuple[Layout, Opened]:
+    """A pipeline, and the denoiser that takes the place of its own.
+
+    Raises:
+        LoadError: no pipeline, or one with a denoiser of another class or of other inputs.
+    """
+    pipeline = find_layout(folder)
+    if pipeline.folder is None or not is_pipeline(pipeline.folder.root):
+        raise LoadError(f"--pipeline {folder}: no pipeline folder of diffusers, which has a model_index.json")
+    opened = read_layout(layout)
+    wanted = read_config(pipeline.folder.component)
+    config: Any = opened.model.config  # of diffusers, which torch's types do not know
+    if class_name(wanted) != type(opened.model).__name__:
+        raise LoadError(f"{layout.path}: a {type(opened.model).__name__}, but {folder} runs a {class_name(wanted)}")
+    for name in INTERFACE:
+        if name in wanted and wanted[name] != config.get(name):
+            raise LoadError(f"{layout.path}: {name} is {config.get(name)}, in {folder} {wanted[name]}; they do not fit")
+    rest = f"in {folder.name or folder}, with its text encoders, VAE and scheduler"
+    return pipeline, replace(opened, notes=(*opened.notes, rest))

@@ -129,7 +129,13 @@ class Subject:
 
 
 def subject_of(
-    bundle: Bundle, model: Path, factory: str | None = None, *, variant: str | None = None, lora: Sequence[str] = ()
+    bundle: Bundle,
+    model: Path,
+    factory: str | None = None,
+    *,
+    variant: str | None = None,
+    lora: Sequence[str] = (),
+    pipeline: Path | None = None,
 ) -> Subject:
     """A bundle beside the model it came from, sampled the same way.
 
@@ -137,11 +143,12 @@ def subject_of(
         model: A folder, a checkpoint, a ``model.pt``, or the weights of ``factory``.
         variant: Of the weights in a folder.
         lora: Files that were fused into the weights.
+        pipeline: The folder in which the model took the place of the denoiser.
     Raises:
         LoadError: the model cannot be read.
         RecipeError: the bundle was not compiled from it.
     """
-    denoiser = load(source_of(bundle, model, factory, variant=variant, lora=lora))
+    denoiser = load(source_of(bundle, model, factory, variant=variant, lora=lora, pipeline=pipeline))
     recipe = load_recipe(bundle.root)
     return Subject(denoiser, program_for(capture(denoiser), recipe), recipe, bundle)
 

@@ -225,6 +225,33 @@ def test_pickled_weights_are_plain_tensors_or_refused(tmp_path: Path) -> None:
         read_folder(folder)
 
 
+def test_a_checkpoint_runs_in_a_pipeline_folder(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path / "made", DDIMScheduler())
+    config = dict(UNet2DConditionModel.load_config(folder / "unet"))
+    torch.manual_seed(1)
+    tuned = UNet2DConditionModel.from_config(config)
+    tuned.save_pretrained(tmp_path / "tuned")
+    DDIMScheduler().save_config(tmp_path / "tuned")
+
+    denoiser = load(Source(tmp_path / "tuned", steps=3, pipeline=folder))
+
+    assert torch.equal(denoiser.module.model.conv_in.weight, tuned.conv_in.weight)
+    assert denoiser.pipeline == folder
+    assert "in made, with its text encoders, VAE and scheduler" in denoiser.source
+
+    other = UNet2DConditionModel.from_config({**config, "cross_attention_dim": 8})
+    other.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(LoadError, match=r"cross_attention_dim is 8, in .*made 16; they do not fit"):
+        load(Source(tmp_path / "tuned", steps=3, pipeline=folder))
+    tiny().save_pretrained(tmp_path / "tuned")
+    with pytest.raises(LoadError, match=r"a UNet2DModel, but .*made runs a UNet2DConditionModel"):
+        load(Source(tmp_path / "tuned", steps=3, pipeline=folder))
+    with pytest.raises(LoadError, match="no pipeline folder of diffusers"):
+        load(Source(tmp_path / "tuned", steps=3, pipeline=tmp_path / "tuned"))
+    with pytest.raises(ConfigError, match="--pipeline and --conditioning"):
+        load(Source(folder / "unet", steps=3, pipeline=folder, conditioning=tmp_path / "p.safetensors"))
+
+
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_a_pipeline_in_the_hubs_cache_runs_with_its_variant_and_its_lora(variant: str | None, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "abc"

@@ -84,6 +84,7 @@ WEIGHTS: list[tuple[dict[str, torch.Tensor], str]] = [
     ({"conv.weight": W.to(torch.float8_e4m3fn)}, r"conv.weight is stored as F8_E4M3, quantized already"),
     ({"conv.weight": W.to(torch.uint8), "conv.weight.absmax": W}, "quantized by bitsandbytes"),
     ({"conv.qweight": W.to(torch.int32)}, r"quantized already \(GPTQ, AWQ or SVDQuant\)"),
+    ({"model.model.diffusion_model.out.2.wqtizer.delta": W}, r"fake-quantized already \(TFMQ-DM, DMQ\)"),
     ({"control_model.time_embed.0.weight": W}, "a ControlNet"),
     ({"encoder.conv_in.weight": W, "decoder.conv_in.weight": W}, r"an autoencoder \(VAE\)"),
     ({"text_model.encoder.layers.0.weight": W}, "a text encoder"),

@@ -251,5 +251,3 @@ def test_files_are_fused_in_order_and_recorded(tmp_path: Path) -> None:
 def test_a_factory_does_this_itself(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--lora and --factory"):
         load(Source(tmp_path, factory="a:b", lora=("l",)))
-    with pytest.raises(ConfigError, match="--variant and --factory"):
-        load(Source(tmp_path, factory="a:b", variant="fp16"))

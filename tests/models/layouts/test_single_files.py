@@ -7,22 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import DDIMScheduler, FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
 from nets.ddpm_unet import PixelUNet
 from nets.ldm_unet import LatentUNet
+from nets.tiny_pipelines import stable_diffusion
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tfmq_export.errors import LoadError
 from tfmq_export.models.layouts import rules
 from tfmq_export.models.layouts.find import Kind, find_layout
+from tfmq_export.models.layouts.latent_diffusion import empty_model, known_of
 from tfmq_export.models.layouts.opened import Opened
+from tfmq_export.models.layouts.published import family_of
 from tfmq_export.models.layouts.read import read_layout
 from tfmq_export.models.layouts.single_transformers import flux_rules, sd3_rules
+from tfmq_export.models.layouts.unet_blocks import renamed, structure_of
 from tfmq_export.models.load import Source, load
 from tfmq_export.models.model_pt import write_checkpoint
 
@@ -102,6 +106,19 @@ def test_a_latent_u_net_with_prompts_predicts_the_same_noise(linear: bool, tmp_p
     assert "the denoiser alone, of a file with more" in found.notes
 
 
+def test_a_latent_u_net_runs_in_a_pipeline_folder(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path / "made", DDIMScheduler())
+    unet = trained(LatentUNet(context=16, heads=2, samples=(4, 4)))
+    path = latent_file(tmp_path, unet, {"num_heads": 2})
+
+    denoiser = load(Source(path, steps=3, pipeline=folder))
+
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16)
+    torch.testing.assert_close(denoiser.module.model(x, t, context).sample, unet(x, t, context), **ALIKE)
+    assert denoiser.pipeline == folder
+    assert denoiser.call is not None
+
+
 def test_a_class_conditional_one_brings_its_classes(tmp_path: Path) -> None:
     unet = trained(LatentUNet(context=24, heads=1))
     table = torch.randn(11, 24)
@@ -123,6 +140,9 @@ def test_the_average_over_the_training_is_taken_by_its_own_names(tmp_path: Path)
 
     torch.testing.assert_close(found.model(x, t).sample, unet(x, t), **ALIKE)
     assert "EMA weights ('model_ema.')" in found.notes
+
+    last = read_layout(find_layout(tmp_path / "model.ckpt", "raw"))
+    torch.testing.assert_close(last.model(x, t).sample, raw(x, t), **ALIKE)
 
 
 def test_names_that_trainers_leave_beside_the_weights_run_nothing(tmp_path: Path) -> None:
@@ -161,13 +181,56 @@ def test_stable_diffusion_xl_keeps_its_added_embedding(tmp_path: Path) -> None:
 
 
 def test_published_widths_need_no_yaml() -> None:
-    from tfmq_export.models.layouts.published import family_of
-
     known = family_of((320, 640, 1280, 1280), 768)
 
     assert known is not None
     assert (known.name, known.heads) == ("Stable Diffusion 1.x", 8)
     assert family_of((32, 64), 768) is None
+
+
+PUBLISHED: list[Any] = [
+    (
+        {"channels": (320, 640, 1280, 1280), "depths": (1, 1, 1, 0), "context": 768, "heads": 8},
+        {"attention_head_dim": (8,) * 4, "cross_attention_dim": 768, "sample_size": 64, "use_linear_projection": False},
+        "CrossAttnDownBlock2D CrossAttnDownBlock2D CrossAttnDownBlock2D DownBlock2D",
+        686,
+    ),
+    (
+        {"channels": (320, 640, 1280, 1280), "depths": (1, 1, 1, 0), "context": 1024, "head_channels": 64},
+        {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True},
+        "CrossAttnDownBlock2D CrossAttnDownBlock2D CrossAttnDownBlock2D DownBlock2D",
+        686,
+    ),
+    (
+        {"channels": (320, 640, 1280), "depths": (0, 2, 10), "context": 2048, "head_channels": 64, "added": 2816},
+        {"attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10), "sample_size": 128,
+         "addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 2816},
+        "DownBlock2D CrossAttnDownBlock2D CrossAttnDownBlock2D",
+        1680,
+    ),
+]  # fmt: skip
+"""Structure as it was published, facts of the published config.json, and how many tensors the file has."""
+
+
+@pytest.mark.parametrize(("structure", "facts", "down", "tensors"), PUBLISHED, ids=["1.x", "2.x", "XL"])
+def test_a_published_stable_diffusion_has_its_published_configuration(
+    structure: Any, facts: Any, down: str, tensors: int
+) -> None:
+    path = Path("sd.safetensors")
+    with torch.device("meta"):
+        unet = LatentUNet(layers=2, samples=(4, 4), linear=structure["context"] != 768, **structure)
+        names = unet.state_dict()
+        found = structure_of(names, lambda name: tuple(names[name].shape), "sd")
+        known = known_of(found, family_of(structure["channels"], structure["context"]), {}, path)
+        model = empty_model(found, known, path)
+
+    places = renamed(found, names)
+    shapes = {places[name][0]: value.shape for name, value in names.items()}
+    assert len(names) == tensors
+    assert shapes == {name: value.shape for name, value in model.state_dict().items()}
+    assert {name: model.config[name] for name in facts} == facts
+    assert " ".join(model.config.down_block_types) == down
+    assert known.prediction == (None if structure["context"] == 1024 else "epsilon")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from nets import handwritten
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tfmq_export.errors import LoadError
+from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.layouts.states import fit, read_state, unnest
 from tfmq_export.models.load import Source, load
 
@@ -62,6 +62,30 @@ def test_what_a_trainer_left_is_the_models_weights(data: Any, wanted: State, sai
     found = denoiser.module.state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert said in denoiser.source
+
+
+RAWS: list[Any] = [
+    {"model": RAW, "ema": EMA},
+    {**RAW, **under("ema.", EMA)},
+    {**under("online_model.", RAW), **under("ema_model.", EMA)},
+    [RAW, {"state": {}}, 3, 4, EMA],
+]
+
+
+@pytest.mark.parametrize("data", RAWS)
+def test_weights_without_their_average_are_asked_for_by_name(data: Any, tmp_path: Path) -> None:
+    torch.save(data, tmp_path / "w.pt")
+
+    denoiser = load(Source(tmp_path / "w.pt", factory=FACTORY, variant="raw"))
+
+    found = denoiser.module.state_dict()
+    assert all(torch.equal(found[name], RAW[name]) for name in RAW)
+    assert "EMA" not in denoiser.source
+
+
+def test_a_file_has_no_other_variant(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--variant fp16: .* is one file; --variant raw"):
+        load(Source(tmp_path / "w.pt", factory=FACTORY, variant="fp16"))
 
 
 def test_shards_are_given_by_their_index(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def find_layout(path: Path, variant: str | None = None) -> Layout:
     """Recognize what a path holds.
 
     Args:
-        variant: Of the weights in a folder, as "fp16"; None takes the plain ones, or the only one there is.
+        variant: Of the weights in a folder, as "fp16"; None takes the plain ones, or the only one there is. Of a file
+            "raw": the weights as the last step left them; None takes their average (EMA) where there is one.
     Raises:
         LoadError: nothing that opens; says what it is instead.
         ConfigError: a variant that is not there.
@@ -72,9 +73,7 @@ def find_layout(path: Path, variant: str | None = None) -> Layout:
         component = path.parent
         files, found = weights_of(component, named["before"] or named["after"])
         return Layout(Kind.FOLDER, component, folder=ModelFolder(component, component, files, found, None))
-    if variant is not None:
-        raise ConfigError(f"--variant {variant}: {path} is one file, which has no variants")
-    return _in_file(path)
+    return _in_file(path, variant)
 
 
 def _in_folder(path: Path, variant: str | None) -> Layout:
@@ -83,7 +82,7 @@ def _in_folder(path: Path, variant: str | None) -> Layout:
     if not is_model_folder(root):
         single = [each for each in sorted(root.iterdir()) if each.suffix in WEIGHTS and each.is_file()]
         if len(single) == 1:  # as LDM is published: model.ckpt and config.yaml in a folder
-            return _in_file(single[0])
+            return _in_file(single[0], variant)
         if len(single) > 1:
             names = ", ".join(each.name for each in single[:4])
             raise LoadError(f"{path}: no config.json, but {len(single)} files of weights ({names}); give one of them")
@@ -92,15 +91,29 @@ def _in_folder(path: Path, variant: str | None) -> Layout:
     return Layout(Kind.FOLDER, folder.component, folder=folder)
 
 
-def _in_file(path: Path) -> Layout:
+def _in_file(path: Path, variant: str | None) -> Layout:
     foreign.refuse_file(path)
+    raw = is_raw(variant, path)
     if is_safetensors(path) or path.suffix == ".safetensors":
-        return _of_state(states.read_state(path))
+        return _of_state(states.read_state(path, raw=raw))
     data: Any = read_pickled(path)
     if isinstance(data, dict) and data.get("format") == PACKED:
         return Layout(Kind.PACKED, path)
-    tensors, notes = states.unnest(data, path)
-    return _of_state(State(path, tensors, notes=notes))
+    tensors, notes = states.unnest(data, path, raw=raw)
+    return _of_state(State(path, tensors, notes=notes, raw=raw))
+
+
+def is_raw(variant: str | None, path: Path) -> bool:
+    """Whether a file's weights are wanted as the last step left them.
+
+    Raises:
+        ConfigError: a variant that files do not have.
+    """
+    if variant not in (None, "raw"):
+        raise ConfigError(
+            f"--variant {variant}: {path} is one file; --variant raw takes its weights without their average (EMA)"
+        )
+    return variant is not None
 
 
 def _of_state(state: State) -> Layout:

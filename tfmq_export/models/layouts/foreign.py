@@ -46,9 +46,9 @@ QUANTIZED_NAMES: Mapping[str, str] = {
     ".scale_weight": "quantized to fp8 already",
     ".weight_scale": "quantized already",
     ".weight_qdata": "quantized by torchao",
-    ".weight_quantizer": "quantized already, with its quantizers beside",
-    ".wqtizer": "quantized already, with its quantizers beside",
-    ".aqtizer": "quantized already, with its quantizers beside",
+    ".weight_quantizer": "fake-quantized already (Q-Diffusion, PTQ4DM), float weights and ranges of another tool",
+    ".wqtizer": "fake-quantized already (TFMQ-DM, DMQ), float weights and ranges of another tool",
+    ".aqtizer": "fake-quantized already (TFMQ-DM, DMQ), float weights and ranges of another tool",
 }
 QUANTIZED_TYPES = ("F8_", "F4", "F6_", "float8", "float4", "bits")
 ORIGINAL = "start from the original weights"

@@ -33,7 +33,7 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class Known:
     """What the names and shapes do not say.
 
     Attributes:
@@ -64,7 +64,7 @@ def read_latent_diffusion(state: State) -> Opened:
     structure = structure_of(names, lambda name: state.shape(f"{prefix}{name}"), str(state.path))
     trained, file = read_yaml_beside(state.path)
     family = family_of(tuple(level.channels for level in structure.levels), structure.context)
-    known = _known(structure, family, trained, state.path)
+    known = known_of(structure, family, trained, state.path)
     places = renamed(structure, names)
     if strange := sorted(set(names) - places.keys()):
         raise LoadError(
@@ -74,7 +74,7 @@ def read_latent_diffusion(state: State) -> Opened:
     notes = list(state.notes)
     stored, averaged = _weights(state, prefix, names)
     notes += [f"EMA weights ({AVERAGED!r})"] * averaged
-    model = _empty(structure, known, state.path)
+    model = empty_model(structure, known, state.path)
     load_weights(model, converted(stored, places, known.heads), state.path)
     notes.insert(0, family.name if family else f"latent diffusion{f', described by {file.name}' if file else ''}")
     scheduler = read_scheduler_beside(state.path) or _schedule(state, trained, known, family)
@@ -86,7 +86,12 @@ def read_latent_diffusion(state: State) -> Opened:
     return Opened(model, scheduler, prompts, tuple(notes))
 
 
-def _known(structure: Structure, family: Family | None, trained: Mapping[str, Any], path: Path) -> _Known:
+def known_of(structure: Structure, family: Family | None, trained: Mapping[str, Any], path: Path) -> Known:
+    """What the names and shapes do not say, from the YAML or the family.
+
+    Raises:
+        LoadError: neither says it.
+    """
     params = looked_up(trained, "model", "params") or {}
     unet: Any = {}
     for name in ("unet_config", "network_config"):
@@ -105,7 +110,7 @@ def _known(structure: Structure, family: Family | None, trained: Mapping[str, An
     scaled = looked_up(params, "denoiser_config", "params", "scaling_config", "target") or ""
     if not said and trained:
         said = "v_prediction" if "VScaling" in str(scaled) else "epsilon"
-    return _Known(
+    return Known(
         heads=(lambda channels: channels // width) if width not in (-1, None) else lambda channels: count,
         sample_size=size if isinstance(size, int) else family.sample_size if family else None,
         prediction=said or (family.prediction if family else None),
@@ -115,13 +120,17 @@ def _known(structure: Structure, family: Family | None, trained: Mapping[str, An
 def _weights(state: State, prefix: str, names: list[str]) -> tuple[Mapping[str, Tensor], bool]:
     """The U-Net's tensors by name, the average over the training where the file has it; and whether it has."""
     flat = {name: f"{AVERAGED}{f'{prefix}{name}'.removeprefix('model.').replace('.', '')}" for name in names}
-    if prefix == PREFIXES[0] and all(each in state.tensors for each in flat.values()):
+    if not state.raw and prefix == PREFIXES[0] and all(each in state.tensors for each in flat.values()):
         return {name: state.tensors[each] for name, each in flat.items()}, True
     return {name: state.tensors[f"{prefix}{name}"] for name in names}, False
 
 
-def _empty(structure: Structure, known: _Known, path: Path) -> nn.Module:
-    """The model of diffusers that is the same function."""
+def empty_model(structure: Structure, known: Known, path: Path) -> nn.Module:
+    """The model of diffusers that is the same function, with weights of its own.
+
+    Raises:
+        LoadError: there is none, or its size is not known.
+    """
     channels = tuple(level.channels for level in structure.levels)
     attends = [level.depth > 0 for level in structure.levels]
     if known.sample_size is None:
@@ -171,7 +180,7 @@ def _empty(structure: Structure, known: _Known, path: Path) -> nn.Module:
     )
 
 
-def _self_attending(structure: Structure, known: _Known, shared: Mapping[str, Any], attends: list[bool]) -> nn.Module:
+def _self_attending(structure: Structure, known: Known, shared: Mapping[str, Any], attends: list[bool]) -> nn.Module:
     plain = "Resnet{}sampleBlock2D" if structure.resnet_samplers else "{}Block2D"
     down, up = (plain.format("Down"), plain.format("Up"))
     kind = "resnet" if structure.resnet_samplers else "conv"
@@ -195,7 +204,7 @@ def _self_attending(structure: Structure, known: _Known, shared: Mapping[str, An
     return model
 
 
-def _schedule(state: State, trained: Mapping[str, Any], known: _Known, family: Family | None) -> Mapping[str, Any]:
+def _schedule(state: State, trained: Mapping[str, Any], known: Known, family: Family | None) -> Mapping[str, Any]:
     """The noise schedule: the file's own table, the YAML, or what the published models share."""
     params = looked_up(trained, "model", "params") or {}
     if known.prediction is None and "v_pred" not in state.tensors:

@@ -27,9 +27,11 @@ DEEPEST = 4
 """Levels of nesting that are looked through."""
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path, *, raw: bool = False) -> State:
     """The tensors of a file: safetensors, an index of shards, or ``torch.save``d in any nesting.
 
+    Args:
+        raw: Take the weights as the last step left them, not their average over the training.
     Raises:
         LoadError: no such file, not readable, pickled objects, or no state dict inside.
     """
@@ -37,14 +39,14 @@ def read_state(path: Path) -> State:
         raise LoadError(f"{path}: no such file")
     if path.suffix == ".json":
         stored = StoredTensors(path, shards_of(path))
-        return State(path, stored, stored.metadata)
+        return State(path, stored, stored.metadata, raw=raw)
     if is_safetensors(path):
         stored = StoredTensors(path)
-        return State(path, stored, stored.metadata)
+        return State(path, stored, stored.metadata, raw=raw)
     if path.suffix == ".safetensors":
         StoredTensors(path)  # says what is wrong with it
-    tensors, notes = unnest(read_pickled(path), path)
-    return State(path, tensors, notes=notes)
+    tensors, notes = unnest(read_pickled(path), path, raw=raw)
+    return State(path, tensors, notes=notes, raw=raw)
 
 
 def shards_of(index: Path) -> tuple[Path, ...]:
@@ -69,7 +71,7 @@ def shards_of(index: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def unnest(data: Any, path: Path) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+def unnest(data: Any, path: Path, *, raw: bool = False) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
     """The one state dict inside a checkpoint, and what was chosen.
 
     Raises:
@@ -83,17 +85,17 @@ def unnest(data: Any, path: Path) -> tuple[Mapping[str, Tensor], tuple[str, ...]
         if isinstance(found, list | tuple) and found and is_state(found[0]):
             # [model, optimizer, epoch, step(, EMA)], as the DDIM code saves.
             averaged = found[-1] if len(found) > 1 and is_state(found[-1]) and same_names(found[0], found[-1]) else None
-            found, notes = (found[0], notes) if averaged is None else (averaged, (*notes, "EMA weights"))
+            found, notes = (found[0], notes) if averaged is None or raw else (averaged, (*notes, "EMA weights"))
             continue
         if not isinstance(found, Mapping):
             break
         inside = {name: value for name, value in found.items() if isinstance(value, Mapping) and _holds_tensors(value)}
         averages = [name for name in AVERAGED if name in inside]
-        raw = [name for name in RAW if name in inside]
-        if averages:
+        plain = [name for name in RAW if name in inside]
+        if averages and not (raw and plain):
             chosen, notes = averages[0], (*notes, f"EMA weights ({averages[0]!r})")
-        elif raw:
-            chosen = raw[0]
+        elif plain:
+            chosen = plain[0]
         elif len(inside) == 1:
             (chosen,) = inside
         else:
@@ -117,11 +119,14 @@ def same_names(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return bare[0] >= bare[1] and len(bare[1]) > 0
 
 
-def fit(state: Mapping[str, Tensor], own: Collection[str]) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+def fit(
+    state: Mapping[str, Tensor], own: Collection[str], *, raw: bool = False
+) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
     """The part of a state dict that is a model's, without the prefix that wrappers put in front.
 
     Args:
         own: The model's names.
+        raw: Of several, take the weights that are no average.
     Returns:
         The state as it is where no single prefix explains all of the model's names; and what was chosen.
     """
@@ -132,17 +137,19 @@ def fit(state: Mapping[str, Tensor], own: Collection[str]) -> tuple[Mapping[str,
         # torch.compile puts it in front of any module, not of the whole model alone.
         bare = {name.replace(COMPILED, ""): state[name] for name in state}
         if len(bare) == len(state):
-            return fit(bare, own)
+            return fit(bare, own, raw=raw)
     prefixes = prefixes_of(state, own)
     averaged = [prefix for prefix in prefixes if _averages(prefix)]
-    chosen = averaged if averaged and len(prefixes) > 1 else prefixes
+    plain = [prefix for prefix in prefixes if prefix not in averaged]
+    chosen = (plain if raw else averaged) if averaged and plain else prefixes
     if len(chosen) != 1:
         return state, ()
     (prefix,) = chosen
     if not prefix:
-        return state, ()
+        beside = tuple(averaged)
+        return ({name: state[name] for name in state if not name.startswith(beside)} if beside else state), ()
     notes = [f"prefix {prefix!r}"]
-    if len(prefixes) > 1:
+    if averaged and plain and not raw:
         notes = [f"EMA weights ({prefix!r})"]
     return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}, tuple(notes)
 

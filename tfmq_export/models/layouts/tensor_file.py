@@ -108,12 +108,14 @@ class State:
         tensors: By name; of safetensors read on demand.
         metadata: Of a safetensors header.
         notes: What a reader should know, such as that EMA weights were taken.
+        raw: Whether weights as the last step left them are wanted, where there is an average beside.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    raw: bool = False
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor that is there, unread."""

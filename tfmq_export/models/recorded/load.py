@@ -15,7 +15,7 @@ from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.folder import read_weights
 from tfmq_export.models.layouts.folders import ModelFolder
 from tfmq_export.models.layouts.lora import LoraFile, fuse
-from tfmq_export.models.layouts.opened import noted
+from tfmq_export.models.layouts.opened import Opened, noted
 from tfmq_export.models.recorded.calls import CallPlan, flat_module, signature_of
 from tfmq_export.models.recorded.pipeline import (
     TOGETHER,
@@ -77,6 +77,7 @@ def denoiser_from_pipeline(  # noqa: PLR0913
     guidance_scale: float | None = None,
     scheduler: str | None = None,
     loras: Sequence[LoraFile] = (),
+    given: Opened | None = None,
     where: str,
 ) -> Denoiser:
     """Record the denoiser of a pipeline folder while the pipeline runs.
@@ -85,13 +86,14 @@ def denoiser_from_pipeline(  # noqa: PLR0913
         requests: What to draw, in turn; if none, the package's own prompts where the pipeline takes a prompt.
         scheduler: As ``choose_scheduler`` takes it; None keeps the pipeline's own.
         loras: Files to fuse into the denoiser's weights.
+        given: A denoiser to run in the place of the folder's own.
     Raises:
         LoadError: a component cannot be loaded, the pipeline raises, or no graph can take its calls.
         ConfigError: the pipeline takes no such argument, or its scheduler cannot be walked.
     """
     root = folder.root
     name = denoiser_name(root)
-    module, notes = read_weights(folder, class_in_pipeline)
+    module, notes = read_weights(folder, class_in_pipeline) if given is None else (given.model, given.notes)
     where = noted(where, (*notes, *(fuse(module, lora) for lora in loras)))
     module = module.eval().float().requires_grad_(False)
     pipeline = open_pipeline(root, folder.variant, **{name: module})
