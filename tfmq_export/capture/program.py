@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import onnx
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -211,7 +210,8 @@ def _settle_lengths(exported: torch.export.ExportedProgram | None, denoiser: Den
                     f"{denoiser.source}: prompts differ in length, but forward() fixes axis {axis} of {node.name} to "
                     f"{size}; give --prompts that are all encoded to one length"
                 )
-            size.node.shape_env.replacements[size.node.expr] = sympy.Integer(size.node.hint)
+            symbol = size.node.expr
+            size.node.shape_env.replacements[symbol] = symbol.subs(symbol, size.node.hint)
 
 
 def _batch_symbols(program: torch.onnx.ONNXProgram, denoiser: Denoiser) -> set[object]:
