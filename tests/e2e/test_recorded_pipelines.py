@@ -185,6 +185,18 @@ def test_code_in_a_folder_is_not_run(
         load(Source(root, steps=2))
 
 
+def test_a_broken_component_is_named(sd_turbo: tuple[Path, Bundle], tmp_path: Path) -> None:
+    root = tmp_path / "broken"
+    shutil.copytree(sd_turbo[0], root)
+    weights = root / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(LoadError, match=r"text_encoder/model\.safetensors: cannot load the pipeline"):
+        load(Source(root, steps=2))
+    shutil.rmtree(root / "tokenizer")
+    with pytest.raises(LoadError, match="lists tokenizer, but there is no such folder"):
+        load(Source(root, steps=2))
+
+
 def test_another_constant_is_refused_where_it_is_served(tmp_path: Path) -> None:
     root, prompts = written("flux-schnell", tmp_path)
     denoiser = load(Source(root, steps=STEPS, prompts=prompts))

@@ -15,9 +15,10 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tfmq_export.bundle.pipeline_folder import read_index
+from tfmq_export.bundle.pipeline_folder import find_components, read_index
 from tfmq_export.capture.program import quiet_logger
 from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.models.recorded.requests import PICTURES, Request
@@ -81,6 +82,8 @@ def open_pipeline(root: Path, variant: str | None = None, **components: object) 
     """
     index = read_index(root)
     _require_known_libraries(index, root)
+    if not (root / "config.json").is_file():  # else an early release, with all components in the root
+        find_components(root)
     absent = {name: None for name in LEFT_OUT if name in index}
     extra = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     try:
@@ -97,7 +100,8 @@ def open_pipeline(root: Path, variant: str | None = None, **components: object) 
     except ImportError as error:
         raise LoadError(f"{root}: {first_line(error)}; install it, or tfmq-export[pipelines]") from error
     except Exception as error:  # each component's own loader, which may raise anything
-        raise LoadError(f"{root}: cannot load the pipeline: {first_line(error)}") from error
+        where = next((path for path in sorted(root.rglob("*.safetensors")) if not _is_readable(path)), root)
+        raise LoadError(f"{where}: cannot load the pipeline: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None
@@ -206,6 +210,14 @@ def _require_known_libraries(index: Mapping[str, Any], root: Path) -> None:
             raise LoadError(
                 f"{root}: component {name} comes from {library!r}, which is neither diffusers nor transformers"
             )
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _alike(asked: Sequence[Request]) -> bool:
