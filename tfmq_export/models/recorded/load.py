@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tfmq_export.bundle.manifest import SamplerInfo
 from tfmq_export.capture.denoiser import Denoiser, first_tensor
-from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.models.folder import read_weights
 from tfmq_export.models.layouts.folders import ModelFolder
 from tfmq_export.models.layouts.lora import LoraFile, fuse
@@ -191,7 +191,13 @@ def _denoiser(
     plan = _with_a_timestep_for_each_row(recorder.module, plan, runs)
     module = flat_module(recorder.module, plan).eval().requires_grad_(False)
     inputs, conditioning = _examples(plan, runs)
-    if not _rows_are_independent(module, inputs):
+    try:
+        independent = _rows_are_independent(module, inputs)
+    except Exception as error:  # the model's own code, on a batch that it was not called with
+        raise LoadError(
+            f"{recorder.where}: the model cannot run on two rows together: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not independent:
         raise LoadError(
             f"{recorder.where}: the model predicts something else for a row of {plan.sample} alone than in a batch of "
             "two; a graph needs rows that do not depend on each other"

@@ -103,6 +103,7 @@ def open_pipeline(root: Path, variant: str | None = None, **components: object) 
         where = next((path for path in sorted(root.rglob("*.safetensors")) if not _is_readable(path)), root)
         raise LoadError(f"{where}: cannot load the pipeline: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.register_modules(**components)  # optional ones are loaded again, whatever was given
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None
     return pipeline

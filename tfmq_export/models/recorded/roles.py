@@ -79,8 +79,12 @@ class _Values:
         return self.changes_within or self.changes_between or self.follows_images
 
     def is_given(self, rows: Sequence[int]) -> bool:
-        """Whether it looks like a prompt that was the same in all runs: where nobody counted images, rows tell."""
-        return self.is_tensor and self.first.ndim > 1 and not any(self.images) and self.sizes == list(rows)
+        """Whether it looks like a prompt or a picture that was the same in all runs.
+
+        Where no run draws more images than another, nothing tells it from a constant but its rows.
+        """
+        unknown = len(set(self.images)) == 1
+        return unknown and self.is_tensor and self.first.ndim > 1 and self.sizes == list(rows)
 
     @property
     def sizes(self) -> list[int]:
