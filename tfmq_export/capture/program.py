@@ -151,6 +151,7 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     one enters through a reshape, each has a symbol of its own; then it is told before the module runs. And what a
     module makes in its first call and keeps must be there before it is traced.
     """
+    program: torch.onnx.ONNXProgram | None = None
     try:
         program = _lower(denoiser)
         if len(_batch_symbols(program, denoiser)) <= 1:
@@ -163,6 +164,9 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
             denoiser.module(**denoiser.example_inputs)
             return _lower(denoiser)
     except Exception as error:
+        if program is not None:
+            logger.info("%s: %s; each input keeps its batch", denoiser.source, first_line(error))
+            return program
         raise ExportError(
             f"{denoiser.source}: torch.export cannot capture this module: {first_line(error)}; "
             "replace data-dependent Python control flow in forward() by tensor operations"
