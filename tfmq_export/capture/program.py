@@ -159,6 +159,7 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     one enters through a reshape, each has a symbol of its own; then it is told before the module runs. And what a
     module makes in its first call and keeps must be there before it is traced.
     """
+    program: torch.onnx.ONNXProgram | None = None
     try:
         program = _lower(denoiser)
         if len(_batch_symbols(program, denoiser)) <= 1:
@@ -166,9 +167,15 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
         logger.info("%s: inputs with batches of their own; capturing again with one batch", denoiser.source)
     except ExportError as error:
         logger.info("%s: %s; capturing again behind a first call", denoiser.source, first_line(error))
-    with torch.no_grad(), left_as_it_was(denoiser.module), _one_batch(denoiser.module):
-        denoiser.module(**denoiser.example_inputs)
-        return _lower(denoiser)
+    try:
+        with torch.no_grad(), left_as_it_was(denoiser.module), _one_batch(denoiser.module):
+            denoiser.module(**denoiser.example_inputs)
+            return _lower(denoiser)
+    except ExportError as error:
+        if program is None:
+            raise
+        logger.info("%s: %s; each input keeps its batch", denoiser.source, first_line(error))
+        return program
 
 
 def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
