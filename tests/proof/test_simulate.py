@@ -3,8 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from nets.handwritten import captured, quantized, silent
+from nets.handwritten import captured, probe, quantized, silent
+from torch import Tensor, nn
 
+from tfmq_export.capture.program import capture
 from tfmq_export.errors import TimestepError
 from tfmq_export.proof.simulate import Simulation
 from tfmq_export.ptq.tib import tabulate
@@ -90,6 +92,33 @@ def test_each_sample_may_have_its_own_timestep() -> None:
         alone = simulate({"x": x[row : row + 1], "time": torch.tensor([t])})
         # Another batch size, another order of fp32 sums: now and then a code moves by one.
         assert sqnr_db(alone.numpy(), both[row : row + 1].numpy()) > 40
+
+
+class TwoTimes(nn.Module):
+    """The timestep itself meets the sample, and another argument follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, end: Tensor) -> Tensor:
+        left = (timestep - end)[:, None, None, None]
+        return self.leave(self.enter(sample) * left) * timestep[:, None, None, None]
+
+
+def test_a_feature_that_is_the_timestep_leaves_the_other_arguments_in_their_places() -> None:
+    inputs = {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor([1.0, 0.5]), "end": torch.tensor([0.5, 0.0])}
+    fields = {"conditioning": {"end": inputs["end"]}, "timesteps": [1.0, 0.5]}
+    denoiser = probe(TwoTimes(), example_inputs=inputs, **fields)
+    program = capture(denoiser)
+    simulate = Simulation(program, unquantized(program, "fp32", tabulate(program, denoiser), {}))
+
+    found = simulate(inputs)
+
+    assert "timestep" in {feature.name for feature in program.features}
+    with torch.no_grad():
+        torch.testing.assert_close(found, denoiser.module(**inputs))
 
 
 def test_a_timestep_outside_the_schedule_is_refused() -> None:

@@ -66,6 +66,7 @@ def assert_same(first: QuantRecipe, second: QuantRecipe) -> None:
     assert (first.tib.timesteps, first.tib.source) == (second.tib.timesteps, second.tib.source)
     for table, other in zip(first.tib.tables, second.tib.tables, strict=True):
         assert (table.name, table.path, table.per_sample) == (other.name, other.path, other.per_sample)
+        assert table.rows_per_sample == other.rows_per_sample
         assert same_bits(table.rows, other.rows)
 
 
@@ -153,7 +154,8 @@ def test_transposed_and_strided_arrays_are_saved_as_they_read(tmp_path: Path) ->
     layer = layer_recipe("linear", "linear", normal(0, 3, 5).T, activation_grid(normal(1, 4)))
     layer = replace(layer, weight_codes=np.asfortranarray(layer.weight_codes))
     table = TemporalTable("emb", "net.emb", normal(2, 4, 6)[::2, ::3], True)
-    recipe = recipe_with([layer], [table], TimestepSet((1, 0)))
+    frames = TemporalTable("frames", "net.frames", normal(3, 2, 1, 4), True, rows_per_sample=3)
+    recipe = recipe_with([layer], [table, frames], TimestepSet((1, 0)))
 
     save_recipe(recipe, tmp_path)
 

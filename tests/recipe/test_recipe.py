@@ -205,6 +205,18 @@ def table(rows: np.ndarray) -> TemporalTable:
     return TemporalTable("emb", "net.emb", rows.astype(np.float32), True)
 
 
+@pytest.mark.parametrize("held", [1, 4])
+def test_a_table_may_have_several_rows_for_each_sample(held: int) -> None:
+    rows = np.arange(3 * held * 2, dtype=np.float32).reshape(3, held, 2)
+
+    frames = replace(table(rows), rows_per_sample=4)
+
+    assert frames.unfolded.shape == (3, 4, 2)
+    assert np.array_equal(frames.unfolded[:, :held], rows)
+    with pytest.raises(RecipeError, match="3 rows per sample, but a table of shape"):
+        replace(table(rows[:, :2] if held > 1 else rows[:, 0, 0]), rows_per_sample=3)
+
+
 def test_a_table_has_one_row_per_timestep() -> None:
     schedule = TimestepSet((2, 1, 0))
 

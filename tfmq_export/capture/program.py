@@ -107,7 +107,7 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     merged = _optimize(program, names + [product.name for product in attention])
     _merge(module, merged)
     operations = tuple(op for op in operations if op.name not in merged)
-    features = tuple(feature for feature in features if feature.name not in merged)
+    features = _kept(features, merged)
     attention = tuple(product for product in attention if product.source not in merged)
     macs = count_macs(module.graph, lambda node: not depends[node.name] <= {TIMESTEP})
     fingerprint = _fingerprint(module, exported)
@@ -247,7 +247,7 @@ def _optimize(program: torch.onnx.ONNXProgram, names: Iterable[str]) -> dict[str
     norm behind it), but it leaves graph outputs alone: so the named values are outputs meanwhile.
 
     Returns:
-        Values it found equal to another, and that other (a layer called twice on one input).
+        Values it found equal to another or to an input, and that other (a layer called twice on one input).
     """
     outputs = program.model.graph.outputs
     prediction = outputs[0]
@@ -259,10 +259,21 @@ def _optimize(program: torch.onnx.ONNXProgram, names: Iterable[str]) -> dict[str
     for value in outputs:
         node = value.producer()
         source = node.inputs[0] if node is not None and node.op_type == "Identity" else None
-        if source is not None and source in outputs:
+        if source is not None and (source in outputs or source in program.model.graph.inputs):
             merged[str(value.name)] = str(source.name)
     outputs[:] = [outputs[0]]
     return merged
+
+
+def _kept(features: Iterable[TemporalFeature], merged: Mapping[str, str]) -> tuple[TemporalFeature, ...]:
+    """The features that are left; a slice that takes all of the timestep is the timestep itself."""
+    features = tuple(features)
+    found = {feature.name: feature for feature in features if feature.name not in merged}
+    for feature in features:
+        if feature.name in merged:
+            name = merged[feature.name]
+            found.setdefault(name, replace(feature, name=name))
+    return tuple(found.values())
 
 
 def _merge(module: fx.GraphModule, merged: Mapping[str, str]) -> None:
@@ -310,7 +321,7 @@ def _check_batch(module: fx.GraphModule, denoiser: Denoiser) -> None:
                 place = where_fixed(lambda: _traced(denoiser))
             raise ExportError(
                 f"{denoiser.source}: forward() fixes the batch size ({place or f'{node.name} has {list(shape)}'}); "
-                "use x.shape[0] where a literal or int(...) stands for the batch"
+                "use x.shape[0] where a literal, len(...) or int(...) stands for the batch"
             )
 
 

@@ -125,6 +125,65 @@ def test_an_index_that_is_computed_from_time_is_one() -> None:
         run_passes(graph, (TabulateTib(tib, "timestep", "sample"),))
 
 
+@pytest.mark.parametrize("held", [1, 2])
+def test_a_sample_may_have_several_rows_and_they_follow_each_other(held: int) -> None:
+    """``fold(sample) + repeat(feature)``, the frames of a clip in the batch."""
+    nodes = [
+        node("Reshape", "sample folded", "frames"),
+        node("Cast", "timestep", "real", to=1),
+        node("Reshape", "real column", "times"),
+        node("Expand", "times twice", "repeated"),
+        node("Reshape", "repeated folded_one", "column_of_all"),
+        node("Mul", "column_of_all frequencies", "angles"),
+        node("Cos", "angles", "cos"),
+        node("Add", "frames cos", "y"),
+    ]
+    constants = {
+        "folded": np.array([-1, 4]),
+        "column": np.array([-1, 1, 1]),
+        "twice": np.array([1, 2, 1]),
+        "folded_one": np.array([-1, 1]),
+        "frequencies": normal(1, 1, 4),
+    }
+    model = build(nodes, {"sample": ("batch", 2, 4), "timestep": ("steps",)}, {"y": ("rows", 4)}, constants)
+    rows = normal(0, 3, held, 4)
+    table = TemporalTable("cos", "net.cos", rows, True, rows_per_sample=2)
+    graph = graph_of(model)
+    schedule = TimestepSet((2.0, 1.0, 0.0), real=True)
+
+    run_passes(graph, [TabulateTib(TibRecipe(schedule, (table,)), "timestep", "sample")])
+
+    for picks in ([2, 0, 1], [1]):  # a timestep for each sample, or one for all
+        feeds = {"sample": np.zeros((3, 2, 4), np.float32), "timestep": schedule.array[picks]}
+        (served,) = infer(export_model(graph), feeds)
+        expected = np.broadcast_to(rows[picks], (3, 2, 4)).reshape(-1, 4)
+        np.testing.assert_array_equal(served, expected)
+
+
+def test_a_part_of_a_row_may_be_picked_where_the_sample_meets_it() -> None:
+    nodes = [
+        node("Cast", "timestep", "real", to=1),
+        node("Unsqueeze", "real one", "column"),
+        node("Mul", "column frequencies", "angles"),
+        node("Cos", "angles", "cos"),
+        node("Reshape", "cos parts", "split"),
+        node("Gather", "split second", "part", axis=1),
+        node("Add", "sample part", "y"),
+    ]
+    constants = {"one": np.array([1]), "frequencies": normal(1, 1, 4), "parts": np.array([-1, 2, 2])}
+    constants |= {"second": np.array(1)}
+    model = build(nodes, {"sample": ("batch", 2), "timestep": ("steps",)}, {"y": ("batch", 2)}, constants)
+    schedule = TimestepSet((2.0, 1.0, 0.0), real=True)
+    graph = graph_of(model)
+
+    run_passes(
+        graph, [TabulateTib(TibRecipe(schedule, (TemporalTable("cos", "net.cos", ROWS, True),)), "timestep", "sample")]
+    )
+
+    feeds = {"sample": np.zeros((1, 2), np.float32), "timestep": schedule.array[:1]}
+    np.testing.assert_array_equal(infer(export_model(graph), feeds)[0], ROWS[:1, 2:])
+
+
 def test_integers_may_reach_a_model_that_takes_reals() -> None:
     schedule = TimestepSet((999, 500, 1))
     graph, passes = additive(schedule, integer=False)

@@ -1,0 +1,48 @@
+"""What the ONNX exporter would take at its word runs all the same."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from nets.handwritten import probe
+from nets.onnx_graphs import infer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tfmq_export.capture.program import capture, export_onnx
+
+
+class Middle(nn.Module):
+    def __init__(self, middle: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Conv2d(3, 4, 3, padding=(1,), stride=(1,)), nn.Conv2d(4, 3, 3, padding=1)
+        self.pick = nn.Parameter(torch.randn(4, 4, 1, 1))
+        self.middle = middle
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        h = self.enter(sample) * (1 + timestep.float().cos())[:, None, None, None]
+        return self.leave(self.middle(h, self.pick))
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda h, w: h.squeeze(1) + h.squeeze(-1).squeeze(0),
+        lambda h, w: h[:, :, None].squeeze((1, 2)),
+        lambda h, w: functional.conv2d(h, w, stride=(1,), padding=[0]),
+        lambda h, w: functional.avg_pool2d(h, (3,), (1,), (1,)),
+        lambda h, w: functional.max_pool2d(h, (3,), (1,), (1,)),
+    ],
+    ids=["squeeze", "squeeze of several", "convolution", "mean", "maximum"],
+)
+def test_a_graph_loads_and_computes_what_pytorch_does(middle: Callable[[Tensor, Tensor], Tensor]) -> None:
+    denoiser = probe(Middle(middle))
+    inputs = denoiser.example_inputs
+    with torch.no_grad():
+        expected = denoiser.module(**inputs).numpy()
+
+    (found,) = infer(export_onnx(capture(denoiser)), {name: value.numpy() for name, value in inputs.items()})
+
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
