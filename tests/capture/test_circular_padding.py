@@ -22,7 +22,7 @@ class Panorama(nn.Module):
 
 
 @pytest.mark.parametrize("widths", [(1, 2, 3, 0), (0, 4), (2, 2, 2, 2)])
-def test_circular_padding_is_a_concatenation(widths: tuple[int, ...]) -> None:
+def test_circular_padding_is_a_choice_of_positions(widths: tuple[int, ...]) -> None:
     denoiser = probe(Panorama(widths if len(widths) > 2 else (*widths, 0, 0)))
     inputs = denoiser.inputs(denoiser.noise(3, 1), 3, {})
 

@@ -31,7 +31,6 @@ FUSED = "Subgraph"
 """Generated code for several nodes: elementwise ones, and both products of an attention."""
 
 _SOURCE_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "ConvTranspose"})
-_SCALE = "/DequantizationMultiply"
 _INTEGER = re.compile(r"_[iu]8$", re.IGNORECASE)
 
 _INTEGER_TYPES = frozenset({"i8", "u8"})
@@ -99,11 +98,9 @@ class Source:
 
     def products_in(self, item: RuntimeOperation) -> set[str]:
         """Products an operation was made of; usually one, but OpenVINO fuses some convolutions with the one before."""
-        if item.kind == FUSED:
-            # Its other nodes are there in their own right; a layer's scale may be among them, without the layer.
-            whole = {origin.removesuffix("_original") for origin in item.origins if not origin.endswith(_SCALE)}
-            return self.products.keys() & whole
         stems = {origin.partition("/")[0].removesuffix("_original") for origin in item.origins}
+        if item.kind == FUSED:
+            return self.products.keys() & stems  # its other nodes are there in their own right
         return self.products.keys() & {self.aliases.get(stem, stem) for stem in stems}
 
     def runs_integers(self, item: RuntimeOperation) -> bool:
@@ -123,8 +120,12 @@ def receipt_of(
     owners = {name: layer_of(product, names, source.producers) for name, product in source.products.items()}
     found: dict[str, list[RuntimeOperation]] = {name: [] for name in names}
     strays = []
+    alone = {name for item in operations if item.kind in PRODUCTS for name in source.products_in(item)}
     for item in operations:
-        for name in source.products_in(item) if item.kind in PRODUCTS | {FUSED} else ():
+        if item.kind not in PRODUCTS | {FUSED}:
+            continue
+        # Generated code may have the bias or the scale of a layer that multiplies elsewhere.
+        for name in source.products_in(item) - (alone if item.kind == FUSED else set()):
             owner = owners[name]
             if owner is not None:
                 found[owner].append(item)

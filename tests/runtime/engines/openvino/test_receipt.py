@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from tfmq_export.bundle.manifest import LayerInfo
 from tfmq_export.errors import BuildError, PrecisionError
 from tfmq_export.recipe.names import node_name
-from tfmq_export.runtime.engines.openvino.receipt import FUSED, Source, realized_on_openvino
+from tfmq_export.runtime.engines.openvino.receipt import FUSED, Source, realized_on_openvino, receipt_of
 from tfmq_export.runtime.engines.openvino.runner import RuntimeOperation
 
 pytest.importorskip("openvino")
@@ -98,17 +98,6 @@ def linear_of_rank_3(path: Path) -> Case:
     return graph.save(path, x, ["batch", SIDE, 32]), layer("linear", "linear")
 
 
-def test_a_layers_scale_that_is_summed_elsewhere_is_not_the_layer(tmp_path: Path) -> None:
-    # Position embeddings behind a layer: OpenVINO puts the layer's scale with that sum.
-    path, _ = linear_of_rank_2(tmp_path / "m.onnx")
-    source = Source.read(path)
-    summed = RuntimeOperation(FUSED, "jit_avx512_f32", ("node_linear/DequantizationMultiply", "node_add"))
-
-    assert source.products_in(summed) == set()
-    assert source.products_in(replace(summed, kind="FullyConnected")) == {"node_linear"}
-    assert source.products_in(replace(summed, origins=("node_linear", *summed.origins))) == {"node_linear"}
-
-
 def linear_of_rank_3_with_a_vector_bias(path: Path) -> Case:
     graph = QdqGraph("batch", SIDE, 32)
     x = graph.matmul("linear", graph.activation("sample", bits=6), 32, (32,), bits=4)
@@ -120,6 +109,25 @@ def linear_of_packed_shifted_weights(path: Path) -> Case:
     weight = graph.weight("linear", (32, 32), 1, 4, shifted=True)
     x = graph.node("MatMul", [graph.activation("sample"), weight], "linear", "node_linear")
     return graph.save(path, x, ["batch", SIDE, 32]), layer("linear", "linear", weights=4)
+
+
+@pytest.mark.parametrize(
+    ("layer_origin", "rest_origin"),
+    [("node_linear", "node_linear/DequantizationMultiply"), ("node_linear/WithoutBiases", "node_linear")],
+    ids=["scale", "bias"],
+)
+def test_a_layers_scale_or_bias_in_other_code_is_not_the_layer(
+    tmp_path: Path, layer_origin: str, rest_origin: str
+) -> None:
+    # Position embeddings or a residual behind a layer: OpenVINO puts a part of the layer with that sum.
+    path, asked = linear_of_rank_2(tmp_path / "m.onnx")
+    source = Source.read(path)
+    product = RuntimeOperation("FullyConnected", "brgemm_avx512_I8", (layer_origin,))
+    rest = RuntimeOperation(FUSED, "jit_avx512_f32", (rest_origin, "node_add"))
+
+    assert receipt_of([product, rest], source, [asked], 1).lost == ()
+    assert len(receipt_of([rest], source, [asked], 1).lost) == 1
+    assert len(receipt_of([replace(product, kernel="gemm_mlas_f32"), rest], source, [asked], 1).lost) == 1
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
