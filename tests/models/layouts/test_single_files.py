@@ -409,6 +409,18 @@ def test_stable_diffusion_3_is_read_as_diffusers_converts_it(prefix: str, tmp_pa
     assert found.scheduler["shift"] == 3.0
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("x_embedder.proj.weight", (4,)), ("joint_blocks.0.x_block.attn.qkv.weight", (3, 2)), ("pos_embed", (1, 0, 64))],
+)
+def test_shapes_that_make_no_sense_are_refused(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    state = written_back(tiny_sd3().state_dict(), sd3_rules(2), 2)
+    torch.save({**state, name: torch.zeros(shape)}, tmp_path / "sd3.pt")
+
+    with pytest.raises(LoadError, match=r"sd3\.pt: "):
+        opened(tmp_path / "sd3.pt")
+
+
 def test_flux_predicts_the_same_noise(tmp_path: Path) -> None:
     for guided in (True, False):
         model = tiny_flux(guided)

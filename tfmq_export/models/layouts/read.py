@@ -38,7 +38,7 @@ def read_layout(layout: Layout, scheduler: Mapping[str, Any] | None = None) -> O
     assert layout.state is not None, "single files have one"
     try:
         opened = READERS[layout.kind](layout.state, scheduler)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:  # of shapes that make no sense
         raise LoadError(f"{layout.path}: not a {layout.kind} that diffusers can build: {first_line(error)}") from error
     if any(name.startswith(ELSEWHERE) for name in layout.state.tensors):
         return replace(opened, notes=(*opened.notes, "the denoiser alone, of a file with more"))
