@@ -11,6 +11,7 @@ from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.diffusers_model import Sampling, class_of, denoiser_of
 from tfmq_export.models.factory import load_factory
+from tfmq_export.models.layouts.descriptions import read_scheduler_beside
 from tfmq_export.models.layouts.find import Layout, find_layout, is_raw
 from tfmq_export.models.layouts.folders import class_name, read_config
 from tfmq_export.models.layouts.lora import LoraFile, fuse
@@ -168,7 +169,8 @@ def _in_pipeline(folder: Path, layout: Layout) -> tuple[Layout, Opened]:
     pipeline = find_layout(folder)
     if pipeline.folder is None or not is_pipeline(pipeline.folder.root):
         raise LoadError(f"--pipeline {folder}: no pipeline folder of diffusers, which has a model_index.json")
-    opened = read_layout(layout)
+    # Its own scheduler is what the pipeline runs with, so a file need not say which it was trained for.
+    opened = read_layout(layout, read_scheduler_beside(pipeline.folder.root))
     wanted = read_config(pipeline.folder.component)
     config: Any = opened.model.config  # of diffusers, which torch's types do not know
     if class_name(wanted) != type(opened.model).__name__:

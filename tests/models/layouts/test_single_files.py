@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tfmq_export.errors import LoadError
-from tfmq_export.models.layouts import rules
+from tfmq_export.models.layouts import latent_diffusion, rules
 from tfmq_export.models.layouts.find import Kind, find_layout
 from tfmq_export.models.layouts.latent_diffusion import empty_model, known_of
 from tfmq_export.models.layouts.opened import Opened
-from tfmq_export.models.layouts.published import family_of
+from tfmq_export.models.layouts.published import Family, family_of
 from tfmq_export.models.layouts.read import read_layout
 from tfmq_export.models.layouts.single_transformers import flux_rules, sd3_rules
 from tfmq_export.models.layouts.unet_blocks import renamed, structure_of
@@ -117,6 +117,23 @@ def test_a_latent_u_net_runs_in_a_pipeline_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(denoiser.module.model(x, t, context).sample, unet(x, t, context), **ALIKE)
     assert denoiser.pipeline == folder
     assert denoiser.call is not None
+
+
+def test_a_file_that_does_not_say_what_it_predicts_needs_a_scheduler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Stable Diffusion 2: one structure, trained both ways.
+    path = latent_file(tmp_path, LatentUNet(context=16, heads=2, samples=(4, 4)), {"num_heads": 2})
+    (tmp_path / "config.yaml").unlink()
+    silent = Family("Stable Diffusion 2.x", (32, 64), 16, 2, None, 8, None)
+    monkeypatch.setattr(latent_diffusion, "family_of", lambda channels, context: silent)
+    given = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+
+    with pytest.raises(LoadError, match="does not say whether it predicts noise or v; put its YAML beside it"):
+        opened(path)
+    assert read_layout(find_layout(path), given).scheduler == given
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(given))
+    assert opened(path).scheduler == given
 
 
 def test_a_class_conditional_one_brings_its_classes(tmp_path: Path) -> None:
@@ -390,6 +407,18 @@ def test_stable_diffusion_3_is_read_as_diffusers_converts_it(prefix: str, tmp_pa
     }
     torch.testing.assert_close(found.model(**inputs).sample, model(**inputs).sample, **ALIKE)
     assert found.scheduler["shift"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("x_embedder.proj.weight", (4,)), ("joint_blocks.0.x_block.attn.qkv.weight", (3, 2)), ("pos_embed", (1, 0, 64))],
+)
+def test_shapes_that_make_no_sense_are_refused(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    state = written_back(tiny_sd3().state_dict(), sd3_rules(2), 2)
+    torch.save({**state, name: torch.zeros(shape)}, tmp_path / "sd3.pt")
+
+    with pytest.raises(LoadError, match=r"sd3\.pt: "):
+        opened(tmp_path / "sd3.pt")
 
 
 def test_flux_predicts_the_same_noise(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def prefix_of(state: State) -> str | None:
     return next((prefix for prefix in PREFIXES if f"{prefix}{FIRST}" in state.tensors), None)
 
 
-def read_latent_diffusion(state: State) -> Opened:
+def read_latent_diffusion(state: State, scheduler: Mapping[str, Any] | None = None) -> Opened:
     """The U-Net of a checkpoint of latent diffusion.
 
     Raises:
@@ -77,7 +77,7 @@ def read_latent_diffusion(state: State) -> Opened:
     model = empty_model(structure, known, state.path)
     load_weights(model, converted(stored, places, known.heads), state.path)
     notes.insert(0, family.name if family else f"latent diffusion{f', described by {file.name}' if file else ''}")
-    scheduler = read_scheduler_beside(state.path) or _schedule(state, trained, known, family)
+    scheduler = scheduler or read_scheduler_beside(state.path) or _schedule(state, trained, known, family)
     prompts = PromptSet()
     if CLASSES in state.tensors and structure.context == state.shape(CLASSES)[1]:
         table = state.tensors[CLASSES].float()

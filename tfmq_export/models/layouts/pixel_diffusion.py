@@ -7,6 +7,7 @@ the image, which follows from where the network attends: at 16 x 16.
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from diffusers import UNet2DModel
 
@@ -50,7 +51,7 @@ def prefix_of(state: State) -> str | None:
     return next((prefix for prefix in ("", "module.") if f"{prefix}{FIRST}" in state.tensors), None)
 
 
-def read_pixel_diffusion(state: State) -> Opened:
+def read_pixel_diffusion(state: State, scheduler: Mapping[str, Any] | None = None) -> Opened:
     """The U-Net of a checkpoint of the original DDPM code.
 
     Raises:
@@ -77,7 +78,7 @@ def read_pixel_diffusion(state: State) -> Opened:
         made[place] = value[:, :, 0, 0] if ".attentions." in place and value.ndim == 4 else value
     load_weights(model, made, state.path)
     notes = ("the original DDPM U-Net", *state.notes)
-    return Opened(model, read_scheduler_beside(state.path) or _schedule(trained), notes=notes)
+    return Opened(model, scheduler or read_scheduler_beside(state.path) or _schedule(trained), notes=notes)
 
 
 def renamed(name: str, levels: int) -> str | None:

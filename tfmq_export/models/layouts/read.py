@@ -1,6 +1,8 @@
 """Opening a layout: a denoiser of diffusers with its weights, its scheduler and whatever conditioning came along."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from tfmq_export.errors import LoadError, first_line
 from tfmq_export.models.folder import read_model_folder
@@ -20,9 +22,11 @@ READERS = {
 ELSEWHERE = ("first_stage_model.", "cond_stage_model.", "conditioner.", "vae.", "text_encoders.")
 
 
-def read_layout(layout: Layout) -> Opened:
+def read_layout(layout: Layout, scheduler: Mapping[str, Any] | None = None) -> Opened:
     """Load the denoiser of a layout.
 
+    Args:
+        scheduler: Configuration to take for a single file, in place of what the file and its neighbours say.
     Raises:
         LoadError: it cannot be read; says why and what next.
     """
@@ -33,8 +37,8 @@ def read_layout(layout: Layout) -> Opened:
         return Opened(model, scheduler, prompts)
     assert layout.state is not None, "single files have one"
     try:
-        opened = READERS[layout.kind](layout.state)
-    except (ValueError, TypeError, RuntimeError) as error:
+        opened = READERS[layout.kind](layout.state, scheduler)
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:  # of shapes that make no sense
         raise LoadError(f"{layout.path}: not a {layout.kind} that diffusers can build: {first_line(error)}") from error
     if any(name.startswith(ELSEWHERE) for name in layout.state.tensors):
         return replace(opened, notes=(*opened.notes, "the denoiser alone, of a file with more"))

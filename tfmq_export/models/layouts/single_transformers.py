@@ -126,7 +126,7 @@ def prefix_of(state: State, first: str) -> str | None:
     return next((prefix for prefix in PREFIXES if f"{prefix}{first}" in state.tensors), None)
 
 
-def read_sd3(state: State) -> Opened:
+def read_sd3(state: State, scheduler: Mapping[str, Any] | None = None) -> Opened:
     """The transformer of a single file of Stable Diffusion 3 or 3.5.
 
     Raises:
@@ -159,11 +159,15 @@ def read_sd3(state: State) -> Opened:
         raise _incomplete(state, error) from error
     model = SD3Transformer2DModel(**config)
     load_weights(model, _converted(state, names, prefix, sd3_rules(layers)), state.path)
-    scheduler = read_scheduler_beside(state.path) or {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    scheduler = (
+        scheduler
+        or read_scheduler_beside(state.path)
+        or {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    )
     return Opened(model, scheduler, notes=("Stable Diffusion 3", *state.notes))
 
 
-def read_flux(state: State) -> Opened:
+def read_flux(state: State, scheduler: Mapping[str, Any] | None = None) -> Opened:
     """The transformer of a single file of FLUX.1.
 
     Raises:
@@ -196,14 +200,14 @@ def read_flux(state: State) -> Opened:
     model = FluxTransformer2DModel(patch_size=1, **config)
     load_weights(model, _converted(state, names, prefix, flux_rules(width)), state.path)
     shifted = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
-    scheduler = {
+    published = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "base_image_seq_len": 256,
         "max_image_seq_len": 4096,
         **(shifted if guided else {"use_dynamic_shifting": False, "shift": 1.0}),
     }
     notes = ("FLUX.1 dev" if guided else "FLUX.1 schnell", *state.notes)
-    return Opened(model, read_scheduler_beside(state.path) or scheduler, notes=notes)
+    return Opened(model, scheduler or read_scheduler_beside(state.path) or published, notes=notes)
 
 
 def _inside(state: State, first: str) -> tuple[frozenset[str], Shape, str]:
