@@ -217,8 +217,10 @@ def _settle_lengths(exported: torch.export.ExportedProgram | None, denoiser: Den
                     f"{denoiser.source}: prompts differ in length, but forward() fixes axis {axis} of {node.name} to "
                     f"{size}; give --prompts that are all encoded to one length"
                 )
-            symbol = size.node.expr
-            size.node.shape_env.replacements[symbol] = symbol.subs(symbol, size.node.hint)
+            shapes, symbol = size.node.shape_env, size.node.expr
+            shapes.replacements[symbol] = symbol.subs(symbol, size.node.hint)
+            shapes._replacements_version_counter += 1  # what was asked before is asked again
+            shapes._update_version_counter()
 
 
 def _batch_symbols(program: torch.onnx.ONNXProgram, denoiser: Denoiser) -> set[object]:
