@@ -163,9 +163,11 @@ def _factor(value: Any, usual: tuple[int, ...], quantizer: Any, stored: Mapping[
     if not tensor.HasField("shape"):
         for size in usual:
             tensor.shape.dim.add().dim_value = size
-    for dimension in tensor.shape.dim:
-        if not dimension.dim_value:
-            dimension.dim_value = SAMPLES
+    rank = len(tensor.shape.dim)
+    likely = (SAMPLES,) * (rank - len(usual)) + usual[max(0, len(usual) - rank) :]
+    for axis, dimension in enumerate(tensor.shape.dim):
+        if not dimension.dim_value:  # the batch, and what depends on the length of a prompt
+            dimension.dim_value = likely[axis] if axis else SAMPLES
     scale, zero_point = (_onnx().numpy_helper.to_array(stored[name]) for name in quantizer.input[1:3])
     info = np.iinfo(zero_point.dtype)
     shape = tuple(x.dim_value for x in tensor.shape.dim)

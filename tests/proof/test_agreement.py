@@ -1,6 +1,7 @@
 """The agreement check itself: high where graph and recipe agree, low where any one number differs."""
 
 import functools
+import math
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from nets.handwritten import FACTORIES, Quantized, captured, quantized
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -21,7 +23,7 @@ from tfmq_export.compiler import forms
 from tfmq_export.compiler.steps import lower, write
 from tfmq_export.config import CompileConfig, Method, Thresholds, find_preset
 from tfmq_export.errors import LoadError
-from tfmq_export.proof.agreement import Agreement, LockStep
+from tfmq_export.proof.agreement import Agreement, LockStep, _Synchronizer, code_step
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.names import node_name, part_name, rows_name, scaled_name, weight_codes_name
 from tfmq_export.target import find_target
@@ -223,3 +225,13 @@ def test_parts_that_the_manifest_does_not_name_are_refused(tmp_path: Path) -> No
 
     with pytest.raises(LoadError, match="are not in the graph as its manifest says"):
         compare(silent, made)
+
+
+def test_a_result_of_zeros_agrees_with_what_rounding_leaves_of_it() -> None:
+    _, _, made = exported("dit", "w8a8")
+    layer = made.recipe.layers[0]
+    zeros, step = torch.zeros(2, 3), code_step(layer)
+    for share, expected in ((1e-4, math.inf), (0.5, -math.inf)):
+        watcher = _Synchronizer({layer.name: np.full((2, 3), share * step, np.float32)})
+        watcher(layer, zeros)
+        assert watcher.sqnr == [expected]

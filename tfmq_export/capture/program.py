@@ -284,7 +284,7 @@ def _optimize(program: torch.onnx.ONNXProgram, names: Iterable[str]) -> dict[str
     prediction = outputs[0]
     values = {value.name: value for node in program.model.graph for value in node.outputs}
     outputs[:] = [prediction, *(values[name] for name in names if name in values and values[name] is not prediction)]
-    with hidden_numbers(program.model.graph):
+    with hidden_numbers(program.model.graph), quiet_logger("onnxscript"), quiet_logger("onnx_ir"):
         program.optimize()
     merged = {}
     for value in outputs:

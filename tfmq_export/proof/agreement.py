@@ -11,6 +11,7 @@ says; they are put together again. A layer that took the next one's factor (``pa
 in the layer that reads it.
 """
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,7 +142,9 @@ class _Synchronizer:
         theirs = torch.from_numpy(np.asarray(self._results[layer.name]))
         distance = (ours - theirs).abs() / code_step(layer)
         self.steps[layer.path] = float(distance.max())
-        self.sqnr.append(sqnr_db(ours.numpy(), theirs.numpy()))
+        # A result of nothing but zeros, as of an empty prompt's, has no signal to measure by.
+        silent = not ours.any() and float(distance.max()) <= ROUNDING
+        self.sqnr.append(math.inf if silent else sqnr_db(ours.numpy(), theirs.numpy()))
         self.differing += int((distance > ROUNDING).sum())
         self.compared += distance.numel()
         return theirs
