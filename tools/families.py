@@ -54,13 +54,14 @@ def main() -> None:
     known = [*FAMILIES, *OWN_CODE]
     if strange := set(args.names) - {each.name for each in known}:
         parser.error(f"no family {', '.join(sorted(strange))}; there are {', '.join(each.name for each in known)}")
-    names = [each.name for each in known if not args.names or each.name in args.names]
+    names = args.names or [each.name for each in known]
     waiting = [name for name in names if not (args.output / f"{name}.json").exists()]
     with ThreadPoolExecutor(args.jobs) as pool:
         for name, _ in zip(waiting, pool.map(partial(_in_a_child, output=args.output), waiting), strict=True):
             print(f"{name:24} {_line(json.loads((args.output / f'{name}.json').read_text()))}", flush=True)
     if args.page is not None:
-        found = [json.loads((args.output / f"{name}.json").read_text()) for name in names]
+        kept = {path.stem: json.loads(path.read_text()) for path in args.output.glob("*.json")}
+        found = [kept[each.name] for each in known if each.name in kept]
         args.page.write_text(_page(found), "utf-8")
         print(f"written to {args.page}")
 
