@@ -192,6 +192,17 @@ def test_macs_equal_a_hand_count() -> None:
     assert dit.macs == layers + modulation + attention  # the time MLP is a table
 
 
+def test_the_fingerprint_changes_with_a_table_that_is_no_weight() -> None:
+    def with_table(value: float) -> Probe:
+        module = Probe()
+        module.register_buffer("table", torch.full((4, 1, 1), value), persistent=False)
+        module.middle = lambda h, t: h * module.table * (1 + t.float().cos())[:, None, None, None]
+        return module
+
+    one, again, other = (capture(probe(with_table(value))).fingerprint for value in (1.0, 1.0, 2.0))
+    assert one == again != other
+
+
 def test_the_fingerprint_is_stable_and_changes_with_one_weight() -> None:
     first, again, other = Probe(), Probe(), Probe()
     with torch.no_grad():

@@ -358,7 +358,8 @@ def _check_batch(module: fx.GraphModule, denoiser: Denoiser) -> None:
 
 def _fingerprint(module: fx.GraphModule, exported: torch.export.ExportedProgram) -> str:
     digest = hashlib.sha256(str(module.graph).encode())
-    for name, value in sorted(exported.state_dict.items()):
+    held = {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)}
+    for name, value in sorted({**exported.state_dict, **held}.items()):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tfmq_export.bundle.pipeline_folder import find_components, read_index
 from tfmq_export.capture.program import quiet_logger
 from tfmq_export.errors import ConfigError, LoadError, first_line
+from tfmq_export.models.recorded.memory import remember_encoders
 from tfmq_export.models.recorded.requests import PICTURES, Request
 
 DENOISERS = ("transformer", "unet", "decoder", "prior")
@@ -104,6 +105,7 @@ def open_pipeline(root: Path, variant: str | None = None, **components: object) 
         raise LoadError(f"{where}: cannot load the pipeline: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.register_modules(**components)  # optional ones are loaded again, whatever was given
+    remember_encoders(pipeline)
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None
     return pipeline
