@@ -8,7 +8,7 @@ import torch
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from tfmq_export.errors import LoadError
+from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.diffusers_model import Sampling, build, denoiser_of
 from tfmq_export.models.folder import read_folder
 from tfmq_export.models.prompts import PromptSet
@@ -117,3 +117,25 @@ def test_a_pipeline_folder_loads_its_unet_or_its_transformer(tmp_path: Path) -> 
 
         assert type(loaded) is type(model)
         assert scheduler == {"_class_name": "DDPMScheduler"}
+
+
+def test_channels_that_only_a_pipeline_fills_are_refused() -> None:
+    inpainting = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=9,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+    )
+    prompts = PromptSet({"encoder_hidden_states": torch.randn(3, 6, 12)})
+    with pytest.raises(LoadError, match=r"takes 9 channels and predicts 4; .* only its pipeline knows: give the"):
+        denoiser_of(inpainting, DDPM, prompts, Sampling(4), where="model")
+
+
+def test_a_shift_that_only_a_pipeline_computes_is_refused() -> None:
+    scheduler = {**FLOW, "use_dynamic_shifting": True}
+    with pytest.raises(ConfigError, match="if its pipeline sets this, give the pipeline's folder"):
+        denoiser_of(sd3(), scheduler, PromptSet(SD3_PROMPTS), Sampling(4), where="model")

@@ -87,6 +87,7 @@ def denoiser_of(
     """
     settings: Any = model.config  # of diffusers, which torch's types do not know
     config: dict[str, Any] = {**settings}
+    _require_own_channels(config, where)
     module, prompts = _flatten(model, config, prompts, where)
     asked = 1.0 if prompts.guidance_scale is None else prompts.guidance_scale
     guidance = effective_scale(asked, prompts.unconditional, prompts.examples, where)
@@ -122,6 +123,16 @@ def denoiser_of(
         scheduler_config=scheduler_config(chosen),
         source=where,
     )
+
+
+def _require_own_channels(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a model whose sample has more than the noise in it: a mask, a picture. Its pipeline puts them there."""
+    taken, given = config["in_channels"], config.get("out_channels")
+    if given is not None and given < taken:
+        raise LoadError(
+            f"{where}: the model takes {taken} channels and predicts {given}; what the others hold (a mask, a picture) "
+            "only its pipeline knows: give the pipeline's folder, or this model with --pipeline FOLDER"
+        )
 
 
 def _flatten(

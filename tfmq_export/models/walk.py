@@ -10,7 +10,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from tfmq_export.capture.denoiser import Conditioning, Denoise
-from tfmq_export.errors import ConfigError
+from tfmq_export.errors import ConfigError, first_line
 from tfmq_export.recipe.timesteps import TimestepSet
 
 
@@ -83,7 +83,10 @@ class DiffusersSampler:
         try:
             scheduler.set_timesteps(self.steps)
         except ValueError as error:
-            raise ConfigError(f"{type(scheduler).__name__} cannot run {self.steps} steps: {error}") from error
+            raise ConfigError(
+                f"{type(scheduler).__name__} cannot run {self.steps} steps: {first_line(error)}; if its pipeline sets "
+                "this, give the pipeline's folder, or a single model with --pipeline FOLDER"
+            ) from error
         return scheduler
 
     def _begin(self, scheduler: Any, strength: float) -> int:

@@ -47,7 +47,7 @@ class PipelineCode:
     common: Mapping[str, object] = field(default_factory=dict)
 
     def __call__(self, seeds: Sequence[int], pictures: bool) -> Tensor:
-        """Images, [N, ...]; latents as they are, pictures in -1..1, the frames of films one after the other."""
+        """Images, [N, ...]; latents as they are, pictures in -1..1, films as strips of their frames."""
         with torch.no_grad(), quiet_logger("diffusers"), quiet_logger("transformers"):
             return self._draw(seeds, pictures)
 
@@ -261,8 +261,8 @@ def _images(result: Any) -> Tensor:
     array: NDArray[Any] = np.stack([np.asarray(each, np.float32) for each in drawn])
     if isinstance(drawn, list) and not isinstance(drawn[0], np.ndarray):
         array = array / 255  # pictures of PIL
-    if array.ndim == 5:  # films, [N, F, H, W, C]
-        array = array.reshape(-1, *array.shape[2:])
+    if array.ndim == 5:  # films, [N, F, H, W, C]: strips of their frames
+        array = array.reshape(len(array), -1, *array.shape[3:])
     if array.ndim == 4 and array.shape[-1] in (1, 3, 4):
         array = array.transpose(0, 3, 1, 2) * 2 - 1
     return torch.from_numpy(np.ascontiguousarray(array))
