@@ -37,6 +37,7 @@ from tfmq_export.capture.refusal import refusal
 from tfmq_export.capture.rewrites.circular_padding import spell_circular_padding
 from tfmq_export.capture.rewrites.for_exporter import as_the_exporter_takes_it
 from tfmq_export.capture.rewrites.truth_values import spell_truth_choices
+from tfmq_export.capture.rows import varies
 from tfmq_export.capture.small_numbers import hidden_numbers
 from tfmq_export.capture.untouched import left_as_it_was
 from tfmq_export.errors import ExportError, first_line
@@ -199,20 +200,20 @@ def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     except Exception as error:  # torch.export has no common base; whatever it raises comes from the model
         raise refusal(denoiser.source, error, exported) from error
     assert program is not None
-    _settle_lengths(program.exported_program, denoiser)
+    _settle_lengths(program, denoiser)
     return program
 
 
-def _settle_lengths(exported: torch.export.ExportedProgram | None, denoiser: Denoiser) -> None:
+def _settle_lengths(program: torch.onnx.ONNXProgram, denoiser: Denoiser) -> None:
     """Take prompts of any length for as long as the example's, but not in ONNX.
 
     The analysis and the walk over the blocks then see one size that varies, the batch.
     """
-    assert exported is not None
-    for node in exported.graph.find_nodes(op="placeholder"):
+    assert program.exported_program is not None
+    for node in program.exported_program.graph.find_nodes(op="placeholder"):
         for axis in denoiser.ragged.get(node.name, ()):
             size = node.meta["val"].shape[axis]
-            if isinstance(size, int):
+            if not varies(size):
                 raise ExportError(
                     f"{denoiser.source}: prompts differ in length, but forward() fixes axis {axis} of {node.name} to "
                     f"{size}; give --prompts that are all encoded to one length"
