@@ -46,3 +46,10 @@ def test_a_graph_loads_and_computes_what_pytorch_does(middle: Callable[[Tensor, 
     (found,) = infer(export_onnx(capture(denoiser)), {name: value.numpy() for name, value in inputs.items()})
 
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_made_in_the_type_of_a_value_is_a_weight() -> None:
+    program = capture(probe(Middle(lambda h, w: functional.conv2d(h, h.new_zeros([4, 4, 1, 1]) + w))))
+
+    made = program.operations[1]
+    assert program.value(made.weight).shape == (4, 4, 1, 1)

@@ -1,7 +1,8 @@
 """The captured graph in the form that the ONNX exporter takes at its word.
 
 ``squeeze(dim)`` of an axis that is longer than 1 changes nothing in PyTorch, and one number stands for all axes of a
-convolution or a pooling. The exporter writes both down as they are, and the graph does not load.
+convolution or a pooling. The exporter writes both down as they are, and the graph does not load. And what is filled
+with one number in the type of another value has nothing to do with that value: a weight made so is still a weight.
 """
 
 from collections.abc import Mapping
@@ -26,12 +27,24 @@ SPATIAL: Mapping[object, tuple[int, tuple[int, ...]]] = {
     aten.max_pool3d.default: (3, (1, 2, 3, 4)),
 }
 
+FILLED: Mapping[object, object] = {
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_empty.default: aten.empty.memory_format,
+    aten.new_full.default: aten.full.default,
+}
+"""Constructors in the type of a value, and those that name the type."""
+
 
 def as_the_exporter_takes_it(module: fx.GraphModule) -> None:
     """Rewrite what the exporter would get wrong, in place; the graph computes the same."""
     for node in list(module.graph.nodes):
         if node.target in (aten.squeeze.dim, aten.squeeze.dims):
             _drop_or_narrow(module.graph, node)
+        elif node.target in FILLED and all(isinstance(size, int) for size in node.args[1]):
+            value = node.meta["val"]
+            node.target, node.args = FILLED[node.target], node.args[1:]
+            node.kwargs = {"dtype": value.dtype, "device": value.device}
         elif node.target in SPATIAL:
             count, places = SPATIAL[node.target]
             node.args = tuple(
