@@ -37,7 +37,7 @@ OWN_CODE: tuple[OwnCode, ...] = (
     OwnCode("edm", "EDM", edm, "real noise level, float64 outside, two calls per step but the last"),
     OwnCode("edm2", "EDM2", edm2, "weights normalized at every call; one guided call leaves the class out"),
     OwnCode("u_vit", "U-ViT", u_vit, "timestep and class are tokens"),
-    OwnCode("dit", "DiT", dit, "class labels, learned variance: 8 of 4 channels"),
+    OwnCode("dit_original", "DiT, its own code", dit, "class labels, learned variance: 8 of 4 channels"),
     OwnCode("hdit", "HDiT", hdit, "hourglass over pixels, windows, noise level as a vector"),
     OwnCode("policy_unet", "Diffusion policy, U-Net", policy_unet, "[N, T, actions]; the timestep is an integer"),
     OwnCode("policy_transformer", "Diffusion policy, transformer", policy_transformer, "masked decoder"),
