@@ -15,6 +15,7 @@ import argparse
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -239,47 +240,75 @@ def _cell(cell: Mapping[str, Any]) -> str:
 
 
 def _page(found: list[Mapping[str, Any]]) -> str:
-    works = [each for each in found if "reason" not in each]
-    rows = [_row(each) for each in found]
-    head = "| family | parameters | inputs | tables | prologue | W8A8, ONNX Runtime | OpenVINO | TensorRT-RTX | W4A8 |"
+    rows = [each for each in found if "reason" not in each]
+    full = [each for each in rows if _is_full(each["presets"].get("w8a8", {}).get("ort-cpu", {}))]
+    targets = "| W8A8, ONNX Runtime | OpenVINO | TensorRT-RTX | W4A8, ONNX Runtime |"
+    reasons = [line for each in found for line in _reasons(each)]
     return "\n".join(
         [
             "# Families",
             "",
-            f"What goes through the compiler: {len(works)} of {len(found)} families, made by",
+            f"{len(rows)} of {len(found)} families go through the compiler. {len(full)} of them run every layer that",
+            "was asked for in integers on ONNX Runtime at W8A8. The table is made by",
             "",
             "```bash",
-            "python tools/families.py --page docs/families.md",
+            "python tools/families.py --jobs 2 --page docs/families.md",
             "```",
             "",
             *(__doc__ or "").split("\n\n")[2].splitlines(),
             "",
-            "A cell: layers that ran in integers of those that were asked for, their share of the MACs, and how far",
-            "the graph is from fake-quant in lock-step. Tables are temporal features served as tables.",
+            "A cell says how many layers ran in integers of those that were asked for, their share of the MACs, and how",
+            "far the graph is from fake-quant in lock-step (`inf`: bit-equal). TensorRT-RTX engines are built, for an Ada",
+            "GPU, and not run. Tables are temporal features that are served as tables; a prologue, where one can be cut",
+            "off, passes so many tensors. What is not as asked is below the table.",
             "",
-            head,
+            f"| family | parameters | inputs | tables | prologue {targets}",
             "|" + "---|" * 9,
-            *rows,
+            *(_row(each) for each in rows),
+            "",
+            "## What is not as asked",
+            "",
+            *reasons,
             "",
         ]
     )
 
 
+def _is_full(cell: Mapping[str, Any]) -> bool:
+    return "integer" in cell and cell["integer"] == cell["asked"]
+
+
 def _row(found: Mapping[str, Any]) -> str:
-    title = found["title"]
-    if "reason" in found:
-        return f"| {title} | | | | | {_plain(found['reason'])} | | | |"
     eight, four = (found["presets"].get(name, {}) for name in ("w8a8", "w4a8"))
-    inputs = ", ".join(f"{name} {shape[1:]}" for name, shape in found["inputs"].items())
-    cells = [_plain(_cell(eight.get(target, eight))) for target in TARGETS]
-    tables = f"{eight.get('ort-cpu', {}).get('tables', '')}"
-    prologue = _plain(str(eight.get("prologue", "")))
-    last = _plain(_cell(four.get("ort-cpu", four)))
-    return f"| {title} | {found['parameters']:,} | {inputs} | {tables} | {prologue} | {' | '.join(cells)} | {last} |"
+    cells = [_short(eight.get(target, eight)) for target in TARGETS] + [_short(four.get("ort-cpu", four))]
+    tables = eight.get("ort-cpu", {}).get("tables", "")
+    prologue = str(eight.get("prologue", "")).split(" tensors")[0]
+    inputs = ", ".join(found["inputs"])
+    start = f"| {found['title']} | {found['parameters'] / 1e6:.2f} M | {inputs} | {tables} | {prologue[:6]}"
+    return f"{start} | {' | '.join(cells)} |"
+
+
+def _short(cell: Mapping[str, Any]) -> str:
+    return "below" if "reason" in cell else _cell(cell)
+
+
+def _reasons(found: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that is not as asked."""
+    if "reason" in found:
+        return [f"- {found['title']}: {_plain(found['reason'])}"]
+    lines = []
+    for preset, cells in found["presets"].items():
+        places = {"": cells} if "reason" in cells else {key: x for key, x in cells.items() if isinstance(x, dict)}
+        for target, cell in places.items():
+            said = [cell["reason"]] if "reason" in cell else cell.get("lost", [])[:1]
+            lines += [f"- {found['title']}, {preset}{f' on {target}' if target else ''}: {_plain(x)}" for x in said]
+    return lines
 
 
 def _plain(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text for a page: without the temporary places of this run."""
+    text = re.sub(r"/?\S*tmp\w+/(\S+/)?", "", text.replace("\n", " "))
+    return text.replace("|", "\\|").replace("<", "&lt;")[:300]
 
 
 if __name__ == "__main__":
