@@ -283,8 +283,9 @@ def _row(found: Mapping[str, Any]) -> str:
     cells = [_short(eight.get(target, eight)) for target in TARGETS] + [_short(four.get("ort-cpu", four))]
     tables = eight.get("ort-cpu", {}).get("tables", "")
     prologue = str(eight.get("prologue", "")).split(" tensors")[0]
+    prologue = prologue if prologue.isdigit() or prologue == "none" else "below" if prologue else ""
     inputs = ", ".join(found["inputs"])
-    start = f"| {found['title']} | {found['parameters'] / 1e6:.2f} M | {inputs} | {tables} | {prologue[:6]}"
+    start = f"| {found['title']} | {found['parameters'] / 1e6:.2f} M | {inputs} | {tables} | {prologue}"
     return f"{start} | {' | '.join(cells)} |"
 
 
@@ -302,6 +303,9 @@ def _reasons(found: Mapping[str, Any]) -> list[str]:
         for target, cell in places.items():
             said = [cell["reason"]] if "reason" in cell else cell.get("lost", [])[:1]
             lines += [f"- {found['title']}, {preset}{f' on {target}' if target else ''}: {_plain(x)}" for x in said]
+        said = str(cells.get("prologue", "none"))
+        if said != "none" and not said.split(" ")[0].isdigit():
+            lines.append(f"- {found['title']}, prologue: {_plain(said)}")
     return lines
 
 

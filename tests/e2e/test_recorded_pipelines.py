@@ -145,6 +145,11 @@ def test_prompts_are_lines_or_call_arguments(sd_turbo: tuple[Path, Bundle], tmp_
     [
         ('{"prompt": "a fox", "strength": 0.5}', "StableDiffusionPipeline takes no strength; it takes prompt, height"),
         ('{"prompt": ', "prompts.txt: line 1: not a JSON object"),
+        (
+            '{"prompt": "a fox", "num_inference_steps": 9}',
+            "for all images alike; give it as --steps",
+        ),
+        ('{"prompt": "a", "height": 64, "width": 64}\n{"prompt": "b", "timesteps": [999, 1]}', "walks other timesteps"),
         ('{"prompt": "a fox", "image": "no.png"}', "line 1: no picture .*no.png"),
         ("", "no prompts; give one a line"),
     ],

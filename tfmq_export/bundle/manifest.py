@@ -68,13 +68,15 @@ class LeafInfo:
     Attributes:
         path: Name of the argument, and behind it the keys and positions inside.
         input: Name of the graph's input that it is; empty for a constant of the graph.
-        fold: Rows of the value's axis 0 for each row of the sample; 0 where it has no such axis.
+        fold: Rows of the value for each row of the sample; 0 where it has no such axis.
+        axis: Where these rows are.
         constant: Of a constant, ``fingerprint_of`` its value.
     """
 
     path: tuple[str | int, ...]
     input: str = ""
     fold: int = 0
+    axis: int = 0
     constant: str = ""
 
 
@@ -86,11 +88,13 @@ class CallInfo:
         leaves: All values inside the arguments, in the order of the arguments.
         rows_per_image: Rows of the sample for each image: 2 where guidance puts both halves in one call; 0 unknown.
         calls_per_step: Calls of the model at each timestep: 2 where each half of guidance is a call of its own.
+        together: How many images may be drawn in one run.
     """
 
     leaves: tuple[LeafInfo, ...]
     rows_per_image: int = 0
     calls_per_step: int = 1
+    together: int = 1
 
 
 def fingerprint_of(value: object) -> str:

@@ -56,7 +56,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
             module with ``draw`` or its ``Description``.
         output: The bundle's folder; an older bundle there is replaced at the very end.
         draw: With a module alone: ``draw(seed) -> image`` runs your own sampler with the module inside. How it calls
-            the module is recorded; nothing else needs to be said.
+            the module is recorded; nothing else needs to be said. The module is left in float32, for evaluation.
         config: Preset, target, effort and all else that the command line knows; w8a8 for ``ort-cpu`` if None.
         recipe: Take the recipe of this bundle or file instead of quantizing again.
         resume: Go on where an interrupted run with this output and these settings stopped.

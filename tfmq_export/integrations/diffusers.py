@@ -198,10 +198,11 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
 
     def _by_row(self, name: str, value: Any, rows: int) -> Tensor:
         """One row for each row of the sample."""
-        (fold,) = (leaf.fold for leaf in self._leaves.values() if leaf.input == name)
+        (leaf,) = (leaf for leaf in self._leaves.values() if leaf.input == name)
         tensor = torch.as_tensor(value)
-        if fold > 1 and len(tensor) == rows * fold:
-            return tensor.reshape(rows, fold, *tensor.shape[1:])
+        tensor = tensor.movedim(leaf.axis, 0) if leaf.axis else tensor
+        if leaf.fold > 1 and len(tensor) == rows * leaf.fold:
+            return tensor.reshape(rows, leaf.fold, *tensor.shape[1:])
         one_for_all = self.loaded.bundle.manifest.call is not None and tensor.ndim > 0 and len(tensor) == 1
         return tensor.expand(rows, *tensor.shape[1:]) if one_for_all else tensor
 

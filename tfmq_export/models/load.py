@@ -46,8 +46,8 @@ class Source:
         conditioning: safetensors file with prompt embeddings.
         prompts: List of prompts, or of a pipeline's call arguments, for a pipeline that runs as it is.
         guidance_scale: Overrides the model's own.
-        scheduler: "ddim", "euler", ..., "own" or the path of a scheduler_config.json; None takes DDIM, or the model's
-            own where it was trained by flow matching.
+        scheduler: "ddim", "euler", ..., "own" or the path of a scheduler_config.json; None takes a
+            pipeline's own; for a single model DDIM, or its own where it was trained by flow matching.
         variant: Which weights of a diffusers folder, as "fp16"; None takes the plain ones, or the only ones there are.
             Of a single file "raw": as the last step left them; None takes their average (EMA) where there is one.
         lora: LoRA files that are fused into the weights in this order, as ``FILE`` or ``FILE:SCALE``.
@@ -119,6 +119,9 @@ def load(source: Source) -> Denoiser:
     if source.factory is not None:
         if source.conditioning is not None:
             raise ConfigError("--conditioning and --factory: a factory brings its own examples in its Description")
+        if source.prompts is not None or source.guidance_scale is not None:
+            option = "--prompts" if source.prompts is not None else "--guidance-scale"
+            raise ConfigError(f"{option} and --factory: a factory brings its own conditioning and guidance")
         if source.scheduler is not None:
             raise ConfigError("--scheduler and --factory: a factory brings its own sampler in its Description")
         if source.pipeline is not None:
@@ -146,7 +149,9 @@ def load(source: Source) -> Denoiser:
     if source.pipeline is not None:
         raise ConfigError("--pipeline and --conditioning: a pipeline embeds its prompts; leave one of them out")
     if source.prompts is not None:
-        raise ConfigError("--prompts is for whole pipelines, which embed them; give this model --conditioning")
+        raise ConfigError(
+            "--prompts is for pipelines that run as they are; add --pipeline FOLDER, or give --conditioning instead"
+        )
     opened = read_layout(layout)
     fused = tuple(fuse(opened.model, each) for each in loras)
     prompts = opened.prompts

@@ -17,7 +17,7 @@ from tfmq_export.capture.denoiser import SEEDS, Denoise
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.integrations.diffusers import CompiledDenoiser
 from tfmq_export.models.load import Source, load
-from tfmq_export.models.recorded.pipeline import TOGETHER, PipelineCode, call_arguments, open_pipeline
+from tfmq_export.models.recorded.pipeline import PipelineCode, call_arguments, open_pipeline
 from tfmq_export.models.recorded.record import drawn_by
 from tfmq_export.models.recorded.requests import REQUESTS, read_requests
 from tfmq_export.models.schedulers import OWN, choose_scheduler, scheduler_config
@@ -88,13 +88,14 @@ def draw_in_pipeline(bundle: Bundle, request: Request, progress: Progress) -> ND
     """Sample with the pipeline that the bundle was recorded in and that lies beside it; pictures in 0..1, [N, C, H, W].
 
     Raises:
-        TimestepError: the schedule leaves the bundle's table; nothing was computed.
+        TimestepError: the schedule leaves the bundle's table.
         ConfigError: the pipeline does not lie beside it, or cannot start from a picture.
     """
     manifest = bundle.manifest
     if not is_pipeline(bundle.root):
         raise ConfigError(
-            f"{bundle.root}: holds no pipeline to draw with (--components none); give the model with --against"
+            f"{bundle.root}: holds no pipeline to draw with; give the model with --against, and --factory where it was "
+            "compiled from code"
         )
     if request.start is not None:
         raise ConfigError("--image: a pipeline that starts from pictures takes them in its prompts; leave it out")
@@ -109,10 +110,11 @@ def draw_in_pipeline(bundle: Bundle, request: Request, progress: Progress) -> ND
     code = PipelineCode(pipeline, read_requests(asked) if asked.exists() else (), call_arguments(pipeline, steps))
     seeds = [request.seed * SEEDS + number for number in range(request.images)]
     drawn = []
+    together = 1 if manifest.call is None else manifest.call.together  # as for the proof: padding follows the longest
     with progress.stage("Sampling") as step:
-        for done, start in enumerate(range(0, len(seeds), TOGETHER), 1):
-            drawn.append(drawn_by(code, seeds[start : start + TOGETHER], True, str(bundle.root)))
-            step(done, -(-len(seeds) // TOGETHER))
+        for done, start in enumerate(range(0, len(seeds), together), 1):
+            drawn.append(drawn_by(code, seeds[start : start + together], True, str(bundle.root)))
+            step(done, -(-len(seeds) // together))
     return as_pictures(torch.cat(drawn).numpy())
 
 

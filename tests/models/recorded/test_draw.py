@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tfmq_export.capture.program import capture
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.recorded.load import denoiser_from_draw
-from tfmq_export.models.recorded.record import images_of
+from tfmq_export.models.recorded.record import image_of
 from tfmq_export.ptq.walk.calibration import record
 
 LEVELS = (3.0, 2.0, 1.0)
@@ -75,7 +75,7 @@ def built(draw: Callable[[nn.Module, int], Any]) -> tuple[nn.Module, Callable[[i
 def test_a_sampler_draws_the_same_through_the_recording(draw: Callable[[nn.Module, int], Any]) -> None:
     net, code = built(draw)
     denoiser = denoiser_from_draw(net, code, None, "net")
-    wanted = images_of(code(7000), "net").reshape(2, 6, 6)
+    wanted = image_of(code(7000), "net").reshape(2, 6, 6)
 
     calls, images = record(denoiser, denoiser.module_denoise(), denoiser.runs(2, 7), lambda done, total: None)
 
@@ -113,6 +113,14 @@ def unseeded(net: nn.Module, seed: int) -> Any:
     return x
 
 
+def unseeded_on_the_way(net: nn.Module, seed: int) -> Any:
+    x = noise(seed)
+    for level in LEVELS:
+        x = x - 0.1 * net(x, torch.tensor([level]))
+        x = x + torch.from_numpy(np.random.default_rng().standard_normal((1, 2, 6, 6), np.float32))
+    return x
+
+
 def one_noise(net: nn.Module, seed: int) -> Any:
     return by_keyword(net, 0)
 
@@ -130,6 +138,7 @@ def two_forms(net: nn.Module, seed: int) -> Any:
         (nothing, r"draw\(seed\) returned NoneType; return the image"),
         (never_calls, "drew an image without calling the model"),
         (unseeded, r"draw\(0\) starts from other noise each time"),
+        (unseeded_on_the_way, r"draw\(0\) draws other noise on its way each time"),
         (one_noise, r"draw\(0\) and draw\(1\) start from the same noise"),
         (two_forms, "the model is called in two forms, once with 2 arguments and once with 3"),
     ],

@@ -77,7 +77,9 @@ class CallPlan:
         arguments, spec = flattened(self.signature, args, named)
         if spec != self.spec:
             before = _names(leaf.path for leaf in self.leaves)
-            raise LoadError(f"the model is called with {_names(arguments)} this time, before with {before}")
+            raise LoadError(
+                f"the model is called with {_names(arguments)} this time, before with {before}; a graph takes one form"
+            )
         return self.flat_values(arguments)
 
     def flat_values(self, arguments: Mapping[Path, Any]) -> dict[str, Tensor]:
@@ -87,7 +89,10 @@ class CallPlan:
         for leaf, value in zip(self.leaves, arguments.values(), strict=True):
             if leaf.name is None:
                 if not same(leaf.value, value):
-                    raise LoadError(f"argument {leaf.place} was the same in every recorded call and is another one now")
+                    raise LoadError(
+                        f"argument {leaf.place} was the same in every recorded call and is another one now; the graph "
+                        "holds it as a constant"
+                    )
                 continue
             found[leaf.name] = _unfolded(leaf, torch.as_tensor(value), rows, timestep=leaf.name == self.timestep)
         return found

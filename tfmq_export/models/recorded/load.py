@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tfmq_export.bundle.manifest import SamplerInfo
@@ -26,8 +27,9 @@ from tfmq_export.models.recorded.pipeline import (
     open_pipeline,
     pictures_not_given,
     require_requests,
+    without_lists,
 )
-from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_info, images_of
+from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_info, image_of
 from tfmq_export.models.recorded.requests import Request, own_prompts
 from tfmq_export.models.recorded.roles import RecordedRun, plan_of
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
@@ -41,6 +43,8 @@ CLOSE = 1e-3
 """Of a prediction: what another batch size may change by rounding."""
 LEARNED = ("learned", "learned_range")
 """Variances that a model predicts beside the noise, which DDIM does not read."""
+EXAMPLES = 8
+"""Rows of conditioning to keep as examples."""
 MANY_STEPS = "DDPMScheduler"
 """Needs about a thousand steps; asked for fewer, its noise schedule is walked by DDIM."""
 
@@ -52,11 +56,16 @@ def denoiser_from_draw(module: nn.Module, draw: Draw, steps: int | None, where: 
         LoadError: the sampler raises, never calls the module, or calls it in a way that no graph can take.
         ConfigError: ``steps`` is not what the sampler does; or the seed says nothing.
     """
+    if "forward" in module.__dict__:
+        raise ConfigError(f"{where}: forward is set on the module itself; put it into its class, or wrap the module")
+    if any(value.device.type != "cpu" for value in module.parameters()):
+        raise ConfigError(
+            f"{where}: the module is not on the CPU; leave it there, --device moves it while it quantizes"
+        )
     module = module.eval().float().requires_grad_(False)
 
     def code(seeds: Sequence[int], pictures: bool) -> Tensor:
-        drawn = [images_of(draw(seed), where) for seed in seeds]
-        return torch.stack([each[0] if len(each) == 1 else each for each in drawn])
+        return torch.stack([image_of(draw(seed), where) for seed in seeds])
 
     recorder = Recorder(module, code, where)
     runs = [recorder.run([seed]) for seed in (0, 0, 1)]
@@ -98,16 +107,17 @@ def denoiser_from_pipeline(  # noqa: PLR0913
     module = module.eval().float().requires_grad_(False)
     pipeline = open_pipeline(root, folder.variant, **{name: module})
     chosen = _scheduler(pipeline, scheduler, steps, where)
+    config: Any = module.config
     code = PipelineCode(pipeline, requests, call_arguments(pipeline, steps))
-    asked = _guided(tuple(requests) or _usual_requests(code), guidance_scale)
+    asked = _guided(tuple(requests) or _usual_requests(code, config), guidance_scale)
     code = replace(code, requests=asked)
     require_requests(pipeline, asked, where)
     runs, plan, together = _recorded(Recorder(module, _of_more_steps(code), where))
     schedule = runs[0] if steps >= TELLING else Recorder(module, code, where).run([0], images=1)
+    _require_one_schedule(Recorder(module, code, where), plan, schedule, asked)
     if any(leaf.ragged for leaf in plan.leaves):
         together = 1  # prompts drawn together would be padded to the longest
     denoiser = _denoiser(Recorder(module, code, where), plan, runs, schedule, together)
-    config: Any = module.config
     return replace(
         denoiser,
         sampler_info=SamplerInfo(type(chosen).__name__, steps, _guidance(code)),
@@ -121,7 +131,9 @@ def denoiser_from_pipeline(  # noqa: PLR0913
 
 def _scheduler(pipeline: Any, choice: str | None, steps: int, where: str) -> Any:
     """Put the scheduler that was asked for into the pipeline."""
-    own = pipeline.scheduler
+    own = getattr(pipeline, "scheduler", None)
+    if own is None:
+        raise LoadError(f"{where}: {type(pipeline).__name__} has no scheduler of that name; use --factory")
     config = scheduler_config(own)
     needs_many = type(own).__name__ == MANY_STEPS and own.config.variance_type not in LEARNED
     if choice is None and not (needs_many and steps < int(own.config.num_train_timesteps)):
@@ -130,12 +142,12 @@ def _scheduler(pipeline: Any, choice: str | None, steps: int, where: str) -> Any
     return pipeline.scheduler
 
 
-def _usual_requests(code: PipelineCode) -> tuple[Request, ...]:
+def _usual_requests(code: PipelineCode, config: Mapping[str, Any]) -> tuple[Request, ...]:
     if code.takes("prompt"):
         return own_prompts()
     if code.takes("class_labels"):
-        config = code.pipeline.transformer.config
-        return tuple({"class_labels": label} for label in range(int(config.num_embeds_ada_norm)))
+        classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0
+        return tuple({"class_labels": label} for label in range(int(classes)))
     return ()
 
 
@@ -193,6 +205,8 @@ def _denoiser(
     inputs, conditioning = _examples(plan, runs)
     try:
         independent = _rows_are_independent(module, inputs)
+    except LoadError as error:
+        raise LoadError(f"{recorder.where}: {error}") from error
     except Exception as error:  # the model's own code, on a batch that it was not called with
         raise LoadError(
             f"{recorder.where}: the model cannot run on two rows together: {type(error).__name__}: {first_line(error)}"
@@ -202,15 +216,20 @@ def _denoiser(
             f"{recorder.where}: the model predicts something else for a row of {plan.sample} alone than in a batch of "
             "two; a graph needs rows that do not depend on each other"
         )
-    place = plan.inputs[plan.timestep].path
-    visited = [np.asarray(torch.as_tensor(call[place])).reshape(-1)[:1] for call in schedule.calls]
+    if plan.inputs[plan.sample].ragged:
+        raise LoadError(f"{recorder.where}: {plan.sample} is of several sizes; a graph is for one size of image")
+    ragged = {name: leaf.ragged for name, leaf in plan.inputs.items() if leaf.ragged}
+    shapes = {
+        name: tuple(None if axis in ragged.get(name, ()) else size for axis, size in enumerate(value.shape))[1:]
+        for name, value in inputs.items()
+    }
     return Denoiser(
         module=module,
         example_inputs=inputs,
         sample=plan.sample,
         timestep=plan.timestep,
-        timesteps=TimestepSet.visited(np.concatenate(visited)),
-        sampler=RecordedSampler(recorder.module, plan, runs[0].answer, recorder.draw, together, recorder.where),
+        timesteps=TimestepSet.visited(_visited(plan, schedule)),
+        sampler=RecordedSampler(recorder.module, plan, runs[0].answer, recorder.draw, together, shapes, recorder.where),
         sampler_info=SamplerInfo("function", len(schedule.calls)),
         conditioning=conditioning,
         unconditional={},
@@ -218,9 +237,33 @@ def _denoiser(
         config={},
         scheduler_config=None,
         source=recorder.where,
-        call=call_info(plan, runs),
-        ragged={name: leaf.ragged for name, leaf in plan.inputs.items() if leaf.ragged},
+        call=call_info(plan, runs, together),
+        ragged=ragged,
     )
+
+
+def _visited(plan: CallPlan, run: RecordedRun) -> NDArray[Any]:
+    """The timestep of each call, [calls]."""
+    place = plan.inputs[plan.timestep].path
+    return np.concatenate([np.asarray(torch.as_tensor(call[place])).reshape(-1)[:1] for call in run.calls])
+
+
+def _require_one_schedule(
+    recorder: Recorder, plan: CallPlan, schedule: RecordedRun, requests: Sequence[Request]
+) -> None:
+    """Refuse requests that walk other timesteps than the first, as other strengths do."""
+    seen = [without_lists(request) for request in requests[:1]]
+    for number, request in enumerate(requests):
+        settings = without_lists(request)
+        if settings in seen:
+            continue
+        seen.append(settings)
+        walked = _visited(plan, recorder.run([number], images=1))
+        if not np.array_equal(walked, _visited(plan, schedule)):
+            raise ConfigError(
+                f"{recorder.where}: request {number + 1} of the prompts walks other timesteps than the first; a bundle "
+                "is for one schedule, so give them the same settings (strength, timesteps, sigmas)"
+            )
 
 
 def _examples(plan: CallPlan, runs: Sequence[RecordedRun]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -232,7 +275,9 @@ def _examples(plan: CallPlan, runs: Sequence[RecordedRun]) -> tuple[dict[str, Te
     }
     last = len(together[plan.sample]) - 1
     inputs = {name: value[[0, last]].clone() if value.ndim else value for name, value in together.items()}
-    conditioning = {name: value for name, value in together.items() if name not in (plan.sample, plan.timestep)}
+    conditioning = {
+        name: value[:EXAMPLES] for name, value in together.items() if name not in (plan.sample, plan.timestep)
+    }
     return inputs, conditioning
 
 
@@ -258,6 +303,8 @@ def _with_a_timestep_for_each_row(model: nn.Module, plan: CallPlan, runs: Sequen
 def _rows_are_independent(module: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
     """Whether two rows together give what each gives alone: else the roles of the arguments were not understood."""
     both = first_tensor(module(**inputs))
+    if not both.isfinite().all():
+        raise LoadError("it predicts NaN or infinity; check the checkpoint")
     rows = [
         first_tensor(module(**{name: value[row : row + 1] if value.ndim else value for name, value in inputs.items()}))
         for row in range(2)
@@ -274,6 +321,9 @@ def _require_seeded(plan: CallPlan, runs: Sequence[RecordedRun], where: str) -> 
     starts = [plan.flat_values(run.calls[0])[plan.sample] for run in runs]
     if not torch.equal(starts[0], starts[1]):
         raise ConfigError(f"{where}: draw(0) starts from other noise each time; seed its generator by it")
+    calls = [[plan.flat_values(call)[plan.sample] for call in run.calls] for run in runs[:2]]
+    if len(calls[0]) != len(calls[1]) or not all(torch.equal(*pair) for pair in zip(*calls, strict=True)):
+        raise ConfigError(f"{where}: draw(0) draws other noise on its way each time; seed its generator by it")
     if torch.equal(starts[1], starts[2]):
         raise ConfigError(
             f"{where}: draw(0) and draw(1) start from the same noise; seed its generator with the argument"

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from tfmq_export.models.recorded.calls import forward_of
 
+PLAIN = (Tensor, str, int, float, bool, type(None))
+"""What a key or an answer may hold: nothing with a state of its own."""
 MOST = 256 << 20
 """Bytes of answers of one encoder: some hundred prompts of the longest kind, every prompt of the others."""
 
@@ -35,9 +37,14 @@ class Remembered:
         self._bytes = 0
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        key = _key(args, named)
+        leaves, spec = tree_flatten((args, dict(sorted(named.items()))))
+        if not all(isinstance(leaf, PLAIN) for leaf in leaves):
+            return self._compute(*args, **named)  # a state that it goes on from, as language models have
+        key = _key(leaves, spec)
         if key not in self._kept:
             answer = self._compute(*args, **named)
+            if not all(isinstance(leaf, PLAIN) for leaf in tree_leaves(answer)):
+                return answer
             self._kept[key] = answer
             self._bytes += _size(answer)
             while self._bytes > self._most and len(self._kept) > 1:
@@ -46,15 +53,14 @@ class Remembered:
         return tree_map_only(Tensor, Tensor.clone, self._kept[key])  # pipelines write into what they are given
 
 
-def _key(args: Any, named: Any) -> str:
-    digest = hashlib.sha256()
-    for leaf in tree_leaves((args, dict(sorted(named.items())))):
+def _key(leaves: list[Any], spec: Any) -> str:
+    digest = hashlib.sha256(repr(spec).encode())
+    for leaf in leaves:
         if isinstance(leaf, Tensor):
             array = (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy(force=True)
-            digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+            digest.update(f"\n{leaf.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
         else:
-            digest.update(repr(leaf).encode())
-    digest.update(",".join(sorted(named)).encode())
+            digest.update(f"\n{leaf!r}".encode())
     return digest.hexdigest()
 
 

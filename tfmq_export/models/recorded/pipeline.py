@@ -225,8 +225,13 @@ def _is_readable(path: Path) -> bool:
 
 def _alike(asked: Sequence[Request]) -> bool:
     """Whether requests can be drawn together: they differ in nothing but what may be a list."""
-    rest = [{key: value for key, value in request.items() if key not in LISTED} for request in asked]
+    rest = [without_lists(request) for request in asked]
     return all(each == rest[0] for each in rest) and all(request.keys() == asked[0].keys() for request in asked)
+
+
+def without_lists(request: Request) -> dict[str, object]:
+    """What of a request must be the same for images that are drawn together."""
+    return {key: value for key, value in request.items() if key not in LISTED}
 
 
 def _joined(asked: Sequence[Request]) -> dict[str, object]:

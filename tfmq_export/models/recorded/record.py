@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tfmq_export.bundle.manifest import CallInfo, LeafInfo, fingerprint_of
 from tfmq_export.capture.denoiser import Denoise, first_tensor
 from tfmq_export.errors import LoadError, TfmqError, first_line
-from tfmq_export.models.recorded.calls import CallPlan, Path, answering, flattened, forward_of, signature_of
+from tfmq_export.models.recorded.calls import CallPlan, Path, answering, flattened, forward_of, same, signature_of
 from tfmq_export.models.recorded.roles import RecordedRun
 
 DrawSeeds = Callable[[Sequence[int], bool], Tensor]
@@ -50,7 +50,8 @@ class Recorder:
 
         def reply(*args: Any, **named: Any) -> Any:
             arguments, spec = flattened(signature, args, named)
-            calls.append({path: _kept(value) for path, value in arguments.items()})
+            before = calls[-1] if calls else {}
+            calls.append({path: _kept(value, before.get(path)) for path, value in arguments.items()})
             specs.append(spec)
             return answers(*args, **named)
 
@@ -78,13 +79,9 @@ class Answers:
             self.first = self._compute(*args, **named)
             first_tensor(self.first)  # refuses where there is none
             return self.first
-        return tree_map_only(Tensor, self._like, self.first)
-
-    def _like(self, leaf: Tensor) -> Tensor:
-        if not leaf.is_floating_point():
-            return leaf
-        noise = torch.randn(leaf.shape, generator=self._noise)
-        return (noise * leaf.float().std(correction=0).cpu()).to(leaf.device, leaf.dtype)
+        like = first_tensor(self.first)
+        noise = torch.randn(like.shape, generator=self._noise)
+        return answer_with(self.first, (noise * like.float().std(correction=0).cpu()).to(like.device))
 
 
 def answer_with(form: Any, prediction: Tensor) -> Any:
@@ -110,6 +107,7 @@ class RecordedSampler:
         answer: What it returned once.
         code: Draws.
         together: How many images one run draws at most.
+        shapes: Of each input of the plan, without its rows; None for a size that may vary.
         where: Name of the model in messages.
     """
 
@@ -118,6 +116,7 @@ class RecordedSampler:
     answer: Any
     code: DrawSeeds
     together: int
+    shapes: Mapping[str, tuple[int | None, ...]]
     where: str
 
     def draw(self, denoise: Denoise, seeds: Sequence[int], *, pictures: bool = False) -> Tensor:
@@ -129,11 +128,23 @@ class RecordedSampler:
 
         def reply(*args: Any, **named: Any) -> Any:
             flat = self.plan.flat(args, named)
+            self._require_shapes(flat)
             sample, timestep = flat.pop(self.plan.sample), flat.pop(self.plan.timestep)
             return answer_with(self.answer, denoise(sample, timestep, **flat))
 
         with answering(self.module, reply):
             return drawn_by(self.code, seeds, pictures, self.where)
+
+    def _require_shapes(self, flat: Mapping[str, Tensor]) -> None:
+        for name, wanted in self.shapes.items():
+            sizes = tuple(flat[name].shape[1:])
+            if len(sizes) == len(wanted) and all(x in (None, y) for x, y in zip(wanted, sizes, strict=True)):
+                continue
+            raise LoadError(
+                f"{self.where}: {name} is {list(sizes)} for one request and {list(wanted)} for the first ones; a graph "
+                "is for one size and one number of frames, and where prompts may be of any length, let the first two "
+                "of --prompts differ in length"
+            )
 
 
 def drawn_by(code: DrawSeeds, seeds: Sequence[int], pictures: bool, where: str) -> Tensor:
@@ -153,12 +164,16 @@ def drawn_by(code: DrawSeeds, seeds: Sequence[int], pictures: bool, where: str) 
     return images
 
 
-def call_info(plan: CallPlan, runs: Sequence[RecordedRun]) -> CallInfo:
-    """The plan as a manifest tells it."""
+def call_info(plan: CallPlan, runs: Sequence[RecordedRun], together: int) -> CallInfo:
+    """The plan as a manifest tells it.
+
+    Args:
+        together: How many images may be drawn in one run.
+    """
     leaves = tuple(
         LeafInfo(leaf.path, constant=_fingerprint(leaf.value))
         if leaf.name is None
-        else LeafInfo(leaf.path, leaf.name, leaf.fold)
+        else LeafInfo(leaf.path, leaf.name, leaf.fold, leaf.axis)
         for leaf in plan.leaves
     )
     sample, timestep = plan.inputs[plan.sample].path, plan.inputs[plan.timestep].path
@@ -166,7 +181,7 @@ def call_info(plan: CallPlan, runs: Sequence[RecordedRun]) -> CallInfo:
     rows = len(first.calls[0][sample]) // first.images if first.images else 0
     visited = [float(torch.as_tensor(call[timestep]).reshape(-1)[0]) for call in first.calls]
     alike = next((place for place, value in enumerate(visited) if value != visited[0]), len(visited))
-    return CallInfo(leaves, rows, alike)
+    return CallInfo(leaves, rows, alike, together)
 
 
 def _fingerprint(value: Any) -> str:
@@ -175,11 +190,11 @@ def _fingerprint(value: Any) -> str:
     return fingerprint_of((value.float() if value.is_floating_point() else value).numpy(force=True))
 
 
-def images_of(drawn: Any, where: str) -> Tensor:
-    """What a user's ``draw(seed)`` returned, as a batch in floating point, [N, ...].
+def image_of(drawn: Any, where: str) -> Tensor:
+    """What a user's ``draw(seed)`` returned, in floating point; a batch of one is its image.
 
     Args:
-        drawn: A tensor, an array, a list of them, [C, H, W] or [N, C, H, W].
+        drawn: A tensor, an array or a list of them: [C, H, W], [1, C, H, W], or whatever else one image is.
     Raises:
         LoadError: none of these.
     """
@@ -187,14 +202,16 @@ def images_of(drawn: Any, where: str) -> Tensor:
         drawn = torch.stack([torch.as_tensor(each) for each in drawn])
     if not isinstance(drawn, Tensor | np.ndarray):
         raise LoadError(f"{where}: draw(seed) returned {type(drawn).__name__}; return the image as a tensor, [C, H, W]")
-    images = torch.as_tensor(drawn).detach().float().cpu()
-    if images.ndim < 2:
-        raise LoadError(f"{where}: draw(seed) returned shape {list(images.shape)}; return the image, [C, H, W]")
-    return images
+    image = torch.as_tensor(drawn).detach().float().cpu()
+    if image.ndim < 2:
+        raise LoadError(f"{where}: draw(seed) returned shape {list(image.shape)}; return the image, [C, H, W]")
+    return image[0] if image.ndim > 3 and len(image) == 1 else image
 
 
-def _kept(value: Any) -> Any:
-    """A copy that later steps of the sampler do not write to."""
+def _kept(value: Any, before: Any) -> Any:
+    """A copy that later steps of the sampler do not write to; the last call's, where nothing changed."""
+    if isinstance(value, Tensor) and isinstance(before, Tensor) and same(value, before):
+        return before
     if isinstance(value, Tensor):
         return value.detach().clone()
     return value.copy() if isinstance(value, np.ndarray) else value

@@ -46,12 +46,16 @@ def write_requests(folder: Path, requests: Sequence[Request]) -> None:
     """Write ``prompts.jsonl`` for ``read_requests``, with the pictures it names beside it."""
     lines: list[str] = []
     pictures: dict[str, str] = {}
+
+    def kept(value: object) -> object:
+        if isinstance(value, list):
+            return [kept(each) for each in value]
+        if isinstance(value, str) and Path(value).suffix.lower() in PICTURES and Path(value).is_file():
+            return pictures.setdefault(value, f"picture_{len(pictures)}{Path(value).suffix.lower()}")
+        return value
+
     for request in requests:
-        kept = dict(request)
-        for key, value in request.items():
-            if isinstance(value, str) and Path(value).suffix.lower() in PICTURES and Path(value).is_file():
-                kept[key] = pictures.setdefault(value, f"picture_{len(pictures)}{Path(value).suffix.lower()}")
-        lines.append(json.dumps(kept, ensure_ascii=False))
+        lines.append(json.dumps({key: kept(value) for key, value in request.items()}, ensure_ascii=False))
     for source, name in pictures.items():
         shutil.copyfile(source, folder / name)
     (folder / REQUESTS).write_text("\n".join(lines) + "\n", "utf-8")
@@ -68,11 +72,15 @@ def _request(line: str, where: str, folder: Path) -> Request:
         value: Any = json.loads(line)
     except ValueError as error:
         raise LoadError(f"{where}: not a JSON object ({first_line(error)}); give text, or an object a line") from error
+    if "num_inference_steps" in value:
+        raise ConfigError(f"{where}: num_inference_steps is for all images alike; give it as --steps")
     return {key: _placed(each, where, folder) for key, each in value.items()}
 
 
 def _placed(value: object, where: str, folder: Path) -> object:
-    """A path of a picture, from where the list lies."""
+    """Paths of pictures, from where the list lies."""
+    if isinstance(value, list):
+        return [_placed(each, where, folder) for each in value]
     if isinstance(value, str) and Path(value).suffix.lower() in PICTURES:
         path = (folder / value).absolute()
         if not path.is_file():

@@ -48,7 +48,12 @@ def plan_of(signature: inspect.Signature, runs: Sequence[RecordedRun], where: st
     Raises:
         LoadError: the calls differ in form, or no argument behaves as a sample or as a timestep does.
     """
-    first, *_ = runs
+    first, *others = runs
+    if any(run.spec != first.spec for run in others):
+        raise LoadError(
+            f"{where}: the model is called in another form from run to run, with lists as long as the prompt or as the "
+            "number of images; a graph cannot take them"
+        )
     values = {path: _Values(path, runs) for path in first.calls[0]}
     timestep = _timestep(values, where)
     sample = _sample(values, timestep, where)
