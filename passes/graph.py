@@ -4,6 +4,7 @@ graphsurgeon has no 4-bit constants but lazy ones, drops metadata, and lets dupl
 everything else in ``passes`` builds on the helpers below.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def check_valid(graph: gs.Graph) -> None:
         PostconditionError: it is not valid ONNX.
     """
     model = export_model(graph)
-    if model.ByteSize() > EXTERNAL_DATA_BYTES:
+    if weight_bytes(model) > EXTERNAL_DATA_BYTES:
         return  # the checker serializes, which protobuf refuses above 2 GiB; the engine checks it at load
     try:
         onnx.checker.check_model(model)
@@ -68,9 +69,20 @@ def check_valid(graph: gs.Graph) -> None:
         raise PostconditionError(f"{graph.name}: not valid ONNX: {error}") from error
 
 
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of the initializers, by their sizes; protobuf serializes a model to measure it, and cannot above 2 GiB."""
+    return sum(math.prod(tensor.dims) * _bits(tensor.data_type) // 8 for tensor in model.graph.initializer)
+
+
+def _bits(data_type: int) -> int:
+    if data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return 4
+    return int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize) * 8
+
+
 def save_model(model: onnx.ModelProto, path: Path) -> None:
     """Write a model, with its weights in ``<name>_data`` when it is large."""
-    external = model.ByteSize() > EXTERNAL_DATA_BYTES
+    external = weight_bytes(model) > EXTERNAL_DATA_BYTES
     data = path.with_name(f"{path.name}_data")
     data.unlink(missing_ok=True)  # onnx would append to it
     onnx.save_model(model, str(path), save_as_external_data=external, all_tensors_to_one_file=True, location=data.name)

@@ -102,3 +102,11 @@ def test_dumped_graphs_are_numbered_in_order(tmp_path: Path) -> None:
     x = normal(1, 2, 64)
     dumped = onnx.load(tmp_path / "deep" / "dump" / names[0])
     np.testing.assert_array_equal(infer(dumped, {"x": x})[0], infer(wide_model(), {"x": x})[0])
+
+
+def test_weights_are_measured_without_being_written() -> None:
+    """A model above protobuf's 2 GiB cannot be serialized, and so not be measured by ``ByteSize``."""
+    large = onnx.TensorProto(name="large", dims=[1 << 20, 1 << 10], data_type=onnx.TensorProto.FLOAT)
+    packed = onnx.TensorProto(name="packed", dims=[3, 4], data_type=onnx.TensorProto.INT4)
+    graph = onnx.GraphProto(name="graph", initializer=[large, packed])
+    assert graph_module.weight_bytes(onnx.ModelProto(graph=graph)) == (4 << 30) + 6
