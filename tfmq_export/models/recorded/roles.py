@@ -57,6 +57,11 @@ def plan_of(signature: inspect.Signature, runs: Sequence[RecordedRun], where: st
     values = {path: _Values(path, runs) for path in first.calls[0]}
     timestep = _timestep(values, where)
     sample = _sample(values, timestep, where)
+    if any(isinstance(key, int) for key in sample):
+        raise LoadError(
+            f"{where}: the model takes its samples in a list, one tensor for each image ({Leaf(sample).place}), and "
+            "loops over them; a graph takes them as a batch"
+        )
     rows = [run.calls[0][sample].shape[0] for run in runs]
     told = (sample, timestep)
     names = _names([path for path, found in values.items() if path in told or found.is_input or found.is_given(rows)])
