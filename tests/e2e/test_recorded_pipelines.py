@@ -202,6 +202,18 @@ def test_a_broken_component_is_named(sd_turbo: tuple[Path, Bundle], tmp_path: Pa
         load(Source(root, steps=2))
 
 
+def test_prompts_of_the_most_common_length_come_first(tmp_path: Path) -> None:
+    """Calibration takes those of one length."""
+    root, _ = written("cogview4", tmp_path)
+    prompts, long = tmp_path / "prompts.txt", "a very long story of two foxes and a hen on a farm by the sea"
+    prompts.write_text("\n".join(("a fox", long, long + "!")))
+
+    denoiser = load(Source(root, steps=STEPS, prompts=prompts))
+
+    assert denoiser.ragged == {"encoder_hidden_states": (1,)}
+    assert denoiser.requests[-1]["prompt"] == "a fox"
+
+
 def test_another_constant_is_refused_where_it_is_served(tmp_path: Path) -> None:
     root, prompts = written("flux-schnell", tmp_path)
     denoiser = load(Source(root, steps=STEPS, prompts=prompts))

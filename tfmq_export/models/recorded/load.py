@@ -1,6 +1,7 @@
 """From a model and the code that draws with it to a ``Denoiser``."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -117,6 +118,9 @@ def denoiser_from_pipeline(  # noqa: PLR0913
     _require_one_schedule(Recorder(module, code, where), plan, schedule, asked)
     if any(leaf.ragged for leaf in plan.leaves):
         together = 1  # prompts drawn together would be padded to the longest
+        asked = _usual_length_first(Recorder(module, code, where), plan, asked)
+        code = replace(code, requests=asked)
+        runs = [Recorder(module, _of_more_steps(code), where).run([0], images=1), *runs[1:]]
     denoiser = _denoiser(Recorder(module, code, where), plan, runs, schedule, together)
     return replace(
         denoiser,
@@ -264,6 +268,18 @@ def _require_one_schedule(
                 f"{recorder.where}: request {number + 1} of the prompts walks other timesteps than the first; a bundle "
                 "is for one schedule, so give them the same settings (strength, timesteps, sigmas)"
             )
+
+
+def _usual_length_first(recorder: Recorder, plan: CallPlan, requests: Sequence[Request]) -> tuple[Request, ...]:
+    """Requests whose prompts are of the most common length, then the others: calibration takes those of one length."""
+    if not requests:
+        return ()
+    lengths = [
+        tuple(tuple(plan.flat_values(first)[name].shape[1:]) for name, leaf in plan.inputs.items() if leaf.ragged)
+        for first in (recorder.first_call([number]) for number in range(len(requests)))
+    ]
+    often = Counter(lengths)
+    return tuple(requests[place] for place in sorted(range(len(requests)), key=lambda at: -often[lengths[at]]))
 
 
 def _examples(plan: CallPlan, runs: Sequence[RecordedRun]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """Recording a model in the code that draws with it, and drawing with something else in its place."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,31 @@ class Recorder:
             )
         _require_one_form(calls, specs, self.where)
         return RecordedRun(images, tuple(calls), specs[0], answers.first)
+
+    def first_call(self, seeds: Sequence[int]) -> Mapping[Path, Any]:
+        """The arguments of the first call of a run, which ends there: what prompts cost, and no more.
+
+        Raises:
+            LoadError: the model is never called, or the code raises.
+        """
+        signature = signature_of(self.module)
+        found: dict[Path, Any] = {}
+
+        def reply(*args: Any, **named: Any) -> Any:
+            found.update(flattened(signature, args, named)[0])
+            raise _Enough
+
+        with answering(self.module, reply), contextlib.suppress(_Enough):
+            drawn_by(self.draw, seeds, False, self.where)
+        if not found:
+            raise LoadError(
+                f"{self.where}: drew an image without calling the model; return the module that draw() uses"
+            )
+        return found
+
+
+class _Enough(BaseException):
+    """Ends a run at the model's first call; no code that catches exceptions takes it for one of its own."""
 
 
 class Answers:
