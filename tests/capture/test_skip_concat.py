@@ -175,3 +175,19 @@ def test_splitting_the_same_program_again_gives_the_same_operations() -> None:
 
 def test_parts_are_numbered() -> None:
     assert [SkipSplit("conv2d_9", (8, 8)).part(index) for index in range(2)] == ["conv2d_9_part0", "conv2d_9_part1"]
+
+
+class TimeAsChannels(nn.Module):
+    """The timestep beside the sample, as models of points and of sound have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(4, 5, 1), nn.Conv2d(5, 3, 1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        time = timestep.float().cos()[:, None, None, None].expand(-1, 1, 8, 8)
+        return self.leave(self.enter(torch.cat((sample, time), dim=1)))
+
+
+def test_a_concatenation_with_the_timestep_is_left_whole() -> None:
+    assert find_skip_concats(capture(probe(TimeAsChannels()))) == ()

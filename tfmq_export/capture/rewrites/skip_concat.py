@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tfmq_export.capture.dependences import Operation
+from tfmq_export.capture.dependences import TIMESTEP, Operation, dependences
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.recipe.recipe import SkipSplit
 
@@ -22,14 +22,20 @@ aten = torch.ops.aten
 
 
 def find_skip_concats(program: DiffusionProgram) -> tuple[SkipSplit, ...]:
-    """Layers to be quantized that read a concatenation along their channel axis."""
+    """Layers to be quantized that read a concatenation along their channel axis.
+
+    Not one with the timestep in it: a half that depends on time alone would be a layer behind the tables.
+    """
     nodes = {node.name: node for node in program.module.graph.nodes}
+    depends = dependences(program.module.graph, program.roles)
     found = []
     for op in program.operations:
         node, source = nodes[op.name], nodes[op.input]
         if source.target is not aten.cat.default or (op.kind == "conv" and op.groups > 1):
             continue
         parts: Any = source.args[0]
+        if any(depends[part.name] == {TIMESTEP} for part in parts):
+            continue
         axis = source.args[1] if len(source.args) > 1 else 0
         rank = source.meta["val"].ndim
         sizes = [part.meta["val"].shape[axis] for part in parts]
