@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
+from nets.tiny_unets import attention_unet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,19 +19,6 @@ from tfmq_export.models.weights import load_weights
 
 FILE = "diffusion_pytorch_model.safetensors"
 State = dict[str, Tensor]
-
-
-def tiny() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    )
 
 
 def with_adapters(state: State) -> State:
@@ -83,7 +71,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "says"), DAMAGES)
 def test_a_folder_whose_weights_do_not_fit_is_refused(damage: Any, says: str, tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path)
+    attention_unet().save_pretrained(tmp_path)
     DDIMScheduler().save_config(tmp_path)
     save_file(damage(load_file(tmp_path / FILE)), tmp_path / FILE, {"format": "pt"})
 
@@ -94,7 +82,7 @@ def test_a_folder_whose_weights_do_not_fit_is_refused(damage: Any, says: str, tm
 @pytest.mark.parametrize(("damage", "says"), DAMAGES)
 def test_a_file_whose_weights_do_not_fit_is_refused(damage: Any, says: str, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    write_checkpoint(path, tiny(), dict(DDIMScheduler().config), PromptSet())
+    write_checkpoint(path, attention_unet(), dict(DDIMScheduler().config), PromptSet())
     document = torch.load(path, weights_only=True)
     torch.save({**document, "state_dict": damage(document["state_dict"])}, path)
 
@@ -103,7 +91,7 @@ def test_a_file_whose_weights_do_not_fit_is_refused(damage: Any, says: str, tmp_
 
 
 def test_a_folder_whose_keys_have_a_wrappers_prefix_is_the_same_model(tmp_path: Path) -> None:
-    model = tiny().eval()
+    model = attention_unet().eval()
     model.save_pretrained(tmp_path)
     DDIMScheduler().save_config(tmp_path)
     save_file(wrapped(load_file(tmp_path / FILE)), tmp_path / FILE, {"format": "pt"})
@@ -138,7 +126,7 @@ def test_other_floating_points_are_taken(dtype: torch.dtype) -> None:
 
 
 def test_a_class_embedding_nobody_knows_is_refused(tmp_path: Path) -> None:
-    model = tiny()
+    model = attention_unet()
     model.register_to_config(class_embed_type="nope")
     model.save_pretrained(tmp_path)
     DDIMScheduler().save_config(tmp_path)
@@ -150,7 +138,7 @@ def test_a_class_embedding_nobody_knows_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", [[], "none", {"examples": []}, {"examples": {"x": 1}}, {"guidance_scale": "7"}])
 def test_stored_conditioning_of_another_form_is_refused(stored: object, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    write_checkpoint(path, tiny(), dict(DDIMScheduler().config), PromptSet())
+    write_checkpoint(path, attention_unet(), dict(DDIMScheduler().config), PromptSet())
     torch.save({**torch.load(path, weights_only=True), "conditioning": stored}, path)
 
     with pytest.raises(LoadError, match="its conditioning is not examples and unconditional values by name"):

@@ -61,6 +61,16 @@ class SamplerInfo:
     guidance_scale: float = 1.0
 
 
+LeafPath = tuple[str | int, ...]
+"""Name of an argument, and behind it the keys and positions inside."""
+
+
+def written(path: LeafPath) -> str:
+    """A path as people write it: ``added_cond_kwargs['text_embeds']``."""
+    first, *rest = path
+    return str(first) + "".join(f"[{key!r}]" for key in rest)
+
+
 @dataclass(frozen=True, slots=True)
 class LeafInfo:
     """A value inside the arguments of a call of the model's own ``forward``.

@@ -138,8 +138,7 @@ class Denoiser:
         """
         sampler, count = self.sampler, images if first is None else min(first, images)
         if isinstance(sampler, SeededSampler):
-            seeds = [seed * SEEDS + number for number in range(count)]
-            parts = [seeds[start : start + sampler.together] for start in range(0, count, sampler.together)]
+            parts = seeds_of(seed, count, sampler.together)
             return tuple(partial(sampler.draw, seeds=part, pictures=pictures) for part in parts)
         noise = self.noise(images, seed)[:count]
         prompts = {name: value[:count] for name, value in self.prompts(images).items()}
@@ -192,6 +191,22 @@ class Denoiser:
         if example.ndim == 0:
             return value[0]
         return value.expand(batch) if len(value) == 1 else value
+
+
+def seeds_of(seed: int, images: int, together: int) -> list[list[int]]:
+    """The seeds of a number of images, those that are drawn together in one list."""
+    seeds = [seed * SEEDS + number for number in range(images)]
+    return [seeds[start : start + together] for start in range(0, images, together)]
+
+
+def row_shape(example: Tensor, ragged: Sequence[int]) -> tuple[int | None, ...]:
+    """The shape of one row of an input; None for a size that may vary.
+
+    Args:
+        example: [N, ...].
+        ragged: Axes that may vary beside the batch.
+    """
+    return tuple(None if axis in ragged else size for axis, size in enumerate(example.shape))[1:]
 
 
 def first_tensor(output: Any) -> Tensor:

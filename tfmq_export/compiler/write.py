@@ -21,7 +21,7 @@ from tfmq_export.bundle.manifest import (
     write_manifest,
 )
 from tfmq_export.bundle.pipeline_folder import add_components
-from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.denoiser import Denoiser, row_shape
 from tfmq_export.compiler.forms import Lowered
 from tfmq_export.compiler.onnx_components import write_onnx_components
 from tfmq_export.config import Components
@@ -114,17 +114,16 @@ def _passes(lowered: Lowered) -> tuple[PassInfo, ...]:
 
 
 def _inputs(denoiser: Denoiser) -> tuple[InputInfo, ...]:
-    roles = {denoiser.sample: "sample", denoiser.timestep: "timestep"}
+    roles, ragged = {denoiser.sample: "sample", denoiser.timestep: "timestep"}, denoiser.ragged
     return tuple(
-        InputInfo(name, roles.get(name, "conditioning"), str(value.numpy().dtype), _shape(denoiser, name))
+        InputInfo(
+            name,
+            roles.get(name, "conditioning"),
+            str(value.numpy().dtype),
+            row_shape(value, ragged.get(name, ())),
+        )
         for name, value in denoiser.example_inputs.items()
     )
-
-
-def _shape(denoiser: Denoiser, name: str) -> tuple[int | None, ...]:
-    ragged = denoiser.ragged.get(name, ())
-    sizes = enumerate(denoiser.example_inputs[name].shape)
-    return tuple(None if axis in ragged else size for axis, size in sizes)[1:]
 
 
 def _layers(recipe: QuantRecipe) -> tuple[LayerInfo, ...]:

@@ -25,7 +25,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tfmq_export.bundle.manifest import LeafInfo, fingerprint_of
+from tfmq_export.bundle.manifest import LeafInfo, LeafPath, fingerprint_of, written
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.recipe.timesteps import timestep_vector
 from tfmq_export.runtime.loaded import LoadedBundle, load
@@ -186,13 +186,13 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
                     found[leaf.input] = value
             elif leaf is None and value is not None:
                 raise ConfigError(
-                    f"{self.loaded.bundle.root}: cannot honour {_place(path)}: the compiled graph has no such input; "
+                    f"{self.loaded.bundle.root}: cannot honour {written(path)}: the compiled graph has no such input; "
                     "leave it out, or use the PyTorch model"
                 )
             elif leaf is not None and path != ("return_dict",) and fingerprint_of(_plain(value)) != leaf.constant:
                 raise ConfigError(
-                    f"{self.loaded.bundle.root}: {_place(path)} is another one than the graph was compiled with, which "
-                    "holds it as a constant; compile for this size and these settings, or use the PyTorch model"
+                    f"{self.loaded.bundle.root}: {written(path)} is another one than the graph was compiled with, "
+                    "which holds it as a constant; compile for this size and these settings, or use the PyTorch model"
                 )
         return found
 
@@ -207,7 +207,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         return tensor.expand(rows, *tensor.shape[1:]) if one_for_all else tensor
 
 
-def _values(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+def _values(value: Any, path: LeafPath) -> Iterator[tuple[LeafPath, Any]]:
     """The values inside nested arguments, by their paths."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -217,11 +217,6 @@ def _values(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str
             yield from _values(inner, (*path, key))
     else:
         yield path, value
-
-
-def _place(path: tuple[str | int, ...]) -> str:
-    first, *rest = path
-    return str(first) + "".join(f"[{key!r}]" for key in rest)
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,9 @@ from tfmq_export.capture.denoiser import Conditioning, Denoise
 from tfmq_export.errors import ConfigError, first_line
 from tfmq_export.recipe.timesteps import TimestepSet
 
+LEARNED = ("learned", "learned_range")
+"""Variances that a model predicts beside the noise; a scheduler without them reads none."""
+
 
 @dataclass(frozen=True, slots=True)
 class DiffusersSampler:
@@ -143,7 +146,7 @@ def require_finite_walk(sampler: DiffusersSampler) -> None:
 
 def without_variance(prediction: Tensor, sample: Tensor, variance_type: object) -> Tensor:
     """The first half of the channels, where a model predicts variances too and the scheduler reads none (DiT)."""
-    if prediction.shape[1] != 2 * sample.shape[1] or variance_type in ("learned", "learned_range"):
+    if prediction.shape[1] != 2 * sample.shape[1] or variance_type in LEARNED:
         return prediction
     return prediction[:, : sample.shape[1]]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.bundle.pipeline_folder import is_pipeline
-from tfmq_export.capture.denoiser import SEEDS, Denoise
+from tfmq_export.capture.denoiser import Denoise, seeds_of
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.integrations.diffusers import CompiledDenoiser
 from tfmq_export.models.load import Source, load
@@ -108,13 +108,13 @@ def draw_in_pipeline(bundle: Bundle, request: Request, progress: Progress) -> ND
             config = scheduler_config(pipeline.scheduler)
             pipeline.scheduler = choose_scheduler(config, request.scheduler, str(bundle.root))
     code = PipelineCode(pipeline, read_requests(asked) if asked.exists() else (), call_arguments(pipeline, steps))
-    seeds = [request.seed * SEEDS + number for number in range(request.images)]
-    drawn = []
     together = 1 if manifest.call is None else manifest.call.together  # as for the proof: padding follows the longest
+    parts = seeds_of(request.seed, request.images, together)
+    drawn = []
     with progress.stage("Sampling") as step:
-        for done, start in enumerate(range(0, len(seeds), together), 1):
-            drawn.append(drawn_by(code, seeds[start : start + together], True, str(bundle.root)))
-            step(done, -(-len(seeds) // together))
+        for done, seeds in enumerate(parts, 1):
+            drawn.append(drawn_by(code, seeds, True, str(bundle.root)))
+            step(done, len(parts))
     return as_pictures(torch.cat(drawn).numpy())
 
 

@@ -30,6 +30,16 @@ FRAMES = 2
 NUMBER = 8
 """Channels of the embedding of one number."""
 IMAGE_SIDE = 224
+LEVELS_OF_CLIPS = {
+    "sample_size": 8,
+    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": 16,
+}
+"""What the two U-Nets of ModelScope's line share."""
 """Pixels that Stable Video Diffusion's encoder of images is given, whatever its config says."""
 
 
@@ -112,17 +122,7 @@ def write_animatediff(folder: Path) -> None:
 
 def write_text_to_video(folder: Path) -> None:
     """``damo-vilab/text-to-video-ms-1.7b``: convolutions over time behind those over space, frames as an axis."""
-    unet = seeded(
-        lambda: UNet3DConditionModel(
-            sample_size=8,
-            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            cross_attention_dim=WIDTH,
-            attention_head_dim=16,
-        )
-    )
+    unet = seeded(lambda: UNet3DConditionModel(**LEVELS_OF_CLIPS))
     pipeline = TextToVideoSDPipeline(
         vae=image_autoencoder(),
         text_encoder=clip_encoder(act="gelu", layers=3),
@@ -135,17 +135,7 @@ def write_text_to_video(folder: Path) -> None:
 
 def write_i2vgen(folder: Path) -> None:
     """``ali-vilab/i2vgen-xl``: an image as latents, as an embedding and as tokens, beside the prompt."""
-    unet = seeded(
-        lambda: I2VGenXLUNet(
-            sample_size=8,
-            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            cross_attention_dim=WIDTH,
-            attention_head_dim=16,
-        )
-    )
+    unet = seeded(lambda: I2VGenXLUNet(**LEVELS_OF_CLIPS))
     pipeline = I2VGenXLPipeline(
         vae=image_autoencoder(),
         text_encoder=clip_encoder(act="gelu", layers=3),

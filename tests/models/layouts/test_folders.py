@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from nets.tiny_pipelines import stable_diffusion
+from nets.tiny_unets import attention_unet
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,21 +22,8 @@ from tfmq_export.models.load import Source, load
 FILE = "diffusion_pytorch_model.safetensors"
 
 
-def tiny() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    ).eval()
-
-
 def model_folder(folder: Path, **options: Any) -> Path:
-    tiny().save_pretrained(folder, **options)
+    attention_unet().save_pretrained(folder, **options)
     DDIMScheduler().save_config(folder)
     return folder
 
@@ -49,13 +37,13 @@ def same(found: nn.Module, wanted: nn.Module, tolerance: float = 1e-5) -> None:
 def test_the_only_variant_is_found(variant: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path, variant=variant)
 
-    same(read_folder(folder)[0], tiny())
+    same(read_folder(folder)[0], attention_unet())
     assert f"variant {variant}" in load(Source(folder, steps=2)).source
 
 
 def test_several_variants_are_named_until_one_is_chosen(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, variant="non_ema")
-    other = tiny().half()
+    other = attention_unet().half()
     other.save_pretrained(folder, variant="fp16")
 
     with pytest.raises(LoadError, match=r"several variants, fp16, non_ema; choose one with --variant"):
@@ -67,9 +55,9 @@ def test_several_variants_are_named_until_one_is_chosen(tmp_path: Path) -> None:
 
 def test_plain_weights_come_before_variants(tmp_path: Path) -> None:
     folder = model_folder(tmp_path)
-    nn.Module.half(tiny()).save_pretrained(folder, variant="fp16")
+    nn.Module.half(attention_unet()).save_pretrained(folder, variant="fp16")
 
-    same(read_folder(folder)[0], tiny())
+    same(read_folder(folder)[0], attention_unet())
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -78,9 +66,9 @@ def test_shards_are_one_model(variant: str | None, tmp_path: Path) -> None:
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 1
 
-    same(read_folder(folder)[0], tiny())
+    same(read_folder(folder)[0], attention_unet())
     (index,) = folder.glob("*index*json")
-    same(load(Source(index, steps=2)).module.model, tiny())
+    same(load(Source(index, steps=2)).module.model, attention_unet())
 
     shards[0].unlink()
     with pytest.raises(LoadError, match=f"lists {shards[0].name}, which is not there"):
@@ -89,13 +77,13 @@ def test_shards_are_one_model(variant: str | None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_in_half_precision_are_computed_in_full(dtype: torch.dtype, tmp_path: Path) -> None:
-    tiny().to(dtype).save_pretrained(tmp_path)
+    attention_unet().to(dtype).save_pretrained(tmp_path)
     DDIMScheduler().save_config(tmp_path)
 
     found, _ = read_folder(tmp_path)
 
     assert {each.dtype for each in found.parameters()} == {torch.float32}
-    same(found, tiny().to(dtype).float())
+    same(found, attention_unet().to(dtype).float())
 
 
 def hub_cache(root: Path, *hashes: str, main: str | None) -> Path:
@@ -121,7 +109,7 @@ def test_a_repository_in_the_hubs_cache_is_its_snapshot(
 ) -> None:
     repository = hub_cache(tmp_path, *hashes, main=main)
 
-    same(load(Source(repository, steps=2)).module.model, tiny())
+    same(load(Source(repository, steps=2)).module.model, attention_unet())
     assert find_layout(repository).path.name == (main or hashes[0])
 
 
@@ -145,17 +133,17 @@ def test_the_first_pipelines_had_one_folder_for_all(tmp_path: Path) -> None:
 
     denoiser = load(Source(folder, steps=2))
 
-    same(denoiser.module.model, tiny())
+    same(denoiser.module.model, attention_unet())
     assert denoiser.pipeline is None
 
 
 def test_a_component_finds_the_scheduler_of_its_pipeline(tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path / "unet")
+    attention_unet().save_pretrained(tmp_path / "unet")
     DDIMScheduler(beta_end=0.03).save_config(tmp_path / "scheduler")
 
     model, scheduler = read_folder(tmp_path / "unet")
 
-    same(model, tiny())
+    same(model, attention_unet())
     assert scheduler["beta_end"] == 0.03
     assert load(Source(tmp_path / "unet" / FILE, steps=2)).scheduler_config is not None
 
@@ -207,18 +195,18 @@ def test_attention_of_the_first_releases_is_renamed(tmp_path: Path) -> None:
         state[name] = value
     assert any(".proj_attn." in name for name in state)
     save_file(state, folder / FILE, {"format": "pt"})
-    same(read_folder(folder)[0], tiny())
+    same(read_folder(folder)[0], attention_unet())
 
     # and as pickles, which are read as plain tensors
     (folder / FILE).unlink()
     torch.save(state, folder / "diffusion_pytorch_model.bin")
-    same(read_folder(folder)[0], tiny())
+    same(read_folder(folder)[0], attention_unet())
 
 
 def test_pickled_weights_are_plain_tensors_or_refused(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, safe_serialization=False)
     path = folder / "diffusion_pytorch_model.bin"
-    same(read_folder(folder)[0], tiny())
+    same(read_folder(folder)[0], attention_unet())
 
     torch.save({"conv_in.weight": Path("anything")}, path)
     with pytest.raises(LoadError, match="holds pickled Python objects, which could run code"):
@@ -243,7 +231,7 @@ def test_a_checkpoint_runs_in_a_pipeline_folder(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "tuned")
     with pytest.raises(LoadError, match=r"cross_attention_dim is 8, in .*made 16; they do not fit"):
         load(Source(tmp_path / "tuned", steps=3, pipeline=folder))
-    tiny().save_pretrained(tmp_path / "tuned")
+    attention_unet().save_pretrained(tmp_path / "tuned")
     with pytest.raises(LoadError, match=r"a UNet2DModel, but .*made runs a UNet2DConditionModel"):
         load(Source(tmp_path / "tuned", steps=3, pipeline=folder))
     with pytest.raises(LoadError, match="no pipeline folder of diffusers"):

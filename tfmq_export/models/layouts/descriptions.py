@@ -45,14 +45,23 @@ def read_scheduler_beside(path: Path) -> Mapping[str, Any] | None:
     folder = path if path.is_dir() else path.parent
     for place in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER, folder.parent / "scheduler" / SCHEDULER):
         if place.is_file():
-            try:
-                config = json.loads(place.read_text("utf-8"))
-            except (OSError, ValueError) as error:
-                raise LoadError(f"{place}: not readable JSON: {first_line(error)}") from error
-            if not isinstance(config, dict):
-                raise LoadError(f"{place}: expected a JSON object")
-            return config
+            return read_object(place)
     return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        LoadError: it cannot be read, or is something else.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path}: not readable JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path}: expected a JSON object")
+    return value
 
 
 def looked_up(config: Mapping[str, Any], *path: str) -> Any:

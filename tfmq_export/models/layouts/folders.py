@@ -1,6 +1,5 @@
 """Folders of diffusers as they lie on disks: pipelines and single models, variants and shards, caches of the hub."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tfmq_export.bundle.pipeline_folder import INDEX, is_pipeline, read_index
-from tfmq_export.errors import ConfigError, LoadError, first_line
+from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.models.layouts.descriptions import read_object
 
 DENOISERS = ("transformer", "unet", "decoder", "prior")
 """Folders of a pipeline that may hold its denoiser, in the order they are looked for."""
@@ -144,15 +144,9 @@ def read_config(component: Path) -> dict[str, Any]:
         LoadError: missing, or no JSON object.
     """
     path = component / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise LoadError(f"{path}: no such file; a diffusers model folder has one") from error
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: not readable JSON: {first_line(error)}") from error
-    if not isinstance(config, dict):
-        raise LoadError(f"{path}: expected a JSON object")
-    return config
+    if not path.exists():
+        raise LoadError(f"{path}: no such file; a diffusers model folder has one")
+    return read_object(path)
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
+from tfmq_export.bundle.manifest import LeafPath, written
 from tfmq_export.errors import LoadError
 
-Path = tuple[str | int, ...]
-"""Name of an argument, and behind it the keys and positions inside."""
 Forward = Callable[..., Any]
 
 
@@ -30,7 +29,7 @@ class Leaf:
         value: Of a constant.
     """
 
-    path: Path
+    path: LeafPath
     name: str | None = None
     fold: int = 0
     axis: int = 0
@@ -41,8 +40,7 @@ class Leaf:
     @property
     def place(self) -> str:
         """The path as people write it."""
-        first, *rest = self.path
-        return str(first) + "".join(f"[{key!r}]" for key in rest)
+        return written(self.path)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +80,7 @@ class CallPlan:
             )
         return self.flat_values(arguments)
 
-    def flat_values(self, arguments: Mapping[Path, Any]) -> dict[str, Tensor]:
+    def flat_values(self, arguments: Mapping[LeafPath, Any]) -> dict[str, Tensor]:
         """The same of a recorded call, by path."""
         rows = len(arguments[self.inputs[self.sample].path])
         found = {}
@@ -97,9 +95,17 @@ class CallPlan:
             found[leaf.name] = _unfolded(leaf, torch.as_tensor(value), rows, timestep=leaf.name == self.timestep)
         return found
 
-    def call(self, flat: Mapping[str, Tensor]) -> inspect.BoundArguments:
-        """The arguments of one call from its inputs."""
-        values = [leaf.value if leaf.name is None else _folded(leaf, flat[leaf.name]) for leaf in self.leaves]
+    def call(self, flat: Mapping[str, Tensor], held: Mapping[LeafPath, Tensor] | None = None) -> inspect.BoundArguments:
+        """The arguments of one call from its inputs.
+
+        Args:
+            held: Constants that take the place of the plan's own, by path.
+        """
+        constants = held or {}
+        values = [
+            constants.get(leaf.path, leaf.value) if leaf.name is None else _folded(leaf, flat[leaf.name])
+            for leaf in self.leaves
+        ]
         return inspect.BoundArguments(self.signature, tree_unflatten(values, self.spec))
 
 
@@ -116,15 +122,8 @@ class FlatModule(nn.Module):
 
     def forward(self, *args: Tensor, **named: Tensor) -> Any:
         """What the model returns."""
-        names = [leaf.name for leaf in self.plan.leaves if leaf.name is not None]
-        flat = {**dict(zip(names, args, strict=False)), **named}
-        values = []
-        for leaf in self.plan.leaves:
-            if leaf.name is not None:
-                values.append(_folded(leaf, flat[leaf.name]))
-            else:
-                values.append(getattr(self, self._held[leaf.path]) if leaf.path in self._held else leaf.value)
-        bound = inspect.BoundArguments(self.plan.signature, tree_unflatten(values, self.plan.spec))
+        flat = {**dict(zip(self.plan.inputs, args, strict=False)), **named}
+        bound = self.plan.call(flat, {path: getattr(self, buffer) for path, buffer in self._held.items()})
         return forward_of(self.model)(*bound.args, **bound.kwargs)
 
 
@@ -135,8 +134,7 @@ def flat_module(model: nn.Module, plan: CallPlan) -> FlatModule:
         return FlatModule.forward(self, *args, **named)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = [leaf.name for leaf in plan.leaves if leaf.name is not None]
-    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in ("self", *names)])  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in ("self", *plan.inputs)])  # type: ignore[attr-defined]
     flat: FlatModule = type("FlatModule", (FlatModule,), {"forward": forward})(model, plan)
     return flat
 
@@ -166,7 +164,7 @@ def signature_of(module: nn.Module) -> inspect.Signature:
 
 def flattened(
     signature: inspect.Signature, args: Sequence[Any], named: Mapping[str, Any]
-) -> tuple[dict[Path, Any], TreeSpec]:
+) -> tuple[dict[LeafPath, Any], TreeSpec]:
     """The values inside the arguments of a call by their paths, in order, and how they are nested."""
     leaves, spec = tree_flatten_with_path(dict(signature.bind(*args, **named).arguments))
     return {tuple(_key(each) for each in path): value for path, value in leaves}, spec
@@ -212,5 +210,5 @@ def _folded(leaf: Leaf, value: Tensor) -> Tensor:
     return value.movedim(0, leaf.axis)
 
 
-def _names(paths: Iterable[Path]) -> str:
-    return ", ".join(Leaf(path).place for path in paths)
+def _names(paths: Iterable[LeafPath]) -> str:
+    return ", ".join(written(path) for path in paths)

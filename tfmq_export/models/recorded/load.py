@@ -1,6 +1,6 @@
 """From a model and the code that draws with it to a ``Denoiser``."""
 
-import inspect
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tfmq_export.bundle.manifest import SamplerInfo
-from tfmq_export.capture.denoiser import Denoiser, first_tensor
+from tfmq_export.capture.denoiser import Denoiser, first_tensor, row_shape
 from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.models.folder import read_weights
 from tfmq_export.models.layouts.folders import ModelFolder
 from tfmq_export.models.layouts.lora import LoraFile, fuse
 from tfmq_export.models.layouts.opened import Opened, noted
-from tfmq_export.models.recorded.calls import CallPlan, flat_module, signature_of
+from tfmq_export.models.recorded.calls import CallPlan, FlatModule, flat_module, signature_of
 from tfmq_export.models.recorded.pipeline import (
     TOGETHER,
     PipelineCode,
@@ -26,6 +26,7 @@ from tfmq_export.models.recorded.pipeline import (
     class_in_pipeline,
     denoiser_name,
     open_pipeline,
+    parameters_of,
     pictures_not_given,
     require_requests,
     without_lists,
@@ -34,6 +35,7 @@ from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_i
 from tfmq_export.models.recorded.requests import Request, own_prompts
 from tfmq_export.models.recorded.roles import RecordedRun, plan_of
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
+from tfmq_export.models.walk import LEARNED
 from tfmq_export.recipe.timesteps import TimestepSet
 
 Draw = Callable[[int], Any]
@@ -42,8 +44,6 @@ TELLING = 3
 """Steps of a run that shows what changes from call to call."""
 CLOSE = 1e-3
 """Of a prediction: what another batch size may change by rounding."""
-LEARNED = ("learned", "learned_range")
-"""Variances that a model predicts beside the noise, which DDIM does not read."""
 EXAMPLES = 8
 """Rows of conditioning to keep as examples."""
 MANY_STEPS = "DDPMScheduler"
@@ -197,36 +197,19 @@ def _guided(requests: Sequence[Request], scale: float | None) -> tuple[Request, 
 def _guidance(code: PipelineCode) -> float:
     given = next((request["guidance_scale"] for request in code.requests if "guidance_scale" in request), None)
     if given is None and code.takes("guidance_scale"):
-        given = inspect.signature(code.pipeline.__call__).parameters["guidance_scale"].default
+        given = parameters_of(code.pipeline)["guidance_scale"].default
     return float(given) if isinstance(given, int | float) else 1.0
 
 
 def _denoiser(
     recorder: Recorder, plan: CallPlan, runs: Sequence[RecordedRun], schedule: RecordedRun, together: int
 ) -> Denoiser:
-    plan = _with_a_timestep_for_each_row(recorder.module, plan, runs)
-    module = flat_module(recorder.module, plan).eval().requires_grad_(False)
+    plan, module = _with_independent_rows(recorder, plan, runs)
     inputs, conditioning = _examples(plan, runs)
-    try:
-        independent = _rows_are_independent(module, inputs)
-    except LoadError as error:
-        raise LoadError(f"{recorder.where}: {error}") from error
-    except Exception as error:  # the model's own code, on a batch that it was not called with
-        raise LoadError(
-            f"{recorder.where}: the model cannot run on two rows together: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    if not independent:
-        raise LoadError(
-            f"{recorder.where}: the model predicts something else for a row of {plan.sample} alone than in a batch of "
-            "two; a graph needs rows that do not depend on each other"
-        )
     if plan.inputs[plan.sample].ragged:
         raise LoadError(f"{recorder.where}: {plan.sample} is of several sizes; a graph is for one size of image")
     ragged = {name: leaf.ragged for name, leaf in plan.inputs.items() if leaf.ragged}
-    shapes = {
-        name: tuple(None if axis in ragged.get(name, ()) else size for axis, size in enumerate(value.shape))[1:]
-        for name, value in inputs.items()
-    }
+    shapes = {name: row_shape(value, ragged.get(name, ())) for name, value in inputs.items()}
     return Denoiser(
         module=module,
         example_inputs=inputs,
@@ -256,14 +239,14 @@ def _require_one_schedule(
     recorder: Recorder, plan: CallPlan, schedule: RecordedRun, requests: Sequence[Request]
 ) -> None:
     """Refuse requests that walk other timesteps than the first, as other strengths do."""
+    wanted = _visited(plan, schedule)
     seen = [without_lists(request) for request in requests[:1]]
     for number, request in enumerate(requests):
         settings = without_lists(request)
         if settings in seen:
             continue
         seen.append(settings)
-        walked = _visited(plan, recorder.run([number], images=1))
-        if not np.array_equal(walked, _visited(plan, schedule)):
+        if not np.array_equal(_visited(plan, recorder.run([number], images=1)), wanted):
             raise ConfigError(
                 f"{recorder.where}: request {number + 1} of the prompts walks other timesteps than the first; a bundle "
                 "is for one schedule, so give them the same settings (strength, timesteps, sigmas)"
@@ -297,22 +280,39 @@ def _examples(plan: CallPlan, runs: Sequence[RecordedRun]) -> tuple[dict[str, Te
     return inputs, conditioning
 
 
-def _with_a_timestep_for_each_row(model: nn.Module, plan: CallPlan, runs: Sequence[RecordedRun]) -> CallPlan:
-    """A model called with one number for the whole batch, which would take one for each row as well, is given these.
+def _with_independent_rows(
+    recorder: Recorder, plan: CallPlan, runs: Sequence[RecordedRun]
+) -> tuple[CallPlan, FlatModule]:
+    """The model as a flat function whose rows do not depend on each other, and the plan that it follows.
 
-    Then rows of different timesteps run together: calibration needs fewer calls, and servers batch freely.
+    A model called with one number for the whole batch, which would take a timestep for each row as well, is given
+    these: then rows of different timesteps run together, calibration needs fewer calls, and servers batch freely.
+
+    Raises:
+        LoadError: it cannot run on two rows together, or predicts something else for them, or nothing finite.
     """
     leaf = plan.inputs[plan.timestep]
-    if leaf.fold:
-        return plan
-    rows = tuple(replace(each, fold=1) if each is leaf else each for each in plan.leaves)
-    wider = replace(plan, leaves=rows)
-    inputs, _ = _examples(wider, runs)
-    module = flat_module(model, wider).eval()
+    if not leaf.fold:
+        wider = replace(plan, leaves=tuple(replace(x, fold=1) if x is leaf else x for x in plan.leaves))
+        module = flat_module(recorder.module, wider).eval().requires_grad_(False)
+        with contextlib.suppress(Exception):  # whatever a model raises that takes one number only
+            if _rows_are_independent(module, _examples(wider, runs)[0]):
+                return wider, module
+    module = flat_module(recorder.module, plan).eval().requires_grad_(False)
     try:
-        return wider if _rows_are_independent(module, inputs) else plan
-    except Exception:  # whatever a model raises that takes one number only
-        return plan
+        independent = _rows_are_independent(module, _examples(plan, runs)[0])
+    except LoadError as error:
+        raise LoadError(f"{recorder.where}: {error}") from error
+    except Exception as error:  # the model's own code, on a batch that it was not called with
+        raise LoadError(
+            f"{recorder.where}: the model cannot run on two rows together: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not independent:
+        raise LoadError(
+            f"{recorder.where}: the model predicts something else for a row of {plan.sample} alone than in a batch of "
+            "two; a graph needs rows that do not depend on each other"
+        )
+    return plan, module
 
 
 @torch.no_grad()

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from tfmq_export.bundle.pipeline_folder import find_components, read_index
 from tfmq_export.capture.program import quiet_logger
 from tfmq_export.errors import ConfigError, LoadError, first_line
+from tfmq_export.models.layouts.folders import DENOISERS
 from tfmq_export.models.recorded.memory import remember_encoders
 from tfmq_export.models.recorded.requests import PICTURES, Request
 
-DENOISERS = ("transformer", "unet", "decoder", "prior")
-"""What pipelines call the model that is run at every step, the most telling name first."""
 LEFT_OUT = ("safety_checker", "watermark", "watermarker")
 """Components that look at finished pictures and would change them."""
 LISTED = ("prompt", "negative_prompt", "class_labels", "image", "mask_image", "control_image")
@@ -53,7 +52,7 @@ class PipelineCode:
 
     def takes(self, name: str) -> bool:
         """Whether the pipeline has an argument of this name."""
-        return name in inspect.signature(self.pipeline.__call__).parameters
+        return name in parameters_of(self.pipeline)
 
     def _draw(self, seeds: Sequence[int], pictures: bool) -> Tensor:
         asked = [self.requests[seed % len(self.requests)] for seed in seeds] if self.requests else [{} for _ in seeds]
@@ -155,9 +154,14 @@ def class_in_pipeline(name: str, where: str | Path) -> Any:
     return known
 
 
+def parameters_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    """What a pipeline may be called with, by name."""
+    return inspect.signature(pipeline.__call__).parameters
+
+
 def call_arguments(pipeline: Any, steps: int) -> dict[str, object]:
     """What every call of a pipeline is given."""
-    known = inspect.signature(pipeline.__call__).parameters
+    known = parameters_of(pipeline)
     return {"num_inference_steps": steps} if "num_inference_steps" in known else {}
 
 
@@ -167,7 +171,7 @@ def require_requests(pipeline: Any, requests: Sequence[Request], where: str) -> 
     Raises:
         ConfigError: an argument that it does not take, or one that it needs and no request has.
     """
-    known = inspect.signature(pipeline.__call__).parameters
+    known = parameters_of(pipeline)
     for request in requests:
         if strange := sorted(request.keys() - known.keys()):
             raise ConfigError(
@@ -184,7 +188,7 @@ def require_requests(pipeline: Any, requests: Sequence[Request], where: str) -> 
 
 def pictures_not_given(code: PipelineCode) -> str:
     """Advice where a pipeline that may take pictures was given none; else nothing."""
-    known = inspect.signature(code.pipeline.__call__).parameters
+    known = parameters_of(code.pipeline)
     given = {name for request in code.requests for name in request}
     lacking = [name for name in ("image", "mask_image") if name in known and name not in given]
     return f"if it needs {' and '.join(lacking)}, {_advice(known, lacking)}" if lacking else ""

@@ -1,7 +1,7 @@
 """Recording a model in the code that draws with it, and drawing with something else in its place."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tfmq_export.bundle.manifest import CallInfo, LeafInfo, fingerprint_of
+from tfmq_export.bundle.manifest import CallInfo, LeafInfo, LeafPath, fingerprint_of
 from tfmq_export.capture.denoiser import Denoise, first_tensor
 from tfmq_export.errors import LoadError, TfmqError, first_line
-from tfmq_export.models.recorded.calls import CallPlan, Path, answering, flattened, forward_of, same, signature_of
+from tfmq_export.models.recorded.calls import CallPlan, answering, flattened, forward_of, same, signature_of
 from tfmq_export.models.recorded.roles import RecordedRun
 
 DrawSeeds = Callable[[Sequence[int], bool], Tensor]
@@ -45,7 +45,7 @@ class Recorder:
             LoadError: the model is never called, or the code raises.
         """
         signature, compute = signature_of(self.module), forward_of(self.module)
-        calls: list[Mapping[Path, Any]] = []
+        calls: list[Mapping[LeafPath, Any]] = []
         specs: list[Any] = []
         answers = Answers(compute)
 
@@ -58,21 +58,18 @@ class Recorder:
 
         with answering(self.module, reply):
             drawn_by(self.draw, seeds, False, self.where)
-        if not calls:
-            raise LoadError(
-                f"{self.where}: drew an image without calling the model; return the module that draw() uses"
-            )
+        self._require_called(calls)
         _require_one_form(calls, specs, self.where)
         return RecordedRun(images, tuple(calls), specs[0], answers.first)
 
-    def first_call(self, seeds: Sequence[int]) -> Mapping[Path, Any]:
+    def first_call(self, seeds: Sequence[int]) -> Mapping[LeafPath, Any]:
         """The arguments of the first call of a run, which ends there: what prompts cost, and no more.
 
         Raises:
             LoadError: the model is never called, or the code raises.
         """
         signature = signature_of(self.module)
-        found: dict[Path, Any] = {}
+        found: dict[LeafPath, Any] = {}
 
         def reply(*args: Any, **named: Any) -> Any:
             found.update(flattened(signature, args, named)[0])
@@ -80,11 +77,14 @@ class Recorder:
 
         with answering(self.module, reply), contextlib.suppress(_Enough):
             drawn_by(self.draw, seeds, False, self.where)
-        if not found:
+        self._require_called(found)
+        return found
+
+    def _require_called(self, seen: Sized) -> None:
+        if not seen:
             raise LoadError(
                 f"{self.where}: drew an image without calling the model; return the module that draw() uses"
             )
-        return found
 
 
 class _Enough(BaseException):
@@ -243,7 +243,7 @@ def _kept(value: Any, before: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
-def _require_one_form(calls: Sequence[Mapping[Path, Any]], specs: Sequence[Any], where: str) -> None:
+def _require_one_form(calls: Sequence[Mapping[LeafPath, Any]], specs: Sequence[Any], where: str) -> None:
     for call, spec in zip(calls, specs, strict=True):
         if spec != specs[0]:
             raise LoadError(

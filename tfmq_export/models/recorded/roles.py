@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
+from tfmq_export.bundle.manifest import LeafPath
 from tfmq_export.errors import LoadError
-from tfmq_export.models.recorded.calls import CallPlan, Leaf, Path, same
+from tfmq_export.models.recorded.calls import CallPlan, Leaf, same
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "noise_labels", "c_noise")
 """What models call it; asked only where several arguments behave alike, or a run is a single call."""
@@ -35,7 +36,7 @@ class RecordedRun:
     """
 
     images: int
-    calls: tuple[Mapping[Path, Any], ...]
+    calls: tuple[Mapping[LeafPath, Any], ...]
     spec: TreeSpec
     answer: Any = None
 
@@ -72,7 +73,7 @@ def plan_of(signature: inspect.Signature, runs: Sequence[RecordedRun], where: st
 class _Values:
     """What one leaf was in all calls."""
 
-    def __init__(self, path: Path, runs: Sequence[RecordedRun]) -> None:
+    def __init__(self, path: LeafPath, runs: Sequence[RecordedRun]) -> None:
         self.path = path
         self.runs = [[call[path] for call in run.calls] for run in runs]
         self.images = [run.images for run in runs]
@@ -84,8 +85,6 @@ class _Values:
     @property
     def is_input(self) -> bool:
         """Whether it is more than a constant of the model's geometry."""
-        if not self.is_tensor:
-            return self.changes_within or self.changes_between
         return self.changes_within or self.changes_between or self.follows_images
 
     def is_given(self, rows: Sequence[int]) -> bool:
@@ -121,7 +120,7 @@ class _Values:
         return len(kept)
 
 
-def _timestep(values: Mapping[Path, _Values], where: str) -> Path:
+def _timestep(values: Mapping[LeafPath, _Values], where: str) -> LeafPath:
     numbers = [path for path, found in values.items() if found.is_one_number]
     found = [path for path in numbers if values[path].changes_within] or [
         path for path in numbers if path[-1] in TIMESTEP_NAMES
@@ -135,7 +134,7 @@ def _timestep(values: Mapping[Path, _Values], where: str) -> Path:
     return (named or found)[0]
 
 
-def _sample(values: Mapping[Path, _Values], timestep: Path, where: str) -> Path:
+def _sample(values: Mapping[LeafPath, _Values], timestep: LeafPath, where: str) -> LeafPath:
     floats = [
         path
         for path, found in values.items()
@@ -200,19 +199,19 @@ def _timestep_leaf(found: _Values, name: str, rows: Sequence[int]) -> Leaf:
     return Leaf(found.path, name, max(1, sizes[0] // rows[0]))
 
 
-def _names(paths: Sequence[Path]) -> dict[Path, str]:
+def _names(paths: Sequence[LeafPath]) -> dict[LeafPath, str]:
     """A short name for each input that no other has: the last word of its path, with the positions behind it."""
     short = {path: _name(_last_word(path)) for path in paths}
     often = Counter(short.values())
     return {path: name if often[name] == 1 else _name(path) for path, name in short.items()}
 
 
-def _last_word(path: Path) -> Path:
+def _last_word(path: LeafPath) -> LeafPath:
     words = [place for place, key in enumerate(path) if isinstance(key, str)]
     return path[words[-1] :]
 
 
-def _name(path: Path) -> str:
+def _name(path: LeafPath) -> str:
     name = re.sub(r"\W", "_", "_".join(str(key) for key in path))
     return f"{name}_" if keyword.iskeyword(name) or name[:1].isdigit() else name
 
