@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
-from tfmq_export.passes.graph import check_valid
+from tfmq_export.passes.graph_file import check_valid
 from tfmq_export.passes.qdq.activation_codes import is_dequantized
 from tfmq_export.passes.qdq.quantize_attention import product_nodes
 from tfmq_export.passes.time.tabulate_tib import computed_from_time

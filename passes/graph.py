@@ -4,9 +4,9 @@ graphsurgeon has no 4-bit constants but lazy ones, drops metadata, and lets dupl
 everything else in ``passes`` builds on the helpers below.
 """
 
-import math
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,11 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from tfmq_export.errors import PostconditionError
-from tfmq_export.passes.reading import ElementType, Shape
-
-# protobuf cannot hold more than 2 GiB; weights above this size go to a file of their own.
-EXTERNAL_DATA_BYTES = 1 << 30
+from tfmq_export.passes.reading import Computed, ElementType, Shape
 
 CONSTANT_ATTRIBUTES = {
     "value_float": np.float32,
@@ -30,12 +26,20 @@ CONSTANT_ATTRIBUTES = {
 }
 
 
-def import_graph(model: onnx.ModelProto) -> gs.Graph:
-    """Open a model for rewriting."""
+def import_graph(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]] = MappingProxyType({})) -> gs.Graph:
+    """Open a model for rewriting.
+
+    Args:
+        weights: Tensors that the model names and does not hold; taken as they are, not copied.
+    """
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name in CONSTANT_ATTRIBUTES:
             _store_as_tensor(node)
-    return gs.import_onnx(model)
+    graph = gs.import_onnx(model)
+    for value in graph.tensors().values():
+        if isinstance(value, gs.Constant) and value.name in weights:
+            value.values, value.data_location = weights[value.name], None
+    return graph
 
 
 def _store_as_tensor(node: onnx.NodeProto) -> None:
@@ -54,42 +58,6 @@ def export_model(graph: gs.Graph) -> onnx.ModelProto:
     return model
 
 
-def check_valid(graph: gs.Graph) -> None:
-    """Run onnx's checker over a graph.
-
-    Raises:
-        PostconditionError: it is not valid ONNX.
-    """
-    model = export_model(graph)
-    if weight_bytes(model) > EXTERNAL_DATA_BYTES:
-        return  # the checker serializes, which protobuf refuses above 2 GiB; the engine checks it at load
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        raise PostconditionError(f"{graph.name}: not valid ONNX: {error}") from error
-
-
-def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of the initializers, by their sizes; protobuf serializes a model to measure it, and cannot above 2 GiB."""
-    return sum(math.prod(tensor.dims) * _bits(tensor.data_type) // 8 for tensor in model.graph.initializer)
-
-
-def _bits(data_type: int) -> int:
-    if data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-        return 4
-    return int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize) * 8
-
-
-def save_model(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model, with its weights in ``<name>_data`` when it is large."""
-    external = weight_bytes(model) > EXTERNAL_DATA_BYTES
-    data = path.with_name(f"{path.name}_data")
-    data.unlink(missing_ok=True)  # onnx would append to it
-    onnx.save_model(model, str(path), save_as_external_data=external, all_tensors_to_one_file=True, location=data.name)
-    if external:
-        data.chmod(0o644)  # onnx writes 0600
-
-
 def constant(name: str, values: NDArray[np.generic]) -> gs.Constant:
     """An initializer of any numpy type and rank."""
     # Not ascontiguousarray: it makes rank 0 to rank 1, and engines want scalar scales.
@@ -106,9 +74,10 @@ def int4_constant(name: str, values: NDArray[np.int8]) -> gs.Constant:
     return gs.Constant(name, LazyValues(proto))
 
 
-def is_unread(value: gs.Constant) -> bool:
-    """Whether the numbers of an initializer are still as the file holds them; reading them unpacks 4-bit integers."""
-    return isinstance(value._values, LazyValues)
+def unread(value: gs.Constant) -> onnx.TensorProto | None:
+    """A constant as the file holds it; None once it was read, which unpacks 4-bit integers."""
+    held = value._values
+    return held.tensor if isinstance(held, LazyValues) and not isinstance(held, Computed) else None
 
 
 def variable(name: str, dtype: ElementType | None = None, shape: Shape | None = None) -> gs.Variable:
@@ -138,13 +107,3 @@ def read_instead(old: gs.Tensor, new: gs.Tensor, readers: Iterable[gs.Node] | No
         for position, value in enumerate(reader.inputs):
             if value is old:
                 reader.inputs[position] = new
-
-
-def dump_to(folder: Path) -> Callable[[int, str, gs.Graph], None]:
-    """Save each graph as ``03_TabulateTib.onnx``; for ``run_passes``."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def save(position: int, name: str, graph: gs.Graph) -> None:
-        save_model(export_model(graph), folder / f"{position:02d}_{name}.onnx")
-
-    return save

@@ -4,11 +4,13 @@ A file may leave out a shape, a type or an attribute, and an initializer may tur
 here returns what its name says or raises ``PreconditionError``; so no pass computes with ``None`` or with a guess.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from tfmq_export.errors import PreconditionError
 
@@ -17,6 +19,23 @@ Size = int | str | None
 Shape = Sequence[Size]
 ElementType = np.dtype[np.generic] | type[np.generic] | int
 """A number stands for a type that numpy does not have: one of onnx.TensorProto."""
+
+
+class Computed(LazyValues):
+    """Numbers of a constant that are computed whenever they are read, and kept by nobody.
+
+    Args:
+        like: Of the same shape and type.
+    """
+
+    def __init__(self, like: NDArray[np.generic], compute: Callable[[], NDArray[np.generic]]) -> None:
+        self.shape, self.dtype, self.nbytes = list(like.shape), like.dtype, like.nbytes
+        self.load = compute
+
+    @property
+    def tensor(self) -> TensorProto:
+        """For graphsurgeon, which writes what is lazy by this."""
+        return numpy_helper.from_array(self.load())
 
 
 def known_shape(value: gs.Tensor) -> Shape:
@@ -66,7 +85,8 @@ def constant_values(value: gs.Tensor) -> NDArray[np.generic]:
     """The numbers of a constant."""
     if not isinstance(value, gs.Constant):
         raise PreconditionError(f"{value.name} is computed, not a constant")
-    return value.values
+    held = value._values
+    return held.load() if isinstance(held, Computed) else value.values
 
 
 def float_values(value: gs.Tensor) -> NDArray[np.float32]:

@@ -21,7 +21,8 @@ from onnx import TensorProto
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
-from tfmq_export.passes.graph import constant, export_model, variable
+from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.graph_file import skeleton
 from tfmq_export.passes.qdq.quantize_attention import product_nodes
 from tfmq_export.passes.reading import computed, float_values
 from tfmq_export.recipe.names import is_lookup, scaled_name
@@ -129,7 +130,7 @@ def to_half(values: NDArray[np.float32]) -> NDArray[np.float16]:
 
 def _float_values(graph: gs.Graph) -> set[str]:
     """Names of all fp32 values."""
-    model = onnx.shape_inference.infer_shapes(export_model(graph))
+    model = onnx.shape_inference.infer_shapes(skeleton(graph))
     infos = [*model.graph.value_info, *model.graph.input, *model.graph.output]
     found = {info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT}
     unknown = {value.name for node in graph.nodes for value in node.outputs} - {info.name for info in infos}

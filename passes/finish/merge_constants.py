@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tfmq_export.passes.base import Changes, Pass, Semantics
-from tfmq_export.passes.graph import is_unread
+from tfmq_export.passes.graph import unread
 from tfmq_export.passes.reading import int_attribute
 
 LARGEST = 4096  # elements; weights differ anyway
@@ -30,7 +30,7 @@ class MergeConstants(Pass):
         for node in graph.nodes:
             for position, value in enumerate(node.inputs):
                 # To read 4-bit integers unpacks them for good; what no pass has read stays as the file holds it.
-                if not isinstance(value, gs.Constant) or is_unread(value) or value.values.size > LARGEST:
+                if not isinstance(value, gs.Constant) or unread(value) or value.values.size > LARGEST:
                     continue
                 array = value.values
                 kept = first.setdefault((array.dtype, array.shape, array.tobytes(), _broadcast(node, array)), value)

@@ -17,7 +17,7 @@ from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, variable
-from tfmq_export.passes.reading import float_values
+from tfmq_export.passes.reading import Computed, float_values
 from tfmq_export.recipe.names import RESCALE
 from tfmq_export.recipe.recipe import LayerRecipe
 
@@ -100,5 +100,11 @@ def _scale_weight(layer: LayerRecipe, node: gs.Node) -> None:
     values = float_values(node.inputs[1]).T if transposed else float_values(node.inputs[1])
     if values.shape != layer.weight_codes.shape:
         return
-    scaled = scale_input_channels(values, layer.weight_factor, layer.groups).astype(np.float32)
-    node.inputs[1] = constant(f"{layer.name}.weight_rescaled", scaled.T if transposed else scaled)
+
+    def scaled() -> NDArray[np.float32]:
+        found = scale_input_channels(values, layer.weight_factor, layer.groups).astype(np.float32)
+        return found.T if transposed else found
+
+    # Computed when it is read, one layer at a time: all scaled weights together are as large as the model.
+    lazy = Computed(values.T if transposed else values, scaled)
+    node.inputs[1] = gs.Constant(f"{layer.name}.weight_rescaled", lazy)

@@ -15,7 +15,8 @@ import onnx_graphsurgeon as gs
 
 from tfmq_export.bundle.manifest import PassedTensor
 from tfmq_export.errors import PreconditionError
-from tfmq_export.passes.graph import check_valid, constant, variable
+from tfmq_export.passes.graph import constant, variable
+from tfmq_export.passes.graph_file import check_valid
 from tfmq_export.passes.reading import element_type, known_shape, sizes_per_sample
 from tfmq_export.passes.time.binding_times import SAMPLE, TIMESTEP
 from tfmq_export.passes.time.prologue_frontier import Frontier, find_frontier

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from nets.handwritten import probe
+from nets.handwritten import float_model, probe
 from nets.onnx_graphs import infer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tfmq_export.capture.program import capture, export_onnx
+from tfmq_export.capture.program import capture
 
 
 class Panorama(nn.Module):
@@ -26,7 +26,7 @@ def test_circular_padding_is_a_choice_of_positions(widths: tuple[int, ...]) -> N
     denoiser = probe(Panorama(widths if len(widths) > 2 else (*widths, 0, 0)))
     inputs = denoiser.inputs(denoiser.noise(3, 1), 3, {})
 
-    model = export_onnx(capture(denoiser))
+    model = float_model(capture(denoiser))
 
     assert "Pad" not in {node.op_type for node in model.graph.node}
     (got,) = infer(model, {name: value.numpy() for name, value in inputs.items()})

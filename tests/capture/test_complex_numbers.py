@@ -3,11 +3,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from nets.handwritten import probe
+from nets.handwritten import float_model, probe
 from nets.onnx_graphs import infer
 from torch import Tensor, nn
 
-from tfmq_export.capture.program import capture, export_onnx
+from tfmq_export.capture.program import capture
 from tfmq_export.errors import ExportError
 
 WIDTH = 8
@@ -91,7 +91,7 @@ def test_complex_numbers_are_spelled_in_reals(turn: Callable[[Tensor, Tensor], T
     with torch.no_grad():
         expected = denoiser.module(**inputs)
         torch.testing.assert_close(program.module(**inputs), expected)
-    (got,) = infer(export_onnx(program), {name: value.numpy() for name, value in inputs.items()})
+    (got,) = infer(float_model(program), {name: value.numpy() for name, value in inputs.items()})
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 

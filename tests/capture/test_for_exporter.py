@@ -5,12 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from nets.handwritten import probe
+from nets.handwritten import float_model, probe
 from nets.onnx_graphs import infer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tfmq_export.capture.program import capture, export_onnx
+from tfmq_export.capture.program import capture
 
 
 class Middle(nn.Module):
@@ -43,7 +43,7 @@ def test_a_graph_loads_and_computes_what_pytorch_does(middle: Callable[[Tensor, 
     with torch.no_grad():
         expected = denoiser.module(**inputs).numpy()
 
-    (found,) = infer(export_onnx(capture(denoiser)), {name: value.numpy() for name, value in inputs.items()})
+    (found,) = infer(float_model(capture(denoiser)), {name: value.numpy() for name, value in inputs.items()})
 
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 

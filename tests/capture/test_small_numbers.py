@@ -5,11 +5,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from nets.handwritten import probe
+from nets.handwritten import float_model, probe
 from nets.onnx_graphs import infer
 from torch import Tensor, nn
 
-from tfmq_export.capture.program import capture, export_onnx
+from tfmq_export.capture.program import capture
 from tfmq_export.capture.small_numbers import hidden_numbers
 
 
@@ -36,7 +36,7 @@ def test_what_keeps_a_division_from_zero_stays(middle: Callable[[Tensor], Tensor
     denoiser = probe(Middle(middle))
     feeds = {"sample": np.zeros((2, 3, 8, 8), np.float32), "timestep": np.array([1, 2])}
 
-    (got,) = infer(export_onnx(capture(denoiser)), feeds)
+    (got,) = infer(float_model(capture(denoiser)), feeds)
 
     assert np.isfinite(got).all()
 

@@ -3,11 +3,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from nets.handwritten import probe
+from nets.handwritten import float_model, probe
 from nets.onnx_graphs import infer
 from torch import Tensor, nn
 
-from tfmq_export.capture.program import capture, export_onnx
+from tfmq_export.capture.program import capture
 
 
 def where(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def test_a_choice_of_truth_values_is_one_of_logic(choose: Callable[[Tensor, Tens
     denoiser = probe(Chooses(choose))
     inputs = denoiser.inputs(denoiser.noise(3, 1), 3, {})
 
-    model = export_onnx(capture(denoiser))
+    model = float_model(capture(denoiser))
 
     assert "Where" not in {node.op_type for node in model.graph.node}
     (got,) = infer(model, {name: value.numpy() for name, value in inputs.items()})

@@ -16,7 +16,8 @@ import tfmq_export
 from tfmq_export import Description
 from tfmq_export.capture.denoiser import Conditioning, Denoise, Denoiser
 from tfmq_export.capture.dependences import dependences
-from tfmq_export.capture.program import DiffusionProgram, capture, export_onnx
+from tfmq_export.capture.float_graph import float_graph
+from tfmq_export.capture.program import DiffusionProgram, capture
 from tfmq_export.compiler.chain import Compiled
 from tfmq_export.config import CompileConfig
 from tfmq_export.errors import ExportError
@@ -59,7 +60,7 @@ def compiled() -> tuple[tempfile.TemporaryDirectory, Compiled]:
 def test_all_inputs_have_the_one_batch() -> None:
     _, program = captured()
 
-    graph = export_onnx(program).graph
+    graph = float_graph(program).proto.graph
 
     axes = [value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)]
     assert axes == ["batch"] * 4

@@ -28,7 +28,8 @@ from tfmq_export.config import CompileConfig, Thresholds
 from tfmq_export.errors import PreconditionError
 from tfmq_export.models.factory import describe
 from tfmq_export.models.load import Source, load
-from tfmq_export.passes.graph import export_model, import_graph, save_model
+from tfmq_export.passes.graph import export_model
+from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.proof.served import bundle_denoise
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.recipe import QuantRecipe, TableType
@@ -98,7 +99,7 @@ def finished(
     denoiser, program = captured(name)
     config = CompileConfig(preset="fp32", target=target, tables=tables)
     lowered = lower(quantize(Captured(denoiser, program), config), config)
-    return denoiser, program, adapt(lowered.made.recipe, find_target(target), tables), import_graph(lowered.model)
+    return denoiser, program, adapt(lowered.made.recipe, find_target(target), tables), lowered.graph
 
 
 @functools.cache
@@ -119,12 +120,12 @@ def test_two_graphs_give_the_bits_of_one(name: str, target: str, tables: TableTy
 
     main, prologue = cut_prologue(graph, denoiser, recipe)
 
-    types = {value.data_type for half in (main, prologue.model) for value in half.graph.initializer}
+    types = {value.data_type for half in (main, prologue.graph) for value in export_model(half).graph.initializer}
     assert (onnx.TensorProto.INT8 in types) == (tables == "int8")
 
-    save_model(export_model(graph), tmp_path / "single.onnx")
-    save_model(main, tmp_path / "main.onnx")
-    save_model(prologue.model, tmp_path / "prologue.onnx")
+    save_graph(graph, tmp_path / "single.onnx")
+    save_graph(main, tmp_path / "main.onnx")
+    save_graph(prologue.graph, tmp_path / "prologue.onnx")
     single, step, once = (OrtRunner(tmp_path / f"{part}.onnx", threads=2) for part in ("single", "main", "prologue"))
     for batch in (1, 2, 5):
         prompts = {key: value.numpy() for key, value in denoiser.prompts(batch).items()}

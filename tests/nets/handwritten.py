@@ -7,15 +7,18 @@ import functools
 import math
 from dataclasses import dataclass
 
+import onnx
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tfmq_export import Description
 from tfmq_export.capture.denoiser import Conditioning, Denoise, Denoiser
+from tfmq_export.capture.float_graph import float_graph
 from tfmq_export.capture.program import DiffusionProgram, capture
 from tfmq_export.config import Method
 from tfmq_export.models.factory import describe
+from tfmq_export.passes.graph import export_model, import_graph
 from tfmq_export.progress import Step
 from tfmq_export.ptq.walk.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate
@@ -337,6 +340,12 @@ def walk(timesteps: list[int] | list[float]) -> object:
         return x
 
     return sampler
+
+
+def float_model(program: DiffusionProgram) -> onnx.ModelProto:
+    """The float graph of a program, weights inside."""
+    graph = float_graph(program)
+    return export_model(import_graph(graph.proto, graph.weights))
 
 
 def probe(module: nn.Module, *, timesteps: list[int] | list[float] | None = None, **fields: object) -> Denoiser:

@@ -15,7 +15,8 @@ from tfmq_export.bundle.manifest import LayerInfo
 from tfmq_export.errors import PostconditionError, PrecisionError
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.check_model import CheckModel
-from tfmq_export.passes.graph import export_model, save_model
+from tfmq_export.passes.graph import export_model
+from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import QuantRecipe
@@ -55,7 +56,7 @@ def test_every_layer_runs_in_integers(
 ) -> None:
     net = make()
     recipe = recipe_for(net, *widths)
-    save_model(export_model(compiled(net, recipe)), tmp_path / "model.onnx")
+    save_graph(compiled(net, recipe), tmp_path / "model.onnx")
 
     receipt = realized_on_ort(tmp_path / "model.onnx", asked(recipe))
 
@@ -73,7 +74,7 @@ def test_without_its_output_grid_a_convolution_is_refused(tmp_path: Path) -> Non
     with pytest.raises(PostconditionError, match=r"net.conv2d: ort-cpu needs QuantizeLinear on its output"):
         run_passes(graph, [CheckModel(recipe, TARGET, "timestep")])
     # And rightly so: this is what ONNX Runtime would make of it, without a word.
-    save_model(export_model(graph), tmp_path / "model.onnx")
+    save_graph(graph, tmp_path / "model.onnx")
     with pytest.raises(PrecisionError, match=r"net.conv2d: runs as .*Conv in float"):
         realized_on_ort(tmp_path / "model.onnx", asked(recipe)).raise_if_lost()
 

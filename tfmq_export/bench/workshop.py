@@ -20,7 +20,8 @@ from tfmq_export.errors import ConfigError, LoadError, RecipeError
 from tfmq_export.models.load import Source, load
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.finish.strip_qdq import StripQdq
-from tfmq_export.passes.graph import export_model, import_graph, save_model
+from tfmq_export.passes.graph import import_graph
+from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate
 from tfmq_export.runtime.graph_file import read_model
 from tfmq_export.runtime.self_test import FILE as SELF_TEST
@@ -190,7 +191,7 @@ class Workshop:
             shutil.copytree(part, folder / part.name)
         graph = import_graph(main)
         run_passes(graph, [StripQdq()])
-        save_model(export_model(graph), folder / bundle.model.relative_to(bundle.root))
+        save_graph(graph, folder / bundle.model.relative_to(bundle.root))
         # The self-test asks for the bundle's integers.
         files = {name: digest for name, digest in bundle.manifest.files.items() if name != SELF_TEST}
         write_manifest(folder, replace(bundle.manifest, files=files))

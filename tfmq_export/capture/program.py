@@ -5,11 +5,10 @@ import hashlib
 import logging
 import operator
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import onnx
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -45,7 +44,6 @@ from tfmq_export.errors import ExportError, first_line
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-BATCH = "batch"
 OPSET = 23  # GroupNormalization and Attention stay single nodes
 
 
@@ -364,30 +362,3 @@ def _fingerprint(module: fx.GraphModule, exported: torch.export.ExportedProgram)
         digest.update(name.encode())
         digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def export_onnx(program: DiffusionProgram) -> onnx.ModelProto:
-    """The float graph: inputs named as the model's arguments, one output, batch axis ``batch``.
-
-    Every value keeps the name of its node in ``program.module``.
-
-    Raises:
-        ExportError: the output is not a single floating-point tensor with a batch axis.
-    """
-    model = program.onnx.model_proto
-    graph = model.graph
-    output = graph.output[0]
-    del graph.output[1:]
-    dims = output.type.tensor_type.shape.dim
-    if not dims or not dims[0].dim_param:
-        raise ExportError(f"the model's output {output.name} has no batch axis; return a tensor shaped like the sample")
-    fronts = [dim for value in (*graph.input, output) for dim in value.type.tensor_type.shape.dim[:1]]
-    _rename_batch(graph, {dim.dim_param for dim in fronts if dim.dim_param})
-    return model
-
-
-def _rename_batch(graph: onnx.GraphProto, symbols: Collection[str]) -> None:
-    for info in (*graph.input, *graph.output, *graph.value_info):
-        for dim in info.type.tensor_type.shape.dim:
-            if dim.dim_param in symbols:
-                dim.dim_param = BATCH

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import onnx
+import onnx_graphsurgeon as gs
 from torch import Tensor
 
 from tfmq_export.capture.denoiser import Denoiser
@@ -54,7 +54,7 @@ class Lowered:
 
     Attributes:
         made: What it was lowered from.
-        model: The denoiser.
+        graph: The denoiser; weights that no pass replaced are the module's own.
         reports: What each pass did.
         prologue: The graph that runs once per prompt, where it was asked for.
         tables: What rows of temporal tables are stored in.
@@ -62,7 +62,7 @@ class Lowered:
 
     made: Quantized
     target: Target
-    model: onnx.ModelProto
+    graph: gs.Graph
     reports: tuple[PassReport, ...]
     prologue: Prologue | None = None
     tables: TableType = "fp32"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
@@ -18,7 +17,7 @@ from tfmq_export.bundle.manifest import PassInfo, PrologueInfo
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Semantics
-from tfmq_export.passes.graph import export_model, save_model
+from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.passes.time.binding_times import CONDITIONING, SAMPLE, TIMESTEP
 from tfmq_export.passes.time.split_prologue import Split, split_prologue
 from tfmq_export.recipe.names import is_node_name, layer_named
@@ -36,12 +35,12 @@ class Prologue:
     """The second graph of a bundle.
 
     Attributes:
-        model: Conditioning in, passed tensors out.
+        graph: Conditioning in, passed tensors out.
         info: For the manifest.
         report: Of the split, beside those of the passes.
     """
 
-    model: onnx.ModelProto
+    graph: gs.Graph
     info: PrologueInfo
     report: PassInfo
 
@@ -51,7 +50,7 @@ class Prologue:
         return [tensor.name for tensor in self.info.tensors if tensor.per_timestep]
 
 
-def cut_prologue(graph: gs.Graph, denoiser: Denoiser, recipe: QuantRecipe) -> tuple[onnx.ModelProto, Prologue]:
+def cut_prologue(graph: gs.Graph, denoiser: Denoiser, recipe: QuantRecipe) -> tuple[gs.Graph, Prologue]:
     """The main graph, and the prologue.
 
     Args:
@@ -62,11 +61,10 @@ def cut_prologue(graph: gs.Graph, denoiser: Denoiser, recipe: QuantRecipe) -> tu
     """
     roles = roles_of(denoiser)
     split = split_prologue(graph, roles, len(denoiser.timesteps))
-    main, prologue = export_model(split.main), export_model(split.prologue)
-    bit_equal = _compare(denoiser, export_model(graph), main, prologue)
+    bit_equal = _compare(denoiser, graph, split.main, split.prologue)
     info = _info(split, roles, recipe, bit_equal)
     report = PassInfo("SplitPrologue", Semantics.EXACT.value, len(split.moved), split.kept)
-    return main, Prologue(prologue, info, report)
+    return split.main, Prologue(split.prologue, info, report)
 
 
 def roles_of(denoiser: Denoiser) -> dict[str, str]:
@@ -92,7 +90,7 @@ def _info(split: Split, roles: Mapping[str, str], recipe: QuantRecipe, bit_equal
     )
 
 
-def _compare(denoiser: Denoiser, single: onnx.ModelProto, main: onnx.ModelProto, prologue: onnx.ModelProto) -> bool:
+def _compare(denoiser: Denoiser, single: gs.Graph, main: gs.Graph, prologue: gs.Graph) -> bool:
     """Whether both forms agree bit for bit on example prompts, at the first, middle and last timestep."""
     prompts = {name: value.numpy() for name, value in denoiser.prompts(PROMPTS).items()}
     sample = denoiser.noise(PROMPTS, seed=0).numpy()
@@ -100,8 +98,8 @@ def _compare(denoiser: Denoiser, single: onnx.ModelProto, main: onnx.ModelProto,
     equal = True
     with tempfile.TemporaryDirectory() as folder:
         whole, rest, first = (
-            _runner(model, Path(folder) / name)
-            for name, model in (("single", single), ("main", main), ("prologue", prologue))
+            _runner(part, Path(folder) / name)
+            for name, part in (("single", single), ("main", main), ("prologue", prologue))
         )
         passed = first.infer({name: prompts[name] for name in first.inputs})
         dtype = denoiser.example_inputs[denoiser.timestep].numpy().dtype
@@ -119,7 +117,7 @@ def _compare(denoiser: Denoiser, single: onnx.ModelProto, main: onnx.ModelProto,
     return equal
 
 
-def _runner(model: onnx.ModelProto, folder: Path) -> OrtRunner:
+def _runner(graph: gs.Graph, folder: Path) -> OrtRunner:
     folder.mkdir()
-    save_model(model, folder / "model.onnx")
+    save_graph(graph, folder / "model.onnx")
     return OrtRunner(folder / "model.onnx")

@@ -24,7 +24,8 @@ from tfmq_export.capture import program as capturing
 from tfmq_export.capture.denoiser import Denoiser, Description
 from tfmq_export.capture.device import find_device, module_on, repeatable
 from tfmq_export.capture.eager import require_running
-from tfmq_export.capture.program import export_onnx, program_on
+from tfmq_export.capture.float_graph import float_graph
+from tfmq_export.capture.program import program_on
 from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
 from tfmq_export.compiler.onnx_components import check_components
@@ -37,7 +38,8 @@ from tfmq_export.models.factory import denoiser_from_code
 from tfmq_export.models.load import Source, load
 from tfmq_export.models.recorded.load import Draw
 from tfmq_export.passes.base import run_passes
-from tfmq_export.passes.graph import dump_to, export_model, import_graph
+from tfmq_export.passes.graph import import_graph
+from tfmq_export.passes.graph_file import dump_to, skeleton
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.progress import Progress, Silent
 from tfmq_export.proof.pictures import TemporalRow, save_comparison, save_temporal
@@ -192,7 +194,8 @@ def lower(
     config, denoiser = config or CompileConfig(), made.denoiser
     target = find_target(config.target)
     with progress.stage("Rewriting the graph"):
-        graph = import_graph(export_onnx(made.program))
+        exported = float_graph(made.program)
+        graph = import_graph(exported.proto, exported.weights)
         passes = passes_for(
             adapt(made.recipe, target, config.tables),
             target,
@@ -202,11 +205,11 @@ def lower(
             pts_lowering=config.pts_lowering,
         )
         reports = run_passes(graph, passes, None if dump_dir is None else dump_to(dump_dir))
-        lowered = Lowered(made, target, export_model(graph), reports, tables=config.tables)
+        lowered = Lowered(made, target, graph, reports, tables=config.tables)
     if config.prologue:
         with progress.stage("Cutting the prologue off"):
             main, prologue = cut_prologue(graph, denoiser, made.recipe)
-            lowered = replace(lowered, model=main, prologue=prologue)
+            lowered = replace(lowered, graph=main, prologue=prologue)
     if target.engine == "tensorrt":
         _lint(lowered)
     return lowered
@@ -287,6 +290,7 @@ def _provenance(denoiser: Denoiser, config: CompileConfig, plan: QuantPlan) -> d
 
 def _lint(lowered: Lowered) -> None:
     prologue = lowered.prologue
-    raise_if_any(lint_model(lowered.model, profiled=[] if prologue is None else prologue.tables), lowered.target.name)
+    profiled = [] if prologue is None else prologue.tables
+    raise_if_any(lint_model(skeleton(lowered.graph), profiled=profiled), lowered.target.name)
     if prologue is not None:
-        raise_if_any(lint_model(prologue.model), lowered.target.name)
+        raise_if_any(lint_model(skeleton(prologue.graph)), lowered.target.name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import onnx
+import onnx_graphsurgeon as gs
 
 from tfmq_export import __version__
 from tfmq_export.bundle.manifest import (
@@ -26,7 +26,7 @@ from tfmq_export.compiler.forms import Lowered
 from tfmq_export.compiler.onnx_components import write_onnx_components
 from tfmq_export.config import Components
 from tfmq_export.models.recorded.requests import write_requests
-from tfmq_export.passes.graph import save_model
+from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.recipe.io import save_recipe
 from tfmq_export.recipe.names import OUTPUT
 from tfmq_export.recipe.recipe import QuantRecipe
@@ -45,11 +45,11 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
     component = root / denoiser.component
     component.mkdir()
     (root / "tfmq").mkdir()
-    _write_graph(lowered.model, component)
+    _write_graph(lowered.graph, component)
     if lowered.prologue is not None:
         folder = root / prologue_folder(denoiser.component)
         folder.mkdir()
-        _write_graph(lowered.prologue.model, folder)
+        _write_graph(lowered.prologue.graph, folder)
     _write_json(component / "config.json", denoiser.config)
     if denoiser.scheduler_config is not None:
         (root / "scheduler").mkdir()
@@ -94,9 +94,9 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
     return Bundle(root, manifest)
 
 
-def _write_graph(model: onnx.ModelProto, folder: Path) -> None:
-    del model.graph.value_info[:]  # engines infer shapes; they would be 3 % of a small 4-bit file
-    save_model(model, folder / "model.onnx")
+def _write_graph(graph: gs.Graph, folder: Path) -> None:
+    # Engines infer shapes; types of values would be 3 % of a small 4-bit file.
+    save_graph(graph, folder / "model.onnx", value_info=False)
 
 
 def _versions() -> dict[str, str]:

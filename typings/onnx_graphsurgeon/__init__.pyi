@@ -36,6 +36,7 @@ class Variable(Tensor):
 class Constant(Tensor):
     values: NDArray[np.generic]
     _values: NDArray[np.generic] | LazyValues
+    data_location: int | None
     def __init__(self, name: str, values: NDArray[np.generic] | LazyValues) -> None: ...
     @property
     def shape(self) -> Sequence[int]: ...

@@ -19,7 +19,7 @@ from tfmq_export.bundle.manifest import LayerInfo
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.bind.bind_recipe import BindRecipe
-from tfmq_export.passes.graph import export_model, save_model
+from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.passes.qdq.insert_qdq import InsertQdq
 from tfmq_export.passes.qdq.quantize_weights import QuantizeWeights
 from tfmq_export.passes.qdq.stack_output_codes import StackOutputCodes, staggered_bias
@@ -142,7 +142,7 @@ def test_more_than_256_levels_come_out_of_8_bit_kernels(tmp_path: Path) -> None:
     (y,) = infer(graph, {"x": normal(2, 16, 4, *SIZE) * np.float32(0.3)})
 
     assert len(np.unique(output_codes(y, layer.output))) > 2 * 256
-    save_model(export_model(graph), tmp_path / "model.onnx")
+    save_graph(graph, tmp_path / "model.onnx")
     receipt = realized_on_ort(tmp_path / "model.onnx", [LayerInfo("conv2d", "net.conv2d", "conv", layer.macs, 8, 8)])
     assert [row.realized for row in receipt.rows] == [("QLinearConv",)]
 

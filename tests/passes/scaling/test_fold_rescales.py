@@ -19,7 +19,8 @@ from tfmq_export.bundle.manifest import LayerInfo
 from tfmq_export.errors import PreconditionError
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.bind.bind_recipe import BindRecipe
-from tfmq_export.passes.graph import export_model, save_model
+from tfmq_export.passes.graph import export_model
+from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.passes.qdq.insert_qdq import InsertQdq
 from tfmq_export.passes.qdq.quantize_weights import QuantizeWeights
 from tfmq_export.passes.scaling.fold_rescales import FoldRescales
@@ -81,7 +82,7 @@ def test_a_quantized_layer_keeps_its_integers_and_its_kernel(op: str, tmp_path: 
     x = normal(5, *((7, 4) if op == "Gemm" else (7, L, 4)))
     results = [infer(export_model(item), {"x": x})[0] for item in (before, graph)]
     np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-4)
-    save_model(export_model(graph), tmp_path / "model.onnx")
+    save_graph(graph, tmp_path / "model.onnx")
     asked = [LayerInfo(x.name, x.path, x.kind, x.macs, x.weight.spec.bits, 8) for x in layers]
     realized_on_ort(tmp_path / "model.onnx", asked).raise_if_lost()
 
