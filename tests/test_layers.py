@@ -24,7 +24,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     **dict.fromkeys(DATA - {"recipe"}, (frozenset({"numpy", "pydantic"}), DATA)),
     "recipe": (frozenset({"numpy", "safetensors"}), DATA),
     "capture": (TORCH | {"onnx", "onnx_ir"}, DATA),
-    "models": (TORCH | {"diffusers", "numpy", "safetensors", "yaml"}, DATA | {"capture"}),
+    "models": (TORCH | {"accelerate", "diffusers", "numpy", "safetensors", "yaml"}, DATA | {"capture"}),
     "ptq": (TORCH | {"numpy", "safetensors"}, DATA | {"capture"}),
     "passes": (ONNX | {"numpy", "onnxruntime"}, DATA),
     # onnx only to read graphs back and to lint them; a production host never calls that.

@@ -15,6 +15,7 @@ from tfmq_export.errors import LoadError
 from tfmq_export.models import flat_modules
 from tfmq_export.models.prompts import PromptSet, effective_scale, fitted
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
+from tfmq_export.models.single_precision import in_single_precision
 from tfmq_export.models.walk import DiffusersSampler, require_finite_walk
 
 UNET, TRANSFORMER = "unet", "transformer"
@@ -109,7 +110,7 @@ def denoiser_of(
         **{name: value[torch.arange(2) % len(value)] for name, value in prompts.examples.items()},
     }
     return Denoiser(
-        module=module.eval().float().requires_grad_(False),
+        module=in_single_precision(module),
         example_inputs=inputs,
         sample=SAMPLE_OF[component],
         timestep="timestep",

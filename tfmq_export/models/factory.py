@@ -20,6 +20,7 @@ from tfmq_export.models.layouts.states import INDEX, fit, read_state
 from tfmq_export.models.prompts import effective_scale
 from tfmq_export.models.recorded.load import Draw, denoiser_from_draw
 from tfmq_export.models.schedulers import scheduler_config
+from tfmq_export.models.single_precision import in_single_precision
 from tfmq_export.models.walk import DiffusersSampler, require_finite_walk
 from tfmq_export.models.weights import load_weights
 from tfmq_export.recipe.timesteps import TimestepSet
@@ -117,7 +118,7 @@ def describe(module: nn.Module, description: Description, steps: int | None, sou
         kinds = ("float", "integer") if timesteps.real else ("integer", "float")
         raise ConfigError(f"the schedule has {kinds[0]} timesteps, but the example timestep is {kinds[1]}")
     return Denoiser(
-        module=module.eval().float().requires_grad_(False),
+        module=in_single_precision(module),
         example_inputs=inputs,
         sample=description.sample,
         timestep=description.timestep,

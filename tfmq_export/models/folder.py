@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import init_empty_weights
 from torch import nn
 
 from tfmq_export.capture.program import quiet_logger
@@ -86,7 +87,7 @@ def _from_safetensors(folder: ModelFolder, known: Any, name: str) -> tuple[nn.Mo
                 component,
                 local_files_only=True,
                 use_safetensors=True,
-                low_cpu_mem_usage=_needs_accelerate(known),
+                low_cpu_mem_usage=True,  # weights are mapped
                 output_loading_info=True,
                 variant=folder.variant,
             )
@@ -97,7 +98,7 @@ def _from_safetensors(folder: ModelFolder, known: Any, name: str) -> tuple[nn.Mo
         inside, chosen = fit(stored, model.state_dict().keys())
         if not chosen:
             require_keys(found["missing_keys"], found["unexpected_keys"], component)
-        load_weights(model, {key: inside[key] for key in inside}, component)
+        load_weights(model, {key: inside[key] for key in inside}, component, assign=True)
     return model, chosen
 
 
@@ -107,20 +108,15 @@ def _from_pickles(folder: ModelFolder, known: Any, config: Mapping[str, Any]) ->
     for path in folder.files:
         state |= read_state(path).tensors
     try:
-        with quiet_logger("diffusers"):
+        with quiet_logger("diffusers"), init_empty_weights():
             model = known.from_config(dict(config))
     except Exception as error:  # the class's own reading of its configuration
         raise LoadError(f"{folder.component}: cannot build {known.__name__}: {first_line(error)}") from error
     own = model.state_dict().keys()
     state = {_of_today(key, own): value for key, value in state.items()}
     inside, chosen = fit(state, own)
-    load_weights(model, dict(inside), folder.component)
+    load_weights(model, dict(inside), folder.component, assign=True)
     return model, chosen
-
-
-def _needs_accelerate(known: Any) -> bool:
-    """Whether diffusers loads a class in no other way; else its weights are at hand to be compared with the file's."""
-    return bool(getattr(known, "_keep_in_fp32_modules", None))
 
 
 def _of_today(name: str, own: Collection[str]) -> str:

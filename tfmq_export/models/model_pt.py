@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from tfmq_export.bundle.write import replaced_file
@@ -34,8 +35,9 @@ def read_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any], PromptSet]:
     missing = [key for key in ("architecture", "config", "state_dict", "scheduler") if key not in data]
     if missing:
         raise LoadError(f"{path}: lacks {', '.join(missing)}; pack it again with tfmq-pack")
-    model = build(data["architecture"], data["config"], path)
-    load_weights(model, data["state_dict"], path)
+    with init_empty_weights():
+        model = build(data["architecture"], data["config"], path)
+    load_weights(model, data["state_dict"], path, assign=True)
     return model, data["scheduler"], read_stored(data.get("conditioning", {}), path)
 
 

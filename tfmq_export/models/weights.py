@@ -24,9 +24,11 @@ WRAPPERS = ("module.", "_orig_mod.", "model.", "unet.", "transformer.", "model.d
 SHOWN = 3
 
 
-def load_weights(module: nn.Module, state: Any, path: Path) -> None:
+def load_weights(module: nn.Module, state: Any, path: Path, *, assign: bool = False) -> None:
     """Put a state dict into a module, all of it.
 
+    Args:
+        assign: Let the module have the tensors themselves, mapped as they may be, and not copy them.
     Raises:
         LoadError: keys, shapes or types differ, or a number is not finite.
     """
@@ -42,7 +44,7 @@ def load_weights(module: nn.Module, state: Any, path: Path) -> None:
             )
         if own[name].is_floating_point() and value.dtype not in FLOATS:
             raise LoadError(_wrong_type(path, name, str(value.dtype).removeprefix("torch.")))
-    module.load_state_dict(dict(state))
+    module.load_state_dict(dict(state), assign=assign)
     require_finite(module, path)
 
 

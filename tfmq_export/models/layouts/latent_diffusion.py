@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
@@ -74,8 +75,9 @@ def read_latent_diffusion(state: State, scheduler: Mapping[str, Any] | None = No
     notes = list(state.notes)
     stored, averaged = _weights(state, prefix, names)
     notes += [f"EMA weights ({AVERAGED!r})"] * averaged
-    model = empty_model(structure, known, state.path)
-    load_weights(model, converted(stored, places, known.heads), state.path)
+    with init_empty_weights():
+        model = empty_model(structure, known, state.path)
+    load_weights(model, converted(stored, places, known.heads), state.path, assign=True)
     notes.insert(0, family.name if family else f"latent diffusion{f', described by {file.name}' if file else ''}")
     scheduler = scheduler or read_scheduler_beside(state.path) or _schedule(state, trained, known, family)
     prompts = PromptSet()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate import init_empty_weights
 from diffusers import UNet2DModel
 
 from tfmq_export.errors import LoadError
@@ -68,7 +69,8 @@ def read_pixel_diffusion(state: State, scheduler: Mapping[str, Any] | None = Non
         )
     trained, _ = read_yaml_beside(state.path)
     try:
-        model = _empty(state, prefix, names, levels, trained)
+        with init_empty_weights():
+            model = _empty(state, prefix, names, levels, trained)
     except KeyError as error:
         raise LoadError(f"{state.path}: {error.args[0]} is missing; the file is not complete") from error
     made = {}
@@ -76,7 +78,7 @@ def read_pixel_diffusion(state: State, scheduler: Mapping[str, Any] | None = Non
         value = state.tensors[f"{prefix}{name}"]
         # Projections of attention are convolutions of width 1 there, linear layers here.
         made[place] = value[:, :, 0, 0] if ".attentions." in place and value.ndim == 4 else value
-    load_weights(model, made, state.path)
+    load_weights(model, made, state.path, assign=True)
     notes = ("the original DDPM U-Net", *state.notes)
     return Opened(model, scheduler or read_scheduler_beside(state.path) or _schedule(trained), notes=notes)
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor
 
@@ -157,8 +158,9 @@ def read_sd3(state: State, scheduler: Mapping[str, Any] | None = None) -> Opened
         }
     except KeyError as error:
         raise _incomplete(state, error) from error
-    model = SD3Transformer2DModel(**config)
-    load_weights(model, _converted(state, names, prefix, sd3_rules(layers)), state.path)
+    with init_empty_weights():
+        model = SD3Transformer2DModel(**config)
+    load_weights(model, _converted(state, names, prefix, sd3_rules(layers)), state.path, assign=True)
     scheduler = (
         scheduler
         or read_scheduler_beside(state.path)
@@ -197,8 +199,9 @@ def read_flux(state: State, scheduler: Mapping[str, Any] | None = None) -> Opene
         }
     except KeyError as error:
         raise _incomplete(state, error) from error
-    model = FluxTransformer2DModel(patch_size=1, **config)
-    load_weights(model, _converted(state, names, prefix, flux_rules(width)), state.path)
+    with init_empty_weights():
+        model = FluxTransformer2DModel(patch_size=1, **config)
+    load_weights(model, _converted(state, names, prefix, flux_rules(width)), state.path, assign=True)
     shifted = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
     published = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",

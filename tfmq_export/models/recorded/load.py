@@ -35,6 +35,7 @@ from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_i
 from tfmq_export.models.recorded.requests import Request, own_prompts
 from tfmq_export.models.recorded.roles import RecordedRun, plan_of
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
+from tfmq_export.models.single_precision import in_single_precision
 from tfmq_export.models.walk import LEARNED
 from tfmq_export.recipe.timesteps import TimestepSet
 
@@ -63,7 +64,7 @@ def denoiser_from_draw(module: nn.Module, draw: Draw, steps: int | None, where: 
         raise ConfigError(
             f"{where}: the module is not on the CPU; leave it there, --device moves it while it quantizes"
         )
-    module = module.eval().float().requires_grad_(False)
+    module = in_single_precision(module)
 
     def code(seeds: Sequence[int], pictures: bool) -> Tensor:
         return torch.stack([image_of(draw(seed), where) for seed in seeds])
@@ -105,7 +106,7 @@ def denoiser_from_pipeline(  # noqa: PLR0913
     name = denoiser_name(root)
     module, notes = read_weights(folder, class_in_pipeline) if given is None else (given.model, given.notes)
     where = noted(where, (*notes, *(fuse(module, lora) for lora in loras)))
-    module = module.eval().float().requires_grad_(False)
+    module = in_single_precision(module)
     pipeline = open_pipeline(root, folder.variant, **{name: module})
     chosen = _scheduler(pipeline, scheduler, steps, where)
     config: Any = module.config
