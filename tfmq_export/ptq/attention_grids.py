@@ -89,7 +89,7 @@ def lay_attention_grids(
 
     rules: Mapping[str, LayerRule] = {item.name: watching(item.name) for item in products}
     with torch.no_grad():
-        for picks in given.chunks():
+        for picks in given.chunks(runner):
             runner(given.read(runner, picks), rules)
     device = runner.device
     return tuple(

@@ -13,6 +13,7 @@ scaling and rounding spend their degrees of freedom where they show.
 """
 
 import copy
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from tfmq_export.capture.denoiser import Denoise, Denoiser
 from tfmq_export.errors import CalibrationError
@@ -88,13 +90,27 @@ def weights_from(gain: Tensor) -> Tensor:
 
 
 def coarsened(module: nn.Module) -> nn.Module:
-    """A copy of a module with every matrix rounded to nearest, a scale per output channel."""
-    rough = copy.deepcopy(module)
-    for parameter in rough.parameters():
-        if parameter.ndim > 1:
-            scale = search_weight_scale(parameter, COARSE, candidates=1)
-            parameter.copy_(nearest_codes(parameter, scale, COARSE) * per_output(scale, parameter))
+    """The same module with every matrix rounded to nearest, a scale per output channel.
+
+    It shares the module's weights and rounds them whenever it reads them: a copy would be as large as the model.
+    """
+    shared = {id(value): value for value in (*module.parameters(), *module.buffers())}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying how arguments are nested
+        rough = copy.deepcopy(module, shared)
+    for part in list(rough.modules()):
+        for name, value in list(part.named_parameters(recurse=False)):
+            if value.ndim > 1:
+                register_parametrization(part, name, _Coarse(), unsafe=True)
     return rough
+
+
+class _Coarse(nn.Module):
+    """A weight on a coarse grid."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = search_weight_scale(weight, COARSE, candidates=1)
+        return nearest_codes(weight, scale, COARSE) * per_output(scale, weight)
 
 
 class _Disturbed:

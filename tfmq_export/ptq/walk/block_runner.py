@@ -9,7 +9,10 @@ from torch.utils._pytree import tree_map_only
 
 from tfmq_export.capture.blocks import Block, constant_nodes
 from tfmq_export.capture.device import device_of
-from tfmq_export.capture.rows import rows_per_sample
+from tfmq_export.capture.rows import elements_for_one, rows_per_sample
+
+ROWS = 16  # of one call, at most
+VALUES = 16 << 20  # of the block's largest tensor
 
 Compute = Callable[..., Tensor]
 LayerRule = Callable[[Compute, Sequence[Tensor]], Tensor]
@@ -38,6 +41,14 @@ class BlockRunner:
         constant = constant_nodes(module.graph)
         self._constants = _evaluate_constants(module, [node for node in outside if node in constant])
         self._sizes = [node for node in outside if node not in constant]
+        self._spent = _spent(self._nodes, self._writes)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of one call on a CPU: more values than its caches hold are no faster, and fill the memory."""
+        shapes = [node for node in self._nodes if isinstance(node.meta.get("val"), Tensor)]
+        largest = max((elements_for_one(node) for node in shapes), default=1)
+        return max(1, min(ROWS, VALUES // largest))
 
     def node(self, name: str) -> fx.Node:
         """One of the block's nodes."""
@@ -64,7 +75,21 @@ class BlockRunner:
                 env[node] = node.target(*args, **kwargs)  # decomposed graphs hold functions only
             else:
                 env[node] = apply_rule(rule, node, args, kwargs)
+            for spent in self._spent[node]:
+                env.pop(spent, None)
         return {node.name: _by_sample(env[node], count) for node in self._writes}
+
+
+def _spent(nodes: Sequence[fx.Node], writes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """The values that no node behind a node reads; what the block writes is kept."""
+    spent: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
+    seen = set(writes)
+    for node in reversed(nodes):
+        for source in (node, *node.all_input_nodes):
+            if source not in seen:
+                seen.add(source)
+                spent[node].append(source)
+    return spent
 
 
 def apply_rule(rule: LayerRule, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

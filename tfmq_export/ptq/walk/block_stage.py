@@ -195,7 +195,7 @@ class BlockStage:
             return rule
 
         with torch.no_grad():
-            for picks in self.given.chunks():
+            for picks in self.given.chunks(self.runner):
                 steps = self.given.rows.steps[picks]
                 rules = {draft.op.name: watching(draft, steps) for draft in drafts}
                 self.runner(self.given.read(self.runner, picks), rules | product_rules(self.products))
@@ -304,7 +304,7 @@ class BlockStage:
         errors = torch.cat(
             [
                 self._errors(lambda steps: quantized_rules(drafts, steps), self._batch(picks))
-                for picks in self.given.chunks()
+                for picks in self.given.chunks(self.runner)
             ]
         )
         steps = rows.steps.to(errors.device)

@@ -9,8 +9,7 @@ from tfmq_export.ptq.walk.activation_cache import ActivationCache
 from tfmq_export.ptq.walk.block_runner import BlockRunner, LayerRule
 from tfmq_export.ptq.walk.calibration import CalibrationRows
 
-CHUNK = 16  # rows of one call; a CPU's caches hold no more
-CHUNK_ON_GPU = 64
+CHUNK_ON_GPU = 64  # rows of one call
 
 Rules = Callable[[Tensor], Mapping[str, LayerRule]]
 """Rules for the layers of a block, given the rows of a batch."""
@@ -50,16 +49,17 @@ class Flow:
     @torch.no_grad()
     def advance(self, runner: BlockRunner, rules: Rules) -> None:
         """Run a block on all rows."""
-        for picks in self.chunks():
+        for picks in self.chunks(runner):
             written = runner(self.read(runner, picks), rules(picks))
             for name, value in written.items():
                 self._cache.write(name, int(picks[0]), value)
 
-    def chunks(self) -> Iterator[Tensor]:
-        """All rows in order, a few at a time; one timestep at a time where the model demands it."""
+    def chunks(self, runner: BlockRunner) -> Iterator[Tensor]:
+        """All rows in order, as many as a block takes at once; one timestep at a time where the model demands it."""
         rows, start = self.rows, 0
+        most = runner.rows_at_once if self._device.type == "cpu" else CHUNK_ON_GPU
         while start < len(rows):
-            stop = min(start + (CHUNK if self._device.type == "cpu" else CHUNK_ON_GPU), len(rows))
+            stop = min(start + most, len(rows))
             if rows.one_timestep:
                 same = rows.steps[start:stop] == rows.steps[start]
                 stop = start + int(same.sum())

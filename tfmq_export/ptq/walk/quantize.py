@@ -38,7 +38,7 @@ from tfmq_export.ptq.walk.flow import Flow
 from tfmq_export.ptq.walk.input_watch import InputWatch
 from tfmq_export.recipe.grid import QuantSpec
 from tfmq_export.recipe.pairs import PAIR_SUM, SAFE_INPUT_BITS, SAFE_WEIGHT_BITS
-from tfmq_export.recipe.recipe import FloatLayer, QuantRecipe, TibRecipe
+from tfmq_export.recipe.recipe import FloatLayer, LayerRecipe, QuantRecipe, TibRecipe
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -85,7 +85,8 @@ def quantize(
     walk = Walk(model, tib, plan, inside=inside)
     blocks = walk.blocks(drafts)
     costs = [max(1, sum(drafts[name].op.macs for name in block.layers)) for block in blocks]
-    decided: dict[str, Draft] = {}
+    recipes: dict[str, LayerRecipe] = {}
+    computed: list[Draft] = []
     products: list[GriddedProduct] = []
     for index, block in enumerate(blocks):
         done, own = sum(costs[:index]), costs[index]
@@ -99,18 +100,18 @@ def quantize(
         products += gridded
         if checkpoint is not None and kept is None:
             checkpoint.save(f"block-{index:04d}", finished)
-        decided |= {draft.op.name: draft for draft in finished}
+        recipes |= {draft.op.name: draft.to_recipe() for draft in finished}  # integers, a quarter of the size
+        computed += [draft for draft in finished if draft.is_temporal]
         walk.forget(blocks[index + 1 :])
         progress(done + own, sum(costs))
         logger.info("%s: %d layers quantized", block.path, len(block.layers))
     if inside:
-        computed = [decided[draft.op.name] for draft in temporal]
         temporal_block = TemporalBlock(program, model.denoiser)
         tib = _served(quantized_tables(temporal_block, computed, model.exact), model, plan)
     return QuantRecipe(
         program.fingerprint,
         plan.preset,
-        tuple(decided[op.name].to_recipe() for op in program.operations),
+        tuple(recipes[op.name] for op in program.operations),
         float_layers(program) + float_products(program, None if method.attention == "integer" else OFF),
         tib,
         program.macs,
