@@ -73,7 +73,7 @@ def clip_tokenizer(pad: str = "<|endoftext|>", limit: int = 77) -> CLIPTokenizer
     return CLIPTokenizer(dict(CLIP_VOCABULARY), list(CLIP_MERGES), pad_token=pad, model_max_length=limit)
 
 
-def clip_config(*, act: str = "quick_gelu", layers: int = 2, limit: int = 77) -> CLIPTextConfig:
+def clip_config(*, act: str = "quick_gelu", layers: int = 2, limit: int = 77, width: int = WIDTH) -> CLIPTextConfig:
     """A CLIP text encoder's: OpenAI's activation is ``quick_gelu``, OpenCLIP's ``gelu``.
 
     The ids of special tokens are those of the published configs, which are not the tokenizer's; with
@@ -81,9 +81,9 @@ def clip_config(*, act: str = "quick_gelu", layers: int = 2, limit: int = 77) ->
     """
     return CLIPTextConfig(
         vocab_size=len(CLIP_VOCABULARY),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=limit,
@@ -95,16 +95,17 @@ def clip_config(*, act: str = "quick_gelu", layers: int = 2, limit: int = 77) ->
     )
 
 
-def clip_encoder(seed: int = 10, *, act: str = "quick_gelu", layers: int = 2) -> CLIPTextModel:
-    """Embeddings [rows, 77, WIDTH]."""
-    return seeded(lambda: CLIPTextModel(clip_config(act=act, layers=layers)), seed)
+def clip_encoder(seed: int = 10, *, act: str = "quick_gelu", layers: int = 2, width: int = WIDTH) -> CLIPTextModel:
+    """Embeddings [rows, 77, width]."""
+    return seeded(lambda: CLIPTextModel(clip_config(act=act, layers=layers, width=width)), seed)
 
 
 def clip_projected(
-    seed: int = 11, *, act: str = "gelu", layers: int = 3, limit: int = 77
+    seed: int = 11, *, act: str = "gelu", layers: int = 3, limit: int = 77, width: int = WIDTH
 ) -> CLIPTextModelWithProjection:
-    """Embeddings [rows, limit, WIDTH] and one pooled embedding [rows, WIDTH]."""
-    return seeded(lambda: CLIPTextModelWithProjection(clip_config(act=act, layers=layers, limit=limit)), seed)
+    """Embeddings [rows, limit, width] and one pooled embedding [rows, width]."""
+    config = clip_config(act=act, layers=layers, limit=limit, width=width)
+    return seeded(lambda: CLIPTextModelWithProjection(config), seed)
 
 
 SENTINELS = tuple(f"<extra_id_{index}>" for index in reversed(range(100)))
