@@ -28,10 +28,22 @@ def read_model(path: Path, *, weights: bool = False) -> Any:
     model = _onnx().load(path, load_external_data=False)
     weight_files(path, model)
     if weights:
-        for tensor in _tensors_elsewhere(model):
-            tensor.raw_data = _bytes_of(tensor, path)
-            _forget_file(tensor)
+        read_weights(model, path)
     return model
+
+
+def read_weights(model: Any, path: Path) -> None:
+    """Read the tensors that a model keeps in other files into it.
+
+    Args:
+        model: What ``path`` holds, or a part of it.
+        path: Of the graph, as ``read_model`` took it.
+    Raises:
+        LoadError: a file ends before its tensor.
+    """
+    for tensor in _tensors_elsewhere(model):
+        tensor.raw_data = _bytes_of(tensor, path)
+        _forget_file(tensor)
 
 
 def weight_files(path: Path, model: Any) -> tuple[str, ...]:

@@ -1,17 +1,31 @@
 """What a user may ask of the compiler: presets, a TOML file, flags."""
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 
 from tfmq_export.errors import ConfigError
 from tfmq_export.recipe.recipe import TableType
 from tfmq_export.target import PtsLowering
+
+_UNITS = {"s": 1, "min": 60, "h": 3600}
+
+
+def _duration(value: object) -> object:
+    """``30min`` beside what pydantic takes for a time span."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", value) if isinstance(value, str) else None
+    return timedelta(seconds=float(found[1]) * _UNITS[found[2]]) if found else value
+
+
+Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
+"""A length of time; as text a number and ``s``, ``min`` or ``h``."""
 
 Components = Literal["link", "copy", "onnx", "none"]
 """How a pipeline's other components join its bundle: large files as hard links; all copied; linked, with
@@ -172,7 +186,12 @@ class CompileConfig(BaseModel):
     calibration_images: int | None = Field(
         None, ge=1, description="images whose sampling is recorded for calibration; the effort decides"
     )
-    validation_images: int = Field(16, ge=1, description="images to compare at the end")
+    validation_images: int | None = Field(
+        None, ge=1, description="images to compare at the end; 16, or fewer where the budget says so"
+    )
+    budget: Duration = Field(
+        timedelta(minutes=30), description="time that the comparison may take, such as 90s, 30min or 2h"
+    )
     seed: int = Field(0, ge=0, description="seed of noise and sampling")
     thresholds: Thresholds = Thresholds.model_construct()
     allow_precision_loss: bool = Field(False, description="keep a bundle whose layers do not all run in integers")

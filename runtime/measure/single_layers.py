@@ -18,7 +18,7 @@ from tfmq_export.bundle.manifest import Bundle, LayerInfo
 from tfmq_export.errors import DependencyError
 from tfmq_export.recipe.names import layer_named
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
-from tfmq_export.runtime.graph_file import read_model
+from tfmq_export.runtime.graph_file import read_model, read_weights
 from tfmq_export.runtime.measure.compare import sqnr_db
 from tfmq_export.runtime.measure.operations import LAYOUT_OPS
 from tfmq_export.runtime.runner import Runner
@@ -83,9 +83,8 @@ def single_layers(path: Path, layers: tuple[LayerInfo, ...]) -> Iterator[SingleL
     """Every quantized layer of a graph, or each part of one that is computed in parts."""
     onnx = _onnx()
     asked = {layer.name: layer for layer in layers if layer.activation_bits}
-    model = read_model(path, weights=True)
-    # Shapes need no weights, and protobuf ends at 2 GB.
-    shaped = onnx.shape_inference.infer_shapes(read_model(path))
+    model = read_model(path)  # of all weights, only those of one layer are ever in memory
+    shaped = onnx.shape_inference.infer_shapes(model)
     known = {value.name for value in (*shaped.graph.value_info, *model.graph.input)}
     unknown = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"} - known
     floats = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in sorted(unknown)]
@@ -107,6 +106,7 @@ def single_layers(path: Path, layers: tuple[LayerInfo, ...]) -> Iterator[SingleL
         if quantize is not None and quantize.op_type == "QuantizeLinear":
             result = readers[quantize.output[0]].output[0]
         single = extractor.extract_model(list(read), [result])
+        read_weights(single, path)
         stored = extractor.initializers
         usual = _usual_shape(node, producers, stored) if node.input[1] not in varying else PRODUCT
         yield SingleLayer(

@@ -21,7 +21,15 @@ from tfmq_export.compiler.steps import lower, write
 from tfmq_export.config import Method, Thresholds
 from tfmq_export.errors import AccuracyError, PrecisionError
 from tfmq_export.proof import kernels
-from tfmq_export.proof.kernels import TIMESTEPS, KernelCheck, compare_kernels, counted, few_rows, wrong_kernels
+from tfmq_export.proof.kernels import (
+    TIMESTEPS,
+    KernelCalls,
+    KernelCheck,
+    compare_kernels,
+    counted,
+    few_rows,
+    wrong_kernels,
+)
 from tfmq_export.proof.validate import Subject, validate
 from tfmq_export.recipe.names import node_name, weight_codes_name
 from tfmq_export.recipe.pairs import PAIR_SUM
@@ -60,7 +68,8 @@ def bundle_of(name: str, cpus: str) -> Bundle:
 
 def check(name: str, bundle: Bundle, served: Runner) -> KernelCheck:
     made, reference = recipe_of(name, "any"), OrtRunner(bundle.model, integer=False)
-    return compare_kernels(made.denoiser, made.steps, LoadedBundle(bundle, served), LoadedBundle(bundle, reference))
+    calls = KernelCalls.of(made.denoiser, made.steps)
+    return compare_kernels(calls, *(calls.answers(LoadedBundle(bundle, runner)) for runner in (served, reference)))
 
 
 def breaking(name: str, cpus: str) -> set[str]:
@@ -148,7 +157,8 @@ def test_the_stand_in_computes_what_a_host_without_vnni_does() -> None:
         LoadedBundle(bundle, runner) for runner in (OrtRunner(bundle.model), SaturatingRunner(bundle.model))
     )
 
-    found = compare_kernels(made.denoiser, made.steps, here, stand_in)
+    calls = KernelCalls.of(made.denoiser, made.steps)
+    found = compare_kernels(calls, calls.answers(here), calls.answers(stand_in))
 
     if adds_in_16_bits():
         assert min(*found.sqnr, *found.extreme) > 60  # another order of fp32 sums
@@ -231,7 +241,8 @@ def test_a_short_schedule_is_asked_as_well(steps: int) -> None:
     made, bundle = recipe_of("edm", "any"), bundle_of("edm", "any")
     served, reference = (LoadedBundle(bundle, OrtRunner(bundle.model, integer=integer)) for integer in (True, False))
 
-    found = compare_kernels(made.denoiser, made.steps[:steps], served, reference)
+    calls = KernelCalls.of(made.denoiser, made.steps[:steps])
+    found = compare_kernels(calls, calls.answers(served), calls.answers(reference))
 
     assert (len(found.sqnr), len(found.extreme)) == (steps, 3)
 

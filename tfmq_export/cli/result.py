@@ -39,7 +39,10 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
             "temporal features",
             f"cosine {cosine.lowest:.7f} at worst, {len(manifest.timesteps)} timesteps{_tables(validation)}",
         ),
-        ("graph = fake-quant", f"{agreement.lowest:.0f} dB at worst, layer by layer in lock-step"),
+        (
+            "graph = fake-quant",
+            f"{agreement.lowest:.0f} dB at worst, layer by layer in lock-step{_at_some(validation)}",
+        ),
         *_kernels_row(receipt, found[Metric.KERNELS]),
         (
             "in integers",
@@ -59,6 +62,12 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
         paths = [layer.path for layer in kept if layer.reason == reason]
         shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
         out.print(f"in floating point: {len(paths)} layers ({shown}): {reason}", markup=False, highlight=False)
+
+
+def _at_some(validation: "Validation") -> str:
+    """At how many timesteps, where the budget did not allow all."""
+    compared, visited = validation.plan.timesteps, len(validation.report[Metric.STEP_SQNR].values)
+    return f" at {compared} of {visited} timesteps" if compared < visited else ""
 
 
 def _kernels_row(receipt: "Receipt", found: "Comparison") -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from datetime import timedelta
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -17,7 +18,7 @@ FLAGS = {
     **dict.fromkeys(("tib", "les", "pts"), "method"),
     "pts_lowering": "",
     **dict.fromkeys(("estimator", "cpus", "attention"), "method"),
-    **dict.fromkeys(("device", "max_memory", "calibration_images", "validation_images", "seed"), ""),
+    **dict.fromkeys(("device", "max_memory", "calibration_images", "validation_images", "budget", "seed"), ""),
     **dict.fromkeys(("min_psnr", "min_ssim", "min_sqnr"), "thresholds"),
     **dict.fromkeys(("allow_precision_loss", "tables", "class_tables", "prologue", "components"), ""),
 }
@@ -70,8 +71,13 @@ def _option(name: str) -> Any:
     plain = kind if kind in (int, float) else str
     return Annotated[
         plain | None,
-        typer.Option(flag, help=help_text, metavar=shown, show_default=False if default is None else str(default)),
+        typer.Option(flag, help=help_text, metavar=shown, show_default=False if default is None else _shown(default)),
     ]
+
+
+def _shown(default: object) -> str:
+    """A default as it would be typed."""
+    return f"{default.total_seconds() / 60:g}min" if isinstance(default, timedelta) else str(default)
 
 
 def _kind(field: FieldInfo) -> Any:
@@ -79,4 +85,4 @@ def _kind(field: FieldInfo) -> Any:
     kind = field.annotation
     if isinstance(kind, UnionType):
         (kind,) = (each for each in get_args(kind) if each is not type(None))
-    return str if kind is ByteSize else kind
+    return str if kind in (ByteSize, timedelta) else kind

@@ -36,7 +36,10 @@ def validate(
     variant: Variant = None,
     lora: Lora = None,
     pipeline: Pipeline = None,
-    images: Annotated[int, typer.Option(min=1, help="Images to compare.")] = 16,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images to compare.", show_default="16, or fewer within --budget")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Time that it may take, such as 90s, 30min or 2h.")] = "30min",
     seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 1,
     min_psnr: MinPsnr = None,
     min_ssim: MinSsim = None,
@@ -59,9 +62,10 @@ def validate(
     if against is None:
         raise ConfigError("give the model to compare with, --against MODEL, or --host for this host's kernels alone")
 
-    thresholds = load_config(
-        None, {"thresholds.psnr": min_psnr, "thresholds.ssim": min_ssim, "thresholds.sqnr": min_sqnr}
-    ).thresholds
+    asked = load_config(
+        None,
+        {"budget": budget, "thresholds.psnr": min_psnr, "thresholds.ssim": min_ssim, "thresholds.sqnr": min_sqnr},
+    )
     opened = open_bundle(bundle)
     opened.verify()
     require_folder_of(json)
@@ -71,7 +75,10 @@ def validate(
             from tfmq_export.proof.validate import validate as run_validation
 
             subject = subject_of(opened, against, factory, variant=variant, lora=lora or (), pipeline=pipeline)
-        validation = run_validation(subject, thresholds, images=images, seed=seed, progress=progress)
+        seconds = asked.budget.total_seconds()
+        validation = run_validation(
+            subject, asked.thresholds, images=images, budget=seconds, seed=seed, progress=progress
+        )
     show(opened, validation)
     if json is not None:
         validation.write(json)

@@ -234,7 +234,12 @@ def prove(
     config = config or CompileConfig()
     subject = Subject(made.denoiser, made.program, made.recipe, bundle)
     validation = validate(
-        subject, config.thresholds, images=config.validation_images, seed=config.seed + 1, progress=progress
+        subject,
+        config.thresholds,
+        images=config.validation_images,
+        budget=config.budget.total_seconds(),
+        seed=config.seed + 1,
+        progress=progress,
     )
     if not config.allow_precision_loss:
         validation.receipt.raise_if_lost()

@@ -16,7 +16,8 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import onnx
@@ -62,7 +63,7 @@ class Agreement:
 
 
 class LockStep:
-    """Runs a bundle's graph in floating point with every layer's result in sight.
+    """Runs a bundle's graph in floating point with every layer's result in sight; a context manager frees the engine.
 
     Args:
         bundle: Made from ``recipe``.
@@ -87,13 +88,44 @@ class LockStep:
                 None if bundle.prologue is None else _watched(bundle.prologue, watched, Path(folder) / "prologue")
             )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine; ``judge`` does without it."""
+        for runner in filter(None, (self._runner, self._prologue)):
+            runner.__exit__(None, None, None)
+
+    @property
+    def watches(self) -> bool:
+        """Whether any layer is quantized; else a call's results are its prediction alone."""
+        return bool(self._names)
+
     def compare(self, inputs: Mapping[str, Tensor]) -> Agreement:
         """Compare on one set of model inputs, by name in the program's order.
 
         Raises:
             LoadError: the graph has no results of layers that the manifest does not explain.
         """
-        results = self._results(_feeds(inputs, self._timestep))
+        return self.judge(inputs, self.results(inputs))
+
+    def results(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+        """The prediction and every layer's result by name, of both graphs where there are two."""
+        feeds = _feeds(inputs, self._timestep)
+        once: dict[str, NDArray[Any]] = {}
+        if self._prologue is not None:
+            once = self._prologue.infer({name: feeds[name] for name in self._prologue.inputs})
+        given = {**feeds, **once}
+        return {**once, **self._runner.infer({name: given[name] for name in self._runner.inputs})}
+
+    def judge(self, inputs: Mapping[str, Tensor], results: Mapping[str, NDArray[Any]]) -> Agreement:
+        """Compare the graph's results with fake-quant on the same inputs."""
+        results = dict(results)
         free = self._simulation(inputs)
         graph = results.pop(self._output)
         for name, factor in self._factors.items():
@@ -117,14 +149,6 @@ class LockStep:
             mismatch_rate=watcher.differing / max(watcher.compared, 1),
             worst_layer=worst,
         )
-
-    def _results(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The prediction and every layer's result by name, of both graphs where there are two."""
-        once: dict[str, NDArray[Any]] = {}
-        if self._prologue is not None:
-            once = self._prologue.infer({name: feeds[name] for name in self._prologue.inputs})
-        given = {**feeds, **once}
-        return {**once, **self._runner.infer({name: given[name] for name in self._runner.inputs})}
 
 
 class _Synchronizer:

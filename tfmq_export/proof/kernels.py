@@ -8,6 +8,7 @@ every layer on its own, which names the layers at fault.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,37 +48,52 @@ class KernelCheck:
     self_test: SelfTest
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class KernelCalls:
+    """The calls that both are asked for, one after the other: two engines with a large model would fill the memory.
+
+    Attributes:
+        picked: At some timesteps of the trajectory.
+        ends: The first, middle and last of them, with samples at the ends of their range.
+    """
+
+    denoiser: Denoiser
+    picked: Sequence[Mapping[str, Tensor]]
+    ends: Sequence[Mapping[str, Tensor]]
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, trajectory: Sequence[CalibrationStep]) -> "KernelCalls":
+        """Of the recorded calls of the full-precision model."""
+        count = min(TIMESTEPS, len(trajectory))
+        picked = [few_rows(trajectory[int(place)].inputs) for place in np.linspace(0, len(trajectory) - 1, count)]
+        ends = [_at_the_ends(denoiser, inputs) for inputs in (picked[0], picked[count // 2], picked[-1])]
+        return cls(denoiser, picked, ends)
+
+    def answers(self, loaded: LoadedBundle) -> list[NDArray[Any]]:
+        """What an engine predicts for each."""
+        return [run_bundle(loaded, self.denoiser, inputs) for inputs in (*self.picked, *self.ends)]
+
+
 def compare_kernels(
-    denoiser: Denoiser, trajectory: Sequence[CalibrationStep], served: LoadedBundle, reference: LoadedBundle
+    calls: KernelCalls, served: Sequence[NDArray[Any]], reference: Sequence[NDArray[Any]]
 ) -> KernelCheck:
-    """Ask both for the same predictions.
+    """Compare two engines' answers.
 
     Args:
-        trajectory: Recorded calls of the full-precision model.
-        served: As ``load`` opens it.
-        reference: The same with ``integer=False``.
+        served: Of the bundle as ``load`` opens it.
+        reference: Of the same with ``integer=False``.
     """
-    count = min(TIMESTEPS, len(trajectory))
-    picked = [few_rows(trajectory[int(place)].inputs) for place in np.linspace(0, len(trajectory) - 1, count)]
-    found = [_compare(denoiser, inputs, served, reference) for inputs in picked]
-    ends = [_at_the_ends(denoiser, inputs) for inputs in (picked[0], picked[count // 2], picked[-1])]
-    typical = int(np.argsort(found)[len(found) // 2])
-    return KernelCheck(
-        np.array(found),
-        np.array([_compare(denoiser, inputs, served, reference) for inputs in ends]),
-        _self_test(denoiser, picked[typical], served, reference),
-    )
+    found = np.array([sqnr_db(wanted, got) for wanted, got in zip(reference, served, strict=True)])
+    sqnr, extreme = np.split(found, [len(calls.picked)])
+    typical = int(np.argsort(sqnr)[len(sqnr) // 2])
+    return KernelCheck(sqnr, extreme, _self_test(calls.picked[typical], served[typical], reference[typical]))
 
 
-def _self_test(
-    denoiser: Denoiser, inputs: Mapping[str, Tensor], served: LoadedBundle, reference: LoadedBundle
-) -> SelfTest:
-    """One sample of a call, and what both make of it."""
-    single = {name: value if value.ndim == 0 else value[-1:] for name, value in inputs.items()}
-    prediction = run_bundle(reference, denoiser, single)
-    limit = sqnr_db(prediction, run_bundle(served, denoiser, single)) - MARGIN
-    arrays = {name: value.numpy().reshape(-1) if value.ndim == 0 else value.numpy() for name, value in single.items()}
-    return SelfTest(arrays, prediction, float(np.clip(limit, LOWEST_LIMIT, LIMIT)))
+def _self_test(inputs: Mapping[str, Tensor], served: NDArray[Any], prediction: NDArray[Any]) -> SelfTest:
+    """The last sample of a call, and what both make of it."""
+    limit = sqnr_db(prediction[-1:], served[-1:]) - MARGIN
+    single = {name: (value[-1:] if value.ndim else value.reshape(1)).numpy() for name, value in inputs.items()}
+    return SelfTest(single, prediction[-1:], float(np.clip(limit, LOWEST_LIMIT, LIMIT)))
 
 
 def few_rows(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,10 +125,6 @@ def _counted(row: LayerReceipt, wrong: Mapping[str, float]) -> LayerReceipt:
     cause = "its weights saturate on a CPU without VNNI" if adds_in_16_bits() else "the engine computes something else"
     reason = f"its integer kernel is {sqnr:.0f} dB from floating point on this host: {cause}"
     return replace(row, reason=reason, kernel_sqnr=sqnr)
-
-
-def _compare(denoiser: Denoiser, inputs: Mapping[str, Tensor], served: LoadedBundle, reference: LoadedBundle) -> float:
-    return sqnr_db(run_bundle(reference, denoiser, inputs), run_bundle(served, denoiser, inputs))
 
 
 def _at_the_ends(denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

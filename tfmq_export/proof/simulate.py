@@ -74,7 +74,6 @@ class QuantizedLayer:
     """A layer's integers as tensors.
 
     Attributes:
-        weight: ``tau W 2^d`` from its integers.
         output: None where the result stays in floating point.
     """
 
@@ -82,15 +81,21 @@ class QuantizedLayer:
         self.recipe = recipe
         factor = recipe.input_factor
         self.factor = None if factor is None else torch.from_numpy(factor).to(device)
-        codes = torch.from_numpy(recipe.weight_codes).float()
-        weight = codes * per_output(torch.from_numpy(recipe.weight.scale), codes)
-        if recipe.pts_exponent is not None:
-            shift = torch.exp2(torch.from_numpy(recipe.pts_exponent).float())
-            weight = scale_input_channels(weight, shift, recipe.groups)
-        self.weight = weight.to(device)
+        self._device = device
         self.step = torch.from_numpy(recipe.input.scale * recipe.weight_step).to(device)  # of the accumulator
         self.input = Grid.of(recipe.input, recipe.input_by_timestep).on(device)
         self.output = None if recipe.output is None else Grid.of(recipe.output, recipe.output_by_timestep).on(device)
+
+    @property
+    def weight(self) -> Tensor:
+        """``tau W 2^d`` from its integers; made anew each time, as all of them are as large as the model."""
+        recipe = self.recipe
+        codes = torch.from_numpy(recipe.weight_codes).float()
+        weight = codes.mul_(per_output(torch.from_numpy(recipe.weight.scale), codes))
+        if recipe.pts_exponent is not None:
+            shift = torch.exp2(torch.from_numpy(recipe.pts_exponent).float())
+            weight = scale_input_channels(weight, shift, recipe.groups)
+        return weight.to(self._device)
 
     def scale_input(self, x: Tensor) -> Tensor:
         """``x / (tau 2^d)``."""

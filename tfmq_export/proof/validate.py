@@ -6,7 +6,7 @@ graph is judged on it step by step, and draws its own images.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from tfmq_export.models.load import load, source_of
 from tfmq_export.progress import Progress, Silent, Step
 from tfmq_export.proof.agreement import Agreement, LockStep
 from tfmq_export.proof.float_model import look_at
-from tfmq_export.proof.kernels import compare_kernels, counted, few_rows, wrong_kernels
+from tfmq_export.proof.kernels import KernelCalls, compare_kernels, counted, few_rows, wrong_kernels
+from tfmq_export.proof.pages import release_pages
+from tfmq_export.proof.plan import USUAL_SECONDS, ProofPlan, measured_cost, plan_of
 from tfmq_export.proof.served import bundle_denoise, run_bundle
 from tfmq_export.proof.temporal_features import TemporalErrors, compare_temporal
 from tfmq_export.ptq.walk.calibration import CalibrationStep, record
@@ -52,7 +54,6 @@ from tfmq_export.runtime.measure.receipt import Receipt
 from tfmq_export.runtime.self_test import SelfTest
 from tfmq_export.target import find_target
 
-FEW_IMAGES = 4  # drawn by the graph in floating point as well
 CLOSER = 3.0  # dB that kernels must be closer to their graph than the graph is to full precision
 
 
@@ -68,6 +69,7 @@ class Validation:
         reference_images: Drawn by the full-precision model, [N, C, H, W] in 0..1.
         images: Drawn by the compiled graph from the same noise.
         notes: What looks wrong about the float model, in sentences.
+        plan: How much was compared.
     """
 
     report: Report
@@ -76,6 +78,7 @@ class Validation:
     self_test: SelfTest
     reference_images: NDArray[np.float32]
     images: NDArray[np.float32]
+    plan: ProofPlan
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
@@ -84,6 +87,7 @@ class Validation:
             "temporal": self.temporal.to_json(),
             "host": {"processor": processor(), "features": features()},
             "notes": list(self.notes),
+            "proof": asdict(self.plan),
         }
         return {**self.report.to_json(), **found, "temporal_tables": self.temporal.storage}
 
@@ -154,51 +158,65 @@ def subject_of(
 
 
 def validate(
-    subject: Subject, thresholds: Thresholds, *, images: int = 16, seed: int = 1, progress: Progress | None = None
+    subject: Subject,
+    thresholds: Thresholds,
+    *,
+    images: int | None = None,
+    budget: float = USUAL_SECONDS,
+    seed: int = 1,
+    progress: Progress | None = None,
 ) -> Validation:
     """Measure a bundle against the model it came from.
 
     Args:
+        images: How many, whatever they take; if None, as many as ``budget`` allows and ``USUAL_IMAGES`` at most.
+        budget: Seconds that it should take; see ``plan.py``.
         seed: Of the starting noise; another than calibration's.
     """
     progress = progress or Silent()
     denoiser, root = subject.denoiser, subject.bundle.root
-    runs = denoiser.runs(images, seed, pictures=True)
-    few = denoiser.runs(images, seed, first=FEW_IMAGES, pictures=True)
+    with progress.stage("Planning the proof"):
+        plan = plan_of(measured_cost(denoiser), images, budget)
+    runs = denoiser.runs(plan.images, seed, pictures=True)
+    few = denoiser.runs(plan.images, seed, first=plan.few, pictures=True)
     with progress.stage("Sampling in full precision") as step:
         trajectory, reference = record(denoiser, denoiser.module_denoise(), runs, step)
     with progress.stage("Looking at the float model"):
         notes = look_at(denoiser, seed, trajectory, reference)
-    with (
-        load_bundle(root, self_test=False) as loaded,
-        load_bundle(root, self_test=False, integer=False, backend="onnxruntime") as in_float,
-    ):
+    release_pages(denoiser.module)
+    calls = KernelCalls.of(denoiser, trajectory)
+    # One engine at a time, and the model's weights out of the way: each of the three may be as large as the memory.
+    with load_bundle(root, self_test=False) as loaded:
         with progress.stage("Sampling in integers") as step:
             _, compiled = record(denoiser, bundle_denoise(loaded), runs, step)
         with progress.stage("Comparing step by step") as step:
             per_step = _per_step(denoiser, trajectory, loaded, step)
-        with progress.stage("Checking the kernels against the graph") as step:
-            kernels = compare_kernels(denoiser, trajectory, loaded, in_float)
-            served, defined = (
-                record(denoiser, bundle_denoise(each), few, _part(step, part, 2))[1]
-                for part, each in enumerate((loaded, in_float))
-            )
-            wrong = wrong_kernels(subject.bundle)
+            _, served = record(denoiser, bundle_denoise(loaded), few, _untold)
+            in_integers = calls.answers(loaded)
+    with (
+        progress.stage("Checking the kernels against the graph") as step,
+        load_bundle(root, self_test=False, integer=False, backend="onnxruntime") as in_float,
+    ):
+        kernels = compare_kernels(calls, in_integers, calls.answers(in_float))
+        _, defined = record(denoiser, bundle_denoise(in_float), few, step)
+    with progress.stage("Checking each kernel alone"):
+        wrong = wrong_kernels(subject.bundle)
     reference_images, compiled_images, peak = as_images(reference, compiled)
+    release_pages(denoiser.module)
     with progress.stage("Checking the graph against fake-quant") as step:
-        agreements = _agreements(subject, trajectory, step)
+        agreements = _agreements(subject, _evenly(trajectory, plan.timesteps), step)
     with progress.stage("Reading the optimized graph"):
         receipt = counted(realized_by_target(subject.bundle), wrong)
     temporal = compare_temporal(subject.program, denoiser, subject.carried_out.tib, subject.bundle)
     finite = np.isfinite(np.stack([reference.numpy(), compiled.numpy()]))
     found = {
-        Metric.FINITE: finite.reshape(2, images, -1).mean(2),
+        Metric.FINITE: finite.reshape(2, plan.images, -1).mean(2),
         Metric.IMAGE_PSNR: psnr(reference_images, compiled_images, peak),
         Metric.STEP_SQNR: per_step,
         Metric.KERNELS: kernels.sqnr,
         Metric.KERNELS_AT_ENDS: kernels.extreme,
         Metric.SERVED_IMAGES: _psnr(defined, served),
-        Metric.GRAPH_IMAGES: _psnr(reference[:FEW_IMAGES], defined),
+        Metric.GRAPH_IMAGES: _psnr(reference[: plan.few], defined),
         Metric.OTHER_PICTURES: _others(reference_images, peak),
         Metric.FEATURE_COSINE: _or_one(temporal.cosine),
         Metric.TABLE_EXACTNESS: _or_one(temporal.exact.astype(np.float64)),
@@ -208,7 +226,9 @@ def validate(
     if has_ssim(reference_images) or thresholds.ssim > 0:
         found[Metric.IMAGE_SSIM] = ssim(reference_images, compiled_images, peak)
     report = judge({metric: Comparison.of(metric, values) for metric, values in found.items()}, subject, thresholds)
-    return Validation(report, receipt, temporal, kernels.self_test, reference_images, compiled_images, tuple(notes))
+    return Validation(
+        report, receipt, temporal, kernels.self_test, reference_images, compiled_images, plan, tuple(notes)
+    )
 
 
 def judge(found: Mapping[Metric, Comparison], subject: Subject, thresholds: Thresholds) -> Report:
@@ -265,9 +285,15 @@ def _others(images: NDArray[np.float32], peak: float) -> NDArray[np.float64]:
     return psnr(images, np.roll(images, 1, 0), peak)
 
 
-def _part(step: Step, part: int, parts: int) -> Step:
-    """Progress of one of several runs."""
-    return lambda done, total: step(part * total + done, parts * total)
+def _evenly(trajectory: tuple[CalibrationStep, ...], count: int) -> tuple[CalibrationStep, ...]:
+    """So many of the calls; the first and the last among them."""
+    if count >= len(trajectory):
+        return trajectory
+    return tuple(trajectory[int(place)] for place in np.linspace(0, len(trajectory) - 1, count).round())
+
+
+def _untold(done: int, total: int) -> None:
+    """A small part of a stage."""
 
 
 def _or_one(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -287,9 +313,14 @@ def as_images(reference: Tensor, compiled: Tensor) -> tuple[NDArray[np.float32],
 
 
 def _agreements(subject: Subject, trajectory: tuple[CalibrationStep, ...], step: Any) -> list[Agreement]:
-    lock_step = LockStep(subject.program, subject.carried_out, subject.bundle)
+    calls = [few_rows(recorded.inputs) for recorded in trajectory]
     found = []
-    for done, recorded in enumerate(trajectory, start=1):
-        found.append(lock_step.compare(few_rows(recorded.inputs)))
-        step(done, len(trajectory))
+    with LockStep(subject.program, subject.carried_out, subject.bundle) as lock_step:
+        # Predictions alone are small: then engine and model need not be in memory together.
+        ahead = None if lock_step.watches else [lock_step.results(inputs) for inputs in calls]
+        if ahead is not None:
+            lock_step.close()
+        for place, inputs in enumerate(calls):
+            found.append(lock_step.judge(inputs, lock_step.results(inputs) if ahead is None else ahead[place]))
+            step(place + 1, len(calls))
     return found

@@ -20,6 +20,10 @@ BACKENDS = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
 
 MISSING = "onnxruntime is not installed; pip install onnxruntime"
 
+UNFOLDED = ("ConstantFolding",)
+"""Left out where integers are computed in floating point: it would keep every weight dequantized, at four times the
+size. Dequantizing them again in each call gives the same numbers."""
+
 IDLE_BUFFERS = 8
 """Sets of device buffers that wait for their next use."""
 
@@ -85,7 +89,9 @@ class OrtRunner:
             )
         try:
             # ORT's own fallback would change the engine behind the caller's back.
-            session = ort.InferenceSession(source, options, providers=names, enable_fallback=0)
+            session = ort.InferenceSession(
+                source, options, providers=names, enable_fallback=0, disabled_optimizers=None if integer else UNFOLDED
+            )
         except self._errors as error:
             raise BuildError(
                 f"{model_path}: ONNX Runtime refuses this graph: {one_line(error)}; compile it again for target ort-cpu"

@@ -78,6 +78,15 @@ def test_reference_numerics_keep_the_product_in_float(tmp_path: Path, integer: b
     assert kernel in ops
 
 
+def test_reference_numerics_hold_no_dequantized_weight(tmp_path: Path) -> None:
+    path, _ = write_quantized_matmul(tmp_path / "model.onnx")
+
+    OrtRunner(path, integer=False, optimized_to=tmp_path / "optimized.onnx")
+
+    stored = onnx.load(tmp_path / "optimized.onnx").graph.initializer
+    assert {item.data_type for item in stored if np.prod(item.dims) > 1} == {TensorProto.INT8}
+
+
 def test_a_failed_run_raises_one_line_and_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with OrtRunner(write_gather(tmp_path / "g.onnx"), threads=1) as runner:
         with pytest.raises(BuildError) as failure:
