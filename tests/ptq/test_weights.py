@@ -1,9 +1,13 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from tfmq_export.ptq.weights import nearest_codes, search_weight_scale
+from tfmq_export.ptq.pairs import Pairs
+from tfmq_export.ptq.weights import SHRINK_STEPS, full_scale, nearest_codes, search_weight_scale
 from tfmq_export.recipe.grid import QuantSpec
+from tfmq_export.recipe.pairs import PAIR_SUM
 
 
 def error(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
@@ -33,6 +37,34 @@ def test_the_search_finds_the_best_of_its_eighty_candidates(bits: int, seed: int
     assert (found <= candidates[0] * (1 + 1e-4)).all()  # min-max
     if bits < 8:
         assert (found < candidates[0] * 0.9).any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    channels=st.integers(1, 300),
+    kernel=st.sampled_from([1, 9]),
+    tails=st.sampled_from([0.1, 1.0, 3.0]),  # the largest weight among its like, or far from all others
+    bits=st.sampled_from([6, 8]),
+)
+def test_no_candidate_behind_the_end_of_the_search_is_better(
+    seed: int, channels: int, kernel: int, tails: float, bits: int
+) -> None:
+    drawn = torch.randn(3, channels, kernel, generator=torch.Generator().manual_seed(seed))
+    weight = drawn.sign() * drawn.abs() ** tails
+    spec, pairs = QuantSpec(bits, axis=0, pair_sum=PAIR_SUM), Pairs.of(weight, 1, 1)
+    assert pairs is not None
+    rows = weight.reshape(3, -1).double()
+
+    def error_of(scale: Tensor) -> Tensor:
+        kept = pairs.within(rows / scale)
+        return (kept.round().clamp(spec.qmin, spec.qmax) * scale - rows).abs().pow(2.4).mean(1)
+
+    found = search_weight_scale(weight, spec, pairs=pairs).double()[:, None]
+
+    full = full_scale(rows, spec, pairs)
+    every = torch.stack([error_of(full * (1 - 0.01 * step)) for step in range(SHRINK_STEPS)])
+    assert (error_of(found) <= every.amin(0) * (1 + 1e-3) + 1e-12).all()  # searched in fp32: ties may turn
 
 
 def test_channels_are_searched_one_by_one() -> None:

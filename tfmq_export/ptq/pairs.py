@@ -41,12 +41,12 @@ class Pairs:
         return torch.where(rows * other > 0, (rows + other).abs(), torch.zeros_like(rows))
 
     def within(self, rows: Tensor) -> Tensor:
-        """Real weights that keep the rule, the nearest inside the grid: what a pair has too much, both give up alike.
+        """Real weights that keep the rule; see ``within``.
 
         Args:
             rows: In steps of the grid, [out, n].
         """
-        return shrink(rows, (self.sums(rows) - PAIR_SUM).clamp_min(0) / 2)
+        return within(rows, self.sums(rows))
 
     def settle(self, codes: Tensor) -> Tensor:
         """Integers that keep the rule: where rounding broke a pair, its second weight gives way.
@@ -59,6 +59,16 @@ class Pairs:
         # A weight that is its own neighbour exceeds by twice what it is too large.
         share = torch.where(self.neighbours == here, 0.5, torch.where(self.neighbours < here, 1.0, 0.0))
         return shrink(codes, (excess * share).ceil())
+
+
+def within(rows: Tensor, sums: Tensor) -> Tensor:
+    """Real weights that keep the rule, the nearest inside the grid: what a pair has too much, both give up alike.
+
+    Args:
+        rows: In steps of the grid, [out, n].
+        sums: Of each weight and its neighbour, in the same steps.
+    """
+    return shrink(rows, (sums - PAIR_SUM).clamp_min(0) / 2)
 
 
 def shrink(values: Tensor, by: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from tfmq_export.ptq.pairs import Pairs
+from tfmq_export.ptq.pairs import Pairs, within
 from tfmq_export.recipe.grid import QuantSpec
 from tfmq_export.recipe.pairs import PAIR_SUM
 
 SHRINK_STEPS = 80
 NORM = 2.4
+IN_CACHE = 1 << 17  # weights of a few channels, whose candidates are tried while they are in a cache
 
 
 def search_weight_scale(
@@ -16,7 +17,8 @@ def search_weight_scale(
 ) -> Tensor:
     """Scale per output channel of least ``mean |w - w^|^2.4`` (BRECQ's search; symmetric, zero point 0).
 
-    The candidates shrink the scale that clips nothing, neither a weight nor a pair, by (1 - 0.01 i).
+    The candidates shrink the scale that clips nothing, neither a weight nor a pair, by (1 - 0.01 i). They end where
+    what the largest weight alone loses is more than the least error so far: no smaller scale can be better.
 
     Args:
         weight: [out, ...].
@@ -26,18 +28,35 @@ def search_weight_scale(
         Scales, [out]; 1 for a channel of zeros.
     """
     rows = weight.detach().reshape(len(weight), -1)  # [out, n]
+    few = torch.split(rows, max(1, IN_CACHE // rows.shape[1]))
+    return torch.cat([_search(part, spec, candidates, pairs) for part in few])
+
+
+def _search(rows: Tensor, spec: QuantSpec, candidates: int, pairs: Pairs | None) -> Tensor:
     full = full_scale(rows, spec, pairs)
     full = torch.where(full > 0, full, torch.ones_like(full))
     best_error = torch.full_like(full, torch.inf)
     best = full
+    sums = None if pairs is None else pairs.sums(rows)
     for step in range(candidates):
         scale = full * (1 - 0.01 * step)
+        if bool((_least_error(full, scale, rows.shape[1], spec) > best_error).all()):
+            break
         steps = rows / scale
-        kept = steps if pairs is None else pairs.within(steps)
+        kept = steps if sums is None else within(steps, sums / scale)
         error = (kept.round_().clamp_(spec.qmin, spec.qmax) * scale - rows).abs().pow(NORM).mean(1, keepdim=True)
         better = error < best_error
         best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
     return best[:, 0]
+
+
+def _least_error(full: Tensor, scale: Tensor, count: int, spec: QuantSpec) -> Tensor:
+    """What the weight or pair that takes all of ``full`` adds to the error at a smaller scale, at least.
+
+    A pair may share its loss, and rounding may give half a step back.
+    """
+    lost = min(spec.qmax, PAIR_SUM) * (full - scale) / 2 - scale / 2
+    return lost.clamp_min(0).pow(NORM) / count
 
 
 def per_output(scale: Tensor, weight: Tensor) -> Tensor:
