@@ -195,7 +195,7 @@ def load(  # noqa: PLR0913  # options of the one public entry, by keyword
             the bundle that runs on this GPU, else what the bundle was compiled for if installed, else ONNX Runtime.
         threads: Of one inference on a CPU; None leaves the choice to the engine.
         integer: False gives the reference numerics: the same graph computed in floating point.
-        verify: False saves comparing graphs, weights and tables with the manifest's hashes, about a second per GB.
+        verify: False saves comparing graphs, weights and engines with the manifest's hashes, about a second per GB.
         precision: What OpenVINO computes in where nothing is quantized: "f32" (if None), "bf16" or "f16".
         self_test: False saves that one call, and serves whatever the kernels of this host make of the graph.
     Raises:

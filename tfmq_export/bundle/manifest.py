@@ -321,14 +321,14 @@ class Bundle:
         """Check files against the manifest's hashes.
 
         Args:
-            served: Only those that serving reads: not a pipeline's other components, which may be gigabytes.
+            served: Only those that serving reads: graphs, their weights and engines. Not the recipe, and not a
+                pipeline's other components, which may be gigabytes.
         Raises:
             LoadError: names the first file that is missing or altered.
         """
-        component = self.manifest.component
-        ours = {component, prologue_folder(component), "scheduler", "tfmq"}
+        folders = (self.manifest.component, prologue_folder(self.manifest.component))
         for name in self.manifest.files:
-            if not served or name.partition("/")[0] in ours:
+            if not served or name.partition("/")[0] in folders:
                 self.verify_file(name)
 
     def verify_file(self, name: str) -> None:
