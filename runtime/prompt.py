@@ -36,6 +36,9 @@ class PreparedPrompt:
     batch: int
     made_for: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"PreparedPrompt({names_of(self.conditioning)}, batch {self.batch})"
+
     def is_of(self, conditioning: Arrays) -> bool:
         """Whether these arrays say the same prompt, number by number."""
         return conditioning.keys() == self.conditioning.keys() and all(

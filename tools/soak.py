@@ -248,9 +248,9 @@ def bad_files(bundle: Bundle, folder: Path) -> list[BadRequest]:
         shutil.copytree(bundle.root, folder / name)
         (folder / name / graph).write_bytes(damaged)
     return [
-        ("truncated file", lambda: load(folder / "truncated", threads=1)),
-        ("truncated file, verified", lambda: load(folder / "truncated", threads=1, verify=True)),
-        ("altered file, verified", lambda: load(folder / "altered", threads=1, verify=True)),
+        ("truncated file", lambda: load(folder / "truncated", threads=1, verify=False)),
+        ("truncated file, verified", lambda: load(folder / "truncated", threads=1)),
+        ("altered file, verified", lambda: load(folder / "altered", threads=1)),
     ]
 
 

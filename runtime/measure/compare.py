@@ -201,6 +201,11 @@ class Comparison:
         return float(np.min(self.values))
 
     @property
+    def worst(self) -> int:
+        """Position of the lowest value; of the first NaN if there is one."""
+        return int(np.argmin(self.values))
+
+    @property
     def highest(self) -> float:
         """NaN if any value is."""
         return float(np.max(self.values))

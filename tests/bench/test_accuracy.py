@@ -62,7 +62,7 @@ def with_tenth_of_noise(bundle: Bundle, root: Path) -> Bundle:
     model.graph.node.append(helper.make_node("Mul", ["exact", "factor"], ["prediction"]))
     model.graph.initializer.append(numpy_helper.from_array(np.float32(1.1), "factor"))
     onnx.save(model, root / "unet/model.onnx")
-    return open_bundle(root)
+    return open_bundle(root).extended(["unet/model.onnx"])
 
 
 @pytest.mark.parametrize("scalar", [False, True])  # a bundle takes the timestep as a vector, whatever the module takes

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from nets.handwritten import build_dit
+from standins import commands
+from standins.small_bundle import small_bundle
 
 from tfmq_export.bench.candidates import NAMES, TWIN, Baseline, baselines_named, candidates_of
 from tfmq_export.bench.job import Job, Ready, SamplingJob, Turn
@@ -21,7 +25,10 @@ from tfmq_export.bench.worker import Meter, open_candidate, sampling_run, single
 from tfmq_export.bench.workshop import Workshop
 from tfmq_export.bundle.manifest import Bundle, EngineInfo, open_bundle, write_manifest
 from tfmq_export.cli.bench import BASELINES
+from tfmq_export.compiler.chain import compile_model
+from tfmq_export.config import CompileConfig, Thresholds
 from tfmq_export.errors import BuildError, ConfigError
+from tfmq_export.models.load import Source, source_of
 from tfmq_export.progress import Silent
 from tfmq_export.runtime import load
 from tfmq_export.runtime.measure.benchmark import Timing
@@ -114,6 +121,85 @@ def test_a_worker_that_cannot_run_tells_why_and_leaves_no_process(bundle: Bundle
     assert frame.locals["self"]._process.returncode is not None
 
 
+def test_a_relative_bundle_is_timed_beside_its_model_and_its_factory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers have folders of their own; what the caller named is relative to the caller's."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code = "from nets.handwritten import build_dit\n\ndef make():\n    from nets.handwritten import build_dit\n"
+    Path("model_of_this_test.py").write_text(f"{code}    return build_dit()\n")
+    denoiser = build_dit()
+    torch.save(denoiser[0].state_dict(), "weights.pt")
+    config = CompileConfig(preset="fp32", validation_images=1, thresholds=Thresholds(psnr=-100, sqnr=-100))
+    made = compile_model(Source(Path("weights.pt"), "model_of_this_test:make"), Path("out"), config).bundle
+
+    result = commands.run(
+        "bench", "out", "--against", "weights.pt", "--factory", "model_of_this_test:make", "--baselines", "torch",
+        "--rounds", "1", "-q", "--json", "-",
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    (setting,) = json.loads(result.stdout)["settings"]
+    assert setting["not_run"] == {}
+    assert list(setting["candidates"]) == ["torch", f"{made.manifest.preset} ort-cpu"]
+
+
+def test_a_diffusers_model_is_timed_beside_a_relative_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle(Path("out"), small_bundle(tmp_path / "out").manifest)
+    (tmp_path / "out/scheduler").mkdir()
+    (tmp_path / "out/scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    monkeypatch.chdir(tmp_path)
+
+    source = source_of(bundle, Path("model.pt"))
+
+    assert source.scheduler is not None
+    assert Path(source.scheduler).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("b.pdf", b"%PDF"), ("b.svg", b"<?xml"), ("b.png", b"\x89PNG"), ("B.PNG", b"\x89PNG")]
+)
+def test_a_chart_is_of_the_format_its_name_says(bundle: Bundle, tmp_path: Path, name: str, start: bytes) -> None:
+    report = run(bundle, Plan(rounds=1), "none")
+
+    save_bars(tmp_path / name, report)
+
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_a_chart_of_an_unknown_format_is_refused_before_the_work(bundle: Bundle, tmp_path: Path) -> None:
+    result = commands.run("bench", bundle.root, "--plot", tmp_path / "b.jpg", "-q")
+
+    assert result.exit_code == 2
+    assert "the name says the format; end it in .png, .pdf, .svg" in result.output
+
+
+def test_figures_on_standard_output_are_json_and_nothing_else(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    result = commands.run("bench", bundle.root, "--rounds", "1", "-q", "--json", "-")
+
+    assert json.loads(result.stdout)["unit"] == "call"
+    assert "speed 1 is twin" in " ".join(result.stderr.split())
+    assert not Path("-").exists()
+
+
+def test_a_bundle_for_a_gpu_is_timed_on_a_cpu_where_that_is_asked_for(tiny_bundle: Callable[..., Path]) -> None:
+    bundle = open_bundle(tiny_bundle(target="tensorrt"))
+
+    report = bench(
+        [bundle], None, candidates_of([bundle], ["onnxruntime"], ()), Plan(rounds=1), Silent(), keep=lambda found: None
+    )
+
+    ((row,),) = (setting.rows for setting in report.settings)
+    assert row.ready.ran["engine"].startswith("onnxruntime")
+    with pytest.raises(BuildError, match="build an engine with tfmq-build"):
+        bench([bundle], None, candidates_of([bundle], ["auto"], ()), Plan(rounds=1), Silent(), keep=lambda found: None)
+
+
 def test_a_job_survives_its_line() -> None:
     job = Job("graph", "m.onnx", "i.npz", "x", "t", 2, "openvino", "bf16", True, {}, SamplingJob({"a": 1}, 4, 2.0))
 
@@ -180,9 +266,8 @@ def test_a_bundle_for_gpus_is_timed_on_its_engine_or_not_at_all(bundle: Bundle) 
         for backend, each in jobs.items():
             (candidate,) = candidates_of([each], [backend], [])
             assert candidate.make(workshop, 1).backend == ("tensorrt" if each is built else backend)
-        for backend in ("onnxruntime", "tensorrt-rtx"):
-            with pytest.raises(ConfigError, match=r"through tensorrt-rtx or tensorrt$"):
-                candidates_of([built], [backend], [])[0].make(workshop, 1)
+        with pytest.raises(ConfigError, match=r"through tensorrt-rtx or tensorrt$"):
+            candidates_of([built], ["tensorrt-rtx"], [])[0].make(workshop, 1)
         with pytest.raises(ConfigError, match="it has none"):
             candidates_of([cuda], ["auto"], [TWIN])[0].make(workshop, 1)
 
@@ -224,11 +309,10 @@ def test_a_row_and_the_chart_show_what_was_found(tmp_path: Path) -> None:
     latency = dict(zip(LATENCY, setting.rows[1].latency(4), strict=True))
     costs = dict(zip(COSTS, setting.rows[1].costs(), strict=True))
     save_bars(tmp_path / "bars.png", report)
-    report.write(tmp_path / "bench.json")
 
     assert (latency["median ms"], latency["speed"], latency["per s"]) == ("50.00", "2.00x", "80.00")
     assert costs["cpu ms"] == "100.0"
     assert (costs["cores"], costs["ours"], costs["load s"], costs["peak MB"]) == ("2.00", "25.0%", "0.50", "120")
     assert setting.ran() == {"onnxruntime 1.31, threads 2": ["fp32", "w8a8"]}
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "bench.json").read_text())["settings"][0]["not_run"] == {"nncf": "no [nncf]"}
+    assert json.loads(json.dumps(report.to_json()))["settings"][0]["not_run"] == {"nncf": "no [nncf]"}

@@ -1,7 +1,9 @@
 """What the terminal shows: names as they are, sizes for people."""
 
 import pytest
+from standins.commands import run
 
+from tfmq_export import __version__
 from tfmq_export.cli.console import size, table
 
 
@@ -17,3 +19,12 @@ def test_brackets_in_a_name_are_no_markup(capsys: pytest.CaptureFixture[str]) ->
 )
 def test_sizes_are_told_in_the_unit_that_fits(count: int, text: str) -> None:
     assert size(count) == text
+
+
+@pytest.mark.parametrize("command", ["export", "validate", "sample", "bench", "build", "pack", "triton", "golden"])
+def test_every_command_tells_its_version_and_how_it_is_used(command: str) -> None:
+    version, brief, long = (run(command, flag) for flag in ("--version", "-h", "--help"))
+
+    assert version.output == f"tfmq-export {__version__}\n"
+    assert brief.output == long.output
+    assert {version.exit_code, brief.exit_code, long.exit_code} == {0}

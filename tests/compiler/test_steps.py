@@ -34,6 +34,7 @@ def test_the_chain_is_its_steps(model: Captured, tmp_path: Path) -> None:
 
     whole = compile_model(build_dit(), tmp_path / "chain", CONFIG)
 
+    assert max(len(repr(each)) for each in (model, made, lower(made, CONFIG), bundle, validation, whole)) < 1000
     assert contents(bundle.root) == contents(whole.bundle.root)
     assert validation.report.verdicts == whole.validation.report.verdicts
     there = {path.relative_to(whole.bundle.root) for path in whole.bundle.root.rglob("*")}

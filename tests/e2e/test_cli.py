@@ -16,6 +16,7 @@ from standins.commands import run
 
 from tfmq_export.bundle.manifest import open_bundle
 from tfmq_export.cli.console import INTERRUPTED
+from tfmq_export.compiler.output import EVIDENCE, sole_run
 from tfmq_export.runtime import load
 from tfmq_export.runtime.measure.compare import sqnr_db
 
@@ -297,8 +298,36 @@ def test_a_missed_threshold_leaves_the_older_bundle(packed: Path, bundle: Path) 
 
     assert result.exit_code == 6
     assert (bundle / "tfmq/manifest.json").read_bytes() == before
-    # The quantizing is done and may be continued; nothing else is left.
-    assert {path.name for path in bundle.parent.iterdir()} == {bundle.name, f".{bundle.name}.checkpoint"}
+    # The quantizing is done and may be continued, and what was measured is there to look at; nothing else is left.
+    kept = bundle.parent / f"{bundle.name}.failed"
+    assert {path.name for path in bundle.parent.iterdir()} == {bundle.name, kept.name, f".{bundle.name}.checkpoint"}
+    assert f"report, pictures and recipe are in {kept}" in result.output
+    assert {path.name for path in kept.iterdir()} == {*EVIDENCE} - {"temporal.png"}  # of other ways to serve features
+    report = json.loads((kept / "report.json").read_text())
+    assert not report["passed"]
+    assert any(verdict["asked"] == 500 for verdict in report["verdicts"])
+
+
+def test_what_missed_a_bound_goes_on_from_its_recipe_and_is_forgotten_when_it_keeps_it(
+    packed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    missed = run("export", packed, "-o", out, "-q", *SIZES, "--min-psnr", "500")
+
+    again = run("export", packed, "-o", out, "-q", "--recipe", f"{out}.failed", *SIZES[:6], *NO_GATE)
+
+    assert (missed.exit_code, again.exit_code) == (6, 0), again.output
+    assert not Path(f"{out}.failed").exists()
+
+
+def test_a_second_run_into_one_output_is_refused(packed: Path, tmp_path: Path) -> None:
+    with sole_run(tmp_path / "out"):
+        result = run("export", packed, "-o", tmp_path / "out", "-q", *SIZES, *NO_GATE)
+
+    assert result.exit_code == 4
+    assert f"{tmp_path / 'out'}: another run is writing it" in result.output
+    assert result.output.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 143)])

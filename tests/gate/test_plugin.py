@@ -46,7 +46,8 @@ def test_every_check_is_a_test_that_needs_no_torch_and_no_onnx(gate_file: Callab
 
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("files", "host", "receipt", "predictions", "images"):
-        assert f"tiny.gate.toml::{name} PASSED" in done.stdout
+        assert f"tiny.gate.toml::{name} PASSED (" in done.stdout
+    assert "receipt PASSED (45 of 45 layers in integers, 88.7% of the MACs)" in done.stdout
     said = {item.get("name"): item.get("value") for item in ElementTree.parse(tmp_path / "junit.xml").iter("property")}
     assert "45 of 45 layers in integers" in said["tfmq receipt"]
 
@@ -62,6 +63,16 @@ def test_a_failure_is_the_report_and_nothing_else(gate_file: Callable[..., Path]
     assert re.search(r"  timestep 666: SQNR [-\d.]+ dB, asked >= 30", done.stdout)
     assert "next: compare with the float model" in done.stdout
     assert "checks.py" not in done.stdout
+    summary = done.stdout.partition("short test summary info")[2]
+    assert re.search(r"FAILED tiny.gate.toml::predictions - timestep \d+: SQNR [-\d.]+ dB", summary)
+
+
+def test_what_cannot_be_checked_for_one_cause_fails_once(gate_file: Callable[..., Path], tmp_path: Path) -> None:
+    done = gate(gate_file(), "--tfmq-bundle", tmp_path / "none")
+
+    assert done.returncode == 1
+    assert "1 failed, 4 skipped" in done.stdout
+    assert f"FAILED tiny.gate.toml::files - {tmp_path}"[:50] in done.stdout
 
 
 def test_images_that_cannot_be_compared_are_skipped_not_passed(gate_file: Callable[..., Path], tmp_path: Path) -> None:

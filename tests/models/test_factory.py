@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,54 @@ def test_a_factory_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: p
     assert load(Source(path=Path("w.pt"), factory="my_model_of_this_test:make")).sample == "noisy"
 
 
+def test_what_a_factory_returns_may_import_its_neighbours_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "neighbour_of_this_test.py").write_text("from nets.handwritten import build_edm\n")
+    code = "def make():\n    from neighbour_of_this_test import build_edm\n    return build_edm()\n"
+    (tmp_path / "late_model_of_this_test.py").write_text(code)
+    save_pt(trained_state(), tmp_path / "w.pt")
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")  # puts sys.path back at the end
+    monkeypatch.chdir(tmp_path)
+
+    assert load(Source(path=Path("w.pt"), factory="late_model_of_this_test:make")).sample == "noisy"
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (
+            "def make():\n    raise RuntimeError('no such size')",
+            r"it raises RuntimeError: no such size \(theirs.py:2\)",
+        ),
+        ("def make():\n    return 1 / 0", r"it raises ZeroDivisionError: division by zero \(theirs.py:2\)"),
+        ("raise KeyError('at import')", r"importing theirs raises KeyError: 'at import' \(theirs.py:1\)"),
+        ("def make(:", r"importing theirs raises SyntaxError: invalid syntax"),
+    ],
+)
+def test_what_a_factory_raises_is_shown_as_its_own(
+    code: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs.py").write_text(code)
+    save_pt(trained_state(), tmp_path / "w.pt")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+
+    with pytest.raises(LoadError, match=says):
+        load(Source(path=tmp_path / "w.pt", factory="theirs:make"))
+
+
+def test_what_a_sampler_raises_is_shown_as_its_own() -> None:
+    def sampler(denoise: object, noise: Tensor, conditioning: object) -> Tensor:
+        raise IndexError("past the last sigma")
+
+    module, right = handwritten.build_edm()
+    denoiser = describe(module, replace(right, sampler=sampler), None, "edm")
+
+    with pytest.raises(LoadError, match=r"edm: the sampler raises IndexError: past the last sigma \(test_factory.py:"):
+        denoiser.runs(1, 0)[0](denoiser.module_denoise())
+
+
 @pytest.mark.parametrize(
     ("factory", "error", "message"),
     [
@@ -70,6 +119,12 @@ def test_a_factory_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: p
         ("no_such_package:build", ConfigError, "no_such_package.*run from the folder"),
         ("nets.handwritten:captured.cache_clear", ConfigError, "captured.cache_clear"),
         ("nets.handwritten:EdmSignal", LoadError, "must return"),
+        ("os:system", ConfigError, "not a function that builds a model; write one without arguments"),
+        ("os:getcwd", ConfigError, "not a function that builds a model"),
+        ("sys:path", ConfigError, "not a function that builds a model"),
+        ("shutil:rmtree", ConfigError, "not a function that builds a model"),
+        (":build", ConfigError, "expected package.module:function"),
+        ("..:build", ConfigError, "expected package.module:function"),
     ],
 )
 def test_a_wrong_factory_is_named(factory: str, error: type[Exception], message: str, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
+from tfmq_export.bundle.manifest import open_bundle
 from tfmq_export.errors import BuildError, ConfigError, LoadError, TimestepError
 from tfmq_export.runtime import load
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
@@ -84,14 +86,42 @@ def test_a_closed_bundle_says_so(tiny_bundle: Write) -> None:
         denoise(NOISE, 0)
 
 
-def test_an_altered_graph_is_found_on_request(tiny_bundle: Write) -> None:
+def test_one_altered_number_is_found_unless_nobody_looks(tiny_bundle: Write) -> None:
     root = tiny_bundle()
-    load(root, verify=True)
-    with (root / "unet" / "model.onnx").open("ab") as stream:
-        stream.write(b"\0")
+    model = onnx.load(root / "unet" / "model.onnx")
+    (half,) = (value for value in model.graph.initializer if value.name == "half")
+    half.CopyFrom(numpy_helper.from_array(np.asarray(np.float32(0.525)), "half"))
+    onnx.save(model, root / "unet" / "model.onnx")
 
     with pytest.raises(LoadError, match="differs from the manifest"):
-        load(root, verify=True)
+        load(root)
+    with load(root, verify=False) as loaded:
+        np.testing.assert_allclose(loaded(NOISE, 0), 0.525 * NOISE, rtol=1e-6)
+
+
+def test_files_that_serving_does_not_read_are_not_compared(tiny_bundle: Write) -> None:
+    root = tiny_bundle()
+    (root / "text_encoder").mkdir()
+    (root / "text_encoder" / "weights").write_bytes(b"many")
+    bundle = open_bundle(root).extended(["text_encoder/weights"])
+    (root / "text_encoder" / "weights").write_bytes(b"other")
+
+    load(root).runner.__exit__(None, None, None)
+    with pytest.raises(LoadError, match=r"text_encoder/weights: differs"):
+        bundle.verify()
+
+
+def test_what_a_user_prints_fits_a_line(tiny_bundle: Write) -> None:
+    root = tiny_bundle()
+
+    with load(root, threads=1) as loaded:
+        said = [repr(each) for each in (loaded, loaded.bundle, loaded.bundle.manifest, loaded.prepare())]
+
+    assert said[:2] == [
+        f"LoadedBundle({str(root)!r}, w8a8 for ort-cpu, {loaded.engine})",
+        f"Bundle({str(root)!r}, w8a8 for ort-cpu)",
+    ]
+    assert max(map(len, said)) < 250
 
 
 def test_a_graph_with_other_inputs_than_the_manifest_is_refused(
@@ -106,7 +136,7 @@ def test_a_graph_with_other_inputs_than_the_manifest_is_refused(
     monkeypatch.setattr(OrtRunner, "__exit__", lambda self, *error: closed.append(self))
 
     with pytest.raises(LoadError, match="takes pixels, timestep and gives prediction, the manifest says"):
-        load(root)
+        load(root, verify=False)
     assert len(closed) == 1  # what was opened gives back what it holds
 
 
@@ -115,11 +145,11 @@ def test_a_missing_graph_and_a_broken_one_are_told_apart(tiny_bundle: Write) -> 
     path = root / "unet" / "model.onnx"
     path.write_bytes(b"not a graph")
     with pytest.raises(BuildError, match="refuses this graph"):
-        load(root)
+        load(root, verify=False)
 
     path.unlink()
     with pytest.raises(LoadError, match="no such file"):
-        load(root)
+        load(root, verify=False)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -139,7 +139,10 @@ def _twin(workshop: Workshop, threads: int, *, bundle: Bundle) -> Job:
 
 
 def _backend_of(bundle: Bundle, backend: str) -> str:
-    """The backend by name, where "auto" might fall back to a CPU and time something else than the bundle is for."""
+    """The backend by name, where "auto" might fall back to a CPU and time something else than the bundle is for.
+
+    One that is asked for by name and runs the graph itself is taken at its word.
+    """
     target, known = bundle.manifest.target, _gpu_backends(bundle)
     if not known:
         return backend
@@ -147,7 +150,7 @@ def _backend_of(bundle: Bundle, backend: str) -> str:
     runnable = [name for name in known if not engine_named(name).built or name in built]
     if backend == "auto" and runnable:
         return runnable[0]
-    if backend in runnable:
+    if backend in runnable or (backend != "auto" and not engine_named(backend).built):
         return backend
     raise ConfigError(
         f"{bundle.root}: compiled for {target}, to run on a GPU, through {' or '.join(known)}"

@@ -7,8 +7,20 @@ import numpy as np
 
 from tfmq_export.bench.report import BenchReport, Row, Setting
 from tfmq_export.bundle.write import replaced_file
+from tfmq_export.errors import ConfigError
 
+FORMATS = (".png", ".pdf", ".svg")
 OURS, BASE, OTHER = "#2b6cb0", "#4a5568", "#a0aec0"
+
+
+def require_format(path: Path | None) -> None:
+    """Refuse a file of another format, before anything is measured.
+
+    Raises:
+        ConfigError: names those there are.
+    """
+    if path is not None and path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"--plot {path}: the name says the format; end it in {', '.join(FORMATS)}")
 
 
 def save_bars(path: Path, report: BenchReport) -> None:
@@ -29,7 +41,7 @@ def save_bars(path: Path, report: BenchReport) -> None:
     axes[-1, 0].set_xlabel(f"milliseconds per {report.unit}: median, p10 to p90")
     figure.suptitle(report.about["processor"], fontsize=10)
     with replaced_file(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
+        figure.savefig(partial, dpi=110, format=path.suffix[1:].lower())
     plt.close(figure)
 
 

@@ -1,16 +1,13 @@
 """What was measured, as data, as a table and as JSON."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from tfmq_export.bench.job import Ready, Turn
 from tfmq_export.bundle.manifest import Bundle
-from tfmq_export.bundle.write import replaced_file
 from tfmq_export.runtime.measure.benchmark import Timing
 from tfmq_export.runtime.measure.compare import Comparison, Metric, json_number
 from tfmq_export.runtime.measure.machine import adds_in_16_bits, features, processor, versions
@@ -207,11 +204,6 @@ class BenchReport:
                 for setting in self.settings
             ],
         }
-
-    def write(self, path: Path) -> None:
-        """Write the figures as JSON; a file that is there is replaced in one step."""
-        with replaced_file(path) as partial:
-            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")
 
 
 def _plain(judged: Comparison) -> dict[str, object]:

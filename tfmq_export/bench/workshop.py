@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.bench.job import PREDICTION, Job, SamplingJob
 from tfmq_export.bench.peers import Rows, batches_of, export_float
-from tfmq_export.bundle.manifest import Bundle, write_manifest
+from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.program import capture
 from tfmq_export.errors import ConfigError, LoadError, RecipeError
@@ -194,7 +194,8 @@ class Workshop:
         save_graph(graph, folder / bundle.model.relative_to(bundle.root))
         # The self-test asks for the bundle's integers.
         files = {name: digest for name, digest in bundle.manifest.files.items() if name != SELF_TEST}
-        write_manifest(folder, replace(bundle.manifest, files=files))
+        twin = Bundle(folder, replace(bundle.manifest, files=files))
+        twin.extended([bundle.model.relative_to(bundle.root).as_posix()])
         self._twins[bundle.root] = folder
         return folder
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from tfmq_export.errors import OutputError
 
+PARTIAL, REPLACED = ".{}.partial-", ".{}.old-"
+"""How the names of folders beside an output begin, while it is written and while it is replaced."""
+
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
@@ -46,7 +49,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     _check(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL.format(path.name), dir=path.parent))
     except OSError as error:
         raise OutputError(f"{error.filename}: {error.strerror}; choose another -o") from error
     try:
@@ -66,7 +69,7 @@ def _swap(new: Path, place: Path) -> None:
     if not place.exists():
         new.rename(place)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old-", dir=place.parent))
+    old = Path(tempfile.mkdtemp(prefix=REPLACED.format(place.name), dir=place.parent))
     place.rename(old / place.name)
     try:
         new.rename(place)

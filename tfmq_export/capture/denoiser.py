@@ -128,6 +128,9 @@ class Denoiser:
     requests: tuple[Mapping[str, object], ...] = ()
     ragged: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Denoiser({self.source}: {type(self.module).__name__}, {self.timesteps.describe()})"
+
     def runs(self, images: int, seed: int, *, first: int | None = None, pictures: bool = False) -> tuple[Run, ...]:
         """What draws ``images`` images: one run, or several where a sampler draws fewer together.
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tfmq_export.capture.denoiser import Denoiser, first_tensor
+from tfmq_export.capture.place import theirs
 from tfmq_export.capture.untouched import left_as_it_was
 from tfmq_export.errors import LoadError
 
@@ -20,10 +21,9 @@ def require_running(denoiser: Denoiser) -> None:
             with left_as_it_was(denoiser.module):
                 prediction = first_tensor(denoiser.module(**inputs))
         except Exception as error:  # the user's own code, which may raise anything
-            lines = str(error).strip().splitlines() or [""]
             raise LoadError(
-                f"{denoiser.source}: forward() raises {type(error).__name__} on {_described(inputs)}: {lines[0]}; "
-                "it does so in PyTorch, before anything is compiled"
+                f"{denoiser.source}: forward() raises {theirs(error)} on {_described(inputs)}; it does so in PyTorch, "
+                "before anything is compiled"
             ) from error
         sample = inputs[denoiser.sample]
         if not prediction.is_floating_point() or prediction.ndim != sample.ndim or len(prediction) != len(sample):

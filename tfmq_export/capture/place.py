@@ -25,6 +25,12 @@ def raised_at(error: BaseException) -> str:
     return innermost(traceback.extract_tb(error.__traceback__))
 
 
+def theirs(error: BaseException) -> str:
+    """What code that is not ours raised, and where: ``ValueError: no such size (model.py:12)``."""
+    lines, place = str(error).strip().splitlines(), raised_at(error)
+    return f"{type(error).__name__}{f': {lines[0]}' if lines else ''}{f' ({place})' if place else ''}"
+
+
 def innermost(stack: traceback.StackSummary) -> str:
     """The innermost line of a stack that belongs to the user or to a model library; empty if none does."""
     frames = [frame for frame in stack if not _is_library(frame.filename) and Path(frame.filename).is_file()]

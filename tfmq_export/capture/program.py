@@ -73,6 +73,9 @@ class DiffusionProgram:
     fingerprint: str
     attention: tuple[AttentionProduct, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"DiffusionProgram({len(self.operations)} layers, fingerprint {self.fingerprint[:12]})"
+
     def value(self, name: str) -> Tensor:
         """A weight of the graph, computed weights included (folded: they depend on no input)."""
         (node,) = (node for node in self.module.graph.nodes if node.name == name)

@@ -2,13 +2,28 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tfmq_export.cli.console import bars, out, reports_errors, table
-from tfmq_export.cli.options import Factory, Lora, Pipeline, Quiet, Variant, require_folder_of, source_of
+from tfmq_export.cli.console import bars, err, out, people_on_stderr, reports_errors, table
+from tfmq_export.cli.options import (
+    STDOUT,
+    Factory,
+    JsonFile,
+    Lora,
+    Pipeline,
+    Quiet,
+    Variant,
+    Version,
+    require_folder_of,
+    source_of,
+    write_figures,
+)
 from tfmq_export.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tfmq_export.bench.report import BenchReport
 
 BASELINES = (
     "twin, ort-fp32, quantize-static, openvino-fp32, openvino-bf16, nncf, nncf-bf16, nncf-transformer, "
@@ -40,20 +55,22 @@ def bench(
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Stop after so many seconds of turns, over all settings.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw a chart into this PNG file.")] = None,
+    json: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a chart into this file: PNG, PDF or SVG.")] = None,
     quiet: Quiet = False,
+    version: Version = False,
 ) -> None:
     """Compare the speed of bundles with baselines. Each candidate runs in a process of its own; they take turns."""
     from tfmq_export.bench.candidates import baselines_named, candidates_of
-    from tfmq_export.bench.plot import save_bars
-    from tfmq_export.bench.report import COSTS, BenchReport
+    from tfmq_export.bench.plot import require_format, save_bars
+    from tfmq_export.bench.report import BenchReport
     from tfmq_export.bench.run import Plan
     from tfmq_export.bench.run import bench as run_bench
     from tfmq_export.bench.workshop import Model
     from tfmq_export.bundle.manifest import open_bundle
 
     require_folder_of(json, plot)
+    require_format(plot)
     opened = [open_bundle(folder) for folder in bundles]
     plan = Plan(
         _numbers("--threads", threads), _numbers("--batch", batch), rounds, seconds or math.inf, sampling, accuracy
@@ -67,11 +84,23 @@ def bench(
     candidates = candidates_of(opened, [word.strip() for word in backends.split(",")], names)
 
     def keep(report: BenchReport) -> None:
-        if json is not None:
-            report.write(json)
+        if json is not None and json != STDOUT:
+            write_figures(report.to_json(), json)
 
     with bars(quiet) as progress:
         report = run_bench(opened, model, candidates, plan, progress, keep=keep)
+    with people_on_stderr(json == STDOUT):
+        _show(report)
+    if json == STDOUT:
+        write_figures(report.to_json(), json)
+    if plot is not None:
+        save_bars(plot, report)
+
+
+def _show(report: "BenchReport") -> None:
+    """The tables, what ran on what, and where quantizing gained no speed."""
+    from tfmq_export.bench.report import COSTS
+
     for setting in report.settings:
         title = f"{setting.title}, {setting.rounds} rounds, per {report.unit}"
         rows = [row.latency(setting.batch) for row in setting.rows]
@@ -80,14 +109,12 @@ def bench(
         for ran, runners in setting.ran().items():
             out.print(f"ran on {ran}: {', '.join(runners)}", markup=False, highlight=False)
         if note := setting.no_faster():
-            out.print(note, markup=False, highlight=False)
+            err.print(f"warning: {note}", style="yellow", markup=False, highlight=False)
         for item in setting.missing:
             out.print(f"not run: {item.name}: {item.reason}", markup=False, highlight=False)
         out.print()
     for heading, text in report.about.items():
         out.print(f"{heading}: {text}", markup=False, highlight=False)
-    if plot is not None:
-        save_bars(plot, report)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tfmq_export.cli.console import bars, out, reports_errors, size, table
-from tfmq_export.cli.options import BundleFolder, Quiet
+from tfmq_export.cli.options import BundleFolder, Quiet, Version
 
 if TYPE_CHECKING:
     from tfmq_export.runtime.engines.tensorrt.building.files import BuiltEngine
@@ -44,6 +44,7 @@ def build(
         bool, typer.Option("--allow-precision-loss", help="Keep engines whose layers do not all run in integers.")
     ] = False,
     quiet: Quiet = False,
+    version: Version = False,
 ) -> None:
     """Build a bundle's TensorRT engines, prove that they run in integers, and list them in its manifest.
 

@@ -110,6 +110,16 @@ def bars(quiet: bool) -> Iterator[Bars | Lines]:
         yield Bars(progress)
 
 
+@contextmanager
+def people_on_stderr(data_on_stdout: bool) -> Iterator[None]:
+    """Tables and lines for people go to stderr while stdout is for data."""
+    before, out.stderr = out.stderr, data_on_stdout
+    try:
+        yield
+    finally:
+        out.stderr = before
+
+
 def table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None) -> None:
     """Print rows as they are; numbers are the caller's strings."""
     grid = Table(title=escape(title), title_justify="left", show_header=header is not None, box=None, pad_edge=False)

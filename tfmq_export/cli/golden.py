@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from tfmq_export.cli.console import out, reports_errors, size
-from tfmq_export.cli.options import BundleFolder, require_folder_of
+from tfmq_export.cli.options import BundleFolder, Version, require_folder_of
 
 
 @reports_errors
@@ -16,6 +16,7 @@ def golden(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (JSON).")],
     samples: Annotated[int, typer.Option(min=1, help="Samples per timestep, and number of images.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise and of the test pictures.")] = 0,
+    version: Version = False,
 ) -> None:
     """Record the answers of an accepted bundle in a small file, which release gates compare with."""
     from tfmq_export.bundle.manifest import open_bundle

@@ -1,11 +1,15 @@
 """Arguments and options that several commands share."""
 
+import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tfmq_export import __version__
+from tfmq_export.bundle.write import replaced_file
 from tfmq_export.cli.console import out
 from tfmq_export.errors import OutputError
 
@@ -63,6 +67,7 @@ Verbose = Annotated[
     int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Log each step (-vv: each layer).")
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of the engine.")]
+JsonFile = Annotated[Path | None, typer.Option(help="Write all figures to this JSON file; - for standard output.")]
 MinPsnr = Annotated[float | None, typer.Option(help="Fail below this mean PSNR of the images, dB.")]
 MinSsim = Annotated[float | None, typer.Option(help="Fail below this mean SSIM of the images.")]
 MinSqnr = Annotated[float | None, typer.Option(help="Fail below this mean noise-prediction SQNR, dB.")]
@@ -75,6 +80,20 @@ def _version(value: bool) -> None:
 
 
 Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+
+
+STDOUT = Path("-")
+"""In place of a file: standard output."""
+
+
+def write_figures(figures: Mapping[str, object], file: Path) -> None:
+    """Write JSON into a file, replaced in one step, or to standard output."""
+    text = json.dumps(figures, indent=1) + "\n"
+    if file == STDOUT:
+        sys.stdout.write(text)
+        return
+    with replaced_file(file) as partial:
+        partial.write_text(text, "utf-8")
 
 
 def require_folder_of(*files: Path | None) -> None:

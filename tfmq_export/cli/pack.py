@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from tfmq_export.cli.console import out, reports_errors, size
-from tfmq_export.cli.options import Conditioning, Guidance, Lora, Variant, require_folder_of
+from tfmq_export.cli.options import Conditioning, Guidance, Lora, Variant, Version, require_folder_of
 
 
 @reports_errors
@@ -18,6 +18,7 @@ def pack(
     guidance_scale: Guidance = None,
     variant: Variant = None,
     lora: Lora = None,
+    version: Version = False,
 ) -> None:
     """Pack a diffusers folder or a checkpoint into one model.pt of plain data."""
     from tfmq_export.models.layouts.find import find_layout

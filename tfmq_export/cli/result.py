@@ -1,5 +1,6 @@
 """The result of a build, as a table on the terminal."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tfmq_export.bundle.manifest import prologue_folder
@@ -34,7 +35,7 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
             f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}, {len(psnr.values)} images"
             f"{_in_words(psnr.mean, found[Metric.OTHER_PICTURES].mean)}",
         ),
-        ("noise prediction", f"SQNR {sqnr.mean:.1f} dB, worst timestep {sqnr.lowest:.1f}"),
+        ("noise prediction", f"SQNR {sqnr.mean:.1f} dB; least {_least(sqnr, manifest.timesteps.values)}"),
         (
             "temporal features",
             f"cosine {cosine.lowest:.7f} at worst, {len(manifest.timesteps)} timesteps{_tables(validation)}",
@@ -68,6 +69,11 @@ def _at_some(validation: "Validation") -> str:
     """At how many timesteps, where the budget did not allow all."""
     compared, visited = validation.plan.timesteps, len(validation.report[Metric.STEP_SQNR].values)
     return f" at {compared} of {visited} timesteps" if compared < visited else ""
+
+
+def _least(found: "Comparison", timesteps: Sequence[float]) -> str:
+    """The worst value, and at which timestep."""
+    return f"{found.lowest:.1f} dB, at timestep {timesteps[found.worst]:g}"
 
 
 def _kernels_row(receipt: "Receipt", found: "Comparison") -> list[tuple[str, str]]:

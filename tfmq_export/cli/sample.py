@@ -15,6 +15,7 @@ from tfmq_export.cli.options import (
     Quiet,
     Threads,
     Variant,
+    Version,
     require_folder_of,
     source_of,
 )
@@ -44,6 +45,7 @@ def sample(
     lora: Lora = None,
     pipeline: Pipeline = None,
     quiet: Quiet = False,
+    version: Version = False,
 ) -> None:
     """Draw images with a bundle; with --against, full precision above and compiled below."""
     from tfmq_export.bundle.manifest import open_bundle

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from tfmq_export.cli.console import out, reports_errors
-from tfmq_export.cli.options import BundleFolder
+from tfmq_export.cli.options import BundleFolder, Version
 
 if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import Bundle
@@ -44,6 +44,7 @@ def triton(
     prologue_engine: Annotated[
         list[str] | None, typer.Option(help="TensorRT engine of the prologue, in the same form.")
     ] = None,
+    version: Version = False,
 ) -> None:
     """Add a bundle to a model repository of Triton Inference Server."""
     from tfmq_export.bundle.manifest import open_bundle

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
-from tfmq_export.cli.console import bars, out, reports_errors
+from tfmq_export.cli.console import bars, out, people_on_stderr, reports_errors
 from tfmq_export.cli.options import (
+    STDOUT,
     BundleFolder,
     Factory,
+    JsonFile,
     Lora,
     MinPsnr,
     MinSqnr,
@@ -16,7 +18,9 @@ from tfmq_export.cli.options import (
     Pipeline,
     Quiet,
     Variant,
+    Version,
     require_folder_of,
+    write_figures,
 )
 from tfmq_export.cli.result import show
 from tfmq_export.errors import ConfigError
@@ -44,11 +48,12 @@ def validate(
     min_psnr: MinPsnr = None,
     min_ssim: MinSsim = None,
     min_sqnr: MinSqnr = None,
-    json: Annotated[Path | None, typer.Option(help="Write the full report to this file.")] = None,
+    json: JsonFile = None,
     allow_precision_loss: Annotated[
         bool, typer.Option("--allow-precision-loss", help="Report layers that do not run in integers, but do not fail.")
     ] = False,
     quiet: Quiet = False,
+    version: Version = False,
 ) -> None:
     """Compare a bundle with the model it came from, from the same noise. A missed threshold is exit code 6."""
     from tfmq_export.bundle.manifest import open_bundle
@@ -79,9 +84,10 @@ def validate(
         validation = run_validation(
             subject, asked.thresholds, images=images, budget=seconds, seed=seed, progress=progress
         )
-    show(opened, validation)
+    with people_on_stderr(json == STDOUT):
+        show(opened, validation)
     if json is not None:
-        validation.write(json)
+        write_figures(validation.to_json(), json)
     if not allow_precision_loss:
         validation.receipt.raise_if_lost()
     validation.report.raise_if_failed()

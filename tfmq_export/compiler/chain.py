@@ -12,6 +12,7 @@ from torch import nn
 from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.bundle.write import replaced_folder
 from tfmq_export.capture.device import find_device
+from tfmq_export.compiler.output import evidence_kept, sole_run
 from tfmq_export.compiler.settings import check_settings, recipe_as_asked
 from tfmq_export.compiler.steps import Model, capture, load_model, lower, prove, quantize, reuse, write
 from tfmq_export.config import CompileConfig
@@ -73,15 +74,16 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         RecipeError: the recipe was made from another model or schedule.
         BuildError: the engine refused the graph.
         PrecisionError: a layer would not run in the integers asked for.
-        AccuracyError: a threshold was missed. Nothing half-written is left behind; finished blocks stay in
-            ``.NAME.checkpoint`` beside the output, for ``resume``.
+        AccuracyError: a threshold was missed. Nothing half-written is left behind; report, pictures and recipe are in
+            ``NAME.failed`` beside the output, finished blocks in ``.NAME.checkpoint``, for ``resume``.
+        OutputError: the output cannot be written, or another run is writing it.
     """
     config, root, stages = config or CompileConfig(), Path(output), Stopwatch(progress or Silent())
     _refuse_early(config)
     given = None if recipe is None else recipe_as_asked(recipe, config)
     kept = checkpoint_of(root)
     denoiser = load_model(_with_code(model, draw), config.components, stages)
-    with replaced_folder(root) as partial:
+    with sole_run(root), replaced_folder(root) as partial, evidence_kept(partial, root):
         captured = capture(denoiser, stages)
         if given is None:
             made = quantize(captured, config, checkpoint=kept, resume=resume, progress=stages)

@@ -1,6 +1,6 @@
 """The forms a model takes on its way through the compiler; each step makes one from the one before."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
 from torch import Tensor
@@ -31,7 +31,7 @@ class Observed:
         gain: What an error at each timestep does to the image, float64 [T]; None where nobody asks.
     """
 
-    calls: tuple[CalibrationStep, ...]
+    calls: tuple[CalibrationStep, ...] = field(repr=False)
     gain: Tensor | None = None
 
 
@@ -62,7 +62,7 @@ class Lowered:
 
     made: Quantized
     target: Target
-    graph: gs.Graph
-    reports: tuple[PassReport, ...]
-    prologue: Prologue | None = None
+    graph: gs.Graph = field(repr=False)
+    reports: tuple[PassReport, ...] = field(repr=False)
+    prologue: Prologue | None = field(default=None, repr=False)
     tables: TableType = "fp32"

@@ -33,7 +33,7 @@ from tfmq_export.compiler.prologue import cut_prologue
 from tfmq_export.compiler.settings import check_pairs, settle
 from tfmq_export.compiler.write import write
 from tfmq_export.config import CompileConfig, Components, find_preset
-from tfmq_export.errors import RecipeError
+from tfmq_export.errors import RecipeError, TfmqError
 from tfmq_export.models.factory import denoiser_from_code
 from tfmq_export.models.load import Source, load
 from tfmq_export.models.recorded.load import Draw
@@ -225,6 +225,8 @@ def prove(
 ) -> Validation:
     """Measure a bundle against the model it came from, and finish it: report, pictures, self-test.
 
+    Where a bound is missed, report and pictures are written all the same.
+
     Args:
         seconds: What the stages took, for the report; read at the end.
     Raises:
@@ -241,23 +243,32 @@ def prove(
         seed=config.seed + 1,
         progress=progress,
     )
-    if not config.allow_precision_loss:
-        validation.receipt.raise_if_lost()
-    validation.report.raise_if_failed()
+    try:
+        if not config.allow_precision_loss:
+            validation.receipt.raise_if_lost()
+        validation.report.raise_if_failed()
+    except TfmqError:
+        _write_proof(made, bundle, validation, seconds or {})
+        raise
     if find_target(bundle.manifest.target).built_in_place:
         with progress.stage("Building the engine"):
             bundle = add_engines_in_place(bundle, allow_precision_loss=config.allow_precision_loss)
-    extra: dict[str, object] = {"seconds": dict(seconds or {}), "peak_memory_bytes": peak_rss_bytes()}
+    bundle = validation.self_test.save(bundle)
+    _write_proof(made, bundle, validation, seconds or {})
+    return validation
+
+
+def _write_proof(made: Quantized, bundle: Bundle, validation: Validation, seconds: Mapping[str, float]) -> None:
+    """The report, and pictures of it."""
+    extra: dict[str, object] = {"seconds": dict(seconds), "peak_memory_bytes": peak_rss_bytes()}
     if bundle.manifest.prologue is not None:
         extra["prologue"] = asdict(bundle.manifest.prologue)
-    bundle = validation.self_test.save(bundle)
     validation.write(bundle.report, extra)
     if made.recipe.tib.source != "table":
         errors = validation.temporal
         row = TemporalRow(made.recipe.tib.source, errors.cosine, errors.mismatch)
         save_temporal(bundle.root / "tfmq" / "temporal.png", made.denoiser.timesteps.values, [row])
     save_comparison(bundle.root / "tfmq" / "samples.png", validation.reference_images, validation.images)
-    return validation
 
 
 def _plan(config: CompileConfig) -> QuantPlan:

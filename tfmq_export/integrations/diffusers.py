@@ -76,7 +76,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         *,
         backend: str = "auto",
         threads: int | None = None,
-        verify: bool = False,
+        verify: bool = True,
         self_test: bool = True,
     ) -> "CompiledDenoiser":
         """Open a bundle; errors are those of ``tfmq_export.load``, which says more of each option.
@@ -85,7 +85,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
             root: A folder written by ``tfmq-export`` from a model of diffusers.
             backend: Engine that runs it; "auto" takes what the bundle was compiled for, if installed.
             threads: Of one inference on a CPU; None leaves the choice to the engine.
-            verify: Compare every file with the manifest's hashes first.
+            verify: False saves comparing its files with the manifest's hashes.
             self_test: False saves the one call that asks this host's kernels for a stored prediction.
         """
         return cls(load(Path(root), backend=backend, threads=threads, verify=verify, self_test=self_test))

@@ -1,11 +1,12 @@
 """Any ``nn.Module``: the user's factory returns it with a ``Description`` of its inputs."""
 
 import importlib
+import inspect
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from tfmq_export.bundle.manifest import SamplerInfo
-from tfmq_export.capture.denoiser import Denoiser, Description
-from tfmq_export.errors import ConfigError, LoadError, first_line
+from tfmq_export.capture.denoiser import Conditioning, Denoise, Denoiser, Description, Sampler
+from tfmq_export.capture.place import theirs
+from tfmq_export.errors import ConfigError, LoadError, TfmqError
 from tfmq_export.models.layouts.foreign import refuse_file, refuse_quantized
 from tfmq_export.models.layouts.states import INDEX, fit, read_state
 from tfmq_export.models.prompts import effective_scale
@@ -32,20 +34,14 @@ def load_factory(reference: str, weights: Path, steps: int | None, *, raw: bool 
     The factory is the user's own code, named by the user; the weights are read as plain tensors.
 
     Raises:
-        ConfigError: the reference names nothing callable.
-        LoadError: what it returned, or the weights, cannot be used.
+        ConfigError: the reference names no function that builds a model.
+        LoadError: it raises, or what it returned, or the weights, cannot be used.
     """
-    name, _, attribute = reference.partition(":")
-    if not attribute:
-        raise ConfigError(f"--factory {reference}: expected package.module:function")
-    sys.path.insert(0, str(Path.cwd()))
+    factory = _find_factory(reference)
     try:
-        factory = getattr(importlib.import_module(name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--factory {reference}: {first_line(error)}; run from the folder that holds it") from error
-    finally:
-        sys.path.pop(0)
-    built = factory()
+        built = factory()
+    except Exception as error:  # the user's own code, which may raise anything
+        raise LoadError(f"--factory {reference}: it raises {theirs(error)}") from error
     require_pair(built, f"--factory {reference}: must return")
     if not weights.is_file():
         raise LoadError(f"{weights}: no such file; --factory takes a state_dict (.pt or .safetensors)")
@@ -57,6 +53,48 @@ def load_factory(reference: str, weights: Path, steps: int | None, *, raw: bool 
     load_weights(built[0], {name: tensors[name] for name in tensors}, weights)
     noted = "; ".join((*state.notes, *notes))
     return denoiser_from_code(built, steps, where=f"{weights.name} ({noted})" if noted else weights.name)
+
+
+def _find_factory(reference: str) -> Callable[[], Any]:
+    """The function of that name, if it is Python code that can be called with nothing."""
+    name, _, attribute = reference.partition(":")
+    if not attribute or not name.strip("."):
+        raise ConfigError(f"--factory {reference}: expected package.module:function")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # for good: what it returns may import more when it runs
+    try:
+        factory = getattr(importlib.import_module(name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--factory {reference}: {theirs(error)}; run from the folder that holds it") from error
+    except Exception as error:  # the user's own code, which may raise anything
+        raise LoadError(f"--factory {reference}: importing {name} raises {theirs(error)}") from error
+    try:
+        builds = callable(factory) and not inspect.isbuiltin(factory) and inspect.signature(factory).bind() is not None
+    except (TypeError, ValueError):  # it wants arguments, or has no signature
+        builds = False
+    if not builds:
+        raise ConfigError(
+            f"--factory {reference}: not a function that builds a model; write one without arguments that returns "
+            "(module, draw), or (module, tfmq_export.Description)"
+        )
+    return cast("Callable[[], Any]", factory)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSampler:
+    """The user's sampler, ``(denoise, noise, conditioning) -> images``; what it raises is told as its own."""
+
+    code: Sampler
+    where: str
+
+    def __call__(self, denoise: Denoise, noise: Tensor, conditioning: Conditioning, /) -> Tensor:
+        try:
+            return self.code(denoise, noise, conditioning)
+        except TfmqError:
+            raise
+        except Exception as error:  # the user's own code, which may raise anything
+            raise LoadError(f"{self.where}: the sampler raises {theirs(error)}") from error
 
 
 def require_pair(built: Any, what: str) -> None:
@@ -113,7 +151,7 @@ def describe(module: nn.Module, description: Description, steps: int | None, sou
     if strange := set(description.conditioning) - others:
         raise ConfigError(f"Description.conditioning names {', '.join(sorted(strange))}, not among example_inputs")
     _check_conditioning(description, inputs)
-    timesteps, sampler, info, scheduler = _sampler(description, steps)
+    timesteps, sampler, info, scheduler = _sampler(description, steps, source)
     if timesteps.real != inputs[description.timestep].is_floating_point():
         kinds = ("float", "integer") if timesteps.real else ("integer", "float")
         raise ConfigError(f"the schedule has {kinds[0]} timesteps, but the example timestep is {kinds[1]}")
@@ -153,7 +191,7 @@ def _check_conditioning(description: Description, inputs: Mapping[str, Tensor]) 
 
 
 def _sampler(
-    description: Description, steps: int | None
+    description: Description, steps: int | None, source: str
 ) -> tuple[TimestepSet, Any, SamplerInfo, dict[str, object] | None]:
     given = description.sampler
     listed = None if description.timesteps is None else TimestepSet.of(torch.as_tensor(description.timesteps).numpy())
@@ -181,4 +219,4 @@ def _sampler(
         raise ConfigError("Description.timesteps is needed with your own sampler: every timestep it visits, in order")
     if steps is not None and steps != len(listed):
         raise ConfigError(f"--steps {steps}, but your own sampler's schedule has {len(listed)} timesteps")
-    return listed, given, SamplerInfo("function", len(listed)), None
+    return listed, OwnSampler(given, source), SamplerInfo("function", len(listed)), None

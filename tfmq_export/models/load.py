@@ -80,7 +80,7 @@ def source_of(
     lora = tuple(str(Path(each).absolute()) for each in lora)  # read from other folders, too
     if bundle.manifest.call is not None and factory is None:
         asked = bundle.root / "tfmq" / REQUESTS
-        prompts, kept = asked if asked.exists() else None, bundle.scheduler
+        prompts, kept = asked if asked.exists() else None, bundle.scheduler.absolute()
         scheduler = str(kept) if kept.exists() else None
         return Source(
             model,
@@ -100,7 +100,7 @@ def source_of(
         steps=sampler.steps,
         conditioning=conditioning,
         guidance_scale=sampler.guidance_scale,
-        scheduler=str(bundle.scheduler),
+        scheduler=str(bundle.scheduler.absolute()),
         variant=variant,
         lora=lora,
         pipeline=pipeline,

@@ -313,6 +313,9 @@ class QuantRecipe:
     splits: tuple[SkipSplit, ...] = ()
     products: tuple[ProductRecipe, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"QuantRecipe({self.preset}, {len(self.layers)} layers, {len(self.kept_float)} in floating point)"
+
     @property
     def integer_share(self) -> float:
         """Share of the multiply-accumulates that quantized layers and products hold."""

@@ -32,6 +32,9 @@ class TimestepSet:
         if not self.real and any(int(value) != value for value in self.values):
             raise ConfigError("fractional timesteps need a real-valued schedule")
 
+    def __repr__(self) -> str:
+        return f"TimestepSet({self.describe()})"
+
     @classmethod
     def of(cls, values: object) -> "TimestepSet":
         """Take timesteps from any sequence or array; real if their type is."""

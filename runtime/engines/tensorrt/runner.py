@@ -232,7 +232,7 @@ def open_graph(request: GraphRequest) -> TrtRunner:
     try:
         chosen = choose_engine(engines, EngineHost(flavour, installed, device.capability))
         path = bundle.root / chosen.file
-        # Comparing sizes costs nothing; a hash, which ``load(verify=True)`` compares, reads the whole file.
+        # Comparing sizes costs nothing; a hash, which ``load`` compares unless told otherwise, reads the whole file.
         if path.is_file() and path.stat().st_size != chosen.size:
             raise LoadError(f"{path}: {path.stat().st_size} bytes, the manifest says {chosen.size}; build it again")
         return TrtRunner(path, flavour=flavour, device=device)

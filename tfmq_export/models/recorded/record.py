@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tfmq_export.bundle.manifest import CallInfo, LeafInfo, LeafPath, fingerprint_of
 from tfmq_export.capture.denoiser import Denoise, first_tensor
-from tfmq_export.errors import LoadError, TfmqError, first_line
+from tfmq_export.capture.place import theirs
+from tfmq_export.errors import LoadError, TfmqError
 from tfmq_export.models.recorded.calls import CallPlan, answering, flattened, forward_of, same, signature_of
 from tfmq_export.models.recorded.roles import RecordedRun
 
@@ -186,7 +187,7 @@ def drawn_by(code: DrawSeeds, seeds: Sequence[int], pictures: bool, where: str) 
         except TfmqError:
             raise
         except Exception as error:  # the user's or a pipeline's own code, which may raise anything
-            raise LoadError(f"{where}: drawing raises {type(error).__name__}: {first_line(error)}") from error
+            raise LoadError(f"{where}: drawing raises {theirs(error)}") from error
     return images
 
 
