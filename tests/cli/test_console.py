@@ -1,19 +1,11 @@
-"""What the terminal shows: names as they are, sizes for people."""
+"""What the terminal shows: names as they are."""
 
 import pytest
 
-from tfmq_export.cli.console import size, table
+from tfmq_export.cli.console import table
 
 
 def test_brackets_in_a_name_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     table("of [bold]", [("attn1[qk]", "[red]1")])
 
     assert capsys.readouterr().out.split() == ["of", "[bold]", "attn1[qk]", "[red]1"]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0.0 kB"), (7_450, "7.5 kB"), (100_000, "0.10 MB"), (2_670_000, "2.67 MB"), (1_500_000_000, "1.50 GB")],
-)
-def test_sizes_are_told_in_the_unit_that_fits(count: int, text: str) -> None:
-    assert size(count) == text

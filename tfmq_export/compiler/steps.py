@@ -12,7 +12,6 @@ of one model calls them:
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from tfmq_export.capture.eager import require_running
 from tfmq_export.capture.program import export_onnx, program_on
 from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
+from tfmq_export.compiler.making import Making
 from tfmq_export.compiler.onnx_components import check_components
 from tfmq_export.compiler.prologue import cut_prologue
 from tfmq_export.compiler.settings import check_pairs, settle
@@ -40,7 +40,7 @@ from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import dump_to, export_model, import_graph
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.progress import Progress, Silent
-from tfmq_export.proof.pictures import TemporalRow, save_comparison, save_temporal
+from tfmq_export.proof.pictures import TemporalRow, pictures_of, save_comparison, save_temporal
 from tfmq_export.proof.validate import Subject, Validation, validate
 from tfmq_export.ptq import image_gain as weighing
 from tfmq_export.ptq.tib import tabulate
@@ -51,9 +51,10 @@ from tfmq_export.ptq.walk.checkpoint import Checkpoint
 from tfmq_export.ptq.walk.effort import find_effort
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.recipe import QuantRecipe
+from tfmq_export.report.bundle_page import write_page
+from tfmq_export.report.facts import Facts
 from tfmq_export.runtime.engines.tensorrt.building.files import add_engines_in_place
 from tfmq_export.runtime.engines.tensorrt.building.lint import lint_model, raise_if_any
-from tfmq_export.runtime.measure.benchmark import peak_rss_bytes
 from tfmq_export.target import find_target
 
 __all__ = ["capture", "load_model", "lower", "observe", "prove", "quantize", "reuse", "write"]
@@ -217,13 +218,13 @@ def prove(
     bundle: Bundle,
     config: CompileConfig | None = None,
     *,
-    seconds: Mapping[str, float] | None = None,
+    making: Making | None = None,
     progress: Progress = SILENT,
 ) -> Validation:
     """Measure a bundle against the model it came from, and finish it: report, pictures, self-test.
 
     Args:
-        seconds: What the stages took, for the report; read at the end.
+        making: What the report says of how the bundle was made; read at the end.
     Raises:
         PrecisionError: a layer would not run in the integers asked for.
         AccuracyError: a threshold was missed.
@@ -239,7 +240,7 @@ def prove(
     if find_target(bundle.manifest.target).built_in_place:
         with progress.stage("Building the engine"):
             bundle = add_engines_in_place(bundle, allow_precision_loss=config.allow_precision_loss)
-    extra: dict[str, object] = {"seconds": dict(seconds or {}), "peak_memory_bytes": peak_rss_bytes()}
+    extra = (making or Making()).to_json()
     if bundle.manifest.prologue is not None:
         extra["prologue"] = asdict(bundle.manifest.prologue)
     bundle = validation.self_test.save(bundle)
@@ -249,6 +250,10 @@ def prove(
         row = TemporalRow(made.recipe.tib.source, errors.cosine, errors.mismatch)
         save_temporal(bundle.root / "tfmq" / "temporal.png", made.denoiser.timesteps.values, [row])
     save_comparison(bundle.root / "tfmq" / "samples.png", validation.reference_images, validation.images)
+    pictures = pictures_of(validation.reference_images, validation.images, validation.states)
+    if pictures is not None:
+        pictures.save(bundle.root)
+    write_page(Facts.read(bundle.root))
     return validation
 
 

@@ -27,6 +27,7 @@ from tfmq_export.proof.agreement import Agreement, LockStep
 from tfmq_export.proof.float_model import look_at
 from tfmq_export.proof.kernels import compare_kernels, counted, few_rows, wrong_kernels
 from tfmq_export.proof.served import bundle_denoise, run_bundle
+from tfmq_export.proof.states import States, states_of
 from tfmq_export.proof.temporal_features import TemporalErrors, compare_temporal
 from tfmq_export.ptq.walk.calibration import CalibrationStep, record
 from tfmq_export.recipe.adapt import adapt
@@ -68,6 +69,7 @@ class Validation:
         reference_images: Drawn by the full-precision model, [N, C, H, W] in 0..1.
         images: Drawn by the compiled graph from the same noise.
         notes: What looks wrong about the float model, in sentences.
+        states: On the way to the images, where they are pictures too.
     """
 
     report: Report
@@ -77,6 +79,7 @@ class Validation:
     reference_images: NDArray[np.float32]
     images: NDArray[np.float32]
     notes: tuple[str, ...] = ()
+    states: States | None = None
 
     def to_json(self) -> dict[str, object]:
         found = {
@@ -174,7 +177,9 @@ def validate(
         load_bundle(root, self_test=False, integer=False, backend="onnxruntime") as in_float,
     ):
         with progress.stage("Sampling in integers") as step:
-            _, compiled = record(denoiser, bundle_denoise(loaded), runs, step)
+            walked, compiled = record(denoiser, bundle_denoise(loaded), runs, step)
+            states = states_of(trajectory, walked, denoiser.sample, compiled)
+            del walked
         with progress.stage("Comparing step by step") as step:
             per_step = _per_step(denoiser, trajectory, loaded, step)
         with progress.stage("Checking the kernels against the graph") as step:
@@ -208,7 +213,9 @@ def validate(
     if has_ssim(reference_images) or thresholds.ssim > 0:
         found[Metric.IMAGE_SSIM] = ssim(reference_images, compiled_images, peak)
     report = judge({metric: Comparison.of(metric, values) for metric, values in found.items()}, subject, thresholds)
-    return Validation(report, receipt, temporal, kernels.self_test, reference_images, compiled_images, tuple(notes))
+    return Validation(
+        report, receipt, temporal, kernels.self_test, reference_images, compiled_images, tuple(notes), states
+    )
 
 
 def judge(found: Mapping[Metric, Comparison], subject: Subject, thresholds: Thresholds) -> Report:
