@@ -33,6 +33,7 @@ def test_the_table_marks_those_that_none_beats(three: list[Facts], tmp_path: Pat
     rows = PageReader(comparison_of(three, tmp_path)).rows["bundles"][1:]
 
     assert [row[0] for row in rows] == ["poor", "good unbeaten", "float unbeaten"]
+    assert [row[1] for row in rows] == ["✓"] * 3
     assert [row[2] for row in rows] == ["20.0", "30.0", "120.0"]
 
 

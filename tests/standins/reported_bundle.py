@@ -17,6 +17,7 @@ from tfmq_export.runtime.measure.compare import Metric
 
 STEPS = (750, 500, 250, 0)
 LOST = "its pattern was not fused"
+KERNELS = {"conv": "QLinearConv", "linear": "MatMulIntegerToFloat", "float": "MatMul"}
 KEPT = "attention products stay in floating point"
 
 
@@ -90,7 +91,7 @@ def _report(infos: tuple[LayerInfo, ...], psnr: float, lost: bool) -> dict[str, 
                 {
                     "name": info.name,
                     "asked": asked[info.name],
-                    "realized": ["QLinearConv"] if info.activation_bits else ["MatMul"],
+                    "realized": [KERNELS[info.kind]],
                     "emulated": "",
                     "lost": LOST if lost and info.name == "middle" else "",
                 }

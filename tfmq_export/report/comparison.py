@@ -72,6 +72,8 @@ def comparison_of(facts: Sequence[Facts], folder: Path) -> str:
         candidates=candidates,
         figure=pareto([each.point for each in candidates]),
         tiles=tiles_of(candidates),
+        counts=sorted({len(each.measured.values[Metric.IMAGE_PSNR]) for each in facts}),
+        bases=sorted({each.speed.base for each in facts if each.speed is not None}),
         shown=any(each.speed is not None for each in facts),
         timed=timed,
         sources=sorted({x.facts.bundle.manifest.source for x in candidates}),
