@@ -18,6 +18,8 @@ GRAPH = frozenset({"passes", "runtime"})
 TORCH, ONNX = frozenset({"torch"}), frozenset({"onnx", "onnx_graphsurgeon", "ml_dtypes"})
 ENGINE_LIBRARIES = frozenset({"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"})
 ANYTHING = TORCH | ONNX | ENGINE_LIBRARIES | {"diffusers", "matplotlib", "numpy", "nncf", "rich", "transformers"}
+DRAWING = frozenset({"PIL", "jinja2", "matplotlib"})
+"""What the report is drawn with: a host that only runs bundles has none of it."""
 
 RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # room: (third-party packages it may import, parts of tfmq_export it may import besides itself)
@@ -31,7 +33,9 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "runtime": (ENGINE_LIBRARIES | {"numpy", "onnx"}, DATA),
     # It draws with the compiled denoiser in its pipeline.
     "proof": (TORCH | {"matplotlib", "numpy", "onnx"}, DATA | MODEL | GRAPH | {"integrations"}),
-    "compiler": (ANYTHING, DATA | MODEL | GRAPH | {"proof"}),
+    # Read from a bundle's files alone: it draws the same page wherever the bundle lies.
+    "report": (DRAWING | {"numpy"}, DATA | {"runtime"}),
+    "compiler": (ANYTHING, DATA | MODEL | GRAPH | {"proof", "report"}),
     # In the pipelines of diffusers: beside the runtime, not in it, because it needs torch as they do.
     "integrations": (TORCH | {"diffusers", "numpy"}, DATA | {"runtime"}),
     # What needs torch waits in against_model.py until a gate asks for it.
@@ -178,7 +182,8 @@ def test_the_command_line_loads_nothing_heavy_before_it_must() -> None:
         ("tfmq_export.recipe.recipe", HEAVY),
         ("tfmq_export.recipe.names", (*HEAVY, "numpy")),
         ("tfmq_export.passes.pipeline", ("torch", "diffusers")),
-        ("tfmq_export.cli.export", ("torch", "onnx", "diffusers", "onnxruntime")),
+        ("tfmq_export.cli.export", ("torch", "onnx", "diffusers", "onnxruntime", *sorted(DRAWING))),
+        ("tfmq_export.report.comparison", ("torch", "onnx", "diffusers", "onnxruntime")),
     ],
 )
 def test_importing_loads_nothing_heavy(module: str, absent: tuple[str, ...]) -> None:

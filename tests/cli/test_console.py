@@ -1,10 +1,10 @@
-"""What the terminal shows: names as they are, sizes for people."""
+"""What the terminal shows: names as they are."""
 
 import pytest
 from standins.commands import run
 
 from tfmq_export import __version__
-from tfmq_export.cli.console import size, table
+from tfmq_export.cli.console import table
 
 
 def test_brackets_in_a_name_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
@@ -14,14 +14,8 @@ def test_brackets_in_a_name_are_no_markup(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0.0 kB"), (7_450, "7.5 kB"), (100_000, "0.10 MB"), (2_670_000, "2.67 MB"), (1_500_000_000, "1.50 GB")],
+    "command", ["export", "validate", "sample", "bench", "build", "pack", "triton", "golden", "report"]
 )
-def test_sizes_are_told_in_the_unit_that_fits(count: int, text: str) -> None:
-    assert size(count) == text
-
-
-@pytest.mark.parametrize("command", ["export", "validate", "sample", "bench", "build", "pack", "triton", "golden"])
 def test_every_command_tells_its_version_and_how_it_is_used(command: str) -> None:
     version, brief, long = (run(command, flag) for flag in ("--version", "-h", "--help"))
 

@@ -63,6 +63,18 @@ def test_export_says_what_was_realized(packed: Path, tmp_path: Path) -> None:
     assert f"{len(convolutions)}/{len(convolutions)} convolutions" in result.output
 
 
+def test_the_last_line_of_an_export_is_the_path_of_its_report(packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    result = run("export", packed, "-o", out, "--preset", "fp32", "-q", *SIZES, *NO_GATE)
+
+    last = result.output.splitlines()[-1]
+    assert last == f"report: {out / 'tfmq' / 'report.html'}"
+    page = (out / "tfmq" / "report.html").read_text("utf-8")
+    assert f"tfmq-export {packed} --output {out} --preset fp32" in page
+    assert "Sampling in integers" in page
+
+
 def test_a_recipe_decides_the_name_and_refuses_to_be_another(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

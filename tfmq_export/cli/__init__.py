@@ -54,3 +54,8 @@ def triton_main() -> None:
 def golden_main() -> None:
     """Entry point of tfmq-golden."""
     app_of("golden")()
+
+
+def report_main() -> None:
+    """Entry point of tfmq-report."""
+    app_of("report")()

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tfmq_export.cli.console import bars, out, reports_errors, size, table
+from tfmq_export.cli.console import bars, out, reports_errors, table
 from tfmq_export.cli.options import BundleFolder, Quiet, Version
+from tfmq_export.report.numbers import size
 
 if TYPE_CHECKING:
     from tfmq_export.runtime.engines.tensorrt.building.files import BuiltEngine

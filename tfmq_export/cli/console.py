@@ -128,10 +128,3 @@ def table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] |
     for row in rows:
         grid.add_row(*(escape(cell) for cell in row))
     out.print(grid)
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    if count < 1e5:
-        return f"{count / 1e3:.1f} kB"
-    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

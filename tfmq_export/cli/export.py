@@ -25,6 +25,7 @@ from tfmq_export.cli.options import (
 )
 from tfmq_export.cli.result import show
 from tfmq_export.cli.settings import takes_settings
+from tfmq_export.cli.typed import command_line
 
 if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import Bundle
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @takes_settings
 @reports_errors
 def export(
+    context: typer.Context,
     model: Model,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default="out/MODEL-PRESET[-TARGET]")
@@ -88,7 +90,14 @@ def export(
         )
         try:
             made = compile_model(
-                source, root, asked, recipe=recipe, resume=resume, dump_dir=dump_dir, progress=progress
+                source,
+                root,
+                asked,
+                recipe=recipe,
+                resume=resume,
+                dump_dir=dump_dir,
+                progress=progress,
+                command=command_line(context, "export"),
             )
         except (KeyboardInterrupt, SystemExit):
             if checkpoint_of(root).exists():
@@ -97,13 +106,12 @@ def export(
             raise
     show(made.bundle, made.validation)
     out.print(f"\nwritten to [bold]{escape(str(root))}[/] in {sum(made.seconds.values()):.0f} s")
-    if (root / "tfmq" / "samples.png").exists():
-        out.print(f"look at it: {root / 'tfmq' / 'samples.png'}", markup=False)
     _how_to_build(made.bundle)
     if serving is not None:
         from tfmq_export.cli.triton import add_to_repository
 
         add_to_repository(made.bundle, root.absolute().parent / "triton", serving)
+    out.print(f"report: {root / 'tfmq' / 'report.html'}", markup=False, highlight=False)
 
 
 def _servable(target: str, name: str) -> "Serving":

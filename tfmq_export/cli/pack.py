@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from tfmq_export.cli.console import out, reports_errors, size
+from tfmq_export.cli.console import out, reports_errors
 from tfmq_export.cli.options import Conditioning, Guidance, Lora, Variant, Version, require_folder_of
+from tfmq_export.report.numbers import size
 
 
 @reports_errors

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tfmq_export.bundle.manifest import prologue_folder
-from tfmq_export.cli.console import err, out, size, table
+from tfmq_export.cli.console import err, out, table
+from tfmq_export.report.numbers import POOR, size
 from tfmq_export.runtime.measure.compare import Metric
 from tfmq_export.runtime.measure.machine import described
-
-POOR = 18.0
-"""dB. Below it a picture differs from the model's own in more than details; a blur of 4 pixels has 16."""
 
 if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import Bundle

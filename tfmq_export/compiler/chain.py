@@ -1,9 +1,6 @@
 """The chain, on one screen: capture, quantize, lower, write, prove."""
 
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +9,14 @@ from torch import nn
 from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.bundle.write import replaced_folder
 from tfmq_export.capture.device import find_device
+from tfmq_export.compiler.making import Making, Stage, Stopwatch
 from tfmq_export.compiler.output import evidence_kept, sole_run
 from tfmq_export.compiler.settings import check_settings, recipe_as_asked
 from tfmq_export.compiler.steps import Model, capture, load_model, lower, prove, quantize, reuse, write
 from tfmq_export.config import CompileConfig
 from tfmq_export.errors import ConfigError
 from tfmq_export.models.recorded.load import Draw
-from tfmq_export.progress import Progress, Silent, Step
+from tfmq_export.progress import Progress, Silent
 from tfmq_export.proof.validate import Validation
 from tfmq_export.runtime.engines.open import require_engine
 from tfmq_export.target import find_target
@@ -31,12 +29,17 @@ class Compiled:
     Attributes:
         bundle: The output folder.
         validation: The proof that went into its report.
-        seconds: Time of each stage.
+        stages: Time and memory of each.
     """
 
     bundle: Bundle
     validation: Validation
-    seconds: dict[str, float]
+    stages: tuple[Stage, ...]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time of each stage, by its title."""
+        return {stage.title: stage.seconds for stage in self.stages}
 
 
 def compile_model(  # noqa: PLR0913  # options of the one public entry, by keyword
@@ -49,6 +52,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     resume: bool = False,
     dump_dir: Path | None = None,
     progress: Progress | None = None,
+    command: str = "",
 ) -> Compiled:
     """Compile a diffusion model into a bundle, and prove it.
 
@@ -63,8 +67,9 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         resume: Go on where an interrupted run with this output and these settings stopped.
         dump_dir: Save the graph after each pass here.
         progress: Told of each stage and how far it is; silent if None.
+        command: What the report names as the command that makes the bundle again.
     Returns:
-        The bundle, the proof that went into its report, and the seconds of each stage.
+        The bundle, the proof that went into its report, and what each stage took.
     Raises:
         LoadError: the model cannot be read.
         ConfigError: options that do not fit together, or a schedule that cannot be walked.
@@ -92,9 +97,9 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         lowered = lower(made, config, dump_dir=dump_dir, progress=stages)
         with stages.stage("Writing"):
             bundle = write(lowered, partial, config.components)
-        validation = prove(made, bundle, config, seconds=stages.seconds, progress=stages)
+        validation = prove(made, bundle, config, making=Making(stages.stages, command), progress=stages)
     shutil.rmtree(kept, ignore_errors=True)  # only now is its work safe
-    return Compiled(open_bundle(root), validation, stages.seconds)
+    return Compiled(open_bundle(root), validation, tuple(stages.stages))
 
 
 def _with_code(model: Model | nn.Module, draw: Draw | None) -> Model:
@@ -118,18 +123,3 @@ def _refuse_early(config: CompileConfig) -> None:
     require_engine(target)
     check_settings(config, target)
     find_device(config.device)
-
-
-class Stopwatch:
-    """Passes progress on and notes how long each stage took, in ``seconds``."""
-
-    def __init__(self, inner: Progress) -> None:
-        self._inner = inner
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, title: str) -> Iterator[Step]:
-        start = time.perf_counter()
-        with self._inner.stage(title) as step:
-            yield step
-        self.seconds[title] = round(time.perf_counter() - start, 2)

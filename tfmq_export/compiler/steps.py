@@ -12,7 +12,6 @@ of one model calls them:
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from tfmq_export.capture.float_graph import float_graph
 from tfmq_export.capture.program import program_on
 from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
+from tfmq_export.compiler.making import Making
 from tfmq_export.compiler.onnx_components import check_components
 from tfmq_export.compiler.prologue import cut_prologue
 from tfmq_export.compiler.settings import check_pairs, settle
@@ -42,7 +42,7 @@ from tfmq_export.passes.graph import import_graph
 from tfmq_export.passes.graph_file import dump_to, skeleton
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.progress import Progress, Silent
-from tfmq_export.proof.pictures import TemporalRow, save_comparison, save_temporal
+from tfmq_export.proof.pictures import TemporalRow, pictures_of, save_comparison, save_temporal
 from tfmq_export.proof.validate import Subject, Validation, validate
 from tfmq_export.ptq import image_gain as weighing
 from tfmq_export.ptq.tib import tabulate
@@ -53,9 +53,10 @@ from tfmq_export.ptq.walk.checkpoint import Checkpoint
 from tfmq_export.ptq.walk.effort import find_effort
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.recipe import QuantRecipe
+from tfmq_export.report.bundle_page import write_page
+from tfmq_export.report.facts import Facts
 from tfmq_export.runtime.engines.tensorrt.building.files import add_engines_in_place
 from tfmq_export.runtime.engines.tensorrt.building.lint import lint_model, raise_if_any
-from tfmq_export.runtime.measure.benchmark import peak_rss_bytes
 from tfmq_export.target import find_target
 
 __all__ = ["capture", "load_model", "lower", "observe", "prove", "quantize", "reuse", "write"]
@@ -220,7 +221,7 @@ def prove(
     bundle: Bundle,
     config: CompileConfig | None = None,
     *,
-    seconds: Mapping[str, float] | None = None,
+    making: Making | None = None,
     progress: Progress = SILENT,
 ) -> Validation:
     """Measure a bundle against the model it came from, and finish it: report, pictures, self-test.
@@ -228,12 +229,12 @@ def prove(
     Where a bound is missed, report and pictures are written all the same.
 
     Args:
-        seconds: What the stages took, for the report; read at the end.
+        making: What the report says of how the bundle was made; read at the end.
     Raises:
         PrecisionError: a layer would not run in the integers asked for.
         AccuracyError: a threshold was missed.
     """
-    config = config or CompileConfig()
+    config, making = config or CompileConfig(), making or Making()
     subject = Subject(made.denoiser, made.program, made.recipe, bundle)
     validation = validate(
         subject,
@@ -248,19 +249,19 @@ def prove(
             validation.receipt.raise_if_lost()
         validation.report.raise_if_failed()
     except TfmqError:
-        _write_proof(made, bundle, validation, seconds or {})
+        _write_proof(made, bundle, validation, making)
         raise
     if find_target(bundle.manifest.target).built_in_place:
         with progress.stage("Building the engine"):
             bundle = add_engines_in_place(bundle, allow_precision_loss=config.allow_precision_loss)
     bundle = validation.self_test.save(bundle)
-    _write_proof(made, bundle, validation, seconds or {})
+    _write_proof(made, bundle, validation, making)
     return validation
 
 
-def _write_proof(made: Quantized, bundle: Bundle, validation: Validation, seconds: Mapping[str, float]) -> None:
+def _write_proof(made: Quantized, bundle: Bundle, validation: Validation, making: Making) -> None:
     """The report, and pictures of it."""
-    extra: dict[str, object] = {"seconds": dict(seconds), "peak_memory_bytes": peak_rss_bytes()}
+    extra = making.to_json()
     if bundle.manifest.prologue is not None:
         extra["prologue"] = asdict(bundle.manifest.prologue)
     validation.write(bundle.report, extra)
@@ -269,6 +270,10 @@ def _write_proof(made: Quantized, bundle: Bundle, validation: Validation, second
         row = TemporalRow(made.recipe.tib.source, errors.cosine, errors.mismatch)
         save_temporal(bundle.root / "tfmq" / "temporal.png", made.denoiser.timesteps.values, [row])
     save_comparison(bundle.root / "tfmq" / "samples.png", validation.reference_images, validation.images)
+    pictures = pictures_of(validation.reference_images, validation.images, validation.states)
+    if pictures is not None:
+        pictures.save(bundle.root)
+    write_page(Facts.read(bundle.root))
 
 
 def _plan(config: CompileConfig) -> QuantPlan:

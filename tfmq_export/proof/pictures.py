@@ -1,4 +1,4 @@
-"""Pictures: rows of images, labelled."""
+"""Pictures: rows of images, labelled; and small copies for the report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +8,13 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
+from tfmq_export.bundle.pictures import Pictures
 from tfmq_export.errors import ConfigError
+from tfmq_export.proof.states import States
 from tfmq_export.runtime.measure.compare import is_picture
 
 PER_ROW = 8
+SIDE, STATE_SIDE = 256, 64  # most pixels of a picture in the report, and of a state on the way to it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +86,32 @@ def save_comparison(path: Path, reference: NDArray[np.float32], images: NDArray[
     """Full precision above, compiled below; nothing for latents, which are no pictures."""
     if is_picture(reference.shape):
         save_rows(path, [("full precision", reference[:PER_ROW]), ("compiled", images[:PER_ROW])])
+
+
+def pictures_of(reference: NDArray[np.float32], images: NDArray[np.float32], states: States | None) -> Pictures | None:
+    """Small copies of the first images; None for latents, which are no pictures.
+
+    Args:
+        reference: [N, C, H, W] in 0..1, as ``images``.
+        states: On the way to them.
+    """
+    if not is_picture(reference.shape):
+        return None
+    ends = [_pixels(batch[:PER_ROW], SIDE) for batch in (reference, images)]
+    if states is None:
+        none = np.zeros((0, *ends[0].shape), np.uint8)
+        return Pictures(ends[0], ends[1], none, none, np.zeros(0, np.int64))
+    between = [_pixels(each[:, :PER_ROW], STATE_SIDE) for each in (states.reference, states.compiled)]
+    return Pictures(ends[0], ends[1], between[0], between[1], states.calls)
+
+
+def _pixels(images: NDArray[np.float32], side: int) -> NDArray[np.uint8]:
+    """Bytes of images [..., C, H, W] in 0..1 as [..., h, w, C]: means of square blocks, so that no side is longer."""
+    factor = -(-max(images.shape[-2:]) // side)
+    height, width = (size // factor for size in images.shape[-2:])
+    cut = images[..., : height * factor, : width * factor]
+    blocks = cut.reshape(*images.shape[:-2], height, factor, width, factor).mean((-3, -1))
+    return np.asarray(np.moveaxis(blocks.clip(0, 1) * 255, -3, -1).round(), np.uint8)
 
 
 def save_temporal(path: Path, timesteps: Sequence[float], rows: Sequence[TemporalRow]) -> None:

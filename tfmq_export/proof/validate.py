@@ -29,6 +29,7 @@ from tfmq_export.proof.kernels import KernelCalls, compare_kernels, counted, few
 from tfmq_export.proof.pages import release_pages
 from tfmq_export.proof.plan import USUAL_SECONDS, ProofPlan, measured_cost, plan_of
 from tfmq_export.proof.served import bundle_denoise, run_bundle
+from tfmq_export.proof.states import States, states_of
 from tfmq_export.proof.temporal_features import TemporalErrors, compare_temporal
 from tfmq_export.ptq.walk.calibration import CalibrationStep, record
 from tfmq_export.recipe.adapt import adapt
@@ -70,6 +71,7 @@ class Validation:
         images: Drawn by the compiled graph from the same noise.
         notes: What looks wrong about the float model, in sentences.
         plan: How much was compared.
+        states: On the way to the images, where they are pictures too.
     """
 
     report: Report
@@ -80,6 +82,7 @@ class Validation:
     images: NDArray[np.float32]
     plan: ProofPlan
     notes: tuple[str, ...] = ()
+    states: States | None = None
 
     def __repr__(self) -> str:
         verdict = "missed a bound" if self.report.failed else "passed"
@@ -193,7 +196,9 @@ def validate(
     # Whoever calls has written the files, or compared their hashes.
     with load_bundle(root, self_test=False, verify=False) as loaded:
         with progress.stage("Sampling in integers") as step:
-            _, compiled = record(denoiser, bundle_denoise(loaded), runs, step)
+            walked, compiled = record(denoiser, bundle_denoise(loaded), runs, step)
+            states = states_of(trajectory, walked, denoiser.sample, compiled)
+            del walked
         with progress.stage("Comparing step by step") as step:
             per_step = _per_step(denoiser, trajectory, loaded, step)
             _, served = record(denoiser, bundle_denoise(loaded), few, _untold)
@@ -232,7 +237,15 @@ def validate(
         found[Metric.IMAGE_SSIM] = ssim(reference_images, compiled_images, peak)
     report = judge({metric: Comparison.of(metric, values) for metric, values in found.items()}, subject, thresholds)
     return Validation(
-        report, receipt, temporal, kernels.self_test, reference_images, compiled_images, plan, tuple(notes)
+        report,
+        receipt,
+        temporal,
+        kernels.self_test,
+        reference_images,
+        compiled_images,
+        plan,
+        tuple(notes),
+        states,
     )
 
 

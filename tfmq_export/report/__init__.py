@@ -1,0 +1,1 @@
+"""The report people look at: one page for a bundle, one page to choose between bundles."""

@@ -1,0 +1,71 @@
+"""Speed, as ``tfmq-bench --json`` measured it: compiling a bundle measures none."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.errors import LoadError
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One bundle, in the first setting of a benchmark.
+
+    Attributes:
+        milliseconds: Median time.
+        times: As fast as ``base``.
+        base: What it is compared with, such as "ort-fp32".
+        unit: What was timed, such as "call".
+        setting: Batch and threads, in words.
+        processor: That it ran on.
+    """
+
+    milliseconds: float
+    times: float
+    base: str
+    unit: str
+    setting: str
+    processor: str
+
+
+def read_bench(path: Path) -> Mapping[str, Any]:
+    """The file of ``tfmq-bench --json``.
+
+    Raises:
+        LoadError: no such file, or no benchmark.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict) or not found["settings"]:
+            raise ValueError("no settings")
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadError(f"{path}: no readable benchmark ({error}); write one with `tfmq-bench OUT --json`") from error
+    return found
+
+
+def speed_of(bundle: Bundle, bench: Mapping[str, Any]) -> Speed | None:
+    """What a benchmark says of a bundle; None where it did not time it.
+
+    Raises:
+        LoadError: the benchmark lacks a figure.
+    """
+    setting, short = bench["settings"][0], f"{bundle.manifest.preset} {bundle.manifest.target}"
+    names = (f"{short} ({bundle.root.absolute().name})", short)  # with the folder where two share preset and target
+    try:
+        row = next((setting["candidates"][name] for name in names if name in setting["candidates"]), None)
+        if row is None:
+            return None
+        threads = int(setting["threads"])
+        return Speed(
+            milliseconds=float(row["seconds"]["median"]) * 1e3,
+            times=float(row["speedup"]),
+            base=str(setting["baseline"]),
+            unit=str(bench["unit"]),
+            setting=f"batch {setting['batch']}, {threads} thread{'s' * (threads != 1)}",
+            processor=str(bench["about"]["processor"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise LoadError(f"the benchmark lacks {error}; write it again with `tfmq-bench OUT --json`") from error
