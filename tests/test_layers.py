@@ -25,7 +25,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # room: (third-party packages it may import, parts of tfmq_export it may import besides itself)
     **dict.fromkeys(DATA - {"recipe"}, (frozenset({"numpy", "pydantic"}), DATA)),
     "recipe": (frozenset({"numpy", "safetensors"}), DATA),
-    "capture": (TORCH | {"onnx", "onnx_ir"}, DATA),
+    "capture": (TORCH | {"numpy", "onnx", "onnx_ir"}, DATA),
     "models": (TORCH | {"accelerate", "diffusers", "numpy", "safetensors", "yaml"}, DATA | {"capture"}),
     "ptq": (TORCH | {"numpy", "safetensors"}, DATA | {"capture"}),
     "passes": (ONNX | {"numpy", "onnxruntime"}, DATA),
