@@ -70,6 +70,12 @@ def page_of(facts: Facts) -> str:
     )
 
 
+def notebook_of(facts: Facts) -> str:
+    """The top of the page, for the output of a notebook's cell."""
+    given = {"facts": facts, "verdict": verdict_of(facts), "tiles": tiles_of(facts), **_images(facts)}
+    return render("notebook.html", path=facts.bundle.root / "tfmq" / NAME, **given)
+
+
 def verdict_of(facts: Facts) -> Verdict:
     """In one sentence."""
     measured = facts.measured
