@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.bundle.manifest import Bundle, InputInfo, open_bundle
+from tfmq_export.bundle.manifest import Bundle, InputInfo, open_bundle, table_html
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.runtime.engines.open import open_graph
 from tfmq_export.runtime.prompt import (
@@ -66,6 +66,10 @@ class LoadedBundle:
     def engine(self) -> str:
         """What runs it, with its version and what it computes in, for reports."""
         return self.runner.engine
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return table_html({**self.bundle.described(), "engine": self.engine})
 
     def prepare(self, **conditioning: NDArray[np.generic]) -> PreparedPrompt:
         """Do once what the prompt decides; give the result to each call as ``prompt``.

@@ -18,7 +18,7 @@ GRAPH = frozenset({"passes", "runtime"})
 TORCH, ONNX = frozenset({"torch"}), frozenset({"onnx", "onnx_graphsurgeon", "ml_dtypes"})
 ENGINE_LIBRARIES = frozenset({"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"})
 ANYTHING = TORCH | ONNX | ENGINE_LIBRARIES | {"diffusers", "matplotlib", "numpy", "nncf", "rich", "transformers"}
-DRAWING = frozenset({"PIL", "jinja2", "matplotlib"})
+DRAWING = frozenset({"PIL", "jinja2", "matplotlib", "yaml"})
 """What the report is drawn with: a host that only runs bundles has none of it."""
 
 RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {

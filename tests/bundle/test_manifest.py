@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from standins.small_bundle import small_bundle
 
 from tfmq_export.bundle.manifest import (
     Bundle,
@@ -178,3 +179,10 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, damage: Callable[[Path], 
 
     with pytest.raises(LoadError, match=message):
         open_bundle(tmp_path / "out")
+
+
+def test_a_notebook_shows_what_a_bundle_is_with_names_escaped(tmp_path: Path) -> None:
+    shown = small_bundle(tmp_path / "out", source="<my> model")._repr_html_()
+
+    assert "&lt;my&gt; model" in shown
+    assert "w8a8 for ort-cpu" in shown

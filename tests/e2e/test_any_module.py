@@ -52,7 +52,7 @@ def test_a_handwritten_module_becomes_a_bundle(name: str, preset: str) -> None:
     tfmq = {"manifest.json", "recipe.json", "recipe.safetensors", "report.json", "report.html", "selftest.npz"}
     tfmq |= {"conditioning.npz"} if description.conditioning else set()
     tfmq |= {"samples.png", "pictures.npz"} if name == "film_unet" else set()  # the others draw no pictures
-    assert files == {"denoiser/model.onnx", "denoiser/config.json"} | {f"tfmq/{file}" for file in tfmq}
+    assert files == {"README.md", "denoiser/model.onnx", "denoiser/config.json"} | {f"tfmq/{file}" for file in tfmq}
     graph = onnx.load(out / "denoiser" / "model.onnx").graph
     assert {value.name for value in graph.input} == set(description.example_inputs)
     assert [value.name for value in graph.output] == ["out_sample"]

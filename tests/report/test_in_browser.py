@@ -178,6 +178,19 @@ def test_text_stands_out_from_its_ground(browser: Any, pages: dict[str, Path], s
         assert contrast(page, selector) >= 4.5, selector  # WCAG 2, level AA
 
 
+def test_paper_is_white_whatever_the_screen_is(browser: Any, pages: dict[str, Path]) -> None:
+    page = opened(browser, pages["bundle"], prefers_color_scheme="dark")
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": dark})
+
+    ground = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    assert ground == "rgb(255, 255, 255)"
+    assert contrast(page, ".verdict p") >= 7
+    assert not find(page, ".slider").is_displayed()
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+
+
 def contrast(page: Any, selector: str) -> float:
     """Of an element's text with the nearest ground behind it."""
     found = page.execute_script(

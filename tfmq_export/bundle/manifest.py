@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,23 @@ class Bundle:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
 
+    def described(self) -> dict[str, str]:
+        """What it is, in words, by heading."""
+        manifest = self.manifest
+        inputs = [f"{x.name} {list(x.shape)} {x.dtype}" for x in manifest.inputs]
+        return {
+            "folder": str(self.root),
+            "model": manifest.source,
+            "compiled": f"{manifest.preset} for {manifest.target}",
+            "in integers": f"{manifest.integer_share:.1%} of the multiply-accumulates",
+            "inputs": ", ".join(inputs),
+            "timesteps": manifest.timesteps.describe(),
+        }
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return table_html(self.described())
+
     def verify(self, *, served: bool = False) -> None:
         """Check files against the manifest's hashes.
 
@@ -357,6 +375,12 @@ class Bundle:
         manifest = replace(self.manifest, files={**self.manifest.files, **hashes}, engines=(*kept, *added))
         write_manifest(self.root, manifest)
         return Bundle(self.root, manifest)
+
+
+def table_html(rows: Mapping[str, str]) -> str:
+    """Headings and texts as a table for notebooks."""
+    cells = [f"<tr><th scope='row'>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items()]
+    return f"<table>{''.join(cells)}</table>"
 
 
 def prologue_folder(component: str) -> str:

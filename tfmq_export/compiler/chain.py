@@ -18,6 +18,8 @@ from tfmq_export.errors import ConfigError
 from tfmq_export.models.recorded.load import Draw
 from tfmq_export.progress import Progress, Silent
 from tfmq_export.proof.validate import Validation
+from tfmq_export.report.bundle_page import notebook_of
+from tfmq_export.report.facts import Facts
 from tfmq_export.runtime.engines.open import require_engine
 from tfmq_export.target import find_target
 
@@ -40,6 +42,10 @@ class Compiled:
     def seconds(self) -> dict[str, float]:
         """Time of each stage, by its title."""
         return {stage.title: stage.seconds for stage in self.stages}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the top of the report."""
+        return notebook_of(Facts.read(self.bundle.root))
 
 
 def compile_model(  # noqa: PLR0913  # options of the one public entry, by keyword

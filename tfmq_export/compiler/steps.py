@@ -54,6 +54,7 @@ from tfmq_export.ptq.walk.effort import find_effort
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.report.bundle_page import write_page
+from tfmq_export.report.card import write_card
 from tfmq_export.report.facts import Facts
 from tfmq_export.runtime.engines.tensorrt.building.files import add_engines_in_place
 from tfmq_export.runtime.engines.tensorrt.building.lint import lint_model, raise_if_any
@@ -273,7 +274,9 @@ def _write_proof(made: Quantized, bundle: Bundle, validation: Validation, making
     pictures = pictures_of(validation.reference_images, validation.images, validation.states)
     if pictures is not None:
         pictures.save(bundle.root)
-    write_page(Facts.read(bundle.root))
+    facts = Facts.read(bundle.root)
+    write_page(facts)
+    write_card(facts)
 
 
 def _plan(config: CompileConfig) -> QuantPlan:

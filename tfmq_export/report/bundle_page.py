@@ -70,6 +70,12 @@ def page_of(facts: Facts) -> str:
     )
 
 
+def notebook_of(facts: Facts) -> str:
+    """The top of the page, for the output of a notebook's cell."""
+    given = {"facts": facts, "verdict": verdict_of(facts), "tiles": tiles_of(facts), **_images(facts)}
+    return render("notebook.html", path=facts.bundle.root / "tfmq" / NAME, **given)
+
+
 def verdict_of(facts: Facts) -> Verdict:
     """In one sentence."""
     measured = facts.measured
@@ -174,7 +180,7 @@ def _features_words(facts: Facts) -> str:
     looks = f"one looks like a timestep {moved} away in the schedule" if moved else "none looks like another timestep's"
     return (
         f"How far the {len(features)} values that depend on the timestep alone are from full precision, served from "
-        f"{tables} tables: 1 - cosine is {error:.1e} at worst, and {looks}."
+        f"{tables} tables: 1 - cosine is {short(error)} at worst, and {looks}."
     )
 
 

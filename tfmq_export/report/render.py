@@ -3,7 +3,7 @@
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from tfmq_export import __version__
 from tfmq_export.report import numbers, sparklines
@@ -11,10 +11,10 @@ from tfmq_export.report import numbers, sparklines
 
 @cache
 def templates() -> Environment:
-    """Every value is escaped, and a name that is not given is an error."""
+    """In HTML every value is escaped; a name that is not given is an error."""
     found = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "page"),
-        autoescape=True,
+        autoescape=select_autoescape(("html",)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
