@@ -132,9 +132,10 @@ class Method(BaseModel):
         "mse", description="how the observed range of an activation becomes a scale"
     )
     weight_range: Literal["search", "minmax"] = Field("search", description="how the scale of a weight is chosen")
-    les: Literal["adaptive", "uniform", "linear", "quadratic", "smoothquant", "off"] = Field(
+    les: Literal["adaptive", "uniform", "linear", "quadratic", "analytic", "smoothquant", "off"] = Field(
         "uniform",
-        description="equivalent scaling: how its loss weights the timesteps; or SmoothQuant's closed form, or off",
+        description="equivalent scaling: how its loss weights the timesteps, where the effort says so; or analytic "
+        "alone, SmoothQuant's closed form, or off",
     )
     pts: Literal["vote", "mse", "off"] = Field(
         "vote", description="power-of-two scaling: how its exponents are chosen, or off"

@@ -1,16 +1,18 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tfmq_export.ptq.analytic_scaling import ChannelRanges
 from tfmq_export.ptq.equivalent_scaling import (
     ScaledLayer,
     ScalingSchedule,
     TimestepWeights,
     Weighting,
-    dynamic_fake_quantize,
+    fake_quantize_between,
+    fake_quantize_rows,
     has_settled,
     learn_scaling,
     on_channels,
@@ -39,7 +41,26 @@ def outlier_layer() -> tuple[Tensor, ScaledLayer]:
     x, weight = normal(0, 64, CHANNELS), normal(1, 16, CHANNELS)
     x[:, 3] *= 100
     weight[:, 3] /= 100
-    return x, ScaledLayer(functional.linear, weight, 1, 1, WEIGHT)
+    return x, ScaledLayer("x", weight, 1, WEIGHT)
+
+
+def losses(x: Tensor, layers: Sequence[ScaledLayer], tau: Tensor) -> Tensor:
+    """Of a linear layer's inputs, [N, in]: one window of one token each."""
+    windows = x[:, None, :, None]
+    return scaling_losses({"x": windows}, layers, ChannelRanges.of(windows[:, 0]), tau, ACTIVATION)
+
+
+def learn(
+    draw: Draw, layer: ScaledLayer, x: Tensor, weights: TimestepWeights, schedule: ScalingSchedule, start: Tensor
+) -> Tensor:
+    ranges = ChannelRanges.of(x[:, :, None])
+    return learn_scaling(
+        draw,
+        lambda batch, tau: scaling_losses(batch, [layer], ranges, tau, ACTIVATION),
+        weights,
+        schedule,
+        start,
+    )
 
 
 # -- the identity ---------------------------------------------------------------------------------
@@ -137,8 +158,8 @@ def test_uniform_is_one_and_the_others_grow_from_noise_to_image() -> None:
 def test_dynamic_grids_cover_what_they_see(bits: int) -> None:
     x = normal(0, 6, 50) * torch.logspace(-2, 2, 6)[:, None]
 
-    activation = dynamic_fake_quantize(x, QuantSpec(bits, signed=False))
-    weight = dynamic_fake_quantize(x, QuantSpec(bits, axis=0))
+    activation = fake_quantize_between(x, x.amin(), x.amax(), QuantSpec(bits, signed=False))
+    weight = fake_quantize_rows(x, QuantSpec(bits, axis=0))
 
     # Half a step for the value, half a step for the zero point; fp32 on top.
     assert (activation - x).abs().max() <= 1.001 * (x.max() - x.min()) / (2**bits - 1)
@@ -150,7 +171,7 @@ def test_the_scale_receives_its_gradient_through_a_weights_grid() -> None:
     spec = QuantSpec(4, axis=0)
     x = torch.tensor([[0.9, -7.0, 3.3]], dtype=torch.float64, requires_grad=True)
 
-    dynamic_fake_quantize(x, spec)[0, 0].backward()
+    fake_quantize_rows(x, spec)[0, 0].backward()
 
     # s = 7 / 7 = 1 and y = s round(x / s): straight through, dy/dx0 = 1 and dy/ds = round(x0/s) - x0/s = 0.1,
     # while ds/dx1 = -1/7.
@@ -162,17 +183,21 @@ def test_the_scale_receives_its_gradient_through_an_activations_grid() -> None:
     spec = QuantSpec(4, signed=False)
     x = torch.tensor([0.0, 2.4, 15.0], dtype=torch.float64, requires_grad=True)
 
-    dynamic_fake_quantize(x, spec)[1].backward()
+    fake_quantize_between(x, x.new_zeros(()), x.amax(), spec)[1].backward()
 
-    # s = (15 - 0) / 15 = 1: dy1/ds = round(2.4) - 2.4 = -0.4, ds/dx2 = 1/15. The low end is clamped at 0.
+    # s = (15 - 0) / 15 = 1: dy1/ds = round(2.4) - 2.4 = -0.4, ds/dx2 = 1/15.
     assert x.grad is not None
     assert x.grad[1:].tolist() == pytest.approx([1.0, -0.4 / 15])
 
 
+def rows_of_weights(x: Tensor) -> Tensor:
+    return fake_quantize_rows(x, WEIGHT)
+
+
 def test_a_tensor_of_zeros_stays_zero() -> None:
-    for spec in (ACTIVATION, WEIGHT):
+    for quantize in (lambda x: fake_quantize_between(x, x.amin(), x.amax(), ACTIVATION), rows_of_weights):
         x = torch.zeros(2, 3, requires_grad=True)
-        y = dynamic_fake_quantize(x, spec)
+        y = quantize(x)
         y.sum().backward()
         assert not y.any()
         assert x.grad is not None
@@ -184,25 +209,42 @@ def test_a_tensor_of_zeros_stays_zero() -> None:
 
 def test_losses_are_those_of_each_sample_and_add_up_over_the_layers() -> None:
     x, layer = outlier_layer()
-    second = ScaledLayer(functional.linear, normal(5, 3, CHANNELS), 1, 1, WEIGHT)
+    second = ScaledLayer("x", normal(5, 3, CHANNELS), 1, WEIGHT)
     tau = normal(6, CHANNELS).exp()
 
-    both = scaling_losses(x, [layer, second], tau, ACTIVATION)
+    both = losses(x, [layer, second], tau)
 
-    quantized = dynamic_fake_quantize(x / tau, ACTIVATION)
+    scaled = x / tau
+    quantized = fake_quantize_between(scaled, scaled.amin(), scaled.amax(), ACTIVATION)
     expected = torch.zeros(len(x))
     for each in (layer, second):
-        found = quantized @ dynamic_fake_quantize(each.weight * tau, WEIGHT).T
+        found = quantized @ fake_quantize_rows(each.weight * tau, WEIGHT).T
         expected += (found - x @ each.weight.T).square().mean(1)
     assert both.shape == (64,)
     torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-8)  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_loss_over_all_windows_is_that_of_the_convolution(groups: int) -> None:
+    x, weight, tau = normal(0, 3, 8, 5, 5), normal(1, 16, 8 // groups, 3, 3), normal(2, 8).exp()
+    windows = functional.unfold(x, 3, padding=1).unflatten(1, (8, 9)).permute(0, 3, 1, 2)  # [N, places, in, kernel]
+    ranges = ChannelRanges.of(windows.flatten(0, 1))
+
+    found = scaling_losses({"x": windows}, [ScaledLayer("x", weight, groups, WEIGHT)], ranges, tau, ACTIVATION)
+
+    scaled = x / on_channels(tau, x, 1)
+    quantized = fake_quantize_between(scaled, scaled.amin().clamp(max=0), scaled.amax().clamp(min=0), ACTIVATION)
+    rows = fake_quantize_rows(scale_input_channels(weight, tau, groups).reshape(16, -1), WEIGHT)
+    conv = convolution(groups)
+    expected = (conv(quantized, rows.reshape(weight.shape)) - conv(x, weight)).square().mean((1, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)  # fp32 sums in another order
 
 
 def test_the_gradient_of_log_tau_points_downhill() -> None:
     x, layer = outlier_layer()
     log_tau = torch.zeros(CHANNELS, requires_grad=True)
 
-    before = scaling_losses(x, [layer], log_tau.exp(), ACTIVATION).mean()
+    before = losses(x, [layer], log_tau.exp()).mean()
     before.backward()
 
     gradient = log_tau.grad
@@ -212,9 +254,7 @@ def test_the_gradient_of_log_tau_points_downhill() -> None:
     with torch.no_grad():
         # Rounding makes the loss rough; a step of 0.3 in log tau is long enough to see its trend.
         direction = -gradient / gradient.norm()
-        downhill, uphill = (
-            scaling_losses(x, [layer], (sign * 0.3 * direction).exp(), ACTIVATION).mean() for sign in (1, -1)
-        )
+        downhill, uphill = (losses(x, [layer], (sign * 0.3 * direction).exp()).mean() for sign in (1, -1))
     assert downhill < before.detach() < uphill
 
 
@@ -223,7 +263,7 @@ def draw_from(x: Tensor, timesteps: int, seed: int = 0) -> Callable[[], Batch]:
 
     def draw() -> Batch:
         picks = torch.randint(len(x), (16,), generator=generator)
-        return {"x": x[picks], "steps": picks % timesteps}
+        return {"x": x[picks][:, None, :, None], "steps": picks % timesteps}
 
     return draw
 
@@ -233,11 +273,9 @@ def test_learning_lowers_the_loss_under_a_huge_channel_and_keeps_tau_positive(ki
     x, layer = outlier_layer()
     start = torch.ones(CHANNELS)
 
-    tau = learn_scaling(
-        Draw(draw_from(x, 4)), [layer], ACTIVATION, TimestepWeights(kind, 4), ScalingSchedule(200, 16, 5e-2), start
-    )
+    tau = learn(Draw(draw_from(x, 4)), layer, x, TimestepWeights(kind, 4), ScalingSchedule(200, 16, 5e-2), start)
 
-    before, after = (float(scaling_losses(x, [layer], each, ACTIVATION).mean()) for each in (start, tau))
+    before, after = (float(losses(x, [layer], each).mean()) for each in (start, tau))
     # At tau = 1 the step of the input is a hundred times too large for seven of eight channels.
     assert after < 0.7 * before
     assert (tau > 0).all()
@@ -248,15 +286,9 @@ def test_learning_lowers_the_loss_under_a_huge_channel_and_keeps_tau_positive(ki
 
 def test_tau_stays_positive_under_a_learning_rate_that_would_overshoot_zero() -> None:
     x, layer = outlier_layer()
+    weights = TimestepWeights(Weighting.UNIFORM, 4)
 
-    tau = learn_scaling(
-        Draw(draw_from(x, 4)),
-        [layer],
-        ACTIVATION,
-        TimestepWeights(Weighting.UNIFORM, 4),
-        ScalingSchedule(20, 16, 1.0),
-        torch.ones(CHANNELS),
-    )
+    tau = learn(Draw(draw_from(x, 4)), layer, x, weights, ScalingSchedule(20, 16, 1.0), torch.ones(CHANNELS))
 
     assert (tau > 0).all()
     assert tau.max() / tau.min() > 10  # it did move far
@@ -266,30 +298,25 @@ def test_learning_starts_where_it_is_told_and_depends_on_the_draws_alone() -> No
     x, layer = outlier_layer()
     start = normal(7, CHANNELS).exp()
 
-    def learn(iterations: int, seed: int) -> Tensor:
+    def found(iterations: int, seed: int) -> Tensor:
         weights, schedule = TimestepWeights(Weighting.ADAPTIVE, 4), ScalingSchedule(iterations, 16, 1e-2)
-        return learn_scaling(Draw(draw_from(x, 4, seed)), [layer], ACTIVATION, weights, schedule, start)
+        return learn(Draw(draw_from(x, 4, seed)), layer, x, weights, schedule, start)
 
-    torch.testing.assert_close(learn(0, 0), start)
-    assert torch.equal(learn(5, 0), learn(5, 0))
-    assert not torch.equal(learn(5, 0), learn(5, 1))
+    torch.testing.assert_close(found(0, 0), start)
+    assert torch.equal(found(5, 0), found(5, 0))
+    assert not torch.equal(found(5, 0), found(5, 1))
 
 
 def test_learning_stops_early_when_the_loss_has_settled() -> None:
     x, layer = outlier_layer()
     draws = []
 
-    def draw() -> Batch:
+    def draw() -> Batch:  # always the same batch, and a learning rate too small to matter
         draws.append(1)
-        return {
-            "x": x,
-            "steps": torch.arange(len(x)) % 4,
-        }  # always the same batch, and a learning rate too small to matter
+        return {"x": x[:, None, :, None], "steps": torch.arange(len(x)) % 4}
 
     schedule = ScalingSchedule(500, 64, 1e-9, patience=10)
-    learn_scaling(
-        Draw(draw), [layer], ACTIVATION, TimestepWeights(Weighting.UNIFORM, 4), schedule, torch.ones(CHANNELS)
-    )
+    learn(Draw(draw), layer, x, TimestepWeights(Weighting.UNIFORM, 4), schedule, torch.ones(CHANNELS))
 
     assert len(draws) == 20
 

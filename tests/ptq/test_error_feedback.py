@@ -99,6 +99,18 @@ def test_a_sample_of_the_positions_stands_for_all() -> None:
     assert (mean - estimate).abs().max() < 0.3  # of variances near 1: four standard errors
 
 
+def test_a_narrow_layer_looks_at_fewer_positions_and_a_large_picture_makes_no_difference() -> None:
+    narrow, wide = nn.Conv2d(2, 3, 3), nn.Conv2d(64, 3, 3)
+
+    found = [
+        InputProducts(node_of(conv, normal(2, len(conv.weight[0]), size, size)), conv.weight.detach(), 1, 0).wanted
+        for conv in (narrow, wide)
+        for size in (4, 32)
+    ]
+
+    assert found == [8 * 18, 8 * 18, 8 * 576, 8 * 576]
+
+
 def test_the_grid_adds_its_own_error_to_the_squares() -> None:
     conv, x = nn.Conv2d(2, 3, 3, padding=1), normal(2, 2, 4, 4)
     products = products_of(conv, x)

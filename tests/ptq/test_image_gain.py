@@ -3,12 +3,19 @@ import torch
 from nets.handwritten import denoiser_of, probe, silent
 from torch import Tensor, nn
 
-from tfmq_export.capture.denoiser import Conditioning, Denoise
+from tfmq_export.capture.denoiser import Conditioning, Denoise, Denoiser, Sampler
 from tfmq_export.errors import CalibrationError
-from tfmq_export.ptq.image_gain import image_gain, weights_from
+from tfmq_export.ptq.image_gain import WINDOWS, image_gain, weights_from
 from tfmq_export.ptq.walk.calibration import calibrate, pick_rows, shares
 
 FACTORS = (0.5, 2.0, 0.1, 1.0)
+IMAGES = 8
+rows: list[int] = []  # of every call of a module, its coarse copies among them
+
+
+@pytest.fixture(autouse=True)
+def _nothing_called() -> None:
+    rows.clear()
 
 
 class Same(nn.Module):
@@ -17,10 +24,9 @@ class Same(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 1)
-        self.calls: list[None] = []  # a coarse copy of the module gets a list of its own
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        self.calls.append(None)
+        rows.append(len(sample))
         return self.conv(torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).expand_as(sample))
 
 
@@ -31,50 +37,76 @@ def factors(denoise: Denoise, noise: Tensor, conditioning: Conditioning) -> Tens
     return x
 
 
+def of_four(sampler: Sampler) -> Denoiser:
+    return probe(Same(), timesteps=[7, 5, 3, 1], sampler=sampler)
+
+
+def measure(denoiser: Denoiser, images: int = IMAGES, most: int = WINDOWS) -> Tensor:
+    calls = calibrate(denoiser, images=images, seed=0, progress=silent)
+    rows.clear()
+    return image_gain(denoiser, calls, images=images, seed=0, progress=silent, most=most)
+
+
 def test_the_gain_is_the_square_of_what_the_sampler_does_to_an_error() -> None:
-    denoiser = probe(Same(), timesteps=[7, 5, 3, 1], sampler=factors)
-
-    gain = image_gain(denoiser, seed=0, progress=silent)
-
-    assert gain.tolist() == pytest.approx([factor**2 for factor in FACTORS], rel=1e-3)
+    assert measure(of_four(factors)).tolist() == pytest.approx([factor**2 for factor in FACTORS], rel=1e-3)
 
 
-def test_steps_before_the_disturbance_are_replayed() -> None:
-    module = Same()
-    denoiser = probe(module, timesteps=[7, 5, 3, 1], sampler=factors)
-    module.calls.clear()
+def test_only_the_disturbed_image_is_computed_and_only_from_its_disturbance_on() -> None:
+    measure(of_four(factors))
 
-    image_gain(denoiser, seed=0, progress=silent)
+    assert rows == [1] * (4 + 3 + 2 + 1)
 
-    assert len(module.calls) == 4 + (4 + 3 + 2 + 1)
+
+@pytest.mark.parametrize("images", [1, 2, 3, 5, 8, 32])
+def test_all_runs_together_cost_at_most_half_of_the_calibration(images: int) -> None:
+    times = list(range(40, 0, -1))
+
+    def walk(denoise: Denoise, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        for timestep in times:
+            noise = noise - denoise(noise, timestep) / 40
+        return noise
+
+    measure(probe(Same(), timesteps=times, sampler=walk), images)
+
+    assert 0 < sum(rows) <= images * len(times) / 2
+
+
+def test_guidance_disturbs_both_halves_of_an_image() -> None:
+    def guided(denoise: Denoise, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        def combined(x: Tensor, timestep: int) -> Tensor:
+            without, given = denoise(torch.cat([x, x]), timestep).chunk(2)
+            return without + 3 * (given - without)
+
+        return factors(combined, noise, conditioning)
+
+    # One half alone would move the image by -2 or 3 times its error.
+    assert measure(of_four(guided)).tolist() == pytest.approx([factor**2 for factor in FACTORS], rel=1e-3)
 
 
 def test_errors_that_repeat_add_up_before_they_are_measured() -> None:
-    denoiser = probe(Same(), timesteps=[7, 5, 3, 1], sampler=factors)
-
-    gain = image_gain(denoiser, seed=0, progress=silent, windows=1)
+    gain = measure(of_four(factors), most=1)
 
     # The same error e at every step: the image moves by 3.6 e, at the price of four errors.
     assert gain.tolist() == pytest.approx([sum(FACTORS) ** 2 / 4] * 4, rel=1e-3)
 
 
 def test_the_model_itself_is_left_as_it_was() -> None:
-    module = Same()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
+    denoiser = of_four(factors)
+    before = {name: value.clone() for name, value in denoiser.module.state_dict().items()}
 
-    image_gain(probe(module, timesteps=[7, 5, 3, 1], sampler=factors), seed=0, progress=silent)
+    measure(denoiser)
 
-    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
+    assert all(torch.equal(denoiser.module.state_dict()[name], value) for name, value in before.items())
 
 
 def test_noise_that_the_sampler_draws_itself_is_no_gain() -> None:
     def ancestral(denoise: Denoise, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        return factors(denoise, noise, conditioning) + torch.randn(noise.shape)
+        return factors(denoise, noise + torch.randn(noise.shape), conditioning) + torch.randn(noise.shape)
 
-    denoiser = probe(Same(), timesteps=[7, 5, 3, 1], sampler=ancestral)
+    denoiser = of_four(ancestral)
     before = torch.random.get_rng_state()
 
-    gain = image_gain(denoiser, seed=0, progress=silent)
+    gain = measure(denoiser)
 
     assert gain.tolist() == pytest.approx([factor**2 for factor in FACTORS], rel=1e-3)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -85,17 +117,25 @@ def test_a_timestep_visited_twice_has_the_mean_of_its_gains() -> None:
         x = noise - 1.0 * denoise(noise, 3)
         return x - 3.0 * denoise(x, 3) - 2.0 * denoise(x, 1)
 
-    denoiser = probe(Same(), timesteps=[3, 1], sampler=twice)
-
-    assert image_gain(denoiser, seed=0, progress=silent).tolist() == pytest.approx([5.0, 4.0], rel=1e-3)
+    assert measure(probe(Same(), timesteps=[3, 1], sampler=twice)).tolist() == pytest.approx([5.0, 4.0], rel=1e-3)
 
 
 def test_images_that_are_not_finite_are_refused_with_a_way_out() -> None:
     def wild(denoise: Denoise, noise: Tensor, conditioning: Conditioning) -> Tensor:
         return factors(denoise, noise, conditioning) * float("inf")
 
-    with pytest.raises(CalibrationError, match='timestep_weights = "uniform"'):
-        image_gain(probe(Same(), timesteps=[7, 5, 3, 1], sampler=wild), seed=0, progress=silent)
+    with pytest.raises(CalibrationError, match=r'NaN or infinity.*timestep_weights = "uniform"'):
+        measure(of_four(wild))
+
+
+def test_a_sampler_that_never_draws_the_same_twice_is_refused_with_a_way_out() -> None:
+    drawn = iter(range(100))
+
+    def restless(denoise: Denoise, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        return factors(denoise, noise + next(drawn), conditioning)
+
+    with pytest.raises(CalibrationError, match=r'another image in a second run.*timestep_weights = "uniform"'):
+        measure(of_four(restless))
 
 
 def test_weights_have_mean_one_and_forget_no_timestep() -> None:

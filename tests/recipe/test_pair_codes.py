@@ -11,7 +11,7 @@ from standins.saturating import exact_sums, rule_keeping, saturating_sums, stack
 from torch import Tensor, fx, nn
 
 from tfmq_export.ptq import error_feedback
-from tfmq_export.ptq.equivalent_scaling import dynamic_fake_quantize
+from tfmq_export.ptq.equivalent_scaling import fake_quantize_rows
 from tfmq_export.ptq.error_feedback import InputProducts, feedback_codes
 from tfmq_export.ptq.fake_quant import fake_quantize
 from tfmq_export.ptq.pairs import Pairs
@@ -365,7 +365,7 @@ def assert_free(spec: QuantSpec, weight: Tensor, groups: int, codes: int) -> Non
     for held, free in zip(sides(weight, steps, start, spec, pairs), sides(weight, steps, start, spec), strict=True):
         assert torch.equal(held, free)
     rows = rows_of(weight)
-    assert torch.equal(dynamic_fake_quantize(rows, spec, pairs), dynamic_fake_quantize(rows, spec))
+    assert torch.equal(fake_quantize_rows(rows, spec, pairs), fake_quantize_rows(rows, spec))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -389,14 +389,13 @@ def test_the_grid_that_scaling_is_learned_on_keeps_the_rule(shape: tuple[int, ..
     pairs, rows = pairs_of(weight, groups, codes), rows_of(weight).requires_grad_()
     scale = full_scale(rows.detach(), SPEC, pairs)
 
-    laid = dynamic_fake_quantize(rows, SPEC, pairs)
+    laid = fake_quantize_rows(rows, SPEC, pairs)
 
     found = laid.detach() / scale
     torch.testing.assert_close(found, found.round(), rtol=0, atol=SLACK)
     assert largest(found.round(), pairs) <= PAIR_SUM
     assert (
-        largest((dynamic_fake_quantize(rows.detach(), SPEC) / full_scale(rows.detach(), SPEC)).round(), pairs)
-        > PAIR_SUM
+        largest((fake_quantize_rows(rows.detach(), SPEC) / full_scale(rows.detach(), SPEC)).round(), pairs) > PAIR_SUM
     )
     laid.square().sum().backward()
     assert rows.grad is not None
@@ -408,7 +407,7 @@ def test_gradients_reach_the_range_of_the_largest_pair() -> None:
     weight = torch.tensor([[90.3, 60.4, -20.2, 33.3], [7.7, -90.3, 30.1, -1.2]], requires_grad=True)
     pairs = Pairs(torch.tensor([1, 0, 3, 2]))
 
-    dynamic_fake_quantize(weight, SPEC, pairs).sum().backward()
+    fake_quantize_rows(weight, SPEC, pairs).sum().backward()
 
     # q = round(w / s) s with the rounding passed through: dq/dw = 1, dq/ds = round(w / s) - w / s for every weight.
     steps = weight.detach() / torch.tensor([[150.7 / 128], [90.3 / 127]])

@@ -109,12 +109,14 @@ def observe(denoiser: Denoiser, config: CompileConfig, progress: Progress = SILE
     device = find_device(config.device)
     with repeatable(device):
         there = replace(denoiser, module=module_on(denoiser.module, device))
+        images = calibration_images(config)
         with progress.stage("Recording the model's own trajectory") as step:
-            calls = calibrate(there, images=calibration_images(config), seed=config.seed, progress=step)
+            calls = calibrate(there, images=images, seed=config.seed, progress=step)
         if config.method.timestep_weights != "image":
             return Observed(calls)
         with progress.stage("Weighing the timesteps") as step:
-            return Observed(calls, weighing.image_gain(there, seed=config.seed, progress=step))
+            gain = weighing.image_gain(there, calls, images=images, seed=config.seed, progress=step)
+            return Observed(calls, gain)
 
 
 def quantize(

@@ -3,8 +3,9 @@
     Y = (X / tau) (tau W)        tau > 0, one per input channel
 
 moves range from activations to weights where that costs less. ``tau`` is learned layer by layer on
-full-precision inputs. The calibration rows already hold more samples of the timesteps that matter more, so the default
-weights all rows alike; DMQ (section 3.3) weights each timestep's loss instead (``adaptive``).
+full-precision inputs, at some places of each (``ptq/windows.py``), from where ``ptq/analytic_scaling.py`` put it. The
+calibration rows already hold more samples of the timesteps that matter more, so the default weights all rows alike; DMQ
+(section 3.3) weights each timestep's loss instead (``adaptive``).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from tfmq_export.ptq.analytic_scaling import ChannelRanges
 from tfmq_export.ptq.fake_quant import round_through
 from tfmq_export.ptq.pairs import Pairs
 from tfmq_export.ptq.walk.learning import Batch, Draw, GradientStep, adam, anneal
@@ -81,20 +83,28 @@ class ScaledLayer:
     """One of the layers that read a value.
 
     Attributes:
-        compute: ``compute(x, weight) -> y``, without bias.
+        windows: Key of what it sees, in a batch.
         weight: Full precision, [out, in / groups, ...].
         groups: Of a convolution; 1 for linear layers.
-        channel_axis: Of ``x``.
         weight_spec: Its grid.
         pairs: What its codes must keep.
     """
 
-    compute: Callable[[Tensor, Tensor], Tensor]
+    windows: str
     weight: Tensor
     groups: int
-    channel_axis: int
     weight_spec: QuantSpec
     pairs: Pairs | None = None
+
+    def compute(self, windows: Tensor, weight: Tensor) -> Tensor:
+        """The layer at some places, without bias, [groups, n, out / groups].
+
+        Args:
+            windows: [n, in, kernel size].
+            weight: In place of its own.
+        """
+        seen = windows.reshape(len(windows), self.groups, -1).transpose(0, 1)  # [groups, n, in / groups * kernel]
+        return seen @ weight.reshape(self.groups, len(weight) // self.groups, -1).mT
 
 
 def scale_input_channels(weight: Tensor, tau: Tensor, groups: int = 1) -> Tensor:
@@ -115,39 +125,51 @@ def on_channels(factor: Tensor, x: Tensor, axis: int) -> Tensor:
     return factor.reshape([-1 if position == axis else 1 for position in range(x.ndim)])
 
 
-def dynamic_fake_quantize(x: Tensor, spec: QuantSpec, pairs: Pairs | None = None) -> Tensor:
-    """Lay a grid over the range ``x`` has right now; gradients reach the range too.
+def fake_quantize_rows(rows: Tensor, spec: QuantSpec, pairs: Pairs | None = None) -> Tensor:
+    """Lay a grid over the range that each row of a weight has right now; gradients reach the range too.
 
     Args:
-        x: Per tensor for activations; [out, n] with ``spec.axis`` 0 for weights, whose grid is symmetric.
-        pairs: Of a weight: the range is then that of its pairs, too.
+        rows: [out, n].
+        spec: Symmetric.
+        pairs: The range is then that of its pairs, too.
     """
-    if spec.signed:
-        scale = full_scale(x, spec, pairs).clamp_min(1e-12)
-        return round_through(x / scale).clamp(spec.qmin, spec.qmax) * scale
-    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    scale = full_scale(rows, spec, pairs).clamp_min(1e-12)
+    return round_through(rows / scale).clamp(spec.qmin, spec.qmax) * scale
+
+
+def fake_quantize_between(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """Lay a grid over a range; gradients reach the range too.
+
+    Args:
+        low: Scalar, at most 0.
+        high: Scalar, at least 0.
+    """
     scale = ((high - low) / (spec.qmax - spec.qmin)).clamp_min(1e-12)
     zero_point = round_through(-low / scale)
     return (round_through(x / scale) + zero_point).clamp(spec.qmin, spec.qmax).sub(zero_point) * scale
 
 
-def scaling_losses(x: Tensor, layers: Sequence[ScaledLayer], tau: Tensor, input_spec: QuantSpec) -> Tensor:
+def scaling_losses(
+    batch: Batch, layers: Sequence[ScaledLayer], ranges: ChannelRanges, tau: Tensor, input_spec: QuantSpec
+) -> Tensor:
     """``|| X W - Q(X / tau) Q(tau W) ||^2`` of each sample, summed over the layers, [N].
 
     Args:
-        x: [N, ...], full precision.
+        batch: Windows by key, [N, windows, in, kernel size], full precision.
+        ranges: Of the value, over all calibration.
     """
-    axis = layers[0].channel_axis
-    quantized = dynamic_fake_quantize(x / on_channels(tau, x, axis), input_spec)
-    losses = x.new_zeros(len(x))
+    low, high = ranges.scaled(tau)
+    losses = []
     for layer in layers:
+        x = batch[layer.windows].flatten(0, 1)
+        quantized = fake_quantize_between(x / tau[:, None], low, high, input_spec)
         scaled = scale_input_channels(layer.weight, tau, layer.groups)
-        rows = dynamic_fake_quantize(scaled.reshape(len(scaled), -1), layer.weight_spec, layer.pairs)
-        weight = rows.reshape(scaled.shape)
+        weight = fake_quantize_rows(scaled.reshape(len(scaled), -1), layer.weight_spec, layer.pairs)
         with torch.no_grad():
             wanted = layer.compute(x, layer.weight)
-        losses = losses + (layer.compute(quantized, weight) - wanted).square().flatten(1).mean(1)
-    return losses
+        of_windows = (layer.compute(quantized, weight) - wanted).square().mean((0, 2))
+        losses.append(of_windows.reshape(len(batch[layer.windows]), -1).mean(1))
+    return torch.stack(losses).sum(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +177,8 @@ class ScalingSchedule:
     """How long to learn ``log tau``: Adam, cosine to 0.
 
     Attributes:
+        iterations: 0 leaves it where it starts.
+        batch: Samples, each with all windows that were noted of it.
         patience: Stop when the mean loss of this many iterations is no better than of those before; 0 never stops.
     """
 
@@ -166,16 +190,16 @@ class ScalingSchedule:
 
 def learn_scaling(
     draw: Draw,
-    layers: Sequence[ScaledLayer],
-    input_spec: QuantSpec,
+    losses_of: Callable[[Batch, Tensor], Tensor],
     weights: TimestepWeights,
     schedule: ScalingSchedule,
     start: Tensor,
 ) -> Tensor:
-    """Learn tau of a value that ``layers`` read.
+    """Learn tau of a value.
 
     Args:
-        draw: Batches of the value, ``x`` [N, ...], and the position of each sample's timestep, ``steps`` [N].
+        draw: Batches of windows, and the position of each sample's timestep, ``steps`` [N].
+        losses_of: ``scaling_losses`` of a batch under a tau.
         start: First tau, [in].
     Returns:
         tau, [in].
@@ -185,7 +209,7 @@ def learn_scaling(
     latest = torch.zeros_like(start[0])
 
     def loss(batch: Batch) -> Tensor:
-        losses = scaling_losses(batch["x"], layers, log_tau.exp(), input_spec)
+        losses = losses_of(batch, log_tau.exp())
         latest.copy_(losses.detach().mean())
         return (weights(batch["steps"], losses) * losses).mean()
 

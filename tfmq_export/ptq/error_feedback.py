@@ -8,58 +8,24 @@ the layers of a block do together.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from tfmq_export.ptq.pairs import Pairs, shrink
 from tfmq_export.ptq.weights import per_output
+from tfmq_export.ptq.windows import Window
 from tfmq_export.recipe.grid import QuantSpec
 from tfmq_export.recipe.pairs import PAIR_SUM
 from tfmq_export.recipe.recipe import WEIGHT_REACH
 
-SAMPLES = 1 << 14  # inputs that a layer's products are summed over
+SAMPLES = 1 << 14  # inputs that a layer's products are summed over, at most
+SAMPLES_PER_WEIGHT = 8  # of those that share their errors
 WIDEST = 2304  # weights that share their errors: 256 channels of a 3 x 3 convolution; the cost grows with the cube
 DAMPING = 0.01  # of the mean diagonal, as GPTQ adds
 SLICE = 2048  # positions in memory at once
+STRIPE = 256  # columns of the sums that are added to at once
 PANEL = 128  # columns whose errors are carried over to the rest in one product
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Where a convolution looks, axis by axis.
-
-    Attributes:
-        padding: Before and after.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-
-    @classmethod
-    def of(cls, node: fx.Node, kernel: Sequence[int]) -> "Window":
-        """The window of a convolution in a graph."""
-        given: dict[str, Any] = dict(zip(("stride", "padding", "dilation"), node.args[3:], strict=False)) | node.kwargs
-        stride, dilation = (_per_axis(given.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
-        padding = given.get("padding", 0)
-        if padding == "same":  # what is odd goes behind
-            spread = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-            sides = tuple((width // 2, width - width // 2) for width in spread)
-        else:
-            sides = tuple((side, side) for side in _per_axis(0 if padding == "valid" else padding, len(kernel)))
-        return cls(tuple(kernel), stride, sides, dilation)
-
-    def open(self, x: Tensor) -> Tensor:
-        """What the kernel sees at every position of [N, C, ...], a view: [N, positions ..., C, kernel ...]."""
-        x = functional.pad(x, [side for sides in reversed(self.padding) for side in sides])
-        for axis, (size, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
-            x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        return x.movedim(1, 1 + len(self.kernel))
 
 
 class InputProducts:
@@ -75,7 +41,7 @@ class InputProducts:
 
     def __init__(self, node: fx.Node, weight: Tensor, groups: int, seed: int) -> None:
         kernel = weight.shape[2:]
-        self._window = Window.of(node, kernel) if len(kernel) else None
+        self._window = Window.of(node, weight)
         self._groups = groups
         self._generator = torch.Generator().manual_seed(seed)
         self._width = max(2, WIDEST // kernel.numel() // 2 * 2) * kernel.numel()  # no pair of channels is cut
@@ -84,6 +50,8 @@ class InputProducts:
             torch.zeros(groups, len(piece), len(piece), dtype=torch.float32, device=weight.device) for piece in pieces
         ]
         self._count = 0
+        self.wanted = min(SAMPLES, SAMPLES_PER_WEIGHT * len(pieces[0]))
+        """Positions to look at in all; more do not tell more, however large the picture."""
 
     def add(self, x: Tensor, most: int) -> None:
         """Look at a batch of inputs.
@@ -94,7 +62,7 @@ class InputProducts:
         for rows in self._rows(x, most):
             by_group = rows.float().transpose(0, 1)  # [groups, positions, in / groups]
             for total, part in zip(self._sums, torch.split(by_group, self._width, -1), strict=True):
-                total.baddbmm_(part.mT, part)
+                _add_squares(total, part)
             self._count += len(rows)
 
     def pieces(self, noise: Tensor) -> list[Tensor]:
@@ -106,7 +74,7 @@ class InputProducts:
         kernel = 1 if self._window is None else math.prod(self._window.kernel)
         diagonal = (self._count * noise).reshape(self._groups, -1).repeat_interleave(kernel, 1)
         return [
-            total + torch.diag_embed(part)
+            total.triu() + total.triu(1).mT + torch.diag_embed(part)
             for total, part in zip(self._sums, torch.split(diagonal, self._width, -1), strict=True)
         ]
 
@@ -126,6 +94,18 @@ class InputProducts:
         for part in zip(*(torch.split(pick.to(x.device), SLICE) for pick in picks), strict=True):
             rows = opened[part]
             yield rows.reshape(len(rows), self._groups, -1)
+
+
+def _add_squares(total: Tensor, rows: Tensor) -> None:
+    """Add ``x^T x`` on and above the diagonal; what is below repeats it.
+
+    Args:
+        total: [groups, n, n].
+        rows: [groups, positions, n].
+    """
+    for start in range(0, rows.shape[2], STRIPE):
+        stop = start + STRIPE
+        total[:, start:stop, start:].baddbmm_(rows[..., start:stop].mT, rows[..., start:])
 
 
 def feedback_codes(
@@ -209,8 +189,3 @@ def _inverse_factor(products: Tensor) -> Tensor:
             factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
             return factor
         damping = 10 * damping
-
-
-def _per_axis(value: Any, count: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, Sequence) else (value,)
-    return values * count if len(values) == 1 else values

@@ -8,25 +8,29 @@ is measured on the full-precision model's own trajectory, whatever the sampler a
 of the same module with coarsely rounded weights: they repeat from step to step and have the shapes that
 quantization errors have. White noise would not do, because later steps remove it again.
 
+The calibration has recorded the trajectory already. A disturbed run computes only what differs from it: one image, from
+its disturbed steps on. All of them together cost at most half of what the calibration did.
+
 The calibration set then holds as many samples of a timestep as it counts (``calibration.pick_rows``), so grids,
 scaling and rounding spend their degrees of freedom where they show.
 """
 
 import copy
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from tfmq_export.capture.denoiser import Denoise, Denoiser
+from tfmq_export.capture.denoiser import Denoiser, Run
 from tfmq_export.errors import CalibrationError
 from tfmq_export.progress import Step
-from tfmq_export.ptq.walk.calibration import CalibrationStep, record
+from tfmq_export.ptq.walk.calibration import CalibrationStep, repeat
+from tfmq_export.ptq.walk.recorded_rows import RecordedRows, Replay
 from tfmq_export.ptq.weights import nearest_codes, per_output, search_weight_scale
 from tfmq_export.recipe.grid import QuantSpec
 
@@ -36,50 +40,86 @@ COARSE = QuantSpec(5)  # bits of the disturbed weights: errors about as large as
 FLOOR = 0.01  # of the mean gain: no timestep is forgotten
 
 
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Runs of neighbouring calls that are disturbed together.
+
+    Attributes:
+        edges: First call of each, and the end of the last.
+        images: Disturbed in each.
+    """
+
+    edges: tuple[int, ...]
+    images: int
+
+    @classmethod
+    def within(cls, calls: int, recorded: int, most: int) -> "Windows":
+        """As many as half of the calibration pays for; where that is too little, the early calls are left out.
+
+        A window costs the rest of a run, so ``n`` of them that share ``calls`` evenly cost ``calls (n + 1) / 2``.
+
+        Args:
+            calls: Of one run.
+            recorded: Images of the calibration.
+            most: Windows to have.
+        """
+        count = max(1, min(most, calls, max(2, recorded - 1)))
+        images = max(1, min(IMAGES, recorded, recorded // (count + 1)))
+        reach = min(1.0, recorded / (images * (count + 1)))
+        edges = np.linspace(calls * (1 - reach), calls, count + 1)
+        return cls(tuple(dict.fromkeys(np.ceil(edges - 1e-9).astype(int).tolist())), images)
+
+    def __iter__(self) -> Iterator[range]:
+        return (range(first, stop) for first, stop in pairwise(self.edges))
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+
 @torch.no_grad()
 def image_gain(
-    denoiser: Denoiser, *, seed: int, progress: Step, images: int = IMAGES, windows: int = WINDOWS
+    denoiser: Denoiser, calls: Sequence[CalibrationStep], *, images: int, seed: int, progress: Step, most: int = WINDOWS
 ) -> Tensor:
     """Gain of every timestep, float64 [T]: the geometric mean over the images, between windows log-linear.
 
     Args:
-        images: Trajectories to disturb.
-        windows: Runs of neighbouring steps that are disturbed together; each costs the rest of a run.
+        calls: What ``calibrate`` recorded of ``images`` images with ``seed``.
+        most: Windows to disturb.
     Raises:
-        CalibrationError: disturbed images are not finite.
+        CalibrationError: disturbed images are not finite, or the sampler does not repeat its own run.
     """
     plain = denoiser.module_denoise()
     coarse = replace(denoiser, module=coarsened(denoiser.module)).module_denoise()
-    with torch.random.fork_rng(devices=[]):
-        runs = denoiser.runs(images, seed)
-        recorded = [record(denoiser, plain, [run], _untold, seed) for run in runs]
-        calls = min((calls for calls, _ in recorded), key=len)
-        edges = np.unique(np.linspace(0, len(calls), windows + 1).round().astype(int))
-        logs = []
-        for number, (first, stop) in enumerate(pairwise(edges.tolist())):
-            each = []
-            for run, (made, reference) in zip(runs, recorded, strict=True):
-                torch.manual_seed(seed)  # as record did: a sampler may draw noise of its own, the same in every run
-                disturbed = _Disturbed(plain, coarse, made, range(first, stop))
-                moved = (run(disturbed) - reference).double().square().flatten(1).mean(1)
-                each.append(moved / max(disturbed.power, 1e-30))
-            logs.append(float(torch.cat(each).clamp_min(1e-30).log().mean()))
-            progress(number + 1, len(edges) - 1)
+    recorded, runs = RecordedRows(calls), denoiser.runs(images, seed)
+
+    def replay(run: Run, window: range = range(0), image: int = 0) -> tuple[Tensor, Replay]:
+        denoise = Replay(denoiser, recorded, plain, coarse, window, image)
+        return repeat(run, denoise), denoise
+
+    references = [replay(run) for run in runs]
+    visited = min((by.visited for _, by in references), key=len)
+    windows = Windows.within(len(visited), images, most)
+    logs = []
+    for number, window in enumerate(windows):
+        moves = []
+        for turn in range(number * windows.images, (number + 1) * windows.images):
+            run, (reference, _) = runs[turn % len(runs)], references[turn % len(runs)]
+            drawn, by = replay(run, window, turn // len(runs))
+            moved = (drawn - reference).double().square().sum() / reference[0].numel()
+            moves.append(moved / max((by.power or 0.0) * len(window), 1e-30))
+        logs.append(float(torch.stack(moves).clamp_min(1e-30).log().mean()))
+        progress(number + 1, len(windows))
     if not np.isfinite(logs).all():
         raise CalibrationError(
             "errors of 5-bit weights drive the images to NaN or infinity, so no timestep can be weighed by them; set "
             'timestep_weights = "uniform" in [method]'
         )
-    middles = (edges[:-1] + edges[1:] - 1) / 2
-    gains = torch.from_numpy(np.exp(np.interp(np.arange(len(calls)), middles, logs)))
-    visited = np.concatenate([call.inputs[denoiser.timestep].reshape(-1)[:1].numpy() for call in calls])
-    rows = torch.from_numpy(denoiser.timesteps.rows(visited))
+    middles = [(window.start + window.stop - 1) / 2 for window in windows]
+    gains = torch.from_numpy(np.exp(np.interp(np.arange(len(visited)), middles, logs)))
+    example = denoiser.example_inputs[denoiser.timestep]
+    rows = torch.from_numpy(denoiser.timesteps.rows(torch.tensor(visited).to(example.dtype).numpy()))
     total = torch.zeros(len(denoiser.timesteps), dtype=torch.float64).index_add_(0, rows, gains)
     return total / torch.bincount(rows, minlength=len(total)).clamp_min(1)
-
-
-def _untold(done: int, total: int) -> None:
-    """Recording is a small part of the work; the windows tell how far it is."""
 
 
 def weights_from(gain: Tensor) -> Tensor:
@@ -111,23 +151,3 @@ class _Coarse(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         scale = search_weight_scale(weight, COARSE, candidates=1)
         return nearest_codes(weight, scale, COARSE) * per_output(scale, weight)
-
-
-class _Disturbed:
-    """A denoiser with coarse predictions at some calls; those before are replayed, as nothing differs yet."""
-
-    def __init__(self, plain: Denoise, coarse: Denoise, calls: tuple[CalibrationStep, ...], window: range) -> None:
-        self._plain, self._coarse, self._calls, self._window = plain, coarse, calls, window
-        self._next = 0
-        self.power = 0.0
-
-    def __call__(self, sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
-        place, self._next = self._next, self._next + 1
-        if place < self._window.start:
-            return self._calls[place].prediction.clone()
-        prediction = self._plain(sample, timestep, **conditioning)
-        if place not in self._window:
-            return prediction
-        disturbed = self._coarse(sample, timestep, **conditioning)
-        self.power += float((disturbed - prediction).double().square().mean())
-        return disturbed

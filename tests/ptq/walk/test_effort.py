@@ -20,7 +20,8 @@ def test_narrow_weights_get_at_least_as_much(name: str) -> None:
     assert narrow.name == wide.name == name
     assert narrow.rounding.iterations >= wide.rounding.iterations
     assert narrow.images >= wide.images
-    assert (narrow == wide) is (name != "standard")
+    assert (narrow == wide) is (name == "paper")
+    assert narrow.scaling.iterations >= wide.scaling.iterations
 
 
 def test_an_unknown_effort_is_refused_by_name() -> None:

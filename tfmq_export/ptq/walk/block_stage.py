@@ -2,24 +2,24 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tfmq_export.capture.rewrites.skip_concat import channel_axis
 from tfmq_export.config import Method
 from tfmq_export.errors import CalibrationError
 from tfmq_export.progress import Step
+from tfmq_export.ptq.analytic_scaling import ChannelRanges, LayerModel, analytic_scaling
 from tfmq_export.ptq.attention_grids import GriddedProduct, product_rules
 from tfmq_export.ptq.equivalent_scaling import (
     ScaledLayer,
     TimestepWeights,
     Weighting,
     learn_scaling,
+    scaling_losses,
     smooth_scaling,
 )
-from tfmq_export.ptq.error_feedback import SAMPLES, InputProducts, feedback_codes
+from tfmq_export.ptq.error_feedback import InputProducts, feedback_codes
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.finite_set import calibrate_finite_set
 from tfmq_export.ptq.learned_steps import learn_steps
@@ -57,7 +57,7 @@ class BlockStage:
         runner: The block.
         wanted: The full-precision network's activations, up to the block.
         given: The quantized network's.
-        inputs: Of its layers, in the full-precision network.
+        inputs: What its layers see in the full-precision network.
         unnormalized: Values that carry the residual stream; PTS looks at their readers.
         generator: Random rows; seeded for this block alone.
         products: Of attention, on their grids.
@@ -102,15 +102,22 @@ class BlockStage:
         return scaled if not exponent.any() else [replace(draft, exponent=exponent) for draft in scaled]
 
     def _equivalent_scale(self, drafts: Sequence[Draft]) -> Tensor | None:
-        method, schedule, value = self.method, self.effort.scaling, drafts[0].op.input
+        method, schedule, ops = self.method, self.effort.scaling, [draft.op for draft in drafts]
         if method.les == "off":
             return None
-        axis = channel_axis(drafts[0].op.kind)
+        seen = {self.inputs.key(op): self.inputs.read(op).flatten(0, 1).to(self.runner.device) for op in ops}
+        ranges = ChannelRanges.of(seen[self.inputs.key(ops[0])])
         if method.les == "smoothquant":
-            largest = self.inputs.read(value).abs().transpose(0, axis).flatten(1).amax(1)
-            return smooth_scaling(largest.to(self.runner.device), [draft.plain for draft in drafts])
+            return smooth_scaling(ranges.largest, [draft.plain for draft in drafts])
+        models = [
+            LayerModel.of(draft.plain, draft.op.groups, draft.weight_spec, draft.pairs, seen[self.inputs.key(draft.op)])
+            for draft in drafts
+        ]
+        start = analytic_scaling(ranges, models, drafts[0].input_spec)
+        if method.les == "analytic":
+            return start
         layers = [
-            ScaledLayer(self._compute(draft), draft.plain, draft.op.groups, axis, draft.weight_spec, draft.pairs)
+            ScaledLayer(self.inputs.key(draft.op), draft.plain, draft.op.groups, draft.weight_spec, draft.pairs)
             for draft in drafts
         ]
 
@@ -118,23 +125,26 @@ class BlockStage:
             return torch.randint(len(self.inputs.steps), (schedule.batch,), generator=self.generator)
 
         def read(picks: Tensor) -> Batch:
-            x, steps = self.inputs.read(value, picks).to(self.runner.device), self.inputs.steps[picks]
-            return {"x": x, "steps": steps.repeat_interleave(len(x) // len(picks), output_size=len(x))}
+            windows = {self.inputs.key(op): self.inputs.read(op, picks).to(self.runner.device) for op in ops}
+            return windows | {"steps": self.inputs.steps[picks]}
 
-        draw = Draw.rows(pick, read, self.runner.device if self.inputs.is_at_hand(value) else None)
+        draw = Draw.rows(pick, read, self.runner.device if all(map(self.inputs.is_at_hand, ops)) else None)
         weights = TimestepWeights(Weighting(method.les), self.wanted.rows.timesteps, self.runner.device)
-        start = drafts[0].plain.new_ones(drafts[0].plain.shape[1] * drafts[0].op.groups)
-        return learn_scaling(draw, layers, drafts[0].input_spec, weights, schedule, start)
+
+        def losses(batch: Batch, tau: Tensor) -> Tensor:
+            return scaling_losses(batch, layers, ranges, tau, drafts[0].input_spec)
+
+        return learn_scaling(draw, losses, weights, schedule, start)
 
     def _exponents(self, draft: Draft) -> Tensor:
-        scaled = draft.scale_input(self.inputs.read(draft.op.input).to(self.runner.device))
-        channels_last = channel_axis(draft.op.kind) == -1
-        rows = scaled.transpose(1, -1) if channels_last and scaled.ndim > 2 else scaled  # [N, C, ...]
-        observation = Observation(float(scaled.min()), float(scaled.max()), scaled.new_zeros(1))
+        windows = self.inputs.read(draft.op).to(self.runner.device)  # [N, windows, C, kernel size]
+        rows = windows.transpose(1, 2).flatten(2)  # [N, C, places]
+        if draft.tau is not None:
+            rows = rows / draft.tau[:, None]
+        observation = Observation(float(rows.min()), float(rows.max()), rows.new_zeros(1))
         grid = min_max(observation, draft.input_spec)
         exponents = tuple(range(1 - self.method.pts_exponents, 1))
-        spatial = rows.flatten(2) if rows.ndim > 2 else rows.unsqueeze(2)
-        errors = channel_errors(spatial, grid.scale, grid.zero_point, draft.input_spec, exponents)
+        errors = channel_errors(rows, grid.scale, grid.zero_point, draft.input_spec, exponents)
         if self.method.pts == "mse":
             chosen = least_error_exponents(errors, exponents)
         else:
@@ -146,15 +156,6 @@ class BlockStage:
         room = all(draft.weight_spec.bits + self.method.pts_exponents - 1 <= bits for draft in drafts)
         wanted = self.method.pts_layers == "all" or drafts[0].op.input in self.unnormalized
         return room and wanted
-
-    def _compute(self, draft: Draft) -> Callable[[Tensor, Tensor], Tensor]:
-        node = self.runner.node(draft.op.name)
-        rest: Any = node.args[3:]
-
-        def compute(x: Tensor, weight: Tensor) -> Tensor:
-            return node.target(x, weight, None, *rest)  # type: ignore[operator, no-any-return]
-
-        return compute
 
     # -- grids --------------------------------------------------------------------------------
 
@@ -185,8 +186,8 @@ class BlockStage:
                     look(inputs, input_key(draft), by_sample(x, draft.op, len(steps)), steps)
                 shifted = draft.shift_back(x)
                 if draft.op.name in input_products:
-                    most = -(-SAMPLES * len(steps) // len(self.given.rows))
-                    input_products[draft.op.name].add(shifted, most)
+                    products = input_products[draft.op.name]
+                    products.add(shifted, -(-products.wanted * len(steps) // len(self.given.rows)))
                 y = compute(shifted, draft.weight)
                 if draft.output_spec is not None:
                     look(outputs, output_key(draft), by_sample(y, draft.op, len(steps)), steps)

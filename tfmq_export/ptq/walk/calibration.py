@@ -71,12 +71,17 @@ def record(
         progress((len(recorded) - 1) * expected + len(steps), len(runs) * expected)
         return prediction
 
-    with torch.random.fork_rng(devices=[]):
-        for run in runs:
-            torch.manual_seed(seed)
-            recorded.append([])
-            images.append(run(recording))
+    for run in runs:
+        recorded.append([])
+        images.append(repeat(run, recording, seed))
     return _together(denoiser, recorded), torch.cat(images)
+
+
+def repeat(run: Run, denoise: Denoise, seed: int = 0) -> Tensor:
+    """Draw with torch's own generator in a known state, as every run of a ``record`` does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return run(denoise)
 
 
 def _together(denoiser: Denoiser, runs: Sequence[Sequence[CalibrationStep]]) -> tuple[CalibrationStep, ...]:

@@ -24,7 +24,7 @@ class Effort:
         images: Trajectories to record, unless the user says.
         rows_per_timestep: Recorded samples of each timestep that calibrate and reconstruct.
         rounding: AdaRound, per block.
-        scaling: LES, per value.
+        scaling: LES, per value, from the analytic form on.
         step_iterations: Learned activation steps, per block.
         temporal: TIAR.
     """
@@ -43,7 +43,7 @@ EFFORTS: Mapping[str, Effort] = {
         "fast",
         images=8,
         rows_per_timestep=4,
-        scaling=ScalingSchedule(60, 8, 1e-2, patience=20),
+        scaling=ScalingSchedule(0, 12, 2e-2),
         rounding=RoundingSchedule(0, 8, 5e-2),
         step_iterations=0,
         temporal=RoundingSchedule(0, 0, 1e-2),
@@ -52,7 +52,7 @@ EFFORTS: Mapping[str, Effort] = {
         "standard",
         images=16,
         rows_per_timestep=8,
-        scaling=ScalingSchedule(60, 8, 1e-2, patience=20),
+        scaling=ScalingSchedule(60, 12, 1e-2, patience=20),
         rounding=RoundingSchedule(0, 8, 5e-2),
         step_iterations=0,
         temporal=RoundingSchedule(1500, 0, 1e-2),
@@ -71,6 +71,7 @@ EFFORTS: Mapping[str, Effort] = {
 
 NARROW_BITS = 4
 NARROW: Mapping[str, Effort] = {
+    "fast": replace(EFFORTS["fast"], scaling=ScalingSchedule(20, 12, 2e-2)),
     "standard": replace(
         EFFORTS["standard"],
         images=32,
@@ -79,7 +80,7 @@ NARROW: Mapping[str, Effort] = {
         step_iterations=100,
     ),
 }
-"""For weights of up to ``NARROW_BITS``, whose rounding decides more; at 8 bits learning it gains nothing."""
+"""For weights of up to ``NARROW_BITS``: scaling and rounding decide more; at 8 bits learning them gains little."""
 
 
 def find_effort(name: str, weight_bits: int) -> Effort:

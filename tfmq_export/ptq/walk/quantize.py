@@ -30,7 +30,7 @@ from tfmq_export.ptq.tib import (
 )
 from tfmq_export.ptq.walk.activation_cache import ActivationCache
 from tfmq_export.ptq.walk.block_runner import BlockRunner
-from tfmq_export.ptq.walk.block_stage import BlockStage, by_input
+from tfmq_export.ptq.walk.block_stage import BlockStage
 from tfmq_export.ptq.walk.calibrated_model import CalibratedModel, QuantPlan
 from tfmq_export.ptq.walk.checkpoint import Checkpoint
 from tfmq_export.ptq.walk.draft import Draft, quantized_rules
@@ -48,7 +48,6 @@ OUTPUT_BITS = 8
 # Codes that add up to the sample and to the noise prediction, which no step of the sampler averages away.
 FIRST_CODES = {"input": 8, "output": 1}
 LAST_CODES = {"input": 4, "output": 16}
-SCALING_ROWS = 256  # LES and PTS look at so many rows of a value
 # Values pass these unchanged in kind: what reads a resized or concatenated residual stream reads the stream.
 CARRIERS = LAYOUT | {aten.cat.default, aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default}
 CARRIERS |= {aten.constant_pad_nd.default, aten.pad.default, aten._upsample_nearest_exact2d.vec}
@@ -179,8 +178,8 @@ class Walk:
         """
         runner = BlockRunner(self._program.module, block)
         products = self._attention_grids(index, runner)
-        scaled = [group[0] for group in by_input(drafts).values()] if kept is None and self._scales else []
-        with closing(InputWatch(self._wanted.rows, scaled, SCALING_ROWS, self._ceiling, runner.device)) as inputs:
+        scaled = drafts if kept is None and self._scales else ()
+        with closing(InputWatch(self._wanted.rows, scaled, runner, self._ceiling, self._seed(index))) as inputs:
             self._wanted.advance(runner, inputs.rules)
             decided = kept if kept is not None else self._decide(index, runner, inputs, drafts, products, progress)
         attention = product_rules(products)
