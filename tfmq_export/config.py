@@ -1,7 +1,6 @@
 """What a user may ask of the compiler: presets, a TOML file, flags."""
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from tfmq_export.errors import ConfigError
+from tfmq_export.limits import LARGEST_SEED, MOST_IMAGES
+from tfmq_export.recipe.plain import read_toml
 from tfmq_export.recipe.recipe import TableType
 from tfmq_export.target import PtsLowering
 
@@ -170,10 +171,10 @@ class CompileConfig(BaseModel):
         None, ge=1 << 20, description="ceiling on cached activations, such as 2GiB; the rest goes to disk"
     )
     calibration_images: int | None = Field(
-        None, ge=1, description="images whose sampling is recorded for calibration; the effort decides"
+        None, ge=1, le=MOST_IMAGES, description="images whose sampling is recorded for calibration; the effort decides"
     )
-    validation_images: int = Field(16, ge=1, description="images to compare at the end")
-    seed: int = Field(0, ge=0, description="seed of noise and sampling")
+    validation_images: int = Field(16, ge=1, le=MOST_IMAGES, description="images to compare at the end")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of noise and sampling")
     thresholds: Thresholds = Thresholds.model_construct()
     allow_precision_loss: bool = Field(False, description="keep a bundle whose layers do not all run in integers")
     pts_lowering: PtsLowering = Field("auto", description="form of power-of-two scaling in the graph; auto: per layer")
@@ -231,10 +232,10 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> CompileConfig:
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = tomllib.loads(path.read_text("utf-8"))
+            values = read_toml(path)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ConfigError(f"{path}: not readable TOML: {error}") from error
     tables = {name: values.pop(name, {}) for name in TABLES}
     for name, table in tables.items():
