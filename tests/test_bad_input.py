@@ -275,7 +275,7 @@ def png(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (png(30_000, 30_000), "30000 x 30000, the model draws 16 x 8; scale it"),
+        (png(30_000, 30_000), "30000 x 30000, the model draws 16 x 8; scale the picture to it"),
         (png(16, 8), "not a readable PNG"),
         (png(16, 8)[:20], "not a readable PNG"),
         (b"", "not a readable PNG"),

@@ -78,7 +78,7 @@ def load_picture(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
         size = struct.unpack(">II", start[16:])  # before a small file becomes gigabytes of pixels
         if start.startswith(PNG) and size != (shape[2], shape[1]):
             raise ConfigError(
-                f"{path}: {size[0]} x {size[1]}, the model draws {shape[2]} x {shape[1]}; scale it to that"
+                f"{path}: {size[0]} x {size[1]}, the model draws {shape[2]} x {shape[1]}; scale the picture to it"
             )
         pixels = np.asarray(imread(path, format="png"), np.float32)
     except (OSError, ValueError, SyntaxError, struct.error) as error:
