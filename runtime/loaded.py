@@ -50,13 +50,8 @@ class LoadedBundle:
     sample_and_timestep: tuple[InputInfo, InputInfo] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        found: list[InputInfo] = []
-        for role in ("sample", "timestep"):
-            infos = self.bundle.manifest.input(role)
-            if len(infos) != 1:
-                raise LoadError(f"{self.bundle.root}: the manifest needs one {role} input; compile the model again")
-            found += infos
-        object.__setattr__(self, "sample_and_timestep", tuple(found))
+        (sample,), (timestep,) = (self.bundle.manifest.input(role) for role in ("sample", "timestep"))
+        object.__setattr__(self, "sample_and_timestep", (sample, timestep))
 
     def __repr__(self) -> str:
         manifest = self.bundle.manifest

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.errors import ConfigError
+from tfmq_export.limits import LONGEST_SCHEDULE
 
 Denoise = Callable[[NDArray[np.float32], int], NDArray[Any]]
 """``denoise(sample, timestep) -> prediction``."""
@@ -38,6 +39,14 @@ _DEFAULTS: Mapping[str, Any] = {
     "rescale_betas_zero_snr": False,
 }
 """What ``DDIMScheduler.from_config`` assumes where a configuration is silent."""
+
+_RANGES: Mapping[str, tuple[Any, float, float]] = {
+    "num_train_timesteps": (int, 1, LONGEST_SCHEDULE),
+    "steps_offset": (int, -LONGEST_SCHEDULE, LONGEST_SCHEDULE),
+    "beta_start": (int | float, 0, 1),
+    "beta_end": (int | float, 0, 1),
+    "clip_sample_range": (int | float, 0, math.inf),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +92,7 @@ class DdimSchedule:
         kind = config.get("_class_name", "DDIMScheduler")
         if kind not in SCHEDULERS:
             raise ConfigError(f"no DDIM schedule in a {kind} configuration; use one of {', '.join(SCHEDULERS)}")
-        options = {name: config.get(name, default) for name, default in _DEFAULTS.items()}
+        options = _checked({name: config.get(name, default) for name, default in _DEFAULTS.items()})
         if options["thresholding"]:
             raise ConfigError("thresholding is not supported by this sampler; set it to false or sample with diffusers")
         train_steps: int = options["num_train_timesteps"]
@@ -232,6 +241,24 @@ def guided(
         return np.asarray(null + np.float32(guidance_scale) * (given - null))
 
     return denoise_guided
+
+
+def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same options, if their values can be computed with.
+
+    Raises:
+        ConfigError: names the first that cannot.
+    """
+    for name, (kind, low, high) in _RANGES.items():
+        value = options[name]
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            raise ConfigError(f"scheduler: {name} is {str(value)[:40]}; give a number from {low} to {high}")
+    betas = options["trained_betas"]
+    if betas is not None:
+        plain = isinstance(betas, list) and all(isinstance(each, int | float) and 0 <= each <= 1 for each in betas)
+        if not plain or not betas:
+            raise ConfigError("scheduler: trained_betas must be numbers from 0 to 1")
+    return options
 
 
 def betas_from(options: Mapping[str, Any]) -> NDArray[np.float32]:

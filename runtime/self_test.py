@@ -6,13 +6,13 @@ graph in floating point, and ``load`` asks the engine for the same prediction: o
 """
 
 import logging
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tfmq_export.bundle.arrays import read_arrays
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import LoadError, PrecisionError
 from tfmq_export.runtime.measure.compare import sqnr_db
@@ -95,14 +95,13 @@ def read_self_test(bundle: Bundle) -> SelfTest | None:
     bundle.verify_file(FILE)
     path = bundle.root / FILE
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = read_arrays(path)
         inputs = {name.removeprefix("input."): x for name, x in arrays.items() if name.startswith("input.")}
         missing = {info.name for info in bundle.manifest.inputs} - inputs.keys()
         if missing:
             raise KeyError(f"no input {', '.join(sorted(missing))}")
         return SelfTest(inputs, arrays["prediction"], float(arrays["limit"]))
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (LoadError, ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path}: not a readable self-test ({error}); compile the model again") from error
 
 

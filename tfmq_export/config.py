@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 
 from tfmq_export.errors import ConfigError
+from tfmq_export.limits import LARGEST_SEED, MOST_IMAGES
+from tfmq_export.recipe.plain import read_toml
 from tfmq_export.recipe.recipe import TableType
 from tfmq_export.target import PtsLowering
 
@@ -185,15 +186,15 @@ class CompileConfig(BaseModel):
         None, ge=1 << 20, description="ceiling on cached activations, such as 2GiB; the rest goes to disk"
     )
     calibration_images: int | None = Field(
-        None, ge=1, description="images whose sampling is recorded for calibration; the effort decides"
+        None, ge=1, le=MOST_IMAGES, description="images whose sampling is recorded for calibration; the effort decides"
     )
     validation_images: int | None = Field(
-        None, ge=1, description="images to compare at the end; 16, or fewer where the budget says so"
+        None, ge=1, le=MOST_IMAGES, description="images to compare at the end; 16, or fewer where the budget says so"
     )
     budget: Duration = Field(
         timedelta(minutes=30), description="time that the comparison may take, such as 90s, 30min or 2h"
     )
-    seed: int = Field(0, ge=0, description="seed of noise and sampling")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of noise and sampling")
     thresholds: Thresholds = Thresholds.model_construct()
     allow_precision_loss: bool = Field(False, description="keep a bundle whose layers do not all run in integers")
     pts_lowering: PtsLowering = Field("auto", description="form of power-of-two scaling in the graph; auto: per layer")
@@ -251,10 +252,10 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> CompileConfig:
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = tomllib.loads(path.read_text("utf-8"))
+            values = read_toml(path)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ConfigError(f"{path}: not readable TOML: {error}") from error
     tables = {name: values.pop(name, {}) for name in TABLES}
     for name, table in tables.items():

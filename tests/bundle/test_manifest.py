@@ -137,7 +137,7 @@ def test_conditioning_never_unpickles(tmp_path: Path) -> None:
     bundle = bundle_at(tmp_path / "out")
     np.savez(tmp_path / "out" / "tfmq" / "conditioning.npz", labels=np.array([{}], dtype=object))
 
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(LoadError, match="allow_pickle"):
         bundle.conditioning()
 
 
@@ -163,7 +163,7 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
         (lambda path: path.write_text("[]"), "not a readable manifest"),
         (lambda path: path.write_text(""), "not a readable manifest"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "not a readable manifest"),
-        (edit(lambda d: d.update(schema=99)), "schema 99, this version reads 1; compile the model again"),
+        (edit(lambda d: d.update(schema=99)), "schema 99, this version reads 1"),
         (edit(lambda d: d.pop("schema")), "not a readable manifest"),
         (edit(lambda d: d.pop("preset")), "not a readable manifest"),
         (edit(lambda d: d.update(colour="red")), "not a readable manifest"),

@@ -319,7 +319,7 @@ def test_a_missed_threshold_leaves_the_older_bundle(packed: Path, bundle: Path) 
     assert {path.name for path in kept.iterdir()} == {*EVIDENCE} - {"temporal.png"}  # of other ways to serve features
     report = json.loads((kept / "report.json").read_text())
     assert not report["passed"]
-    assert any(verdict["asked"] == 500 for verdict in report["verdicts"])
+    assert any(verdict["threshold"] == 500 for verdict in report["verdicts"])
 
 
 def test_what_missed_a_bound_goes_on_from_its_recipe_and_is_forgotten_when_it_keeps_it(

@@ -114,7 +114,14 @@ def baselines_named(words: str | None, *, model: bool) -> tuple[str, ...]:
 
 
 def candidates_of(bundles: Sequence[Bundle], backends: Sequence[str], baselines: Sequence[str]) -> list[Candidate]:
-    """Baselines first, in the order given, then every bundle on every backend."""
+    """Baselines first, in the order given, then every bundle on every backend.
+
+    Raises:
+        ConfigError: there is no such backend.
+    """
+    for backend in backends:
+        if backend not in ("auto", OPENVINO_BF16):
+            engine_named(backend)
     found = [Candidate(name, BASELINES[name].make) for name in baselines if name != TWIN]
     names = _names(bundles)
     for bundle, name in zip(bundles, names, strict=True):

@@ -14,6 +14,7 @@ from tfmq_export.bench.report import BenchReport, Missing, Row, Setting, setting
 from tfmq_export.bench.workshop import CALIBRATION_SEED, Model, Workshop
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import BuildError, ConfigError, TfmqError
+from tfmq_export.limits import MOST_IMAGES, MOST_THREADS
 from tfmq_export.progress import Progress
 from tfmq_export.runtime.measure.benchmark import speedups, take_turns
 from tfmq_export.runtime.runner import one_line
@@ -43,8 +44,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, values in (("--threads", self.threads), ("--batch", self.batches)):
-            if not values or min(values) < 1:
-                raise ConfigError(f"{name}: needs whole numbers of at least 1, got {list(values)}")
+            most = MOST_THREADS if name == "--threads" else MOST_IMAGES
+            if not values or min(values) < 1 or max(values) > most:
+                raise ConfigError(f"{name}: needs whole numbers from 1 to {most}, got {list(values)}")
 
 
 def bench(

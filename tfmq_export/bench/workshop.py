@@ -1,6 +1,5 @@
 """What candidates need, made once per batch size: inputs, the float graph, calls to calibrate on and to judge on."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from tfmq_export.passes.finish.strip_qdq import StripQdq
 from tfmq_export.passes.graph import import_graph
 from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate
+from tfmq_export.recipe.plain import read_json
 from tfmq_export.runtime.graph_file import read_model
 from tfmq_export.runtime.self_test import FILE as SELF_TEST
 
@@ -209,7 +209,7 @@ class Workshop:
         if info.kind != "DDIMScheduler":
             raise ConfigError(f"{self.bundle.root}: sampled with {info.kind}; whole runs are timed with DDIM only")
         try:
-            config: Mapping[str, Any] = json.loads(self.bundle.scheduler.read_text("utf-8"))
+            config: Mapping[str, Any] = read_json(self.bundle.scheduler)
         except (OSError, ValueError) as error:
             raise LoadError(f"{self.bundle.scheduler}: not a readable scheduler configuration ({error})") from error
         return SamplingJob(config, info.steps, self.guidance_scale)

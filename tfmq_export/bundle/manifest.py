@@ -22,13 +22,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tfmq_export.bundle.arrays import read_arrays
 from tfmq_export.bundle.write import replaced_file
-from tfmq_export.errors import ConfigError, LoadError
-from tfmq_export.recipe.plain import build
+from tfmq_export.errors import ConfigError, LoadError, first_line
+from tfmq_export.recipe.plain import build, read_json
 from tfmq_export.recipe.recipe import TableType
 from tfmq_export.recipe.timesteps import TimestepSet
 
 SCHEMA = 1
+NUMBERS = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+"""Element types of a graph's inputs, as numpy calls them."""
+LARGEST = 1 << 31
+"""Elements of one row of an input: ONNX's files hold no more than 2 GiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,15 @@ class InputInfo:
     dtype: str
     shape: tuple[int | None, ...]
 
+    def __post_init__(self) -> None:
+        if self.dtype not in NUMBERS:
+            raise ConfigError(f"input {self.name!r}: no element type {self.dtype!r}; there is {', '.join(NUMBERS)}")
+        if (
+            any(size is not None and size < 1 for size in self.shape)
+            or math.prod(size or 1 for size in self.shape) > LARGEST
+        ):
+            raise ConfigError(f"input {self.name!r}: no row has the shape {list(self.shape)}")
+
 
 @dataclass(frozen=True, slots=True)
 class SamplerInfo:
@@ -60,6 +74,10 @@ class SamplerInfo:
     kind: str
     steps: int
     guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not math.isfinite(self.guidance_scale):
+            raise ConfigError(f"{self.kind}: cannot walk {self.steps} steps with guidance {self.guidance_scale}")
 
 
 LeafPath = tuple[str | int, ...]
@@ -268,6 +286,14 @@ class Manifest:
     call: CallInfo | None = None
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        for role in ("sample", "timestep"):
+            if len(self.input(role)) != 1:
+                raise ConfigError(f"needs one {role} input, has {len(self.input(role))}")
+        for name in (f"{self.component}/", *self.files, *(engine.file for engine in self.engines)):
+            if "\0" in name or name.startswith("/") or {"", ".", ".."} & {*name.rstrip("/").split("/")}:
+                raise ConfigError(f"{name[:80]!r} is no place inside a bundle")
+
     def __repr__(self) -> str:
         return f"Manifest({self.source}: {self.preset} for {self.target}, {len(self.layers)} layers)"
 
@@ -313,10 +339,7 @@ class Bundle:
     def conditioning(self) -> dict[str, NDArray[np.generic]]:
         """Example conditioning, [prompts, ...] under each input's name; ``<name>.unconditional`` beside it."""
         path = self.root / "tfmq" / "conditioning.npz"
-        if not path.exists():
-            return {}
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        return read_arrays(path) if path.exists() else {}
 
     def described(self) -> dict[str, str]:
         """What it is, in words, by heading."""
@@ -407,12 +430,12 @@ def open_bundle(root: str | Path) -> Bundle:
     if not path.is_file():
         raise LoadError(f"{root}: not a bundle (no tfmq/manifest.json); make one with `tfmq-export MODEL -o {root}`")
     try:
-        data = json.loads(path.read_text("utf-8"))
-        if data["schema"] != SCHEMA:
-            raise LoadError(f"{path}: schema {data['schema']}, this version reads {SCHEMA}; compile the model again")
+        data = read_json(path)
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"schema {str(data.get('schema'))[:20]}, this version reads {SCHEMA}")
         return Bundle(root, build(Manifest, data))
-    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(f"{path}: not a readable manifest ({error!r}); compile the model again") from error
+    except (OSError, ConfigError, ValueError) as error:
+        raise LoadError(f"{path}: not a readable manifest ({first_line(error)}); compile the model again") from error
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

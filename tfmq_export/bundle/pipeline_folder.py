@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tfmq_export.errors import LoadError
+from tfmq_export.recipe.plain import read_json
 
 INDEX = "model_index.json"
 LINKED_FROM = 1 << 20
@@ -29,12 +30,9 @@ def read_index(source: Path) -> dict[str, Any]:
     """
     path = source / INDEX
     try:
-        index = json.loads(path.read_text("utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise LoadError(f"{path}: not readable JSON ({error}); save the pipeline with save_pretrained") from error
-    if not isinstance(index, dict):
-        raise LoadError(f"{path}: expected a JSON object; save the pipeline with save_pretrained")
-    return index
 
 
 def is_pipeline(source: Path) -> bool:

@@ -7,7 +7,8 @@ import typer
 from rich.markup import escape
 
 from tfmq_export.cli.console import out, reports_errors
-from tfmq_export.cli.options import BundleFolder, Version, require_folder_of
+from tfmq_export.cli.options import BundleFolder, Seed, Version, require_folder_of
+from tfmq_export.limits import MOST_SAMPLES
 from tfmq_export.report.numbers import size
 
 
@@ -15,8 +16,8 @@ from tfmq_export.report.numbers import size
 def golden(
     bundle: BundleFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (JSON).")],
-    samples: Annotated[int, typer.Option(min=1, help="Samples per timestep, and number of images.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise and of the test pictures.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="Samples per timestep, and images.")] = 2,
+    seed: Seed = 0,
     version: Version = False,
 ) -> None:
     """Record the answers of an accepted bundle in a small file, which release gates compare with."""

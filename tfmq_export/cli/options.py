@@ -12,6 +12,7 @@ from tfmq_export import __version__
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.cli.console import out
 from tfmq_export.errors import OutputError
+from tfmq_export.limits import LARGEST_SEED, MOST_THREADS
 
 if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import Bundle
@@ -66,8 +67,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Verbose = Annotated[
     int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Log each step (-vv: each layer).")
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of the engine.")]
+Threads = Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Threads of the engine.")]
 JsonFile = Annotated[Path | None, typer.Option(help="Write all figures to this JSON file; - for standard output.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the starting noise.")]
 MinPsnr = Annotated[float | None, typer.Option(help="Fail below this mean PSNR of the images, dB.")]
 MinSsim = Annotated[float | None, typer.Option(help="Fail below this mean SSIM of the images.")]
 MinSqnr = Annotated[float | None, typer.Option(help="Fail below this mean noise-prediction SQNR, dB.")]

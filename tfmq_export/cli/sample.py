@@ -13,20 +13,22 @@ from tfmq_export.cli.options import (
     Lora,
     Pipeline,
     Quiet,
+    Seed,
     Threads,
     Variant,
     Version,
     require_folder_of,
     source_of,
 )
+from tfmq_export.limits import MOST_IMAGES
 
 
 @reports_errors
 def sample(
     bundle: BundleFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write (PNG).")],
-    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
+    images: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Number of images.")] = 8,
+    seed: Seed = 0,
     threads: Threads = 2,
     scheduler: Annotated[
         str | None,

@@ -17,6 +17,7 @@ from tfmq_export.cli.options import (
     MinSsim,
     Pipeline,
     Quiet,
+    Seed,
     Variant,
     Version,
     require_folder_of,
@@ -24,6 +25,7 @@ from tfmq_export.cli.options import (
 )
 from tfmq_export.cli.result import show
 from tfmq_export.errors import ConfigError
+from tfmq_export.limits import MOST_IMAGES
 
 
 @reports_errors
@@ -41,10 +43,11 @@ def validate(
     lora: Lora = None,
     pipeline: Pipeline = None,
     images: Annotated[
-        int | None, typer.Option(min=1, help="Images to compare.", show_default="16, or fewer within --budget")
+        int | None,
+        typer.Option(min=1, max=MOST_IMAGES, help="Images to compare.", show_default="16, or fewer within --budget"),
     ] = None,
     budget: Annotated[str, typer.Option(help="Time that it may take, such as 90s, 30min or 2h.")] = "30min",
-    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 1,
+    seed: Seed = 1,
     min_psnr: MinPsnr = None,
     min_ssim: MinSsim = None,
     min_sqnr: MinSqnr = None,

@@ -14,7 +14,7 @@ from tfmq_export.compiler.output import evidence_kept, sole_run
 from tfmq_export.compiler.settings import check_settings, recipe_as_asked
 from tfmq_export.compiler.steps import Model, capture, load_model, lower, prove, quantize, reuse, write
 from tfmq_export.config import CompileConfig
-from tfmq_export.errors import ConfigError
+from tfmq_export.errors import ConfigError, OutputError
 from tfmq_export.models.recorded.load import Draw
 from tfmq_export.progress import Progress, Silent
 from tfmq_export.proof.validate import Validation
@@ -90,7 +90,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         OutputError: the output cannot be written, or another run is writing it.
     """
     config, root, stages = config or CompileConfig(), Path(output), Stopwatch(progress or Silent())
-    _refuse_early(config)
+    _refuse_early(config, root)
     given = None if recipe is None else recipe_as_asked(recipe, config)
     kept = checkpoint_of(root)
     denoiser = load_model(_with_code(model, draw), config.components, stages)
@@ -123,8 +123,10 @@ def checkpoint_of(root: Path) -> Path:
     return root.absolute().with_name(f".{root.absolute().name}.checkpoint")
 
 
-def _refuse_early(config: CompileConfig) -> None:
+def _refuse_early(config: CompileConfig, root: Path) -> None:
     """What would be refused after an hour is refused now."""
+    if not root.absolute().name:
+        raise OutputError(f"{root}: no folder that could be replaced; choose another -o")
     target = find_target(config.target)
     require_engine(target)
     check_settings(config, target)

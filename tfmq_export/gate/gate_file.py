@@ -19,13 +19,13 @@ psnr = 30
 
 import difflib
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tfmq_export.errors import ConfigError
+from tfmq_export.recipe.plain import read_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,10 @@ def read_gate(path: Path | str, bundle: Path | str | None = None) -> Gate:
     """
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text("utf-8"))
+        data = read_toml(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name a file such as emoji32.gate.toml") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not readable TOML: {error}") from error
     _known(path, "", data, ("bundle", "receipt", "golden", "model"))
     given = Path(bundle) if bundle is not None else _place(path, data, "bundle")

@@ -9,20 +9,23 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tfmq_export import __version__
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.bundle.write import replaced_file
-from tfmq_export.errors import AccuracyError, ConfigError, LoadError
+from tfmq_export.errors import AccuracyError, ConfigError, LoadError, first_line
 from tfmq_export.gate.probe import images, predictions, probe_of
 from tfmq_export.gate.sketch import Sketch
+from tfmq_export.limits import LARGEST_SEED, MOST_SAMPLES
+from tfmq_export.recipe.plain import build, read_json
 from tfmq_export.recipe.timesteps import TimestepSet
 from tfmq_export.runtime.loaded import load
 
 SCHEMA = 1
+PLAIN = {"origin": str, "source": str, "fingerprint": str, "seed": int, "samples": int, "conditioning": str}
+"""Fields of a golden file that are as they are in JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,12 @@ class Golden:
     predictions: tuple[Sketch, ...]
     images: tuple[Sketch, ...]
     peak: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ConfigError(f"a seed of {self.seed}; give one from 0 to {LARGEST_SEED}")
+        if not 1 <= self.samples <= MOST_SAMPLES:
+            raise ConfigError(f"{self.samples} samples per timestep; give 1 to {MOST_SAMPLES}")
 
 
 def make_golden(bundle: Bundle, *, samples: int = 2, seed: int = 0) -> Golden:
@@ -115,21 +124,23 @@ def read_golden(path: Path) -> Golden:
         LoadError: there is no such file, or it is no golden of this version.
     """
     try:
-        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        data = read_json(path)
         if data["schema"] != SCHEMA:
             raise LoadError(f"{path}: schema {data['schema']}, this version reads {SCHEMA}; write it with tfmq-golden")
         golden = Golden(
-            **{name: data[name] for name in ("origin", "source", "fingerprint", "seed", "samples", "conditioning")},
+            **{name: build(kind, data[name], name) for name, kind in PLAIN.items()},
             timesteps=TimestepSet(tuple(item["timestep"] for item in data["predictions"]), data["real"]),
             inputs=Sketch.from_json(data["inputs"]),
             predictions=tuple(map(Sketch.from_json, data["predictions"])),
             images=tuple(map(Sketch.from_json, data["images"])),
-            peak=float(data["peak"]),
+            peak=build(float, data["peak"], "peak"),
         )
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror}; write it with `tfmq-golden OUT -o {path}`") from error
-    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(f"{path}: not a readable golden file ({error!r}); write it again with tfmq-golden") from error
+    except (ConfigError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise LoadError(
+            f"{path}: not a readable golden file ({first_line(error)}); write it again with tfmq-golden"
+        ) from error
     if not math.isfinite(golden.peak) or golden.peak <= 0:
         raise LoadError(f"{path}: images of span {golden.peak}; write it again with tfmq-golden")
     return golden

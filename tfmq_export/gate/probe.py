@@ -5,7 +5,6 @@ samples with DDIM; with any other scheduler it is noise. Pictures, noise and con
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.recipe.plain import read_json
 from tfmq_export.runtime.loaded import LoadedBundle
 from tfmq_export.runtime.measure.compare import as_pictures, is_picture
 from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample
@@ -110,10 +110,10 @@ def _ddim(bundle: Bundle) -> DdimSchedule | None:
     if manifest.sampler.kind != "DDIMScheduler" or not bundle.scheduler.is_file():
         return None
     try:
-        schedule = DdimSchedule.from_config(json.loads(bundle.scheduler.read_text("utf-8")), manifest.sampler.steps)
+        schedule = DdimSchedule.from_config(read_json(bundle.scheduler), manifest.sampler.steps)
     except ConfigError:
         return None  # an option that DDIM in numpy does not have, such as thresholding
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise LoadError(f"{bundle.scheduler}: not a readable scheduler configuration ({error})") from error
     return schedule if tuple(schedule.timesteps.tolist()) == manifest.timesteps.values else None
 

@@ -9,7 +9,6 @@ needs torch and diffusers, as the pipelines do: ``tfmq_export.runtime`` is what 
 
 import copy
 import inspect
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from tfmq_export.bundle.manifest import LeafInfo, LeafPath, fingerprint_of, written
 from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.recipe.plain import read_json
 from tfmq_export.recipe.timesteps import timestep_vector
 from tfmq_export.runtime.loaded import LoadedBundle, load
 
@@ -50,7 +50,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         manifest = loaded.bundle.manifest
         path = loaded.bundle.model.with_name("config.json")
         try:
-            config = json.loads(path.read_text("utf-8"))
+            config = read_json(path)
         except (OSError, ValueError) as error:
             raise LoadError(f"{path}: not a readable configuration ({error}); compile the model again") from error
         model = getattr(diffusers, str(config.get("_class_name")), None)

@@ -11,7 +11,8 @@ from torch import nn
 
 from tfmq_export.bundle.manifest import SamplerInfo
 from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.errors import LoadError
+from tfmq_export.errors import LoadError, first_line
+from tfmq_export.limits import LARGEST_SIDE
 from tfmq_export.models import flat_modules
 from tfmq_export.models.prompts import PromptSet, effective_scale, fitted
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
@@ -70,8 +71,8 @@ def build(architecture: str, config: Mapping[str, Any], where: str | Path) -> nn
     known = class_of(architecture, where)
     try:
         model: nn.Module = known.from_config(dict(config))
-    except (TypeError, ValueError, KeyError) as error:
-        raise LoadError(f"{where}: not a configuration of {architecture}: {error}") from error
+    except Exception as error:  # the class's own reading of its configuration, which may raise anything
+        raise LoadError(f"{where}: not a configuration of {architecture}: {first_line(error)}") from error
     return model
 
 
@@ -95,10 +96,7 @@ def denoiser_of(
     chosen = choose_scheduler(scheduler, sampling.scheduler, where)
     sampler = DiffusersSampler(chosen, sampling.steps, prompts.unconditional, guidance)
     require_finite_walk(sampler)
-    size = config["sample_size"]
-    if size is None:
-        raise LoadError(f"{where}: config.json has no sample_size; add the height and width the model was trained on")
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = _size_of(config, where)
     architecture = type(model).__name__
     component = ARCHITECTURES[architecture]
     timesteps = sampler.timesteps
@@ -124,6 +122,17 @@ def denoiser_of(
         scheduler_config=scheduler_config(chosen),
         source=where,
     )
+
+
+def _size_of(config: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """Height and width of the sample, in pixels of the model."""
+    size = config["sample_size"]
+    if size is None:
+        raise LoadError(f"{where}: config.json has no sample_size; add the height and width the model was trained on")
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in sides):
+        raise LoadError(f"{where}: a sample_size of {str(size)[:40]}; give height and width, 1 to {LARGEST_SIDE}")
+    return sides[0], sides[1]
 
 
 def _require_own_channels(config: Mapping[str, Any], where: str) -> None:

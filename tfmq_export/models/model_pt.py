@@ -30,11 +30,15 @@ def read_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any], PromptSet]:
             f"{path}: holds tensors but no description of the model; pack a diffusers folder with "
             "`tfmq-pack FOLDER -o model.pt`, or name the code that builds it: --factory package.module:build"
         )
-    if data.get("version") != VERSION:
-        raise LoadError(f"{path}: format version {data.get('version')}, this release reads {VERSION}; pack it again")
+    version = data.get("version")
+    if type(version) is not int or version != VERSION:
+        raise LoadError(f"{path}: format version {str(version)[:20]}, this release reads {VERSION}; pack it again")
     missing = [key for key in ("architecture", "config", "state_dict", "scheduler") if key not in data]
     if missing:
         raise LoadError(f"{path}: lacks {', '.join(missing)}; pack it again with tfmq-pack")
+    kinds = {"architecture": str, "config": dict, "scheduler": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(data[key], kind)]:
+        raise LoadError(f"{path}: {wrong[0]} is a {type(data[wrong[0]]).__name__}; pack it again with tfmq-pack")
     with init_empty_weights():
         model = build(data["architecture"], data["config"], path)
     load_weights(model, data["state_dict"], path, assign=True)

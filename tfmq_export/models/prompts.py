@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tfmq_export.bundle.arrays import read_arrays
 from tfmq_export.capture.denoiser import Conditioning
 from tfmq_export.errors import ConfigError, LoadError, first_line
 
@@ -91,14 +93,13 @@ def read_prompts(path: Path, guidance_scale: float | None) -> PromptSet:
     Raises:
         LoadError: the file is missing or of another format.
     """
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
-        else:
+    if path.suffix == ".npz":
+        arrays = {name: _tensor(name, value, path) for name, value in read_arrays(path).items()}
+    else:
+        try:
             arrays = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise LoadError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise LoadError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
     return PromptSet(
         {name: value for name, value in arrays.items() if not name.endswith(UNCONDITIONAL)},
         {name.removesuffix(UNCONDITIONAL): value for name, value in arrays.items() if name.endswith(UNCONDITIONAL)},
@@ -120,6 +121,12 @@ def read_stored(data: Any, path: Path) -> PromptSet:
     if not (number and _are_tensors(examples) and _are_tensors(unconditional)):
         raise LoadError(f"{path}: its conditioning is not examples and unconditional values by name; pack it again")
     return PromptSet(examples, unconditional, scale)
+
+
+def _tensor(name: str, value: NDArray[np.generic], path: Path) -> Tensor:
+    if value.dtype.kind not in "fiub":
+        raise LoadError(f"{path}: {name} holds {value.dtype}, not numbers; store the embeddings")
+    return torch.from_numpy(value)
 
 
 def _are_tensors(group: Any) -> bool:

@@ -5,7 +5,6 @@ are the rows of the bundle's tables: so the scheduler is chosen when a model is 
 """
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from typing import Any
 import diffusers
 from diffusers import SchedulerMixin
 
-from tfmq_export.errors import ConfigError
+from tfmq_export.errors import ConfigError, first_line
+from tfmq_export.limits import LONGEST_SCHEDULE
+from tfmq_export.recipe.plain import read_json
 
 NAMED: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -96,9 +97,9 @@ def _has_noise_schedule(own: str, config: Mapping[str, Any]) -> bool:
 
 def _build_from_file(path: Path) -> SchedulerMixin:
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = read_json(path)
         name = config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--scheduler {path}: not a readable scheduler configuration: {error!r}") from error
     return _build(str(name), config, str(path))
 
@@ -108,7 +109,10 @@ def _build(name: str, config: Mapping[str, Any], where: str) -> SchedulerMixin:
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ConfigError(f"{where}: diffusers {diffusers.__version__} has no scheduler {name!r}; choose --scheduler")
     known: Any = found
+    count = config.get("num_train_timesteps", 1000)
+    if not isinstance(count, int) or not 1 <= count <= LONGEST_SCHEDULE:
+        raise ConfigError(f"{where}: num_train_timesteps of {str(count)[:40]}; give 1 to {LONGEST_SCHEDULE}")
     try:
         return known.from_config(dict(config))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{where}: {name} cannot run this scheduler configuration: {error}") from error
+    except Exception as error:  # the class's own reading of its configuration
+        raise ConfigError(f"{where}: {name} cannot run this scheduler configuration: {first_line(error)}") from error

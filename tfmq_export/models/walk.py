@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tfmq_export.capture.denoiser import Conditioning, Denoise
 from tfmq_export.errors import ConfigError, first_line
+from tfmq_export.limits import MOST_STEPS
 from tfmq_export.recipe.timesteps import TimestepSet
 
 LEARNED = ("learned", "learned_range")
@@ -31,6 +32,12 @@ class DiffusersSampler:
     steps: int
     unconditional: Conditioning
     guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps > MOST_STEPS:  # schedulers would make lists of them first
+            raise ConfigError(
+                f"{type(self.scheduler).__name__} cannot run {self.steps} steps; give {MOST_STEPS} at most"
+            )
 
     @property
     def walk(self) -> Tensor:
@@ -85,7 +92,7 @@ class DiffusersSampler:
         scheduler = copy.deepcopy(self.scheduler)
         try:
             scheduler.set_timesteps(self.steps)
-        except ValueError as error:
+        except Exception as error:  # the scheduler's own code, on its own configuration
             raise ConfigError(
                 f"{type(scheduler).__name__} cannot run {self.steps} steps: {first_line(error)}; if its pipeline sets "
                 "this, give the pipeline's folder, or a single model with --pipeline FOLDER"
@@ -126,13 +133,23 @@ class DiffusersSampler:
 
 
 def require_finite_walk(sampler: DiffusersSampler) -> None:
-    """Refuse a schedule that starts from pure noise with a model that predicts the noise: the first step divides by 0.
+    """Refuse a schedule that a step cannot be computed with.
+
+    Noise levels are missing or no numbers; or it starts from pure noise with a model that predicts the noise, so that
+    the first step divides by 0.
 
     Raises:
         ConfigError: says what to choose instead.
     """
     scheduler = sampler.fresh()
     alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is not None and not (alphas.ndim == 1 and alphas.isfinite().all()):
+        raise ConfigError(f"{type(scheduler).__name__}: its noise levels (betas) are not a number for each timestep")
+    if alphas is not None and int(scheduler.timesteps.max()) >= len(alphas):
+        raise ConfigError(
+            f"{type(scheduler).__name__}: visits timestep {scheduler.timesteps.max():g}, and has noise levels (betas) "
+            f"for {len(alphas)}; correct its configuration"
+        )
     if alphas is None or scheduler.config.get("prediction_type", "epsilon") != "epsilon":
         return
     pure = [step for step in scheduler.timesteps.tolist() if float(alphas[int(step)]) <= 0]

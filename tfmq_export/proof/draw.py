@@ -1,6 +1,5 @@
 """Drawing images with a bundle, alone or beside the model it came from."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from tfmq_export.proof.pictures import load_picture
 from tfmq_export.proof.served import bundle_denoise
 from tfmq_export.proof.validate import as_images
 from tfmq_export.ptq.walk.calibration import record
+from tfmq_export.recipe.plain import read_json
 from tfmq_export.runtime.loaded import load as load_bundle
 from tfmq_export.runtime.measure.compare import as_pictures
 
@@ -139,7 +139,7 @@ def _sampler(bundle: Bundle, request: Request, unconditional: Mapping[str, Tenso
             f"{bundle.root}: its factory brought a sampler of its own; give the model with --against and --factory"
         )
     try:
-        config = json.loads(bundle.scheduler.read_text("utf-8"))
+        config = read_json(bundle.scheduler)
     except (OSError, ValueError) as error:
         raise LoadError(f"{bundle.scheduler}: not a readable scheduler configuration ({error})") from error
     scheduler = choose_scheduler(config, request.scheduler or OWN, str(bundle.root))

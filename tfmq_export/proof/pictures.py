@@ -1,5 +1,6 @@
 """Pictures: rows of images, labelled; and small copies for the report."""
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from tfmq_export.runtime.measure.compare import is_picture
 
 PER_ROW = 8
 SIDE, STATE_SIDE = 256, 64  # most pixels of a picture in the report, and of a state on the way to it
+PNG = b"\x89PNG\r\n\x1a\n"
+"""How a file of this format begins."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,8 +76,15 @@ def load_picture(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ConfigError(f"{path}: the model draws {list(shape)}, not pictures; it cannot start from one")
     try:
+        with path.open("rb") as file:
+            start = file.read(24)
+        size = struct.unpack(">II", start[16:])  # before a small file becomes gigabytes of pixels
+        if start.startswith(PNG) and size != (shape[2], shape[1]):
+            raise ConfigError(
+                f"{path}: {size[0]} x {size[1]}, the model draws {shape[2]} x {shape[1]}; scale the picture to it"
+            )
         pixels = np.asarray(imread(path, format="png"), np.float32)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
         raise ConfigError(f"{path}: not a readable PNG: {error}") from error
     channels = np.atleast_3d(pixels)[..., : shape[0]].transpose(2, 0, 1)  # alpha is dropped
     if channels.shape != shape:

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from tfmq_export.errors import RecipeError
 from tfmq_export.recipe.pairs import PAIR_SUM
 
+MOST_CODES = 256
+"""As many 8-bit integers as together resolve what a 16-bit one does."""
+
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
@@ -30,8 +33,8 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise RecipeError(f"bits must be in 2..8, got {self.bits}")
-        if self.codes < 1 or (self.signed and self.codes > 1):
-            raise RecipeError(f"codes must be at least 1, and 1 on a signed grid, got {self.codes}")
+        if not 1 <= self.codes <= (1 if self.signed else MOST_CODES):
+            raise RecipeError(f"codes must be at least 1, and 1 on a signed grid (of {MOST_CODES}), got {self.codes}")
         if self.pair_sum is not None and (self.axis is None or self.pair_sum != PAIR_SUM):
             raise RecipeError(f"only weights have pairs, and of {PAIR_SUM}; got {self.pair_sum} with axis {self.axis}")
 

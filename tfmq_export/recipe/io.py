@@ -1,6 +1,7 @@
 """Saving a recipe as ``recipe.json`` and ``recipe.safetensors``, and loading it back."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from tfmq_export.errors import RecipeError, TfmqError
 from tfmq_export.recipe.grid import QParams, QuantSpec
+from tfmq_export.recipe.plain import build, read_json
 from tfmq_export.recipe.recipe import (
     FloatLayer,
     LayerRecipe,
@@ -61,14 +63,14 @@ def load_recipe(path: Path) -> QuantRecipe:
     """
     folder = path.parent if path.name == "recipe.json" else path / "tfmq" if (path / "tfmq").is_dir() else path
     try:
-        document = json.loads((folder / "recipe.json").read_text("utf-8"))
+        document = read_json(folder / "recipe.json")
         arrays = load_file(folder / "recipe.safetensors")
         if document["schema"] != SCHEMA:
             raise RecipeError(f"{folder}: recipe schema {document['schema']}, this version reads {SCHEMA}")
         timesteps = TimestepSet(tuple(document["timesteps"]["values"]), document["timesteps"]["real"])
         return QuantRecipe(
-            fingerprint=document["fingerprint"],
-            preset=document["preset"],
+            fingerprint=build(str, document["fingerprint"], "fingerprint"),
+            preset=build(str, document["preset"], "preset"),
             layers=tuple(_load_layer(item, arrays) for item in document["layers"]),
             kept_float=tuple(FloatLayer(**item) for item in document["kept_float"]),
             tib=TibRecipe(
@@ -76,8 +78,8 @@ def load_recipe(path: Path) -> QuantRecipe:
                 tuple(_load_table(item, arrays) for item in document["tables"]),
                 document["temporal_source"],
             ),
-            macs=document["macs"],
-            provenance=document["provenance"],
+            macs=build(int, document["macs"], "macs"),
+            provenance=build(Mapping[str, str], document["provenance"], "provenance"),
             splits=tuple(SkipSplit(item["name"], tuple(item["sizes"])) for item in document["splits"]),
             products=tuple(_load_product(item, arrays) for item in document["products"]),
         )
@@ -86,7 +88,7 @@ def load_recipe(path: Path) -> QuantRecipe:
         raise RecipeError(f"{missing}: no such file; --recipe takes a bundle or its tfmq/ folder") from error
     except TfmqError as error:
         raise RecipeError(f"{folder}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, SafetensorError) as error:
         raise RecipeError(f"{folder}: not a readable recipe ({error}); make it again") from error
 
 

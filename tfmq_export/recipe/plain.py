@@ -1,10 +1,53 @@
-"""Frozen dataclasses from parsed JSON, by their own annotations."""
+"""JSON and TOML from files, and frozen dataclasses from it, by their own annotations."""
 
+import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+LARGEST_TOML = 1 << 15
+"""Bytes."""
+
+
+def parsed(text: str) -> Any:
+    """JSON as plain data.
+
+    Raises:
+        ValueError: it is none, or is nested more deeply than anything that we write.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON object.
+    """
+    return _object(parsed(path.read_text("utf-8")), "file")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Settings from a TOML file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no TOML, or larger than settings are: reading time grows with the square of the size.
+    """
+    if path.stat().st_size > LARGEST_TOML:
+        raise ValueError(f"{path.stat().st_size} bytes, settings have {LARGEST_TOML} at most")
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def build(kind: Any, value: object, where: str = "") -> Any:
@@ -32,8 +75,17 @@ def build(kind: Any, value: object, where: str = "") -> Any:
     else:
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
-        raise ValueError(f"{where}: got {value!r}")
-    return float(value) if kind is float and isinstance(value, int | float) else value
+        raise ValueError(f"{where}: got {_short(value)}")
+    try:
+        return float(value) if kind is float and isinstance(value, int | float) else value
+    except OverflowError:
+        raise ValueError(f"{where}: a number of {len(str(value))} digits") from None
+
+
+def _short(value: object) -> str:
+    """For messages, which are a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @cache
@@ -43,7 +95,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _object(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected an object, got {value!r}")
+        raise ValueError(f"{where}: expected an object, got {_short(value)}")
     return value
 
 
@@ -72,7 +124,7 @@ def _either(kinds: tuple[Any, ...], value: object, where: str) -> Any:
 
 def _tuple(kinds: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise ValueError(f"{where}: expected a list, got {value!r}")
+        raise ValueError(f"{where}: expected a list, got {_short(value)}")
     each = [kinds[0]] * len(value) if kinds[1:] == (...,) else list(kinds)
     if len(each) != len(value):
         raise ValueError(f"{where}: expected {len(each)} values, got {len(value)}")

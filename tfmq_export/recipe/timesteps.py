@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from tfmq_export.errors import ConfigError, TimestepError
 
+LARGEST, LARGEST_REAL = (1 << 63) - 1, float(np.finfo(np.float32).max)
+"""Of an int64 and of a float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class TimestepSet:
@@ -27,8 +30,8 @@ class TimestepSet:
             raise ConfigError("a schedule needs at least one timestep")
         if len(set(self.values)) != len(self.values):
             raise ConfigError("a schedule visits each timestep once; this one repeats a value")
-        if not np.isfinite(np.asarray(self.values, np.float64)).all():
-            raise ConfigError("every timestep must be finite")
+        if not all(abs(value) <= (LARGEST_REAL if self.real else LARGEST) for value in self.values):  # nor NaN
+            raise ConfigError("every timestep must be finite, and fit an int64 or a float32")
         if not self.real and any(int(value) != value for value in self.values):
             raise ConfigError("fractional timesteps need a real-valued schedule")
 

@@ -1,6 +1,5 @@
 """What stands beside a checkpoint and describes it: the YAML it was trained with, a scheduler_config.json."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 from tfmq_export.errors import LoadError, first_line
+from tfmq_export.recipe.plain import read_json
 
 SCHEDULER = "scheduler_config.json"
 YAMLS = (".yaml", ".yml")
@@ -31,7 +31,7 @@ def read_yaml_beside(path: Path) -> tuple[Mapping[str, Any], Path | None]:
         (found,) = beside
     try:
         content = yaml.safe_load(found.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise LoadError(f"{found}: not readable YAML: {first_line(error)}; it describes {path.name}") from error
     return (content, found) if isinstance(content, dict) else ({}, None)
 
@@ -56,12 +56,9 @@ def read_object(path: Path) -> dict[str, Any]:
         LoadError: it cannot be read, or is something else.
     """
     try:
-        value = json.loads(path.read_text("utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: not readable JSON: {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{path}: expected a JSON object")
-    return value
+        raise LoadError(f"{path}: not a readable JSON object: {first_line(error)}") from error
 
 
 def looked_up(config: Mapping[str, Any], *path: str) -> Any:

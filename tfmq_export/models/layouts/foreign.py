@@ -3,13 +3,13 @@
 Files are told by their first bytes, weights by the names and types in their header, folders by the files inside.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tfmq_export.errors import LoadError
 from tfmq_export.models.layouts.tensor_file import State
+from tfmq_export.recipe.plain import read_json
 
 MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "a GGUF file, quantized already; start from the weights it was made from"),
@@ -153,11 +153,10 @@ def refuse_quantized(types: Mapping[str, str], path: Path) -> None:
 def read_quantized_config(folder: Path) -> None:
     """``refuse_quantized_config`` of a folder's config.json, where it has one that can be read."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return
-    if isinstance(config, dict):
-        refuse_quantized_config(config, folder)
+    refuse_quantized_config(config, folder)
 
 
 def _some_start(names: Iterable[str], starts: tuple[str, ...]) -> bool:

@@ -5,7 +5,6 @@ those of the published checkpoint. Each tensor of a file must belong to a layer,
 was fused in part draws other pictures than it was trained for, and nothing else would show it.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from tfmq_export.models.layouts.single_transformers import flux_rules, sd3_rules
 from tfmq_export.models.layouts.states import read_state
 from tfmq_export.models.layouts.tensor_file import State
 from tfmq_export.models.layouts.unet_blocks import numbered
+from tfmq_export.recipe.plain import parsed, read_json
 
 DOWN = ("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight", "down.weight")
 UP = ("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight", "up.weight")
@@ -174,11 +174,11 @@ def _alphas(state: State) -> Callable[[str, int], float]:
     said: Mapping[str, object] = {}
     try:
         if "lora_adapter_metadata" in state.metadata:
-            stored = json.loads(state.metadata["lora_adapter_metadata"])
+            stored = parsed(state.metadata["lora_adapter_metadata"])
             parts = ("unet.", "transformer.")
             said = {next((k.removeprefix(p) for p in parts if k.startswith(p)), k): v for k, v in stored.items()}
         elif (beside := state.path.parent / "adapter_config.json").is_file():
-            said = json.loads(beside.read_text("utf-8"))
+            said = read_json(beside)
     except (OSError, ValueError, AttributeError) as error:
         raise LoadError(f"{state.path}: its description of alpha and rank is not readable JSON") from error
     alpha, patterns = said.get("lora_alpha"), said.get("alpha_pattern") or {}

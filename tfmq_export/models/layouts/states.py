@@ -4,7 +4,6 @@ What is understood is what can be meant in one way only. Of several weights the 
 from it, and a note says so.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tfmq_export.errors import LoadError
 from tfmq_export.models.layouts.tensor_file import State, StoredTensors, is_safetensors, read_pickled
+from tfmq_export.recipe.plain import read_json
 
 AVERAGED = ("ema", "ema_state_dict", "model_ema", "ema_model", "params_ema", "ema_params", "state_dict_ema", "unet_ema")
 RAW = (
@@ -56,7 +56,7 @@ def shards_of(index: Path) -> tuple[Path, ...]:
         LoadError: no index, or a shard that is missing, pickled or elsewhere.
     """
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadError(f"{index}: JSON, but no index of weights (weight_map); give the weights themselves") from error
     files = []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tfmq_export.errors import ConfigError, LoadError, first_line
+from tfmq_export.recipe.plain import parsed
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 REQUESTS = "prompts.jsonl"
@@ -69,7 +70,7 @@ def _request(line: str, where: str, folder: Path) -> Request:
     if not line.startswith("{"):
         return {"prompt": line}
     try:
-        value: Any = json.loads(line)
+        value: Any = parsed(line)
     except ValueError as error:
         raise LoadError(f"{where}: not a JSON object ({first_line(error)}); give text, or an object a line") from error
     if "num_inference_steps" in value:

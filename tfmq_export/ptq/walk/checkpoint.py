@@ -20,6 +20,7 @@ from tfmq_export.bundle.write import replaced_file
 from tfmq_export.errors import ConfigError, OutputError
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.walk.draft import Draft
+from tfmq_export.recipe.plain import read_json
 
 KEY = "settings.json"
 FIELDS = ("tau", "exponent", "scale", "codes")
@@ -45,7 +46,7 @@ class Checkpoint:
             folder.mkdir(parents=True, exist_ok=True)
             key = folder / KEY
             if key.exists():
-                _compare(json.loads(key.read_text("utf-8")), settings, folder)
+                _compare(read_json(key), settings, folder)
             else:
                 key.write_text(json.dumps(dict(settings), indent=1, sort_keys=True) + "\n", "utf-8")
         except ValueError as error:
