@@ -81,10 +81,10 @@ def test_nothing_is_computed_from_the_timestep_but_the_lookup(name: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "preset", "floor"),
-    # Random weights, 2 images to calibrate: eight bits keep every model above 20 dB, four-bit weights above 10;
+    # Random weights, 2 images to calibrate: eight bits keep every model above 19 dB, four-bit weights above 10;
     # without quantization only fp32 rounding is left.
     [
-        *((name, "w8a8", 20) for name in FACTORIES),
+        *((name, "w8a8", 19) for name in FACTORIES),
         *(pytest.param(name, "w4a8", 10, marks=SELDOM) for name in FACTORIES),
         ("edm", "fp32", 80),
     ],
@@ -207,10 +207,10 @@ def test_temporal_values_keep_their_types(tmp_path: Path) -> None:
     assert computed_from_time(graph, "timestep") == []
 
 
-def test_a_missed_threshold_leaves_only_the_checkpoint(tmp_path: Path) -> None:
+def test_a_missed_threshold_leaves_the_checkpoint_and_its_evidence(tmp_path: Path) -> None:
     strict = config("w4a8")
     strict = strict.model_copy(update={"thresholds": strict.thresholds.model_copy(update={"psnr": 300.0})})
 
     with pytest.raises(AccuracyError, match="PSNR"):
         tfmq_export.compile((Points(), points_description()), tmp_path / "out", strict)
-    assert [path.name for path in tmp_path.iterdir()] == [".out.checkpoint"]
+    assert {path.name for path in tmp_path.iterdir()} == {".out.checkpoint", "out.failed"}
