@@ -183,7 +183,9 @@ class CompileConfig(BaseModel):
         "auto", description="where quantization computes; auto: a GPU where there is one"
     )
     max_memory: ByteSize | None = Field(
-        None, ge=1 << 20, description="ceiling on cached activations, such as 2GiB; the rest goes to disk"
+        None,
+        ge=1 << 20,
+        description="ceiling on cached activations, such as 2GiB, else a sixth of the memory; the rest goes to disk",
     )
     calibration_images: int | None = Field(
         None, ge=1, le=MOST_IMAGES, description="images whose sampling is recorded for calibration; the effort decides"

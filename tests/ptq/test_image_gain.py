@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from tfmq_export.capture.denoiser import Conditioning, Denoise, Denoiser, Sampler
 from tfmq_export.errors import CalibrationError
-from tfmq_export.ptq.image_gain import WINDOWS, image_gain, weights_from
+from tfmq_export.ptq.image_gain import WINDOWS, Windows, image_gain, weights_from
 from tfmq_export.ptq.walk.calibration import calibrate, pick_rows, shares
 
 FACTORS = (0.5, 2.0, 0.1, 1.0)
@@ -177,3 +177,13 @@ def test_rows_are_as_many_as_a_timestep_counts() -> None:
     counts = torch.bincount(rows.steps, minlength=len(weights))
     assert counts[1:].tolist() == [1] * (len(weights) - 1)
     assert counts[0] == min(6, 2 * len(weights) - (len(weights) - 1))
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 20])
+@pytest.mark.parametrize("recorded", [1, 2, 8])
+def test_there_is_a_call_to_disturb_however_short_the_run(calls: int, recorded: int) -> None:
+    windows = list(Windows.within(calls, recorded, 10))
+
+    assert windows
+    assert windows[-1].stop == calls
+    assert all(len(window) for window in windows)

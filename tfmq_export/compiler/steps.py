@@ -11,6 +11,7 @@ of one model calls them:
 """
 
 import importlib.metadata
+import os
 import platform
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -291,8 +292,13 @@ def _plan(config: CompileConfig) -> QuantPlan:
         find_effort(config.effort, preset.weight_bits),
         target.quantized_outputs,
         config.seed,
-        config.max_memory,
+        config.max_memory or _usual_memory(),
     )
+
+
+def _usual_memory() -> int:
+    """Bytes of cached activations where nobody said: a sixth of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 6
 
 
 def calibration_images(config: CompileConfig) -> int:

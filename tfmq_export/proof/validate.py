@@ -17,6 +17,7 @@ from torch import Tensor
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.pages import release_pages
 from tfmq_export.capture.program import DiffusionProgram, capture
 from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.config import Thresholds
@@ -26,7 +27,6 @@ from tfmq_export.progress import Progress, Silent, Step
 from tfmq_export.proof.agreement import Agreement, LockStep
 from tfmq_export.proof.float_model import look_at
 from tfmq_export.proof.kernels import KernelCalls, compare_kernels, counted, few_rows, wrong_kernels
-from tfmq_export.proof.pages import release_pages
 from tfmq_export.proof.plan import USUAL_SECONDS, ProofPlan, measured_cost, plan_of
 from tfmq_export.proof.served import bundle_denoise, run_bundle
 from tfmq_export.proof.states import States, states_of
@@ -190,7 +190,7 @@ def validate(
         trajectory, reference = record(denoiser, denoiser.module_denoise(), runs, step)
     with progress.stage("Looking at the float model"):
         notes = look_at(denoiser, seed, trajectory, reference)
-    release_pages(denoiser.module)
+    release_pages(denoiser.module.parameters())
     calls = KernelCalls.of(denoiser, trajectory)
     # One engine at a time, and the model's weights out of the way: each of the three may be as large as the memory.
     # Whoever calls has written the files, or compared their hashes.
@@ -212,7 +212,7 @@ def validate(
     with progress.stage("Checking each kernel alone"):
         wrong = wrong_kernels(subject.bundle)
     reference_images, compiled_images, peak = as_images(reference, compiled)
-    release_pages(denoiser.module)
+    release_pages(denoiser.module.parameters())
     with progress.stage("Checking the graph against fake-quant") as step:
         agreements = _agreements(subject, _evenly(trajectory, plan.timesteps), step)
     with progress.stage("Reading the optimized graph"):

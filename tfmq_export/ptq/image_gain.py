@@ -67,7 +67,8 @@ class Windows:
         images = max(1, min(IMAGES, recorded, recorded // (count + 1)))
         reach = min(1.0, recorded / (images * (count + 1)))
         edges = np.linspace(calls * (1 - reach), calls, count + 1)
-        return cls(tuple(dict.fromkeys(np.ceil(edges - 1e-9).astype(int).tolist())), images)
+        whole = tuple(dict.fromkeys(np.ceil(edges - 1e-9).astype(int).tolist()))
+        return cls(whole if len(whole) > 1 else (calls - 1, calls), images)
 
     def __iter__(self) -> Iterator[range]:
         return (range(first, stop) for first, stop in pairwise(self.edges))

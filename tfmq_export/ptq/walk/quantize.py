@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from tfmq_export.capture.blocks import Block, find_blocks
 from tfmq_export.capture.dependences import LAYOUT, SAMPLE, Operation, dependences
 from tfmq_export.capture.device import device_of, has_room
+from tfmq_export.capture.pages import release_pages
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.capture.rewrites.spell_attention import OFF, float_products, integer_products
 from tfmq_export.progress import Step
@@ -102,6 +103,7 @@ def quantize(
         recipes |= {draft.op.name: draft.to_recipe() for draft in finished}  # integers, a quarter of the size
         computed += [draft for draft in finished if draft.is_temporal]
         walk.forget(blocks[index + 1 :])
+        release_pages(draft.plain for draft in ours)
         progress(done + own, sum(costs))
         logger.info("%s: %d layers quantized", block.path, len(block.layers))
     if inside:
