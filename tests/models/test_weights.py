@@ -99,7 +99,7 @@ def test_a_folder_whose_keys_have_a_wrappers_prefix_is_the_same_model(tmp_path: 
     loaded, _ = read_folder(tmp_path)
 
     x = torch.randn(1, 3, 8, 8)
-    assert torch.equal(loaded(x, 3).sample, model(x, 3).sample)
+    torch.testing.assert_close(loaded(x, 3).sample, model(x, 3).sample)  # mapped weights lie elsewhere
     assert "prefix 'module.'" in load(Source(tmp_path, steps=2)).source
 
 

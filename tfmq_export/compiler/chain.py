@@ -1,7 +1,7 @@
 """The chain, on one screen: capture, quantize, lower, write, prove."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -36,7 +36,7 @@ class Compiled:
 
     bundle: Bundle
     validation: Validation
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage, ...] = field(repr=False)
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -25,6 +25,7 @@ from tfmq_export.capture.denoiser import Denoiser, Description
 from tfmq_export.capture.device import find_device, module_on, repeatable
 from tfmq_export.capture.eager import require_running
 from tfmq_export.capture.float_graph import float_graph
+from tfmq_export.capture.pages import release_pages
 from tfmq_export.capture.program import program_on
 from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
@@ -211,6 +212,7 @@ def lower(
         )
         reports = run_passes(graph, passes, None if dump_dir is None else dump_to(dump_dir))
         lowered = Lowered(made, target, graph, reports, tables=config.tables)
+        release_pages(denoiser.module.parameters())  # read to prove the binding
     if config.prologue:
         with progress.stage("Cutting the prologue off"):
             main, prologue = cut_prologue(graph, denoiser, made.recipe)

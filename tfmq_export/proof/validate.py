@@ -17,7 +17,7 @@ from torch import Tensor
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.capture.pages import release_pages
+from tfmq_export.capture.pages import release_freed, release_pages
 from tfmq_export.capture.program import DiffusionProgram, capture
 from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.config import Thresholds
@@ -203,18 +203,22 @@ def validate(
             per_step = _per_step(denoiser, trajectory, loaded, step)
             _, served = record(denoiser, bundle_denoise(loaded), few, _untold)
             in_integers = calls.answers(loaded)
+    release_freed()
     with (
         progress.stage("Checking the kernels against the graph") as step,
         load_bundle(root, self_test=False, verify=False, integer=False, backend="onnxruntime") as in_float,
     ):
         kernels = compare_kernels(calls, in_integers, calls.answers(in_float))
         _, defined = record(denoiser, bundle_denoise(in_float), few, step)
+    release_freed()
     with progress.stage("Checking each kernel alone"):
         wrong = wrong_kernels(subject.bundle)
     reference_images, compiled_images, peak = as_images(reference, compiled)
     release_pages(denoiser.module.parameters())
+    release_freed()
     with progress.stage("Checking the graph against fake-quant") as step:
         agreements = _agreements(subject, _evenly(trajectory, plan.timesteps), step)
+    release_freed()
     with progress.stage("Reading the optimized graph"):
         receipt = counted(realized_by_target(subject.bundle), wrong)
     temporal = compare_temporal(subject.program, denoiser, subject.carried_out.tib, subject.bundle)
