@@ -356,6 +356,7 @@ def test_an_interrupted_run_leaves_only_its_checkpoint(
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.partial-*")) and time.monotonic() < deadline:
         time.sleep(0.2)
+    time.sleep(0.5)  # into the work, not between making the folder and minding it
 
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
