@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tfmq_export.bundle.manifest import CallInfo, SamplerInfo
+from tfmq_export.bundle.call import CallInfo
+from tfmq_export.bundle.manifest import SamplerInfo
 from tfmq_export.capture.device import device_of
 from tfmq_export.errors import ConfigError, ExportError
 from tfmq_export.recipe.timesteps import TimestepSet

@@ -24,7 +24,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tfmq_export.bundle.manifest import LeafInfo, LeafPath, fingerprint_of, written
+from tfmq_export.bundle.call import LeafInfo, LeafPath, fingerprint_of, written
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.recipe.plain import read_json
 from tfmq_export.recipe.timesteps import timestep_vector

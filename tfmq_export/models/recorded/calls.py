@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
-from tfmq_export.bundle.manifest import LeafPath, written
+from tfmq_export.bundle.call import LeafPath, written
 from tfmq_export.errors import LoadError
 
 Forward = Callable[..., Any]

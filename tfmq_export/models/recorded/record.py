@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tfmq_export.bundle.manifest import CallInfo, LeafInfo, LeafPath, fingerprint_of
+from tfmq_export.bundle.call import CallInfo, LeafInfo, LeafPath, fingerprint_of
 from tfmq_export.capture.denoiser import Denoise, first_tensor
 from tfmq_export.capture.place import theirs
 from tfmq_export.errors import LoadError, TfmqError

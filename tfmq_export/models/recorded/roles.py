@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
-from tfmq_export.bundle.manifest import LeafPath
+from tfmq_export.bundle.call import LeafPath
 from tfmq_export.errors import LoadError
 from tfmq_export.models.recorded.calls import CallPlan, Leaf, same
 
