@@ -48,7 +48,7 @@ def written(made: Quantized, target_name: str, root: Path) -> Bundle:
 
 def compare(bundle: Bundle, made: Quantized) -> list[Agreement]:
     lock_step = LockStep(made.program, made.recipe, bundle)
-    return [lock_step.compare(step.inputs) for step in made.steps]
+    return list(lock_step.compare([step.inputs for step in made.steps]))
 
 
 def tampered(bundle: Bundle, root: Path, initializer: str, change: Callable[[NDArray], NDArray]) -> Bundle:

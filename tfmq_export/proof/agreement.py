@@ -13,7 +13,7 @@ in the layer that reads it.
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -97,24 +97,24 @@ class LockStep:
         self.close()
 
     def close(self) -> None:
-        """Free the engine; ``judge`` does without it."""
+        """Free the engine."""
         for runner in filter(None, (self._runner, self._prologue)):
             runner.__exit__(None, None, None)
 
-    @property
-    def watches(self) -> bool:
-        """Whether any layer is quantized; else a call's results are its prediction alone."""
-        return bool(self._names)
-
-    def compare(self, inputs: Mapping[str, Tensor]) -> Agreement:
-        """Compare on one set of model inputs, by name in the program's order.
+    def compare(self, calls: Sequence[Mapping[str, Tensor]]) -> Iterator[Agreement]:
+        """Compare on sets of model inputs, each by name in the program's order.
 
         Raises:
             LoadError: the graph has no results of layers that the manifest does not explain.
         """
-        return self.judge(inputs, self.results(inputs))
+        results: Iterable[Mapping[str, NDArray[Any]]] = map(self._results, calls)
+        if not self._names:  # predictions alone are small: engine and model need not be in memory together
+            results = list(results)
+            self.close()
+        for inputs, found in zip(calls, results, strict=True):
+            yield self._judge(inputs, found)
 
-    def results(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    def _results(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
         """The prediction and every layer's result by name, of both graphs where there are two."""
         feeds = _feeds(inputs, self._timestep)
         once: dict[str, NDArray[Any]] = {}
@@ -123,7 +123,7 @@ class LockStep:
         given = {**feeds, **once}
         return {**once, **self._runner.infer({name: given[name] for name in self._runner.inputs})}
 
-    def judge(self, inputs: Mapping[str, Tensor], results: Mapping[str, NDArray[Any]]) -> Agreement:
+    def _judge(self, inputs: Mapping[str, Tensor], results: Mapping[str, NDArray[Any]]) -> Agreement:
         """Compare the graph's results with fake-quant on the same inputs."""
         results = dict(results)
         free = self._simulation(inputs)

@@ -338,11 +338,7 @@ def _agreements(subject: Subject, trajectory: tuple[CalibrationStep, ...], step:
     calls = [few_rows(recorded.inputs) for recorded in trajectory]
     found = []
     with LockStep(subject.program, subject.carried_out, subject.bundle) as lock_step:
-        # Predictions alone are small: then engine and model need not be in memory together.
-        ahead = None if lock_step.watches else [lock_step.results(inputs) for inputs in calls]
-        if ahead is not None:
-            lock_step.close()
-        for place, inputs in enumerate(calls):
-            found.append(lock_step.judge(inputs, lock_step.results(inputs) if ahead is None else ahead[place]))
-            step(place + 1, len(calls))
+        for agreement in lock_step.compare(calls):
+            found.append(agreement)
+            step(len(found), len(calls))
     return found
