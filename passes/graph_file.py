@@ -48,8 +48,11 @@ def save_graph(graph: gs.Graph, path: Path, *, value_info: bool = True) -> None:
 
 
 def skeleton(graph: gs.Graph) -> onnx.ModelProto:
-    """The graph without the numbers of its large tensors: nodes, types, shapes, and what a reader looks at."""
-    with _named(graph, _places(graph), "weights"):
+    """The graph without the numbers of its large tensors: nodes, types, shapes, and all that grids are made of."""
+    grids = [node for node in graph.nodes if node.op in {"QuantizeLinear", "DequantizeLinear"}]
+    read = {value.name for node in grids for value in node.inputs[1:]}
+    places = {name: start for name, start in _places(graph).items() if name not in read}
+    with _named(graph, places, "weights"):
         return export_model(graph)
 
 

@@ -109,12 +109,12 @@ def test_a_bundle_for_openvino_runs_in_its_integers_and_on_onnxruntime(packed: P
     assert precision["linears"][0] == precision["linears"][1] > 0
     kernels = {kernel for row in precision["layers"] if row["asked"] != "float" for kernel in row["realized"]}
     assert {kernel.lower().rpartition("_")[2] for kernel in kernels} == {"i8"}
-    noise = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
-    predictions = []
-    for backend in ("openvino", "onnxruntime"):
-        with load(out, backend=backend, threads=1) as denoise:
-            predictions.append(denoise(noise, denoise.bundle.manifest.timesteps.values[0]))
-    assert sqnr_db(*predictions) > 30  # Codes may fall on the other side of a tie.
+    noises = np.random.default_rng(0).standard_normal((4, 2, 3, 16, 16)).astype(np.float32)
+    with load(out, backend="openvino", threads=1) as one, load(out, backend="onnxruntime", threads=1) as other:
+        timesteps = one.bundle.manifest.timesteps.values
+        same = [sqnr_db(one(noise, t), other(noise, t)) for noise in noises for t in timesteps]
+    assert np.median(same) > 60  # The same codes,
+    assert min(same) > 20  # but where one falls on the other side of a tie, and those behind it.
 
 
 def test_a_folder_and_its_packed_file_give_the_same_graph(packed: Path, bundle: Path, tmp_path: Path) -> None:

@@ -131,6 +131,19 @@ def test_a_skeleton_names_what_it_does_not_hold() -> None:
     assert sizes["columns"] == (64, 48)
 
 
+def test_a_skeleton_holds_the_scales_of_the_widest_layers() -> None:
+    codes = gs.Constant("codes", np.zeros((16, 1000), np.int8))
+    scale = gs.Constant("scale", np.linspace(0.1, 0.2, 1000, dtype=np.float32))
+    y = gs.Variable("y", np.float32, (16, 1000))
+    node = gs.Node("DequantizeLinear", attrs={"axis": 1}, inputs=[codes, scale], outputs=[y])
+
+    model = skeleton(gs.Graph([node], inputs=[], outputs=[y], opset=23))
+
+    held = {item.name: item for item in model.graph.initializer}
+    assert not held["codes"].raw_data
+    np.testing.assert_array_equal(numpy_helper.to_array(held["scale"]), scale.values)
+
+
 def test_named_weights_are_taken_without_a_copy() -> None:
     weight = normal(0, 64, 64)
     model = skeleton(graph_of(wide_model()))
