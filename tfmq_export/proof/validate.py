@@ -27,7 +27,17 @@ from tfmq_export.progress import Progress, Silent, Step
 from tfmq_export.proof.agreement import Agreement, LockStep
 from tfmq_export.proof.float_model import look_at
 from tfmq_export.proof.kernels import KernelCalls, compare_kernels, counted, few_rows, wrong_kernels
-from tfmq_export.proof.plan import USUAL_SECONDS, ProofPlan, measured_cost, plan_of
+from tfmq_export.proof.plan import (
+    AGREEING,
+    DEFINING,
+    SAMPLING,
+    SERVING,
+    STEPPING,
+    USUAL_SECONDS,
+    ProofPlan,
+    measured_cost,
+    plan_of,
+)
 from tfmq_export.proof.served import bundle_denoise, run_bundle
 from tfmq_export.proof.states import States, states_of
 from tfmq_export.proof.temporal_features import TemporalErrors, compare_temporal
@@ -186,7 +196,7 @@ def validate(
         plan = plan_of(measured_cost(denoiser), images, budget)
     runs = denoiser.runs(plan.images, seed, pictures=True)
     few = denoiser.runs(plan.images, seed, first=plan.few, pictures=True)
-    with progress.stage("Sampling in full precision") as step:
+    with progress.stage(SAMPLING) as step:
         trajectory, reference = record(denoiser, denoiser.module_denoise(), runs, step)
     with progress.stage("Looking at the float model"):
         notes = look_at(denoiser, seed, trajectory, reference)
@@ -195,17 +205,17 @@ def validate(
     # One engine at a time, and the model's weights out of the way: each of the three may be as large as the memory.
     # Whoever calls has written the files, or compared their hashes.
     with load_bundle(root, self_test=False, verify=False) as loaded:
-        with progress.stage("Sampling in integers") as step:
+        with progress.stage(SERVING) as step:
             walked, compiled = record(denoiser, bundle_denoise(loaded), runs, step)
             states = states_of(trajectory, walked, denoiser.sample, compiled)
             del walked
-        with progress.stage("Comparing step by step") as step:
+        with progress.stage(STEPPING) as step:
             per_step = _per_step(denoiser, trajectory, loaded, step)
             _, served = record(denoiser, bundle_denoise(loaded), few, _untold)
             in_integers = calls.answers(loaded)
     release_freed()
     with (
-        progress.stage("Checking the kernels against the graph") as step,
+        progress.stage(DEFINING) as step,
         load_bundle(root, self_test=False, verify=False, integer=False, backend="onnxruntime") as in_float,
     ):
         kernels = compare_kernels(calls, in_integers, calls.answers(in_float))
@@ -216,7 +226,7 @@ def validate(
     reference_images, compiled_images, peak = as_images(reference, compiled)
     release_pages(denoiser.module.parameters())
     release_freed()
-    with progress.stage("Checking the graph against fake-quant") as step:
+    with progress.stage(AGREEING) as step:
         agreements = _agreements(subject, _evenly(trajectory, plan.timesteps), step)
     release_freed()
     with progress.stage("Reading the optimized graph"):
