@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from tfmq_export.cli.console import bars, err, out, people_on_stderr, reports_errors
+from tfmq_export.cli.console import bars, err, out, reports_errors
 from tfmq_export.cli.forecast import show_forecast
 from tfmq_export.cli.options import (
-    STDOUT,
     Conditioning,
     Factory,
     Guidance,
@@ -25,8 +24,8 @@ from tfmq_export.cli.options import (
     Variant,
     Verbose,
     Version,
+    answering,
     require_folder_of,
-    write_figures,
 )
 from tfmq_export.cli.result import show
 from tfmq_export.cli.settings import takes_settings
@@ -123,13 +122,13 @@ def export(
                 kept = escape(str(checkpoint_of(root)))
                 err.print(f"finished blocks are kept in {kept}: the same command with --resume goes on")
             raise
-    with people_on_stderr(json == STDOUT):
+    with answering(json) as found:
         if made is None:
             show_forecast(expected, root)
+            found |= expected.to_json()
         else:
             _say(made, root, serving)
-    if json is not None:
-        write_figures(expected.to_json() if made is None else _figures(made, root), json)
+            found |= {"bundle": str(root), **read_json(made.bundle.report)}
 
 
 def _say(made: "Compiled", root: Path, serving: "Serving | None") -> None:
@@ -141,11 +140,6 @@ def _say(made: "Compiled", root: Path, serving: "Serving | None") -> None:
 
         add_to_repository(made.bundle, root.absolute().parent / "triton", serving)
     out.print(f"report: {root / 'tfmq' / 'report.html'}", markup=False, highlight=False)
-
-
-def _figures(made: "Compiled", root: Path) -> dict[str, object]:
-    """The report, and where it is."""
-    return {"bundle": str(root), **read_json(made.bundle.report)}
 
 
 def _servable(target: str, name: str) -> "Serving":
