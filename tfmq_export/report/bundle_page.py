@@ -90,10 +90,9 @@ def verdict_of(facts: Facts) -> Verdict:
         return Verdict("warned", "Not all integers.", f"{checks}; {runs}.")
     if facts.psnr is not None and facts.psnr < POOR:
         return Verdict("warned", "Poor images.", f"{checks}, but the pictures are not the same ones any more.")
-    if measured.guidance is not None and measured.guidance.kept.mean() < PROMPT_LOST:
-        return Verdict(
-            "warned", "The prompt is lost.", f"{checks}, but {measured.guidance.kept.mean():.2f} of it is left."
-        )
+    kept = 1.0 if measured.guidance is None else float(measured.guidance.kept.mean())
+    if kept < PROMPT_LOST:
+        return Verdict("warned", "The prompt is lost.", f"{checks}, but {kept:.2f} of the guidance is left.")
     return Verdict("passed", "Passed.", f"{checks}; {runs}, by the engine's own account.")
 
 
