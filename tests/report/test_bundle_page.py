@@ -182,4 +182,4 @@ def test_lpips_stands_below_each_image_and_in_the_tile(tmp_path: Path) -> None:
     page = PageReader(page_of(facts))
 
     assert page.rows["films"][-1] == ["ST-LPIPS", "0.0123", "0.25"]
-    assert tiles_of(facts)[0].note.endswith("their ST-LPIPS is 0.131")
+    assert "against full precision, ST-LPIPS 0.131;" in tiles_of(facts)[0].note

@@ -113,12 +113,12 @@ def tiles_of(facts: Facts) -> tuple[Tile, ...]:
 def _images_tile(facts: Facts) -> Tile:
     values = facts.measured.values.get(Metric.IMAGE_PSNR, ())
     others = facts.measured.mean(Metric.OTHER_PICTURES)
-    note = f"mean PSNR of {len(values)} images against full precision"
-    if others is not None:
-        note += f"; two different images have {others:.1f}"
     lpips = facts.measured.mean(Metric.IMAGE_LPIPS)
+    note = f"mean PSNR of {len(values)} images against full precision"
     if lpips is not None:
-        note += f"; their ST-LPIPS is {short(lpips)}"
+        note += f", ST-LPIPS {short(lpips)}"
+    if others is not None:
+        note += f"; two different images have {others:.1f} dB"
     return Tile("Images", "" if facts.psnr is None else short(facts.psnr), "dB", note)
 
 
