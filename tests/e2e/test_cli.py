@@ -163,6 +163,21 @@ def test_validate_passes_and_gates(packed: Path, bundle: Path, tmp_path: Path) -
     assert "asked >= 200" in missed.output
 
 
+def test_bounds_on_what_the_model_has_not_are_refused_before_any_work(
+    packed: Path, bundle: Path, tmp_path: Path
+) -> None:
+    validated = run("validate", bundle, "--against", packed, "-q", "--min-guidance", "0.5")
+    exported = run("export", packed, "-o", tmp_path / "out", "-q", *SIZES, "--min-guidance", "0.5")
+    small = run("export", packed, "-o", tmp_path / "out", "-q", *SIZES, "--max-lpips", "0.1")
+
+    assert [each.exit_code for each in (validated, exported, small)] == [2, 2, 2]
+    for each in (validated, exported):
+        assert "is sampled without classifier-free guidance" in each.output
+        assert "leave out --min-guidance" in each.output
+    assert "ST-LPIPS needs" in small.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bundle_brings_a_test_of_its_host(bundle: Path) -> None:
     result = run("validate", bundle, "--host")
 

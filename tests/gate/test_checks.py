@@ -82,6 +82,13 @@ def test_a_threshold_that_the_float_model_does_not_meet_fails(gate_file: Write) 
     assert re.search(r"least SQNR at timesteps \d+ \([\d.]+ dB\), \d+ ", said["model"])
 
 
+def test_a_threshold_on_guidance_of_a_model_without_any_is_refused(gate_file: Write) -> None:
+    said = failures(gate_file(None, model=f"{LOOSE}\nguidance = 0.9"))
+
+    assert "is sampled without classifier-free guidance, which has no figure" in said["model"]
+    assert "next: leave out --min-guidance (thresholds.guidance)" in said["model"]
+
+
 def test_another_models_bundle_is_named(gate_file: Write, tmp_path: Path) -> None:
     said = failures(gate_file(), small_bundle(tmp_path / "other").root)
 

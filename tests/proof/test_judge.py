@@ -21,9 +21,10 @@ GOOD = dict.fromkeys(Metric, 60.0) | {
 }
 
 
-def report_of(**changes: float) -> Any:
+def report_of(thresholds: Thresholds | None = None, **changes: float) -> Any:
     values = GOOD | {Metric[name]: value for name, value in changes.items()}
-    return judge({metric: Comparison(metric, (value,)) for metric, value in values.items()}, SUBJECT, Thresholds())
+    found = {metric: Comparison(metric, (value,)) for metric, value in values.items()}
+    return judge(found, SUBJECT, thresholds or Thresholds())
 
 
 def test_what_meets_every_bound_passes() -> None:
@@ -58,3 +59,23 @@ def test_infinite_images_fail_whatever_their_distance() -> None:
     report = report_of(FINITE=0.0, IMAGE_PSNR=math.inf)
 
     assert [verdict.metric for verdict in report.failed] == [Metric.FINITE]
+
+
+@pytest.mark.parametrize(
+    ("metric", "good", "bad", "said"),
+    [
+        ("GUIDANCE", 0.96, 0.89, "guidance kept 0.89, asked >= 0.9"),
+        ("GUIDANCE", 1.2, math.nan, "guidance kept nan, asked >= 0.9"),
+        ("IMAGE_LPIPS", 0.02, 0.06, "image ST-LPIPS 0.06, asked <= 0.05"),
+        ("IMAGE_LPIPS", 0.0, math.nan, "image ST-LPIPS nan, asked <= 0.05"),
+    ],
+)
+def test_bounds_that_no_preset_has_hold_where_they_are_asked_for(
+    metric: str, good: float, bad: float, said: str
+) -> None:
+    asked = Thresholds(guidance=0.9, lpips=0.05)
+    fine = {"GUIDANCE": 1.0, "IMAGE_LPIPS": 0.0}
+
+    assert report_of(asked, **{**fine, metric: good}).passed
+    assert report_of(**{**fine, metric: bad}).passed  # not asked for
+    assert [each.describe() for each in report_of(asked, **{**fine, metric: bad}).failed] == [said]

@@ -1,5 +1,6 @@
 """The page of a bundle holds what the bundle's files say, and nothing of it comes from elsewhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -131,3 +132,54 @@ def test_a_bundle_without_a_readable_report_is_refused_in_one_line(tmp_path: Pat
 
     with pytest.raises(LoadError, match=r"report.json: .*compile the model again"):
         Facts.read(tmp_path / "toy")
+
+
+GUIDED = (0.9, 0.97, 1.02, 0.95)
+
+
+def test_a_guided_model_shows_what_is_left_of_the_prompt(tmp_path: Path) -> None:
+    reported_bundle(tmp_path / "toy", kept=GUIDED)
+
+    page = PageReader(page_of(Facts.read(tmp_path / "toy")))
+
+    text = " ".join(page.text.split())
+    assert "Guidance kept: 0.96 on average, 0.90 at worst, at timestep 750." in text
+    assert "-4.0 dB at worst, at timestep 750." in text
+    assert "timestep kept signal to noise (dB) 750 0.900 -4.0 500 0.970 3.0 250 1.020 9.0 0 0.950 inf" in text
+    assert any(name.startswith("Share of guidance that is kept over the schedule: 0.96 on") for name in page.names)
+
+
+def test_an_unguided_model_says_nothing_of_guidance(html: str) -> None:
+    assert "uidance" not in html
+    assert "LPIPS" not in html
+
+
+def test_a_report_from_before_guidance_was_measured_can_be_read(tmp_path: Path) -> None:
+    bundle = reported_bundle(tmp_path / "toy")
+    found = json.loads(bundle.report.read_text())
+    del found["guidance"]
+    bundle.report.write_text(json.dumps(found))
+
+    assert Facts.read(tmp_path / "toy").measured.guidance is None
+
+
+def test_a_lost_prompt_is_no_pass(tmp_path: Path) -> None:
+    for name, kept in (("good", GUIDED), ("lost", (0.05, 0.05, 0.05, 0.05))):
+        reported_bundle(tmp_path / name, kept=kept)
+
+    good, lost = (Facts.read(tmp_path / name) for name in ("good", "lost"))
+
+    assert verdict_of(good).state == "passed"
+    assert (verdict_of(lost).state, verdict_of(lost).word) == ("warned", "The prompt is lost.")
+    assert "0.05 of the guidance is left" in verdict_of(lost).text
+    assert "LOW: the prompt hardly counts any more" in page_of(lost)
+
+
+def test_lpips_stands_below_each_image_and_in_the_tile(tmp_path: Path) -> None:
+    reported_bundle(tmp_path / "toy", kept=GUIDED)
+    facts = Facts.read(tmp_path / "toy")
+
+    page = PageReader(page_of(facts))
+
+    assert page.rows["films"][-1] == ["ST-LPIPS", "0.0123", "0.25"]
+    assert "against full precision, ST-LPIPS 0.131;" in tiles_of(facts)[0].note

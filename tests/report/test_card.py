@@ -34,7 +34,9 @@ def test_the_card_lies_in_the_bundle_with_figures_and_picture(facts: Facts, tmp_
 
     text = path.read_text("utf-8")
     assert path == tmp_path / "toy" / "README.md"
-    assert "| Images | 30 dB | mean PSNR of 2 images against full precision; two different images have 10.5 |" in text
+    assert (
+        "| Images | 30 dB | mean PSNR of 2 images against full precision; two different images have 10.5 dB |" in text
+    )
     assert "# toy/model.pt, w8a8 for ort-cpu\n" in text
     assert "(tfmq/samples.png)" in text
     assert "denoiser(sample, 750)" in text

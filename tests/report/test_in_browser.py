@@ -39,7 +39,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     facts = []
     for name, psnr in (("one", 20.0), ("two", 30.0)):
-        reported_bundle(folder / name, psnr=psnr)
+        reported_bundle(folder / name, psnr=psnr, kept=(0.9, 0.97, 1.02, 0.95))
         facts.append(Facts.read(folder / name))
     write_comparison(facts, folder / "comparison.html")
     return {"bundle": write_page(facts[0]), "comparison": folder / "comparison.html"}

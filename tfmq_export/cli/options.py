@@ -74,6 +74,11 @@ Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the st
 MinPsnr = Annotated[float | None, typer.Option(help="Fail below this mean PSNR of the images, dB.")]
 MinSsim = Annotated[float | None, typer.Option(help="Fail below this mean SSIM of the images.")]
 MinSqnr = Annotated[float | None, typer.Option(help="Fail below this mean noise-prediction SQNR, dB.")]
+MinGuidance = Annotated[
+    float | None,
+    typer.Option(help="Fail if less than this share of guidance (what the prompt changes) is kept, on average."),
+]
+MaxLpips = Annotated[float | None, typer.Option(help="Fail above this mean ST-LPIPS of the images.")]
 
 
 def _version(value: bool) -> None:

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 from tfmq_export.bundle.manifest import prologue_folder
 from tfmq_export.cli.console import err, out, table
-from tfmq_export.report.numbers import POOR, size
+from tfmq_export.report.numbers import LOST_WORDS, POOR, PROMPT_LOST, decibels, short, size
 from tfmq_export.runtime.measure.compare import Metric
 from tfmq_export.runtime.measure.machine import described
 
 if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import Bundle
+    from tfmq_export.proof.guidance import Guidance
     from tfmq_export.proof.validate import Validation
     from tfmq_export.runtime.measure.compare import Comparison
     from tfmq_export.runtime.measure.receipt import Receipt
@@ -22,6 +23,7 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
     found = validation.report
     psnr, sqnr = found[Metric.IMAGE_PSNR], found[Metric.STEP_SQNR]
     similarity = f", SSIM {found[Metric.IMAGE_SSIM].mean:.3f}" if Metric.IMAGE_SSIM in found else ""
+    perceived = f", ST-LPIPS {short(found[Metric.IMAGE_LPIPS].mean)}" if Metric.IMAGE_LPIPS in found else ""
     cosine, agreement = found[Metric.FEATURE_COSINE], found[Metric.LOCK_STEP]
     convolutions, linears = receipt.counts("conv"), receipt.counts("linear")
     products = receipt.counts("attention")
@@ -30,10 +32,11 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
     rows = [
         (
             "images",
-            f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}, {len(psnr.values)} images"
+            f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}{perceived}, {len(psnr.values)} images"
             f"{_in_words(psnr.mean, found[Metric.OTHER_PICTURES].mean)}",
         ),
         ("noise prediction", f"SQNR {sqnr.mean:.1f} dB; least {_least(sqnr, manifest.timesteps.values)}"),
+        *_guidance_row(validation.guidance),
         (
             "temporal features",
             f"cosine {cosine.lowest:.7f} at worst, {len(manifest.timesteps)} timesteps{_tables(validation)}",
@@ -72,6 +75,21 @@ def _at_some(validation: "Validation") -> str:
 def _least(found: "Comparison", timesteps: Sequence[float]) -> str:
     """The worst value, and at which timestep."""
     return f"{found.lowest:.1f} dB, at timestep {timesteps[found.worst]:g}"
+
+
+def _guidance_row(found: "Guidance | None") -> list[tuple[str, str]]:
+    """How much of the prompt is left, where the sampler guides."""
+    if found is None:
+        return []
+    least, noisiest = found.weakest, found.noisiest
+    lost = f"; {LOST_WORDS}" if found.mean < PROMPT_LOST else ""
+    return [
+        (
+            "guidance kept",
+            f"{found.mean:.2f}, at worst {found.kept[least]:.2f} (timestep {found.timesteps[least]:g}); signal to "
+            f"noise least {decibels(found.snr[noisiest])} (timestep {found.timesteps[noisiest]:g}){lost}",
+        )
+    ]
 
 
 def _kernels_row(receipt: "Receipt", found: "Comparison") -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from tfmq_export.config import PRESETS, TABLES, CompileConfig
+from tfmq_export.config import PRESETS, TABLES, CompileConfig, field_of_flag
 from tfmq_export.target import TARGETS
 
 FLAGS = {
@@ -19,7 +19,7 @@ FLAGS = {
     "pts_lowering": "",
     **dict.fromkeys(("estimator", "cpus", "attention"), "method"),
     **dict.fromkeys(("device", "max_memory", "calibration_images", "validation_images", "budget", "seed"), ""),
-    **dict.fromkeys(("min_psnr", "min_ssim", "min_sqnr"), "thresholds"),
+    **dict.fromkeys(("min_psnr", "min_ssim", "min_sqnr", "min_guidance", "max_lpips"), "thresholds"),
     **dict.fromkeys(("allow_precision_loss", "tables", "class_tables", "prologue", "components"), ""),
 }
 """The table of the configuration that an option belongs to, in the order of ``--help``; "" is the configuration's own.
@@ -55,12 +55,12 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
 def key_of(name: str) -> str:
     """What ``load_config`` calls an option: its table and its field."""
     table = FLAGS[name]
-    return f"{table}.{name.removeprefix('min_')}" if table else name
+    return f"{table}.{field_of_flag(name)}" if table else name
 
 
 def _option(name: str) -> Any:
     """The annotation that typer reads."""
-    field = TABLES.get(FLAGS[name], CompileConfig).model_fields[name.removeprefix("min_")]
+    field = TABLES.get(FLAGS[name], CompileConfig).model_fields[field_of_flag(name)]
     kind, default = _kind(field), field.get_default()
     flag = f"--{name.replace('_', '-')}"
     help_text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}."

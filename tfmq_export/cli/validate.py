@@ -11,6 +11,8 @@ from tfmq_export.cli.options import (
     Factory,
     JsonFile,
     Lora,
+    MaxLpips,
+    MinGuidance,
     MinPsnr,
     MinSqnr,
     MinSsim,
@@ -50,6 +52,8 @@ def validate(
     min_psnr: MinPsnr = None,
     min_ssim: MinSsim = None,
     min_sqnr: MinSqnr = None,
+    min_guidance: MinGuidance = None,
+    max_lpips: MaxLpips = None,
     json: JsonFile = None,
     allow_precision_loss: Annotated[
         bool, typer.Option("--allow-precision-loss", help="Report layers that do not run in integers, but do not fail.")
@@ -72,7 +76,14 @@ def validate(
 
     asked = load_config(
         None,
-        {"budget": budget, "thresholds.psnr": min_psnr, "thresholds.ssim": min_ssim, "thresholds.sqnr": min_sqnr},
+        {
+            "budget": budget,
+            "thresholds.psnr": min_psnr,
+            "thresholds.ssim": min_ssim,
+            "thresholds.sqnr": min_sqnr,
+            "thresholds.guidance": min_guidance,
+            "thresholds.lpips": max_lpips,
+        },
     )
     opened = open_bundle(bundle)
     opened.verify()

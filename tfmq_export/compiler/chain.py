@@ -18,7 +18,7 @@ from tfmq_export.config import CompileConfig
 from tfmq_export.errors import ConfigError, OutputError
 from tfmq_export.models.recorded.load import Draw
 from tfmq_export.progress import Progress, Silent
-from tfmq_export.proof.validate import Validation
+from tfmq_export.proof.validate import Validation, require_measurable
 from tfmq_export.report.bundle_page import notebook_of
 from tfmq_export.report.facts import Facts
 from tfmq_export.runtime.engines.open import require_engine
@@ -80,7 +80,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     Raises:
         LoadError: the model cannot be read.
         ConfigError: options that do not fit together, or a schedule that cannot be walked.
-        DependencyError: the target's engine is not installed.
+        DependencyError: the target's engine, or what a threshold needs, is not installed.
         TargetError: the target cannot run what is asked for; known before any long work.
         ExportError: the model cannot be captured.
         RecipeError: the recipe was made from another model or schedule.
@@ -95,6 +95,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     given = None if recipe is None else recipe_as_asked(recipe, config)
     kept = checkpoint_of(root)
     denoiser = load_model(_with_code(model, draw), config.components, stages)
+    require_measurable(denoiser, config.thresholds)
     with sole_run(root), replaced_folder(root) as partial, evidence_kept(partial, root):
         captured = capture(denoiser, stages)
         with stages.stage("Forecasting"):

@@ -39,10 +39,12 @@ def compare_with_model(bounds: ModelBounds, bundle: Bundle) -> Result:
     if problems:
         shown = ", ".join(f"{timesteps[at]:g} ({steps.values[at]:.1f} dB)" for at in worst_first(steps.values)[:WORST])
         problems.append(f"least SQNR at timesteps {shown}")
+    lpips = f", ST-LPIPS {found.report[Metric.IMAGE_LPIPS].mean:.3g}" if Metric.IMAGE_LPIPS in found.report else ""
+    guided = "" if found.guidance is None else f", guidance kept {found.guidance.mean:.2f}"
     return Result(
         "model",
-        f"{bounds.path.name}: images PSNR {psnr.mean:.1f} dB, prediction SQNR {steps.mean:.1f} dB on average, worst "
-        f"{steps.lowest:.1f}",
+        f"{bounds.path.name}: images PSNR {psnr.mean:.1f} dB{lpips}, prediction SQNR {steps.mean:.1f} dB on average, "
+        f"worst {steps.lowest:.1f}{guided}",
         tuple(problems),
         "quantize more gently (a preset with more bits, more calibration), or lower the threshold",
     )

@@ -23,10 +23,13 @@ from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.config import Thresholds
 from tfmq_export.errors import RecipeError
 from tfmq_export.models.load import load, source_of
-from tfmq_export.progress import Progress, Silent, Step
+from tfmq_export.progress import Progress, Silent
 from tfmq_export.proof.agreement import Agreement, LockStep
 from tfmq_export.proof.float_model import look_at
+from tfmq_export.proof.guidance import Guidance, no_guidance, require_guidance
 from tfmq_export.proof.kernels import KernelCalls, compare_kernels, counted, few_rows, wrong_kernels
+from tfmq_export.proof.lpips import has_lpips, installed, lpips, require_lpips
+from tfmq_export.proof.per_step import compare_steps
 from tfmq_export.proof.plan import (
     AGREEING,
     DEFINING,
@@ -38,7 +41,7 @@ from tfmq_export.proof.plan import (
     measured_cost,
     plan_of,
 )
-from tfmq_export.proof.served import bundle_denoise, run_bundle
+from tfmq_export.proof.served import bundle_denoise
 from tfmq_export.proof.states import States, states_of
 from tfmq_export.proof.temporal_features import TemporalErrors, compare_temporal
 from tfmq_export.ptq.walk.calibration import CalibrationStep, record
@@ -46,10 +49,10 @@ from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.io import load_recipe
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.engines.realized import realized_by_target
-from tfmq_export.runtime.loaded import LoadedBundle
 from tfmq_export.runtime.loaded import load as load_bundle
 from tfmq_export.runtime.measure.compare import (
     Comparison,
+    Direction,
     Metric,
     Report,
     Threshold,
@@ -57,7 +60,6 @@ from tfmq_export.runtime.measure.compare import (
     has_ssim,
     is_picture,
     psnr,
-    sqnr_db,
     ssim,
 )
 from tfmq_export.runtime.measure.machine import features, processor
@@ -82,6 +84,7 @@ class Validation:
         notes: What looks wrong about the float model, in sentences.
         plan: How much was compared.
         states: On the way to the images, where they are pictures too.
+        guidance: What is left of the prompt, where the sampler guides.
     """
 
     report: Report
@@ -93,6 +96,7 @@ class Validation:
     plan: ProofPlan
     notes: tuple[str, ...] = ()
     states: States | None = None
+    guidance: Guidance | None = None
 
     def __repr__(self) -> str:
         verdict = "missed a bound" if self.report.failed else "passed"
@@ -102,6 +106,7 @@ class Validation:
         found = {
             "precision": self.receipt.to_json(),
             "temporal": self.temporal.to_json(),
+            "guidance": None if self.guidance is None else self.guidance.to_json(),
             "host": {"processor": processor(), "features": features()},
             "notes": list(self.notes),
             "proof": asdict(self.plan),
@@ -189,7 +194,11 @@ def validate(
         images: How many, whatever they take; if None, as many as ``budget`` allows and ``USUAL_IMAGES`` at most.
         budget: Seconds that it should take; see ``plan.py``.
         seed: Of the starting noise; another than calibration's.
+    Raises:
+        ConfigError: a bound on what this model does not have: guidance, or images for LPIPS.
+        DependencyError: a bound on LPIPS, whose weights are not installed.
     """
+    require_measurable(subject.denoiser, thresholds)
     progress = progress or Silent()
     denoiser, root = subject.denoiser, subject.bundle.root
     with progress.stage("Planning the proof"):
@@ -210,7 +219,9 @@ def validate(
             states = states_of(trajectory, walked, denoiser.sample, compiled)
             del walked
         with progress.stage(STEPPING) as step:
-            per_step = _per_step(denoiser, trajectory, loaded, step)
+            per_step = compare_steps(denoiser, trajectory, loaded, step)
+            if per_step.guidance is None and thresholds.guidance is not None:
+                raise no_guidance(denoiser)
             _, served = record(denoiser, bundle_denoise(loaded), few, _untold)
             in_integers = calls.answers(loaded)
     release_freed()
@@ -236,7 +247,7 @@ def validate(
     found = {
         Metric.FINITE: finite.reshape(2, plan.images, -1).mean(2),
         Metric.IMAGE_PSNR: psnr(reference_images, compiled_images, peak),
-        Metric.STEP_SQNR: per_step,
+        Metric.STEP_SQNR: per_step.sqnr,
         Metric.KERNELS: kernels.sqnr,
         Metric.KERNELS_AT_ENDS: kernels.extreme,
         Metric.SERVED_IMAGES: _psnr(defined, served),
@@ -249,6 +260,10 @@ def validate(
     # Signals, points and tiny images have no SSIM; where one is demanded all the same, ssim says so.
     if has_ssim(reference_images) or thresholds.ssim > 0:
         found[Metric.IMAGE_SSIM] = ssim(reference_images, compiled_images, peak)
+    if thresholds.lpips is not None or (installed() and has_lpips(reference_images)):
+        found[Metric.IMAGE_LPIPS] = lpips(reference_images, compiled_images)
+    if per_step.guidance is not None:
+        found[Metric.GUIDANCE], found[Metric.GUIDANCE_SNR] = per_step.guidance.kept, per_step.guidance.snr
     report = judge({metric: Comparison.of(metric, values) for metric, values in found.items()}, subject, thresholds)
     return Validation(
         report,
@@ -260,7 +275,19 @@ def validate(
         plan,
         tuple(notes),
         states,
+        per_step.guidance,
     )
+
+
+def require_measurable(denoiser: Denoiser, thresholds: Thresholds) -> None:
+    """Refuse bounds on what cannot be measured on a model, as far as it tells before it draws.
+
+    Raises:
+        ConfigError: it has no guidance, or draws no images for LPIPS.
+        DependencyError: LPIPS' weights are not installed.
+    """
+    require_guidance(denoiser, thresholds)
+    require_lpips(denoiser, thresholds)
 
 
 def judge(found: Mapping[Metric, Comparison], subject: Subject, thresholds: Thresholds) -> Report:
@@ -284,19 +311,13 @@ def judge(found: Mapping[Metric, Comparison], subject: Subject, thresholds: Thre
     ]
     if Metric.IMAGE_SSIM in found:
         asked.insert(2, (Metric.IMAGE_SSIM, thresholds.ssim, found[Metric.IMAGE_SSIM].mean))
-    verdicts = tuple(Threshold(metric, least).judge(value) for metric, least, value in asked)
-    return Report(tuple(found[metric] for metric in Metric if metric in found), verdicts)
-
-
-def _per_step(
-    denoiser: Denoiser, trajectory: tuple[CalibrationStep, ...], loaded: LoadedBundle, step: Step
-) -> NDArray[np.float64]:
-    """SQNR of the prediction at every call of the full-precision trajectory, dB."""
-    found = []
-    for done, recorded in enumerate(trajectory, start=1):
-        found.append(sqnr_db(recorded.prediction.numpy(), run_bundle(loaded, denoiser, recorded.inputs)))
-        step(done, len(trajectory))
-    return np.array(found)
+    if thresholds.guidance is not None:
+        asked.append((Metric.GUIDANCE, thresholds.guidance, found[Metric.GUIDANCE].mean))
+    verdicts = [Threshold(metric, least).judge(value) for metric, least, value in asked]
+    if thresholds.lpips is not None:
+        most = Threshold(Metric.IMAGE_LPIPS, thresholds.lpips, Direction.AT_MOST)
+        verdicts.append(most.judge(found[Metric.IMAGE_LPIPS].mean))
+    return Report(tuple(found[metric] for metric in Metric if metric in found), tuple(verdicts))
 
 
 def _by_metric(agreements: Sequence[Agreement]) -> dict[Metric, NDArray[np.float64]]:

@@ -11,8 +11,9 @@ from tfmq_export.bundle.write import replaced_file
 from tfmq_export.report.facts import Facts
 from tfmq_export.report.images import EXACT_SIDE, rows_of
 from tfmq_export.report.layers import Layer
-from tfmq_export.report.numbers import POOR, decibels, short, size
-from tfmq_export.report.plots import feature_errors, over_timesteps
+from tfmq_export.report.measured import Guidance
+from tfmq_export.report.numbers import LOST_WORDS, POOR, PROMPT_LOST, decibels, short, size
+from tfmq_export.report.plots import feature_errors, guidance_kept, over_timesteps
 from tfmq_export.report.render import render
 from tfmq_export.runtime.measure.compare import Metric
 
@@ -89,6 +90,9 @@ def verdict_of(facts: Facts) -> Verdict:
         return Verdict("warned", "Not all integers.", f"{checks}; {runs}.")
     if facts.psnr is not None and facts.psnr < POOR:
         return Verdict("warned", "Poor images.", f"{checks}, but the pictures are not the same ones any more.")
+    kept = 1.0 if measured.guidance is None else float(measured.guidance.kept.mean())
+    if kept < PROMPT_LOST:
+        return Verdict("warned", "The prompt is lost.", f"{checks}, but {kept:.2f} of the guidance is left.")
     return Verdict("passed", "Passed.", f"{checks}; {runs}, by the engine's own account.")
 
 
@@ -109,9 +113,12 @@ def tiles_of(facts: Facts) -> tuple[Tile, ...]:
 def _images_tile(facts: Facts) -> Tile:
     values = facts.measured.values.get(Metric.IMAGE_PSNR, ())
     others = facts.measured.mean(Metric.OTHER_PICTURES)
+    lpips = facts.measured.mean(Metric.IMAGE_LPIPS)
     note = f"mean PSNR of {len(values)} images against full precision"
+    if lpips is not None:
+        note += f", ST-LPIPS {short(lpips)}"
     if others is not None:
-        note += f"; two different images have {others:.1f}"
+        note += f"; two different images have {others:.1f} dB"
     return Tile("Images", "" if facts.psnr is None else short(facts.psnr), "dB", note)
 
 
@@ -147,6 +154,7 @@ def _images(facts: Facts) -> dict[str, object]:
         "frames": len(names) + 1,
         "ratio": f"{width} / {height}",
         "psnrs": values[:shown],
+        "lpips": facts.measured.values.get(Metric.IMAGE_LPIPS, ())[:shown],
     }
 
 
@@ -168,6 +176,25 @@ def _timesteps(facts: Facts) -> dict[str, object]:
         "features_figure": feature_errors(features, timesteps) if features else "",
         "features_words": _features_words(facts),
         "calls": calls,
+        **_guidance(facts.measured.guidance),
+    }
+
+
+def _guidance(found: Guidance | None) -> dict[str, object]:
+    """What is left of the prompt; nothing where the sampler does not guide."""
+    if found is None:
+        return {"guidance_figure": ""}
+    mean, least, noisiest = float(found.kept.mean()), int(found.kept.argmin()), int(found.snr.argmin())
+    lost = f" {LOST_WORDS}." if mean < PROMPT_LOST else ""
+    return {
+        "guidance_figure": guidance_kept(found),
+        "guidance_words": f"Guidance kept: {mean:.2f} on average, {found.kept[least]:.2f} at worst, at timestep "
+        f"{found.timesteps[least]:g}. Signal to noise of it: {decibels(float(np.mean(found.snr)))} on average, "
+        f"{decibels(float(found.snr[noisiest]))} at worst, at timestep {found.timesteps[noisiest]:g}.{lost}",
+        "guidance_rows": [
+            (f"{timestep:g}", f"{kept:.3f}", f"{snr:.1f}")
+            for timestep, kept, snr in zip(found.timesteps, found.kept, found.snr, strict=True)
+        ],
     }
 
 

@@ -54,6 +54,21 @@ class Feature:
     mismatch: NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Guidance:
+    """How much of what the prompt changes is kept, at each timestep where the sampler guides.
+
+    Attributes:
+        timesteps: In the order of sampling, [G].
+        kept: 1 is all, [G].
+        snr: Signal to noise of the same, dB, [G].
+    """
+
+    timesteps: NDArray[np.float64]
+    kept: NDArray[np.float64]
+    snr: NDArray[np.float64]
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A stage of the compiler; memory is the most the process held up to its end, None where nobody could tell."""
@@ -72,6 +87,7 @@ class Measured:
         integer_share: Share of the multiply-accumulates that run in integers.
         realized: What each layer became, by its name.
         strays: Operations of no layer that compute on dequantized numbers, with the reason.
+        guidance: None where the sampler does not guide.
         notes: What looks wrong about the float model.
         host: Processor and instruction sets of the machine that measured.
         command: That makes the bundle again; empty where no command made it.
@@ -83,6 +99,7 @@ class Measured:
     realized: Mapping[str, Realized]
     strays: tuple[tuple[str, str], ...]
     features: tuple[Feature, ...]
+    guidance: Guidance | None
     notes: tuple[str, ...]
     host: Mapping[str, str]
     stages: tuple[Stage, ...]
@@ -137,8 +154,16 @@ class Measured:
                 Feature(path, np.array(x["cosine"], np.float64), np.array(x["mismatch"], np.int64))
                 for path, x in found["temporal"].items()
             ),
+            guidance=_guidance(found.get("guidance")),
             notes=tuple(found["notes"]),
             host=found["host"],
             stages=tuple(Stage(**x) for x in found.get("stages", ())),
             command=found.get("command", ""),
         )
+
+
+def _guidance(found: Mapping[str, Any] | None) -> Guidance | None:
+    if found is None:
+        return None
+    timesteps, kept, snr = (np.array([float(x) for x in found[name]]) for name in ("timesteps", "kept", "snr_db"))
+    return Guidance(timesteps, kept, snr)

@@ -4,6 +4,9 @@ import math
 
 POOR = 18.0
 """dB. Below it a picture differs from the model's own in more than details; a blur of 4 pixels has 16."""
+PROMPT_LOST = 0.5
+"""Share of guidance. Where less is kept, images follow their prompts as if guidance were half as strong, or less."""
+LOST_WORDS = "LOW: the prompt hardly counts any more"
 LETTERS = ("", "k", "M", "G", "T", "P")
 
 

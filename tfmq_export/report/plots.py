@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tfmq_export.report.figures import ACCENT, MUTED, SECOND, STYLE, svg_of
-from tfmq_export.report.measured import Feature
+from tfmq_export.report.measured import Feature, Guidance
 
 FLOOR, WORST = 1e-9, 1e-1
 """Ends of the scale of 1 - cosine: below the first float32 sees no difference, above the second nothing is right."""
@@ -41,6 +41,32 @@ def over_timesteps(sqnr: Sequence[float], weights: Sequence[float], timesteps: S
     if weights:
         said += f" Weights of the timesteps, from {min(weights):.2g} to {max(weights):.2g} times the average, below."
     return drawn(draw, (WIDTH, 3.6 if weights else 2.5), "steps", said)
+
+
+def guidance_kept(found: Guidance) -> str:
+    """What the prompt changes in the prediction: how much of it is kept, and below it its signal to noise."""
+
+    def draw(figure: Figure) -> None:
+        above, below = figure.subplots(2, 1, sharex=True)
+        places = np.arange(len(found.kept))
+        above.plot(places, found.kept, color=ACCENT, linewidth=1.8, marker=".")
+        above.axhline(1, color=MUTED, linewidth=0.8, linestyle=":")
+        above.set_ylim(*_with(found.kept, 0.0, 1.05))
+        above.set_ylabel("kept")
+        below.plot(places, found.snr, color=SECOND, linewidth=1.8, marker=".")
+        below.axhline(0, color=MUTED, linewidth=0.8, linestyle=":")
+        below.set_ylabel("SNR (dB)")
+        _name_steps(below, found.timesteps, len(found.kept))
+
+    said = f"Share of guidance that is kept over the schedule: {found.kept.mean():.2f} on average, "
+    said += f"{found.kept.min():.2f} at worst. Its signal to noise below, {found.snr.min():.1f} dB at worst."
+    return drawn(draw, (WIDTH, 3.6), "guidance", said)
+
+
+def _with(values: NDArray[np.float64], low: float, high: float) -> tuple[float, float]:
+    """Ends of an axis that shows these and two numbers; what is not finite is not drawn."""
+    known = values[np.isfinite(values)]
+    return min([low, *known]), max([high, *(known * 1.05)])
 
 
 def feature_errors(features: Sequence[Feature], timesteps: Sequence[float]) -> str:
@@ -86,7 +112,7 @@ def by_block(features: Sequence[Feature]) -> dict[str, NDArray[np.float64]]:
     return found
 
 
-def _name_steps(axis: Axes, timesteps: Sequence[float], calls: int) -> None:
+def _name_steps(axis: Axes, timesteps: Sequence[float] | NDArray[np.float64], calls: int) -> None:
     """Timesteps under the calls, where each call has one of its own."""
     if calls != len(timesteps):
         axis.set_xlabel("model call, in the order of sampling")
