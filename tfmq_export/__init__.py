@@ -1,7 +1,7 @@
 """Compile PyTorch diffusion models into quantized ONNX graphs that really run in integers.
 
-``compile`` makes a bundle and proves it; ``quantize``, ``lower``, ``write`` and ``prove`` are its steps; ``load`` runs
-a bundle. Every public name is imported when it is first asked for:
+``compile`` makes a bundle and proves it, ``foresee`` says what that takes; ``quantize``, ``lower``, ``write`` and
+``prove`` are its steps; ``load`` runs a bundle. Every public name is imported when it is first asked for:
 importing this package loads neither torch nor onnx, and ``load`` never does.
 """
 
@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.capture.denoiser import Description
     from tfmq_export.compiler.chain import compile_model as compile  # noqa: A004
+    from tfmq_export.compiler.chain import foresee
     from tfmq_export.compiler.steps import lower, prove, quantize, write
     from tfmq_export.config import CompileConfig
     from tfmq_export.integrations.diffusers import CompiledDenoiser
+    from tfmq_export.integrations.notebook import NotebookProgress
     from tfmq_export.models.load import Source
     from tfmq_export.runtime.loaded import load
 
@@ -24,9 +26,11 @@ __all__ = [
     "CompileConfig",
     "CompiledDenoiser",
     "Description",
+    "NotebookProgress",
     "Source",
     "__version__",
     "compile",
+    "foresee",
     "load",
     "lower",
     "open_bundle",
@@ -39,8 +43,10 @@ _OFFERED: Mapping[str, str] = {
     "CompileConfig": "tfmq_export.config",
     "CompiledDenoiser": "tfmq_export.integrations.diffusers",
     "Description": "tfmq_export.capture.denoiser",
+    "NotebookProgress": "tfmq_export.integrations.notebook",
     "Source": "tfmq_export.models.load",
     "compile": "tfmq_export.compiler.chain:compile_model",
+    "foresee": "tfmq_export.compiler.chain",
     "load": "tfmq_export.runtime.loaded",
     "lower": "tfmq_export.compiler.steps",
     "open_bundle": "tfmq_export.bundle.manifest",
