@@ -16,8 +16,9 @@ from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.graph import export_model, unread
 from tfmq_export.passes.reading import constant_values, element_type
 
-EXTERNAL_DATA_BYTES = 1 << 30
-"""protobuf cannot hold more than 2 GiB; weights above this size go to a file of their own."""
+EXTERNAL_DATA_BYTES = 1 << 28
+"""Weights above this size go to a file of their own: protobuf cannot hold more than 2 GiB, and copies what it holds
+whenever it is read, while engines map such a file into memory."""
 INSIDE = 1 << 10
 """Bytes of a tensor that the graph holds itself in any case: shapes, scalars, most biases."""
 ALIGNED = 4096

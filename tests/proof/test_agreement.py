@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tfmq_export.compiler import forms
 from tfmq_export.compiler.steps import lower, write
 from tfmq_export.config import CompileConfig, Method, Thresholds, find_preset
 from tfmq_export.errors import LoadError
+from tfmq_export.proof import agreement as agreement_module
 from tfmq_export.proof.agreement import Agreement, LockStep, _Synchronizer, code_step
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.names import node_name, part_name, rows_name, scaled_name, weight_codes_name
@@ -76,6 +77,29 @@ def test_graph_and_fake_quant_agree_at_every_timestep(name: str, preset: str) ->
     assert min(agreement.sqnr for agreement in found) >= AGREED
     # Every segment starts from the same numbers: at most a tie here and there falls to the other side.
     assert max(agreement.mismatch_rate for agreement in found) < 0.01
+
+
+@pytest.mark.parametrize("name", list(FACTORIES))
+def test_rows_one_after_the_other_give_the_same_judgement(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, bundle, made = exported(name, "w8a8")
+    batches: list[int] = []
+    judge = LockStep._judge
+
+    def judging(self: LockStep, inputs: Mapping[str, torch.Tensor], *known: dict[str, NDArray]) -> Agreement:
+        batches.append(max(len(value) for value in inputs.values() if value.ndim))
+        return judge(self, inputs, *known)
+
+    monkeypatch.setattr(LockStep, "_judge", judging)
+    together = compare(bundle, made)
+    monkeypatch.setattr(agreement_module, "MOST_VALUES", 0)
+    alone = compare(bundle, made)
+
+    assert batches[-1] == 1 < batches[0]
+    assert len(alone) == len(together)
+    for one, other in zip(alone, together, strict=True):
+        assert one.sqnr >= AGREED
+        assert one.code_steps == pytest.approx(other.code_steps, abs=1)  # a tie may fall to the other side
+        assert one.mismatch_rate == pytest.approx(other.mismatch_rate, abs=0.01)
 
 
 def negate_largest(codes: NDArray) -> NDArray:

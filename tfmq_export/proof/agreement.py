@@ -13,8 +13,8 @@ in the layer that reads it.
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +28,7 @@ from torch import Tensor
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.capture.dependences import TIMESTEP
 from tfmq_export.capture.program import DiffusionProgram
+from tfmq_export.capture.rows import elements_for_one
 from tfmq_export.errors import LoadError
 from tfmq_export.passes.scaling.split_results import result_parts, split_layers
 from tfmq_export.proof.simulate import Simulation
@@ -40,6 +41,8 @@ from tfmq_export.runtime.measure.compare import sqnr_db
 from tfmq_export.runtime.measure.operations import read_graph
 from tfmq_export.target import find_target
 
+MOST_VALUES = 1 << 26
+"""Of all layers' results for one row: beyond that, rows are compared one after the other to spare memory."""
 ROUNDING = 1e-3  # of a code step: what fp32 arithmetic in another order may leave
 
 
@@ -82,6 +85,8 @@ class LockStep:
         self._output = bundle.manifest.output
         self._names = [*(layer.name for layer in recipe.layers), *(product.name for product in recipe.products)]
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
+        watched_nodes = [node for node in program.module.graph.nodes if node.name in {*self._names}]
+        self._values = sum(elements_for_one(node) for node in watched_nodes)
         with tempfile.TemporaryDirectory() as folder:
             self._runner = _watched(bundle.model, watched, Path(folder) / "main")
             self._prologue = (
@@ -107,12 +112,14 @@ class LockStep:
         Raises:
             LoadError: the graph has no results of layers that the manifest does not explain.
         """
-        results: Iterable[Mapping[str, NDArray[Any]]] = map(self._results, calls)
         if not self._names:  # predictions alone are small: engine and model need not be in memory together
-            results = list(results)
+            predictions = [self._results(inputs) for inputs in calls]
             self.close()
-        for inputs, found in zip(calls, results, strict=True):
-            yield self._judge(inputs, found)
+            yield from map(self._judge, calls, predictions)
+            return
+        for inputs in calls:
+            parts = [inputs] if self._values < MOST_VALUES else _row_by_row(inputs)
+            yield _together([self._judge(part) for part in parts])
 
     def _results(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
         """The prediction and every layer's result by name, of both graphs where there are two."""
@@ -123,10 +130,14 @@ class LockStep:
         given = {**feeds, **once}
         return {**once, **self._runner.infer({name: given[name] for name in self._runner.inputs})}
 
-    def _judge(self, inputs: Mapping[str, Tensor], results: Mapping[str, NDArray[Any]]) -> Agreement:
-        """Compare the graph's results with fake-quant on the same inputs."""
-        results = dict(results)
-        free = self._simulation(inputs)
+    def _judge(self, inputs: Mapping[str, Tensor], known: dict[str, NDArray[Any]] | None = None) -> Agreement:
+        """Compare the graph's results with fake-quant on the same inputs.
+
+        Args:
+            known: The graph's results, where the engine gave them before.
+        """
+        free = self._simulation(inputs)  # before all the results are in memory
+        results = self._results(inputs) if known is None else known
         graph = results.pop(self._output)
         for name, factor in self._factors.items():
             results[name] = np.asarray(results.pop(scaled_name(name))) / factor
@@ -139,7 +150,7 @@ class LockStep:
                 f"{unseen[0]} and {len(unseen) - 1} other layers are not in the graph as its manifest says; "
                 "compile the model again"
             )
-        watcher = _Synchronizer(results)
+        watcher = _Synchronizer(results)  # lets each go once it is compared
         synchronized = self._simulation(inputs, watcher)
         worst = max(watcher.steps, key=lambda path: watcher.steps[path], default="")
         return Agreement(
@@ -151,10 +162,30 @@ class LockStep:
         )
 
 
+def _row_by_row(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Inputs of one row each."""
+    rows = max((len(value) for value in inputs.values() if value.ndim), default=1)
+    return [
+        {name: value[row : row + 1] if value.ndim and len(value) == rows else value for name, value in inputs.items()}
+        for row in range(rows)
+    ]
+
+
+def _together(found: Sequence[Agreement]) -> Agreement:
+    """Of rows that were compared one after the other: the worst of all, and the mean of what is a share."""
+    worst = max(found, key=lambda each: each.code_steps)
+    return replace(
+        worst,
+        sqnr=min(each.sqnr for each in found),
+        free_sqnr=min(each.free_sqnr for each in found),
+        mismatch_rate=sum(each.mismatch_rate for each in found) / len(found),
+    )
+
+
 class _Synchronizer:
     """Compares each layer's result with the graph's, and lets the graph's flow on."""
 
-    def __init__(self, results: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(self, results: dict[str, NDArray[Any]]) -> None:
         self._results = results
         self.steps: dict[str, float] = {}
         self.sqnr: list[float] = []
@@ -163,7 +194,7 @@ class _Synchronizer:
     def __call__(self, layer: LayerRecipe | ProductRecipe, ours: Tensor) -> Tensor:
         if layer.name not in self._results:
             return ours  # the graph's output, compared by the caller
-        theirs = torch.from_numpy(np.asarray(self._results[layer.name]))
+        theirs = torch.from_numpy(np.asarray(self._results.pop(layer.name)))
         distance = (ours - theirs).abs() / code_step(layer)
         self.steps[layer.path] = float(distance.max())
         # A result of nothing but zeros, as of an empty prompt's, has no signal to measure by.
