@@ -145,7 +145,7 @@ def test_bounds_on_what_the_model_has_not_are_refused_before_any_work(
 
     assert [each.exit_code for each in (validated, exported, small)] == [2, 2, 2]
     for each in (validated, exported):
-        assert "is sampled without classifier-free guidance" in each.output
+        assert "its sampler shows no classifier-free guidance" in each.output
         assert "leave out --min-guidance" in each.output
     assert "ST-LPIPS needs" in small.output
     assert not (tmp_path / "out").exists()
