@@ -17,7 +17,8 @@ from tfmq_export.config import CompileConfig
 from tfmq_export.errors import ConfigError, OutputError
 from tfmq_export.models.recorded.load import Draw
 from tfmq_export.progress import Progress, Silent
-from tfmq_export.proof.validate import Validation, require_measurable
+from tfmq_export.proof.judge import require_measurable
+from tfmq_export.proof.validate import Validation
 from tfmq_export.report.bundle_page import notebook_of
 from tfmq_export.report.facts import Facts
 from tfmq_export.runtime.engines.open import require_engine
