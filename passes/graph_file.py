@@ -26,11 +26,18 @@ SLICE_BYTES = 16 << 20
 """Of a tensor that is not laid out row by row: copied at once, to be written."""
 
 
-def save_graph(graph: gs.Graph, path: Path, *, value_info: bool = True) -> None:
+def save_graph(
+    graph: gs.Graph,
+    path: Path,
+    *,
+    value_info: bool = True,
+    finish: Callable[[onnx.ModelProto], None] | None = None,
+) -> None:
     """Write a graph, with its weights in ``<name>_data`` when they are large.
 
     Args:
         value_info: Whether the types of computed values are written as well.
+        finish: Adds what a graph of graphsurgeon has no place for: descriptions.
     Raises:
         PostconditionError: what was written is not valid ONNX; told of large graphs only, ``check_valid`` of all.
     """
@@ -41,6 +48,8 @@ def save_graph(graph: gs.Graph, path: Path, *, value_info: bool = True) -> None:
         model = export_model(graph)
     if not value_info:
         del model.graph.value_info[:]
+    if finish is not None:
+        finish(model)
     onnx.save_model(model, str(path))
     if places:
         _write(graph, places, data)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tfmq_export.bundle.arrays import read_arrays
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import LoadError, PrecisionError
-from tfmq_export.runtime.measure.compare import sqnr_db
+from tfmq_export.runtime.measure.compare import json_number, sqnr_db
 from tfmq_export.runtime.measure.machine import adds_in_16_bits, described
 from tfmq_export.target import find_target
 
@@ -78,6 +78,11 @@ class HostCheck:
     def passed(self) -> bool:
         """NaN passes no limit."""
         return self.sqnr >= self.limit
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data."""
+        found = {"sqnr_db": json_number(self.sqnr), "limit_db": self.limit, "engine": self.engine, "host": self.host}
+        return {**found, "passed": self.passed}
 
     def describe(self) -> str:
         """One line for people."""

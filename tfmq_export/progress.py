@@ -1,6 +1,6 @@
 """How long-running work reports its progress; only the command line shows it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -15,6 +15,10 @@ class Progress(Protocol):
         """Enter one step of the chain; the callable inside takes its progress."""
         ...
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Hear what the stages still to come should take, by title."""
+        ...
+
 
 class Silent:
     """Reports nothing."""
@@ -22,3 +26,6 @@ class Silent:
     @contextmanager
     def stage(self, title: str) -> Iterator[Step]:
         yield lambda done, total: None
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        pass

@@ -236,6 +236,9 @@ class _Printed:
 
         yield tell
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Hear what the stages should take; a log has no use for it."""
+
 
 def _temporal(recipe: QuantRecipe, denoiser: Denoiser) -> dict[str, object]:
     errors = compare_temporal(capture(denoiser).program, denoiser, recipe.tib)

@@ -1,6 +1,6 @@
 """What each stage took is in the report, to its end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from tfmq_export.compiler.making import Making, Stopwatch
@@ -18,6 +18,9 @@ class Heard:
         self.said.append(title)
         yield lambda done, total: self.said.append(f"{done}/{total}")
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        self.said.append(f"expects {sum(seconds.values()):.0f} s")
+
 
 def test_a_stopwatch_passes_on_what_it_times() -> None:
     heard = Heard()
@@ -25,8 +28,9 @@ def test_a_stopwatch_passes_on_what_it_times() -> None:
 
     with watch.stage("Quantizing") as step:
         step(1, 2)
+    watch.expect({"Writing": 1, "Sampling": 2})
 
-    assert heard.said == ["Quantizing", "1/2"]
+    assert heard.said == ["Quantizing", "1/2", "expects 3 s"]
     assert [stage.title for stage in watch.stages] == ["Quantizing"]
 
 

@@ -77,6 +77,33 @@ def test_the_last_line_of_an_export_is_the_path_of_its_report(packed: Path, tmp_
     assert not [text for text in texts if ".partial" in text]  # the folder they are written in, which is gone
 
 
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    said = run("export", packed, "-o", out, "--dry-run", "-q", *SIZES)
+    data = run("export", packed, "-o", out, "--dry-run", "-q", "--json", "-", *SIZES)
+
+    assert (said.exit_code, data.exit_code) == (0, 0), said.output + data.output
+    assert not list(tmp_path.iterdir())
+    assert "Quantizing" in said.stdout
+    assert "2 images to calibrate with, 2 to compare, 3 timesteps in lock-step" in said.stdout
+    found = json.loads(data.stdout)
+    assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]), abs=0.01)
+    assert found["peak_memory_bytes"] == max(stage["memory_bytes"] for stage in found["stages"])
+
+
+def test_an_export_gives_its_figures_as_json_and_tells_people_on_stderr(packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    result = run("export", packed, "-o", out, "--preset", "fp32", "-q", "--json", "-", *SIZES, *NO_GATE)
+
+    found = json.loads(result.stdout)
+    assert found.pop("bundle") == str(out)
+    assert found == json.loads((out / "tfmq/report.json").read_text())
+    assert set(found["expected"]["stages"][0]) == {"title", "seconds", "memory_bytes"}
+    assert f"report: {out}" in result.stderr
+
+
 def test_a_recipe_decides_the_name_and_refuses_to_be_another(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

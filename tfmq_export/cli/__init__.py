@@ -6,13 +6,17 @@ Heavy imports wait until a command runs, so that ``--help`` answers at once.
 import importlib
 
 import typer
+from rich.markup import escape
+
+from tfmq_export.cli.help import epilog, in_panels
 
 
 def app_of(name: str) -> typer.Typer:
     """A command, ready to run."""
     command = getattr(importlib.import_module(f"tfmq_export.cli.{name}"), name)
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(help=command.__doc__, context_settings={"help_option_names": ["-h", "--help"]})(command)
+    app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich")
+    names = {"help_option_names": ["-h", "--help"]}
+    app.command(help=escape(command.__doc__), epilog=escape(epilog(name)), context_settings=names)(in_panels(command))
     return app
 
 

@@ -1,12 +1,13 @@
 """tfmq-build: TensorRT engines for a bundle."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tfmq_export.cli.console import bars, out, reports_errors, table
-from tfmq_export.cli.options import BundleFolder, Quiet, Version
+from tfmq_export.cli.options import BundleFolder, JsonFile, Quiet, Version, answering
 from tfmq_export.report.numbers import size
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def build(
     allow_precision_loss: Annotated[
         bool, typer.Option("--allow-precision-loss", help="Keep engines whose layers do not all run in integers.")
     ] = False,
+    json: JsonFile = None,
     quiet: Quiet = False,
     version: Version = False,
 ) -> None:
@@ -70,9 +72,11 @@ def build(
             with progress.stage(f"Building for {_gpus(capabilities)}"):
                 opened, more = add_engines(opened, request, allow_precision_loss=allow_precision_loss)
             built.extend(more)
-    table(f"{bundle}: engines", [_row(each) for each in built], ("graph", "GPUs", "in int8", "build", "size"))
-    for each in built:
-        out.print(f"written: {bundle / each.info.file}", markup=False, highlight=False)
+    with answering(json) as found:
+        table(f"{bundle}: engines", [_row(each) for each in built], ("graph", "GPUs", "in int8", "build", "size"))
+        for each in built:
+            out.print(f"written: {bundle / each.info.file}", markup=False, highlight=False)
+        found |= {"bundle": str(bundle), "engines": [_figures(each) for each in built]}
 
 
 def _row(built: "BuiltEngine") -> tuple[str, ...]:
@@ -85,6 +89,16 @@ def _row(built: "BuiltEngine") -> tuple[str, ...]:
         f"{built.seconds:.1f} s",
         size(built.info.size),
     )
+
+
+def _figures(built: "BuiltEngine") -> dict[str, object]:
+    return {
+        **asdict(built.info),
+        "seconds": built.seconds,
+        "proven": built.proven,
+        "convs": built.receipt.counts("conv"),
+        "linears": built.receipt.counts("linear"),
+    }
 
 
 def _capabilities(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import functools
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import ParamSpec
@@ -13,11 +13,20 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from tfmq_export.errors import OutputError, TfmqError
 from tfmq_export.progress import Step
+from tfmq_export.report.numbers import seconds as as_time
 
 P = ParamSpec("P")
 out = Console(soft_wrap=True)
@@ -70,17 +79,36 @@ class Bars:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self._expected: dict[str, float] = {}
+        self._whole: TaskID | None = None
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        self._expected = dict(seconds)
+        self._whole = self._progress.add_task("In all", total=sum(seconds.values()))
+        self._tell(0.0)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Step]:
         task = self._progress.add_task(title, total=None)
+        expected = self._expected.pop(title, 0.0)
 
         def step(done: int, total: int) -> None:
             self._progress.update(task, completed=done, total=total)
+            self._tell(expected * (1 - done / max(1, total)))
 
+        self._tell(expected)
         yield step
         self._progress.update(task, total=1, completed=1)
         self._progress.stop_task(task)
+        self._tell(0.0)
+
+    def _tell(self, here: float) -> None:
+        """How much is left of all stages, by the forecast; ``here`` of the one that runs."""
+        if self._whole is None:
+            return
+        left, total = here + sum(self._expected.values()), self._progress.tasks[self._whole].total or 0.0
+        said = f"In all, {as_time(left)} left" if left else "In all"
+        self._progress.update(self._whole, completed=total - left, description=said)
 
 
 class Lines:
@@ -90,6 +118,9 @@ class Lines:
     def stage(self, title: str) -> Iterator[Step]:
         err.print(f"{title} ...")
         yield lambda done, total: None
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        err.print(f"{as_time(sum(seconds.values()))} to go, as forecast")
 
 
 @contextmanager

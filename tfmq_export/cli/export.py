@@ -8,10 +8,12 @@ import typer
 from rich.markup import escape
 
 from tfmq_export.cli.console import bars, err, out, reports_errors
+from tfmq_export.cli.forecast import show_forecast
 from tfmq_export.cli.options import (
     Conditioning,
     Factory,
     Guidance,
+    JsonFile,
     Lora,
     Model,
     Pipeline,
@@ -22,13 +24,17 @@ from tfmq_export.cli.options import (
     Variant,
     Verbose,
     Version,
+    answering,
+    require_folder_of,
 )
 from tfmq_export.cli.result import show
 from tfmq_export.cli.settings import takes_settings
 from tfmq_export.cli.typed import command_line
+from tfmq_export.recipe.plain import read_json
 
 if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import Bundle
+    from tfmq_export.compiler.chain import Compiled
     from tfmq_export.config import CompileConfig
     from tfmq_export.serving.options import Serving
 
@@ -57,10 +63,15 @@ def export(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in TOML; flags win.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what it would take: time, memory and disk of every stage."),
+    ] = False,
     triton: Annotated[
         str | None, typer.Option(metavar="NAME", help="Add it as this model to the Triton repository beside OUT.")
     ] = None,
     dump_dir: Annotated[Path | None, typer.Option(help="Save the graph after every pass in this folder.")] = None,
+    json: JsonFile = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,
     version: Version = False,
@@ -71,10 +82,11 @@ def export(
     asked = load_config(config, settings)
     root = output or Path("out") / "-".join([_name(model), _preset(asked, recipe), *_other_target(asked.target)])
     serving = None if triton is None else _servable(asked.target, triton)
+    require_folder_of(json)
 
     with bars(quiet) as progress:
         with progress.stage("Starting"):
-            from tfmq_export.compiler.chain import checkpoint_of, compile_model
+            from tfmq_export.compiler.chain import checkpoint_of, compile_model, foresee
             from tfmq_export.models.load import Source
         source = Source(
             model,
@@ -88,22 +100,38 @@ def export(
             tuple(lora or ()),
             pipeline,
         )
+        if dry_run:
+            expected = foresee(source, root, asked, recipe=recipe, progress=progress)
         try:
-            made = compile_model(
-                source,
-                root,
-                asked,
-                recipe=recipe,
-                resume=resume,
-                dump_dir=dump_dir,
-                progress=progress,
-                command=command_line(context, "export"),
+            made = (
+                None
+                if dry_run
+                else compile_model(
+                    source,
+                    root,
+                    asked,
+                    recipe=recipe,
+                    resume=resume,
+                    dump_dir=dump_dir,
+                    progress=progress,
+                    command=command_line(context, "export"),
+                )
             )
         except (KeyboardInterrupt, SystemExit):
             if checkpoint_of(root).exists():
                 kept = escape(str(checkpoint_of(root)))
                 err.print(f"finished blocks are kept in {kept}: the same command with --resume goes on")
             raise
+    with answering(json) as found:
+        if made is None:
+            show_forecast(expected, root)
+            found |= expected.to_json()
+        else:
+            _say(made, root, serving)
+            found |= {"bundle": str(root), **read_json(made.bundle.report)}
+
+
+def _say(made: "Compiled", root: Path, serving: "Serving | None") -> None:
     show(made.bundle, made.validation)
     out.print(f"\nwritten to [bold]{escape(str(root))}[/] in {sum(made.seconds.values()):.0f} s")
     _how_to_build(made.bundle)

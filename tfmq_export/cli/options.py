@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from tfmq_export import __version__
 from tfmq_export.bundle.write import replaced_file
-from tfmq_export.cli.console import out
+from tfmq_export.cli.console import out, people_on_stderr
 from tfmq_export.errors import OutputError
 from tfmq_export.limits import LARGEST_SEED, MOST_THREADS
 
@@ -101,6 +102,19 @@ def write_figures(figures: Mapping[str, object], file: Path) -> None:
         return
     with replaced_file(file) as partial:
         partial.write_text(text, "utf-8")
+
+
+@contextmanager
+def answering(file: Path | None) -> Iterator[dict[str, object]]:
+    """What a command found, as data: put it into the mapping; it is written at the end, where ``--json`` asks for it.
+
+    While standard output is for data, what is printed for people goes to standard error.
+    """
+    found: dict[str, object] = {}
+    with people_on_stderr(file == STDOUT):
+        yield found
+    if file is not None:
+        write_figures(found, file)
 
 
 def require_folder_of(*files: Path | None) -> None:

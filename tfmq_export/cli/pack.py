@@ -7,7 +7,16 @@ import typer
 from rich.markup import escape
 
 from tfmq_export.cli.console import out, reports_errors
-from tfmq_export.cli.options import Conditioning, Guidance, Lora, Variant, Version, require_folder_of
+from tfmq_export.cli.options import (
+    Conditioning,
+    Guidance,
+    JsonFile,
+    Lora,
+    Variant,
+    Version,
+    answering,
+    require_folder_of,
+)
 from tfmq_export.report.numbers import size
 
 
@@ -19,6 +28,7 @@ def pack(
     guidance_scale: Guidance = None,
     variant: Variant = None,
     lora: Lora = None,
+    json: JsonFile = None,
     version: Version = False,
 ) -> None:
     """Pack a diffusers folder or a checkpoint into one model.pt of plain data."""
@@ -28,12 +38,15 @@ def pack(
     from tfmq_export.models.model_pt import write_checkpoint
     from tfmq_export.models.prompts import read_prompts
 
-    require_folder_of(output)
+    require_folder_of(output, json)
     opened = read_layout(find_layout(folder, variant))
     model = opened.model
     notes = [*opened.notes, *(fuse(model, LoraFile.of(each)) for each in lora or ())]
     prompts = opened.prompts if conditioning is None else read_prompts(conditioning, guidance_scale)
     write_checkpoint(output, model, dict(opened.scheduler), prompts)
-    for note in notes:
-        out.print(note, markup=False)
-    out.print(f"packed {type(model).__name__} into [bold]{escape(str(output))}[/] ({size(output.stat().st_size)})")
+    name, written = type(model).__name__, output.stat().st_size
+    with answering(json) as found:
+        for note in notes:
+            out.print(note, markup=False)
+        out.print(f"packed {name} into [bold]{escape(str(output))}[/] ({size(written)})")
+        found |= {"file": str(output), "class": name, "bytes": written, "notes": notes}

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tfmq_export.cli.console import out, reports_errors
-from tfmq_export.cli.options import Version, require_folder_of
+from tfmq_export.cli.options import JsonFile, Version, answering, require_folder_of
 
 COMPARISON = "comparison.html"
 
@@ -21,6 +21,7 @@ def report(
         ),
     ] = None,
     bench: Annotated[Path | None, typer.Option(help="Show the speed in this file of tfmq-bench --json.")] = None,
+    json: JsonFile = None,
     version: Version = False,
 ) -> None:
     """Write the report of a bundle again, or compare several: quality against size, and against time where known."""
@@ -30,7 +31,7 @@ def report(
     from tfmq_export.report.facts import Facts
     from tfmq_export.report.speed import read_bench, speed_of
 
-    require_folder_of(output)
+    require_folder_of(output, json)
     timings = None if bench is None else read_bench(bench)
     facts = [Facts.read(root, None if timings is None else speed_of(open_bundle(root), timings)) for root in bundles]
     if len(facts) == 1:
@@ -38,4 +39,6 @@ def report(
     else:
         path = output or bundles[0].parent / COMPARISON
         write_comparison(facts, path)
-    out.print(f"report: {path}", markup=False, highlight=False)
+    with answering(json) as found:
+        out.print(f"report: {path}", markup=False, highlight=False)
+        found |= {"page": str(path), "bundles": [str(root) for root in bundles]}

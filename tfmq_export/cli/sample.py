@@ -10,6 +10,7 @@ from tfmq_export.cli.console import bars, out, reports_errors
 from tfmq_export.cli.options import (
     BundleFolder,
     Factory,
+    JsonFile,
     Lora,
     Pipeline,
     Quiet,
@@ -17,6 +18,7 @@ from tfmq_export.cli.options import (
     Threads,
     Variant,
     Version,
+    answering,
     require_folder_of,
     source_of,
 )
@@ -46,6 +48,7 @@ def sample(
     variant: Variant = None,
     lora: Lora = None,
     pipeline: Pipeline = None,
+    json: JsonFile = None,
     quiet: Quiet = False,
     version: Version = False,
 ) -> None:
@@ -57,7 +60,7 @@ def sample(
     from tfmq_export.proof.pictures import save_rows
     from tfmq_export.runtime.measure.compare import is_picture
 
-    require_folder_of(output)
+    require_folder_of(output, json)
     if output.suffix.lower() != ".png":
         raise ConfigError(f"{output}: pictures are written as PNG; name it {output.with_suffix('.png').name}")
     opened = open_bundle(bundle)
@@ -80,4 +83,6 @@ def sample(
             )
     with replaced_file(output) as partial:
         save_rows(partial, rows)
-    out.print(f"written to [bold]{escape(str(output))}[/]")
+    with answering(json) as found:
+        out.print(f"written to [bold]{escape(str(output))}[/]")
+        found |= {"picture": str(output), "images": images, "seed": seed, "rows": [title for title, _ in rows]}

@@ -1,5 +1,6 @@
 """tfmq-triton: a bundle in a model repository of Triton Inference Server."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,11 +8,12 @@ import typer
 from rich.markup import escape
 
 from tfmq_export.cli.console import out, reports_errors
-from tfmq_export.cli.options import BundleFolder, Version
+from tfmq_export.cli.options import BundleFolder, JsonFile, Version, answering
 
 if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import Bundle
     from tfmq_export.serving.options import Serving
+    from tfmq_export.serving.repository import ServedModel
 
 KEPT = "or as earlier versions have it"
 ENGINE_HELP = "TensorRT engine to serve, as PATH, or 8.9=PATH for each compute capability."
@@ -44,6 +46,7 @@ def triton(
     prologue_engine: Annotated[
         list[str] | None, typer.Option(help="TensorRT engine of the prologue, in the same form.")
     ] = None,
+    json: JsonFile = None,
     version: Version = False,
 ) -> None:
     """Add a bundle to a model repository of Triton Inference Server."""
@@ -62,18 +65,22 @@ def triton(
         engines=_engines(engine),
         prologue_engines=_engines(prologue_engine),
     )
-    add_to_repository(open_bundle(bundle), repository, serving)
+    with answering(json) as found:
+        served = add_to_repository(open_bundle(bundle), repository, serving)
+        found["models"] = [{**asdict(each), "folder": str(each.folder)} for each in served]
 
 
-def add_to_repository(bundle: "Bundle", repository: Path, serving: "Serving") -> None:
+def add_to_repository(bundle: "Bundle", repository: Path, serving: "Serving") -> "tuple[ServedModel, ...]":
     """Write it and say where."""
     from tfmq_export.serving.repository import write_repository
 
-    for served in write_repository(bundle, repository, serving):
+    written = write_repository(bundle, repository, serving)
+    for served in written:
         batching = f"batches of up to {served.max_batch}" if served.max_batch else "no batching by the server"
         out.print(f"written to [bold]{escape(str(served.folder))}[/], version {served.version}, {batching}")
         if served.kept:
             out.print(f"kept from its earlier versions: {' '.join(served.kept)}")
+    return written
 
 
 def _engines(words: list[str] | None) -> dict[str, Path]:

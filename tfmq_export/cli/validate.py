@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from tfmq_export.cli.console import bars, out, people_on_stderr, reports_errors
+from tfmq_export.cli.console import bars, out, reports_errors
 from tfmq_export.cli.options import (
-    STDOUT,
     BundleFolder,
     Factory,
     JsonFile,
@@ -22,8 +21,8 @@ from tfmq_export.cli.options import (
     Seed,
     Variant,
     Version,
+    answering,
     require_folder_of,
-    write_figures,
 )
 from tfmq_export.cli.result import show
 from tfmq_export.errors import ConfigError
@@ -67,9 +66,10 @@ def validate(
     from tfmq_export.config import load_config
 
     if host:
-        if against is not None or json is not None:
-            raise ConfigError("--host compares with no model and writes no report; leave out --against and --json")
-        _on_this_host(bundle)
+        if against is not None:
+            raise ConfigError("--host compares with no model; leave out --against")
+        with answering(json) as found:
+            found |= {"bundle": str(bundle), **_on_this_host(bundle)}
         return
     if against is None:
         raise ConfigError("give the model to compare with, --against MODEL, or --host for this host's kernels alone")
@@ -98,16 +98,15 @@ def validate(
         validation = run_validation(
             subject, asked.thresholds, images=images, budget=seconds, seed=seed, progress=progress
         )
-    with people_on_stderr(json == STDOUT):
+    with answering(json) as figures:
         show(opened, validation)
-    if json is not None:
-        write_figures(validation.to_json(), json)
+        figures |= validation.to_json()
     if not allow_precision_loss:
         validation.receipt.raise_if_lost()
     validation.report.raise_if_failed()
 
 
-def _on_this_host(root: Path) -> None:
+def _on_this_host(root: Path) -> dict[str, object]:
     """The bundle's self-test, and what it found."""
     from tfmq_export.runtime.loaded import load
     from tfmq_export.runtime.self_test import require_host
@@ -118,3 +117,4 @@ def _on_this_host(root: Path) -> None:
             raise ConfigError(f"{root}: brings no self-test; an older version wrote it, compile the model again")
         require_host(loaded.bundle, found)
     out.print(f"{root}: {found.describe()}", markup=False, highlight=False)
+    return found.to_json()

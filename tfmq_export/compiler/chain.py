@@ -9,6 +9,7 @@ from torch import nn
 from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.bundle.write import replaced_folder
 from tfmq_export.capture.device import find_device
+from tfmq_export.compiler.forecast import Forecast, forecast, refuse_what_cannot_fit
 from tfmq_export.compiler.making import Making, Stage, Stopwatch
 from tfmq_export.compiler.output import evidence_kept, sole_run
 from tfmq_export.compiler.settings import check_settings, recipe_as_asked
@@ -98,6 +99,10 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     require_measurable(denoiser, config.thresholds)
     with sole_run(root), replaced_folder(root) as partial, evidence_kept(partial, root):
         captured = capture(denoiser, stages)
+        with stages.stage("Forecasting"):
+            expected = forecast(captured, config, quantized=given is not None)
+            refuse_what_cannot_fit(expected, root)
+        stages.expect(expected.by_title)
         if given is None:
             made = quantize(captured, config, checkpoint=kept, resume=resume, progress=stages)
         else:
@@ -105,9 +110,36 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         lowered = lower(made, config, dump_dir=dump_dir, progress=stages)
         with stages.stage("Writing"):
             bundle = write(lowered, partial, config.components)
-        validation = prove(made, bundle, config, making=Making(stages.stages, command), progress=stages)
+        making = Making(stages.stages, command, expected.to_json())
+        validation = prove(made, bundle, config, making=making, progress=stages)
     shutil.rmtree(kept, ignore_errors=True)  # only now is its work safe
     return Compiled(open_bundle(root), validation, tuple(stages.stages))
+
+
+def foresee(
+    model: Model,
+    output: str | Path,
+    config: CompileConfig | None = None,
+    *,
+    recipe: Path | None = None,
+    progress: Progress | None = None,
+) -> Forecast:
+    """What ``compile_model`` with these arguments would take: the model is loaded and captured, and nothing written.
+
+    Raises:
+        OutputError: it would fill the disk.
+        LoadError, ConfigError, DependencyError, TargetError, ExportError, RecipeError: as ``compile_model``.
+    """
+    config, root, progress = config or CompileConfig(), Path(output), progress or Silent()
+    _refuse_early(config, root)
+    given = None if recipe is None else recipe_as_asked(recipe, config)
+    captured = capture(load_model(model, config.components, progress), progress)
+    if given is not None:
+        reuse(captured, given, config)
+    with progress.stage("Forecasting"):
+        expected = forecast(captured, config, quantized=given is not None)
+    refuse_what_cannot_fit(expected, root)
+    return expected
 
 
 def _with_code(model: Model | nn.Module, draw: Draw | None) -> Model:

@@ -1,9 +1,9 @@
 """How a bundle was made: the command, and what each stage took."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from tfmq_export.progress import Progress, Step
 from tfmq_export.runtime.measure.benchmark import peak_rss_bytes
@@ -37,6 +37,9 @@ class Stopwatch:
             yield step
         self.stages.append(Stage(title, round(time.perf_counter() - start, 2), peak_rss_bytes()))
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        self._inner.expect(seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class Making:
@@ -45,10 +48,12 @@ class Making:
     Attributes:
         stages: Grows while the work goes on; read at the end.
         command: That makes the bundle again; empty where no command made it.
+        expected: What was forecast, as plain data.
     """
 
     stages: Sequence[Stage] = ()
     command: str = ""
+    expected: Mapping[str, object] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         """Plain data; seconds and bytes."""
@@ -56,4 +61,5 @@ class Making:
             "command": self.command,
             "stages": [asdict(stage) for stage in self.stages],
             "peak_memory_bytes": peak_rss_bytes(),
+            "expected": dict(self.expected),
         }

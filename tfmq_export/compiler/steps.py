@@ -11,7 +11,6 @@ of one model calls them:
 """
 
 import importlib.metadata
-import os
 import platform
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -31,10 +30,11 @@ from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
 from tfmq_export.compiler.making import Making
 from tfmq_export.compiler.onnx_components import check_components
+from tfmq_export.compiler.plan import calibration_images, plan_for
 from tfmq_export.compiler.prologue import cut_prologue
-from tfmq_export.compiler.settings import check_pairs, settle
+from tfmq_export.compiler.settings import check_pairs
 from tfmq_export.compiler.write import write
-from tfmq_export.config import CompileConfig, Components, find_preset
+from tfmq_export.config import CompileConfig, Components
 from tfmq_export.errors import RecipeError, TfmqError
 from tfmq_export.models.factory import denoiser_from_code
 from tfmq_export.models.load import Source, load
@@ -52,7 +52,6 @@ from tfmq_export.ptq.walk import quantize as walking
 from tfmq_export.ptq.walk.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.walk.calibration import calibrate
 from tfmq_export.ptq.walk.checkpoint import Checkpoint
-from tfmq_export.ptq.walk.effort import find_effort
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.report.bundle_page import write_page
@@ -143,7 +142,7 @@ def quantize(
     """
     config = config or CompileConfig()
     captured = model if isinstance(model, Captured) else capture(model, progress)
-    denoiser, program, plan, device = captured.denoiser, captured.program, _plan(config), find_device(config.device)
+    denoiser, program, plan, device = captured.denoiser, captured.program, plan_for(config), find_device(config.device)
     provenance = _provenance(denoiser, config, plan)
     if not plan.weight_bits:
         recipe = walking.unquantized(program, config.preset, tabulate(program, denoiser), provenance)
@@ -282,30 +281,6 @@ def _write_proof(made: Quantized, bundle: Bundle, validation: Validation, making
     facts = Facts.read(bundle.root)
     write_page(facts)
     write_card(facts)
-
-
-def _plan(config: CompileConfig) -> QuantPlan:
-    target, preset = find_target(config.target), find_preset(config.preset)
-    return QuantPlan(
-        config.preset,
-        preset.weight_bits,
-        preset.activation_bits,
-        settle(config.method, target),
-        find_effort(config.effort, preset.weight_bits),
-        target.quantized_outputs,
-        config.seed,
-        config.max_memory or _usual_memory(),
-    )
-
-
-def _usual_memory() -> int:
-    """Bytes of cached activations where nobody said: a sixth of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 6
-
-
-def calibration_images(config: CompileConfig) -> int:
-    """How many trajectories are recorded together: as asked, or as the effort says."""
-    return config.calibration_images or find_effort(config.effort, find_preset(config.preset).weight_bits).images
 
 
 def _provenance(denoiser: Denoiser, config: CompileConfig, plan: QuantPlan) -> dict[str, str]:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tfmq_export.compiler.forms import Lowered
 from tfmq_export.compiler.onnx_components import write_onnx_components
 from tfmq_export.config import Components
 from tfmq_export.models.recorded.requests import write_requests
+from tfmq_export.passes.describe import describe
 from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.recipe.io import save_recipe
 from tfmq_export.recipe.names import OUTPUT
@@ -45,11 +47,11 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
     component = root / denoiser.component
     component.mkdir()
     (root / "tfmq").mkdir()
-    _write_graph(lowered.graph, component)
+    _write_graph(lowered.graph, component, lowered)
     if lowered.prologue is not None:
         folder = root / prologue_folder(denoiser.component)
         folder.mkdir()
-        _write_graph(lowered.prologue.graph, folder)
+        _write_graph(lowered.prologue.graph, folder, lowered)
     _write_json(component / "config.json", denoiser.config)
     if denoiser.scheduler_config is not None:
         (root / "scheduler").mkdir()
@@ -94,9 +96,22 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
     return Bundle(root, manifest)
 
 
-def _write_graph(graph: gs.Graph, folder: Path) -> None:
+def _write_graph(graph: gs.Graph, folder: Path, lowered: Lowered) -> None:
+    described = partial(describe, recipe=lowered.made.recipe, facts=_facts(lowered))
     # Engines infer shapes; types of values would be 3 % of a small 4-bit file.
-    save_graph(graph, folder / "model.onnx", value_info=False)
+    save_graph(graph, folder / "model.onnx", value_info=False, finish=described)
+
+
+def _facts(lowered: Lowered) -> dict[str, str]:
+    """What a viewer shows of the whole file."""
+    denoiser, recipe = lowered.made.denoiser, lowered.made.recipe
+    return {
+        "tfmq_export": __version__,
+        "preset": recipe.preset,
+        "target": lowered.target.name,
+        "schedule": f"{len(denoiser.timesteps)} timesteps: {denoiser.timesteps.describe()}",
+        "fingerprint": recipe.fingerprint,
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.capture.denoiser import Denoiser, SeededSampler
 from tfmq_export.proof.kernels import BOTH_HALVES, EXTREME, TIMESTEPS
 
 USUAL_IMAGES = 16
@@ -20,6 +20,15 @@ FEWEST = 5  # timesteps of the schedule in lock-step
 SERVED, DEFINED, SIMULATED = 0.6, 1.2, 1.5
 """What a call takes of the bundle, of its graph in floating point and of fake-quant, in calls of the model; as measured
 on CPUs. In lock-step fake-quant runs twice, once on its own way."""
+
+SAMPLING = "Sampling in full precision"
+SERVING = "Sampling in integers"
+STEPPING = "Comparing step by step"
+DEFINING = "Checking the kernels against the graph"
+AGREEING = "Checking the graph against fake-quant"
+"""Titles of the stages that take long."""
+TOGETHER = 8  # rows of a call whose images are drawn together
+QUICK = 0.5  # seconds of a call that is worth repeating with more rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +56,42 @@ class Cost:
     """What things take, in seconds.
 
     Attributes:
-        row: One row through the model.
+        row: One row through the model, of as many as it is called with.
         rows: Of one image in a call: two with guidance.
         calls: Of the schedule.
+        alone: One row through the model in a call of its own; as ``row`` if None.
     """
 
     row: float
     rows: int
     calls: int
+    alone: float | None = None
+
+    @property
+    def single(self) -> float:
+        """Seconds of a call with one row."""
+        return self.row if self.alone is None else self.alone
+
+    def image(self) -> float:
+        """Drawing one image."""
+        return self.row * self.rows * self.calls
+
+    def stages(self, images: int, timesteps: int) -> dict[str, float]:
+        """Seconds of each stage of a proof, by its title."""
+        few = min(images, FEW_IMAGES)
+        kernels = len(BOTH_HALVES) * (min(TIMESTEPS, self.calls) + EXTREME) * self.row
+        lock_step = len(BOTH_HALVES) * timesteps * self.row
+        return {
+            SAMPLING: images * self.image(),
+            SERVING: images * self.image() * SERVED,
+            STEPPING: (images + few) * self.image() * SERVED + kernels * SERVED,
+            DEFINING: few * self.image() * DEFINED + kernels * DEFINED,
+            AGREEING: lock_step * (DEFINED + 2 * SIMULATED),
+        }
 
     def of(self, images: int, timesteps: int) -> float:
         """A whole proof."""
-        few = min(images, FEW_IMAGES)
-        drawn = self.calls * self.rows * (images * (1 + 2 * SERVED) + few * (SERVED + DEFINED))
-        kernels = len(BOTH_HALVES) * (min(TIMESTEPS, self.calls) + EXTREME) * (SERVED + DEFINED)
-        lock_step = len(BOTH_HALVES) * timesteps * (DEFINED + 2 * SIMULATED)
-        return self.row * (drawn + kernels + lock_step)
+        return sum(self.stages(images, timesteps).values())
 
 
 def plan_of(cost: Cost, images: int | None, budget: float) -> ProofPlan:
@@ -81,16 +110,32 @@ def plan_of(cost: Cost, images: int | None, budget: float) -> ProofPlan:
 
 @torch.no_grad()
 def measured_cost(denoiser: Denoiser) -> Cost:
-    """Time a call of the model on one example, behind a first one that reads weights from a disk."""
-    denoise = denoiser.module_denoise()
-    inputs = {name: value[:1] if value.ndim else value for name, value in denoiser.example_inputs.items()}
+    """Time a call of the model on one example, behind a first one that reads weights from a disk.
+
+    Small models take much less for a row when there are several in a call, so those are timed too.
+    """
+    single = min(_seconds(denoiser, 1), _seconds(denoiser, 1))
+    several = _rows_of_a_call(denoiser) if single < QUICK else 1
+    row = single if several <= 1 else min(_seconds(denoiser, several), _seconds(denoiser, several)) / several
+    return Cost(min(row, single), _rows_of_an_image(denoiser), len(denoiser.timesteps), single)
+
+
+def _rows_of_a_call(denoiser: Denoiser) -> int:
+    """Rows of the calls that draw images."""
+    sampler = denoiser.sampler
+    return sampler.together * _rows_of_an_image(denoiser) if isinstance(sampler, SeededSampler) else TOGETHER
+
+
+def _seconds(denoiser: Denoiser, rows: int) -> float:
+    """Of one call with the example's first row, so often."""
+    inputs = {
+        name: value[:1].expand(rows, *value.shape[1:]) if value.ndim else value
+        for name, value in denoiser.example_inputs.items()
+    }
     sample, timestep = inputs.pop(denoiser.sample), inputs.pop(denoiser.timestep)
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        denoise(sample, timestep, **inputs)
-        seconds.append(time.perf_counter() - start)
-    return Cost(min(seconds), _rows_of_an_image(denoiser), len(denoiser.timesteps))
+    start = time.perf_counter()
+    denoiser.module_denoise()(sample, timestep, **inputs)
+    return time.perf_counter() - start
 
 
 def _rows_of_an_image(denoiser: Denoiser) -> int:

@@ -31,7 +31,17 @@ from tfmq_export.proof.judge import judge, require_measurable
 from tfmq_export.proof.kernels import KernelCalls, compare_kernels, counted, few_rows, wrong_kernels
 from tfmq_export.proof.lpips import has_lpips, installed, lpips
 from tfmq_export.proof.per_step import compare_steps
-from tfmq_export.proof.plan import USUAL_SECONDS, ProofPlan, measured_cost, plan_of
+from tfmq_export.proof.plan import (
+    AGREEING,
+    DEFINING,
+    SAMPLING,
+    SERVING,
+    STEPPING,
+    USUAL_SECONDS,
+    ProofPlan,
+    measured_cost,
+    plan_of,
+)
 from tfmq_export.proof.served import bundle_denoise
 from tfmq_export.proof.states import States, states_of
 from tfmq_export.proof.temporal_features import TemporalErrors, compare_temporal
@@ -192,7 +202,7 @@ def validate(
         plan = plan_of(measured_cost(denoiser), images, budget)
     runs = denoiser.runs(plan.images, seed, pictures=True)
     few = denoiser.runs(plan.images, seed, first=plan.few, pictures=True)
-    with progress.stage("Sampling in full precision") as step:
+    with progress.stage(SAMPLING) as step:
         trajectory, reference = record(denoiser, denoiser.module_denoise(), runs, step)
     with progress.stage("Looking at the float model"):
         notes = look_at(denoiser, seed, trajectory, reference)
@@ -201,11 +211,11 @@ def validate(
     # One engine at a time, and the model's weights out of the way: each of the three may be as large as the memory.
     # Whoever calls has written the files, or compared their hashes.
     with load_bundle(root, self_test=False, verify=False) as loaded:
-        with progress.stage("Sampling in integers") as step:
+        with progress.stage(SERVING) as step:
             walked, compiled = record(denoiser, bundle_denoise(loaded), runs, step)
             states = states_of(trajectory, walked, denoiser.sample, compiled)
             del walked
-        with progress.stage("Comparing step by step") as step:
+        with progress.stage(STEPPING) as step:
             per_step = compare_steps(denoiser, trajectory, loaded, step)
             if per_step.guidance is None and thresholds.guidance is not None:
                 raise no_guidance(denoiser)
@@ -213,7 +223,7 @@ def validate(
             in_integers = calls.answers(loaded)
     release_freed()
     with (
-        progress.stage("Checking the kernels against the graph") as step,
+        progress.stage(DEFINING) as step,
         load_bundle(root, self_test=False, verify=False, integer=False, backend="onnxruntime") as in_float,
     ):
         kernels = compare_kernels(calls, in_integers, calls.answers(in_float))
@@ -224,7 +234,7 @@ def validate(
     reference_images, compiled_images, peak = as_images(reference, compiled)
     release_pages(denoiser.module.parameters())
     release_freed()
-    with progress.stage("Checking the graph against fake-quant") as step:
+    with progress.stage(AGREEING) as step:
         agreements = _agreements(subject, _evenly(trajectory, plan.timesteps), step)
     release_freed()
     with progress.stage("Reading the optimized graph"):
