@@ -133,7 +133,9 @@ def foresee(
     config, root, progress = config or CompileConfig(), Path(output), progress or Silent()
     _refuse_early(config, root)
     given = None if recipe is None else recipe_as_asked(recipe, config)
-    captured = capture(load_model(model, config.components, progress), progress)
+    denoiser = load_model(model, config.components, progress)
+    require_measurable(denoiser, config.thresholds)
+    captured = capture(denoiser, progress)
     if given is not None:
         reuse(captured, given, config)
     with progress.stage("Forecasting"):
