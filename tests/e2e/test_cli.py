@@ -168,11 +168,12 @@ def test_bounds_on_what_the_model_has_not_are_refused_before_any_work(
 ) -> None:
     validated = run("validate", bundle, "--against", packed, "-q", "--min-guidance", "0.5")
     exported = run("export", packed, "-o", tmp_path / "out", "-q", *SIZES, "--min-guidance", "0.5")
+    foreseen = run("export", packed, "-o", tmp_path / "out", "-q", *SIZES, "--min-guidance", "0.5", "--dry-run")
     small = run("export", packed, "-o", tmp_path / "out", "-q", *SIZES, "--max-lpips", "0.1")
 
-    assert [each.exit_code for each in (validated, exported, small)] == [2, 2, 2]
-    for each in (validated, exported):
-        assert "is sampled without classifier-free guidance" in each.output
+    assert [each.exit_code for each in (validated, exported, foreseen, small)] == [2, 2, 2, 2]
+    for each in (validated, exported, foreseen):
+        assert "its sampler shows no classifier-free guidance" in each.output
         assert "leave out --min-guidance" in each.output
     assert "ST-LPIPS needs" in small.output
     assert not (tmp_path / "out").exists()

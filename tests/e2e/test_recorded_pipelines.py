@@ -42,6 +42,8 @@ SLOW = (
     "animatediff",
     "svd",
 )
+UNGUIDED = ("flux-dev", "ddpm", "ddpm-flat", "ddpm-learned-variance", "svd")
+"""Distilled, without a prompt; or whose halves differ in the sample as well."""
 
 
 def written(name: str, folder: Path) -> tuple[Path, Path | None]:
@@ -62,8 +64,11 @@ def test_a_stock_pipeline_draws_the_same_with_the_compiled_denoiser(name: str, t
     root, prompts = written(name, tmp_path)
     config = CompileConfig(preset="fp32", validation_images=2, thresholds=Thresholds(psnr=35, sqnr=35))
 
-    bundle = compile_model(Source(root, steps=STEPS, prompts=prompts), tmp_path / "out", config).bundle
+    made = compile_model(Source(root, steps=STEPS, prompts=prompts), tmp_path / "out", config)
 
+    bundle, guidance = made.bundle, made.validation.guidance
+    assert (guidance is None) == (name in UNGUIDED)
+    assert guidance is None or guidance.kept == pytest.approx(1, abs=0.01)
     asked = read_requests(prompts) if prompts else [{"prompt": text} for text in PROMPTS] * ("ddpm" not in name)
     denoiser = CompiledDenoiser.from_pretrained(bundle.root)
     # An early release has all in one folder, which is no folder to put a bundle's parts beside.

@@ -85,7 +85,7 @@ def test_a_threshold_that_the_float_model_does_not_meet_fails(gate_file: Write) 
 def test_a_threshold_on_guidance_of_a_model_without_any_is_refused(gate_file: Write) -> None:
     said = failures(gate_file(None, model=f"{LOOSE}\nguidance = 0.9"))
 
-    assert "is sampled without classifier-free guidance, which has no figure" in said["model"]
+    assert "its sampler shows no classifier-free guidance" in said["model"]
     assert "next: leave out --min-guidance (thresholds.guidance)" in said["model"]
 
 

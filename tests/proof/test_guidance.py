@@ -206,7 +206,9 @@ class TestRefusals:
         ],
     )
     def test_a_bound_on_what_is_not_there(self, fields: dict[str, object]) -> None:
-        with pytest.raises(ConfigError, match=r"a/b is sampled without classifier-free guidance.*--min-guidance"):
+        with pytest.raises(
+            ConfigError, match=r"a/b: its sampler shows no classifier-free guidance.*; leave out --min-guidance"
+        ):
             require_guidance(self.of(**fields), self.ASKED)
 
     @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 
 from tfmq_export.config import Thresholds
 from tfmq_export.errors import AccuracyError
-from tfmq_export.proof.validate import Subject, judge
+from tfmq_export.proof.judge import judge
+from tfmq_export.proof.validate import Subject
 from tfmq_export.runtime.measure.compare import Comparison, Metric
 
 TIB = SimpleNamespace(source="table", stored="fp32")

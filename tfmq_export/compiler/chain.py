@@ -18,7 +18,8 @@ from tfmq_export.config import CompileConfig
 from tfmq_export.errors import ConfigError, OutputError
 from tfmq_export.models.recorded.load import Draw
 from tfmq_export.progress import Progress, Silent
-from tfmq_export.proof.validate import Validation, require_measurable
+from tfmq_export.proof.judge import require_measurable
+from tfmq_export.proof.validate import Validation
 from tfmq_export.report.bundle_page import notebook_of
 from tfmq_export.report.facts import Facts
 from tfmq_export.runtime.engines.open import require_engine
@@ -132,7 +133,9 @@ def foresee(
     config, root, progress = config or CompileConfig(), Path(output), progress or Silent()
     _refuse_early(config, root)
     given = None if recipe is None else recipe_as_asked(recipe, config)
-    captured = capture(load_model(model, config.components, progress), progress)
+    denoiser = load_model(model, config.components, progress)
+    require_measurable(denoiser, config.thresholds)
+    captured = capture(denoiser, progress)
     if given is not None:
         reuse(captured, given, config)
     with progress.stage("Forecasting"):

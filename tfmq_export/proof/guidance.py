@@ -10,6 +10,7 @@ Both networks are given the samples of the full-precision trajectory, so this me
 calls are those that the SQNR per timestep is measured with: there are none of its own.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,8 +131,8 @@ def guided_pairs(calls: Sequence[Mapping[str, Tensor]], sample: str, timestep: s
     """
     places = [(call, row) for call, inputs in enumerate(calls) for row in range(len(inputs[sample]))]
 
-    def noisy(place: Row) -> bytes:
-        return bytes(_row(calls, place, sample).numpy().tobytes())
+    def noisy(place: Row) -> bytes:  # a row of a film is large, its hash is not
+        return hashlib.sha256(_row(calls, place, sample).numpy().tobytes()).digest()
 
     for _, alike in groupby(sorted(places, key=noisy), key=noisy):  # a stable sort: in the order of the calls
         rows = list(alike)
@@ -161,7 +162,10 @@ def no_guidance(denoiser: Denoiser) -> ConfigError:
     advice = "leave out --min-guidance (thresholds.guidance)"
     if denoiser.conditioning:
         advice += ", or sample with guidance: --guidance-scale above 1, and a value for no prompt"
-    return ConfigError(f"{denoiser.source} is sampled without classifier-free guidance, which has no figure; {advice}")
+    return ConfigError(
+        f"{denoiser.source}: its sampler shows no classifier-free guidance (the same noisy sample with and without a "
+        f"prompt) that a bound could be held to; {advice}"
+    )
 
 
 def _difference(calls: Sequence[Call], sample: str, side: int, one: Row, other: Row) -> NDArray[np.float64]:

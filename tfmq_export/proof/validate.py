@@ -26,9 +26,10 @@ from tfmq_export.models.load import load, source_of
 from tfmq_export.progress import Progress, Silent
 from tfmq_export.proof.agreement import Agreement, LockStep
 from tfmq_export.proof.float_model import look_at
-from tfmq_export.proof.guidance import Guidance, no_guidance, require_guidance
+from tfmq_export.proof.guidance import Guidance, no_guidance
+from tfmq_export.proof.judge import judge, require_measurable
 from tfmq_export.proof.kernels import KernelCalls, compare_kernels, counted, few_rows, wrong_kernels
-from tfmq_export.proof.lpips import has_lpips, installed, lpips, require_lpips
+from tfmq_export.proof.lpips import has_lpips, installed, lpips
 from tfmq_export.proof.per_step import compare_steps
 from tfmq_export.proof.plan import (
     AGREEING,
@@ -52,10 +53,8 @@ from tfmq_export.runtime.engines.realized import realized_by_target
 from tfmq_export.runtime.loaded import load as load_bundle
 from tfmq_export.runtime.measure.compare import (
     Comparison,
-    Direction,
     Metric,
     Report,
-    Threshold,
     as_pictures,
     has_ssim,
     is_picture,
@@ -66,8 +65,6 @@ from tfmq_export.runtime.measure.machine import features, processor
 from tfmq_export.runtime.measure.receipt import Receipt
 from tfmq_export.runtime.self_test import SelfTest
 from tfmq_export.target import find_target
-
-CLOSER = 3.0  # dB that kernels must be closer to their graph than the graph is to full precision
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -277,47 +274,6 @@ def validate(
         states,
         per_step.guidance,
     )
-
-
-def require_measurable(denoiser: Denoiser, thresholds: Thresholds) -> None:
-    """Refuse bounds on what cannot be measured on a model, as far as it tells before it draws.
-
-    Raises:
-        ConfigError: it has no guidance, or draws no images for LPIPS.
-        DependencyError: LPIPS' weights are not installed.
-    """
-    require_guidance(denoiser, thresholds)
-    require_lpips(denoiser, thresholds)
-
-
-def judge(found: Mapping[Metric, Comparison], subject: Subject, thresholds: Thresholds) -> Report:
-    """What was measured against what is demanded; the floors are the preset's where nothing else was said."""
-    preset, tib = subject.recipe.preset, subject.carried_out.tib
-    drift = found[Metric.GRAPH_IMAGES].median + CLOSER
-    asked = [
-        (Metric.FINITE, 1.0, found[Metric.FINITE].lowest),
-        (Metric.IMAGE_PSNR, thresholds.psnr_of(preset), found[Metric.IMAGE_PSNR].mean),
-        (Metric.SQNR, thresholds.sqnr_of(preset), found[Metric.STEP_SQNR].mean),
-        (Metric.KERNELS, thresholds.kernels, found[Metric.KERNELS].median),
-        (Metric.KERNELS_AT_ENDS, thresholds.kernels, found[Metric.KERNELS_AT_ENDS].median),
-        (Metric.SERVED_IMAGES, min(thresholds.kernels, drift), found[Metric.SERVED_IMAGES].median),
-        (
-            Metric.FEATURE_COSINE,
-            thresholds.temporal_cosine_of(tib.source, tib.stored),
-            found[Metric.FEATURE_COSINE].lowest,
-        ),
-        (Metric.TABLE_EXACTNESS, 1.0, found[Metric.TABLE_EXACTNESS].lowest),
-        (Metric.LOCK_STEP, thresholds.agreement, found[Metric.LOCK_STEP].lowest),
-    ]
-    if Metric.IMAGE_SSIM in found:
-        asked.insert(2, (Metric.IMAGE_SSIM, thresholds.ssim, found[Metric.IMAGE_SSIM].mean))
-    if thresholds.guidance is not None:
-        asked.append((Metric.GUIDANCE, thresholds.guidance, found[Metric.GUIDANCE].mean))
-    verdicts = [Threshold(metric, least).judge(value) for metric, least, value in asked]
-    if thresholds.lpips is not None:
-        most = Threshold(Metric.IMAGE_LPIPS, thresholds.lpips, Direction.AT_MOST)
-        verdicts.append(most.judge(found[Metric.IMAGE_LPIPS].mean))
-    return Report(tuple(found[metric] for metric in Metric if metric in found), tuple(verdicts))
 
 
 def _by_metric(agreements: Sequence[Agreement]) -> dict[Metric, NDArray[np.float64]]:

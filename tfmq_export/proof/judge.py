@@ -1,0 +1,56 @@
+"""What was measured against what is demanded; and demands that a model has nothing to be measured with."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tfmq_export.capture.denoiser import Denoiser
+from tfmq_export.config import Thresholds
+from tfmq_export.proof.guidance import require_guidance
+from tfmq_export.proof.lpips import require_lpips
+from tfmq_export.runtime.measure.compare import Comparison, Direction, Metric, Report, Threshold
+
+if TYPE_CHECKING:
+    from tfmq_export.proof.validate import Subject
+
+CLOSER = 3.0  # dB that kernels must be closer to their graph than the graph is to full precision
+
+
+def require_measurable(denoiser: Denoiser, thresholds: Thresholds) -> None:
+    """Refuse bounds on what cannot be measured on a model, as far as it tells before it draws.
+
+    Raises:
+        ConfigError: it has no guidance, or draws no images for LPIPS.
+        DependencyError: LPIPS' weights are not installed.
+    """
+    require_guidance(denoiser, thresholds)
+    require_lpips(denoiser, thresholds)
+
+
+def judge(found: Mapping[Metric, Comparison], subject: "Subject", thresholds: Thresholds) -> Report:
+    """What was measured against what is demanded; the floors are the preset's where nothing else was said."""
+    preset, tib = subject.recipe.preset, subject.carried_out.tib
+    drift = found[Metric.GRAPH_IMAGES].median + CLOSER
+    asked = [
+        (Metric.FINITE, 1.0, found[Metric.FINITE].lowest),
+        (Metric.IMAGE_PSNR, thresholds.psnr_of(preset), found[Metric.IMAGE_PSNR].mean),
+        (Metric.SQNR, thresholds.sqnr_of(preset), found[Metric.STEP_SQNR].mean),
+        (Metric.KERNELS, thresholds.kernels, found[Metric.KERNELS].median),
+        (Metric.KERNELS_AT_ENDS, thresholds.kernels, found[Metric.KERNELS_AT_ENDS].median),
+        (Metric.SERVED_IMAGES, min(thresholds.kernels, drift), found[Metric.SERVED_IMAGES].median),
+        (
+            Metric.FEATURE_COSINE,
+            thresholds.temporal_cosine_of(tib.source, tib.stored),
+            found[Metric.FEATURE_COSINE].lowest,
+        ),
+        (Metric.TABLE_EXACTNESS, 1.0, found[Metric.TABLE_EXACTNESS].lowest),
+        (Metric.LOCK_STEP, thresholds.agreement, found[Metric.LOCK_STEP].lowest),
+    ]
+    if Metric.IMAGE_SSIM in found:
+        asked.insert(2, (Metric.IMAGE_SSIM, thresholds.ssim, found[Metric.IMAGE_SSIM].mean))
+    if thresholds.guidance is not None:
+        asked.append((Metric.GUIDANCE, thresholds.guidance, found[Metric.GUIDANCE].mean))
+    verdicts = [Threshold(metric, least).judge(value) for metric, least, value in asked]
+    if thresholds.lpips is not None:
+        most = Threshold(Metric.IMAGE_LPIPS, thresholds.lpips, Direction.AT_MOST)
+        verdicts.append(most.judge(found[Metric.IMAGE_LPIPS].mean))
+    return Report(tuple(found[metric] for metric in Metric if metric in found), tuple(verdicts))
