@@ -33,6 +33,27 @@ def check_settings(config: CompileConfig, target: Target) -> None:
             'set fsc = "tib" in [method], or use --target openvino'
         )
     check_tables(config.tables, target)
+    check_pins(config, target)
+
+
+def check_pins(config: CompileConfig, target: Target) -> None:
+    """Raise TargetError for layers pinned to what the preset or the target cannot do."""
+    if not config.layers:
+        return
+    if not find_preset(config.preset).weight_bits:
+        raise TargetError(f"preset {config.preset} quantizes no layer that [layers] could pin; use --preset w8a8")
+    for pattern, pin in config.layers.items():
+        if pin.inputs == "float" and pin.weights != "float" and not target.stored_weights:
+            raise TargetError(
+                f'[layers."{pattern}"] inputs = "float": {target.name} computes in integers wherever weights are '
+                'stored as integers; set weights = "float" too, or use --target ort-cpu'
+            )
+
+
+def narrowest(config: CompileConfig) -> int:
+    """Bits of the narrowest weights that are asked for anywhere: they decide how long rounding is learned."""
+    pinned = [pin.weights for pin in config.layers.values() if isinstance(pin.weights, int)]
+    return min([find_preset(config.preset).weight_bits, *pinned])
 
 
 def settle(method: Method, target: Target) -> Method:
@@ -73,6 +94,8 @@ def recipe_as_asked(path: Path, config: CompileConfig) -> QuantRecipe:
         ConfigError: a setting that was given is not the recipe's.
     """
     recipe = load_recipe(path)
+    if config.layers:
+        raise ConfigError("[layers]: the recipe has every layer's bits; leave it out, or quantize without --recipe")
     asked = config.model_dump(include={"preset", "effort"}, exclude_unset=True)
     asked |= config.method.model_dump(exclude_unset=True)
     made = {**recipe.provenance, "preset": recipe.preset}

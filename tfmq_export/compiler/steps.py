@@ -26,13 +26,14 @@ from tfmq_export.capture.device import find_device, module_on, repeatable
 from tfmq_export.capture.eager import require_running
 from tfmq_export.capture.float_graph import float_graph
 from tfmq_export.capture.pages import release_pages
-from tfmq_export.capture.program import program_on
+from tfmq_export.capture.program import DiffusionProgram, program_on
 from tfmq_export.capture.rewrites.program_for import program_for
+from tfmq_export.capture.rewrites.skip_concat import find_skip_concats
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
 from tfmq_export.compiler.making import Making
 from tfmq_export.compiler.onnx_components import check_components
 from tfmq_export.compiler.prologue import cut_prologue
-from tfmq_export.compiler.settings import check_pairs, settle
+from tfmq_export.compiler.settings import check_pairs, narrowest, settle
 from tfmq_export.compiler.write import write
 from tfmq_export.config import CompileConfig, Components, find_preset
 from tfmq_export.errors import RecipeError, TfmqError
@@ -53,6 +54,7 @@ from tfmq_export.ptq.walk.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.walk.calibration import calibrate
 from tfmq_export.ptq.walk.checkpoint import Checkpoint
 from tfmq_export.ptq.walk.effort import find_effort
+from tfmq_export.ptq.walk.widths import layer_names, pinned
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.report.bundle_page import write_page
@@ -143,7 +145,8 @@ def quantize(
     """
     config = config or CompileConfig()
     captured = model if isinstance(model, Captured) else capture(model, progress)
-    denoiser, program, plan, device = captured.denoiser, captured.program, _plan(config), find_device(config.device)
+    denoiser, program, device = captured.denoiser, captured.program, find_device(config.device)
+    plan = _plan(config, program)
     provenance = _provenance(denoiser, config, plan)
     if not plan.weight_bits:
         recipe = walking.unquantized(program, config.preset, tabulate(program, denoiser), provenance)
@@ -151,6 +154,7 @@ def quantize(
     settings = {"fingerprint": program.fingerprint, "preset": config.preset, **provenance}
     settings |= {"timesteps": f"{len(denoiser.timesteps)}: {denoiser.timesteps.describe()}"}
     settings |= {"quantized outputs": ", ".join(sorted(plan.quantized_outputs)) or "none"}
+    settings |= {"layers": ", ".join(f"{name} W{x.weights}A{x.inputs}" for name, x in sorted(plan.widths.items()))}
     keeper = nullcontext() if checkpoint is None else Checkpoint(checkpoint, settings, resume=resume)
     with keeper as kept, repeatable(device):
         seen = observed or observe(denoiser, config, progress)
@@ -284,17 +288,19 @@ def _write_proof(made: Quantized, bundle: Bundle, validation: Validation, making
     write_card(facts)
 
 
-def _plan(config: CompileConfig) -> QuantPlan:
+def _plan(config: CompileConfig, program: DiffusionProgram) -> QuantPlan:
     target, preset = find_target(config.target), find_preset(config.preset)
+    splits = find_skip_concats(program) if config.method.split_skips else ()
     return QuantPlan(
         config.preset,
         preset.weight_bits,
         preset.activation_bits,
         settle(config.method, target),
-        find_effort(config.effort, preset.weight_bits),
+        find_effort(config.effort, narrowest(config)),
         target.quantized_outputs,
         config.seed,
         config.max_memory or _usual_memory(),
+        pinned(layer_names(program, splits), config.layers),
     )
 
 
@@ -305,7 +311,7 @@ def _usual_memory() -> int:
 
 def calibration_images(config: CompileConfig) -> int:
     """How many trajectories are recorded together: as asked, or as the effort says."""
-    return config.calibration_images or find_effort(config.effort, find_preset(config.preset).weight_bits).images
+    return config.calibration_images or find_effort(config.effort, narrowest(config)).images
 
 
 def _provenance(denoiser: Denoiser, config: CompileConfig, plan: QuantPlan) -> dict[str, str]:

@@ -128,8 +128,10 @@ def _inputs(denoiser: Denoiser) -> tuple[InputInfo, ...]:
 
 def _layers(recipe: QuantRecipe) -> tuple[LayerInfo, ...]:
     quantized = [
-        LayerInfo(x.name, x.path, x.kind, x.macs, x.weight.spec.bits, x.input.spec.bits) for x in recipe.layers
+        LayerInfo(x.name, x.path, x.kind, x.macs, x.weight.spec.bits, x.input.spec.bits, chosen=x.chosen)
+        for x in recipe.layers
     ]
+    quantized += [LayerInfo(x.name, x.path, x.kind, x.macs, x.weight.spec.bits, 0, x.reason) for x in recipe.stored]
     quantized += [LayerInfo(x.name, x.path, "attention", x.macs, 0, x.left.spec.bits) for x in recipe.products]
     return (*quantized, *(LayerInfo(x.name, x.path, "float", x.macs, 0, 0, x.reason) for x in recipe.kept_float))
 

@@ -187,6 +187,7 @@ def _features_words(facts: Facts) -> str:
 def _layers(facts: Facts) -> dict[str, object]:
     kept, decided = by_reason(facts.layers), [layer.decided for layer in facts.layers if layer.decided]
     return {
+        "chosen": any(layer.info.chosen for layer in facts.layers),
         "scaled": any(each.tau for each in decided),
         "shifted": any(each.exponents for each in decided),
         "numbers": {layer.info.name: number for number, layer in enumerate(facts.layers, start=1)},
