@@ -28,6 +28,21 @@ def _duration(value: object) -> object:
 Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
 """A length of time; as text a number and ``s``, ``min`` or ``h``."""
 
+
+def _megabytes(value: object) -> object:
+    """A plain number counts megabytes, as ``--max-size`` says."""
+    try:
+        return round(float(value) * 1e6)  # type: ignore[arg-type]  # what is no number is for pydantic to refuse
+    except (TypeError, ValueError, OverflowError):
+        return value
+
+
+Megabytes = Annotated[ByteSize, BeforeValidator(_megabytes)]
+"""A size in bytes; a number without a unit is one of 1,000,000 bytes."""
+
+AUTO = "auto"
+"""In place of a preset's name, where the bits of each layer were chosen."""
+
 Components = Literal["link", "copy", "onnx", "none"]
 """How a pipeline's other components join its bundle: large files as hard links; all copied; linked, with
 text encoder and VAE also as ONNX for optimum; or not at all."""
@@ -195,6 +210,12 @@ class CompileConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     preset: str = Field("w8a8", description="bits of weights and activations")
+    auto: bool = Field(
+        False, description="choose the bits of each layer from what they cost, for a least PSNR, a largest size or both"
+    )
+    max_size: Megabytes | None = Field(
+        None, gt=0, description="with --auto, the largest size of the graph, MB; or with a unit, such as 900kB"
+    )
     target: str = Field("ort-cpu", description="the engine that will run the bundle")
     effort: Literal["fast", "standard", "paper"] = Field(
         "standard", description="how long rounding is learned: not at all, some minutes, or as in the papers"

@@ -10,52 +10,25 @@ Runs PyTorch fake-quant, so a row needs no graph.
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from tfmq_export.capture.denoiser import Denoiser, first_tensor
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.compiler.steps import capture, observe, quantize, reuse
 from tfmq_export.config import CompileConfig, Method
 from tfmq_export.models.load import Source, load
-from tfmq_export.proof.simulate import QuantizedLayer
+from tfmq_export.proof.partial import PARTS, Chosen, Partial
 from tfmq_export.proof.validate import as_images
 from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate, record
 from tfmq_export.recipe.io import load_recipe
-from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.measure.compare import psnr, sqnr_db
-
-PARTS = ("weight", "input", "output")
-ONE_GRID = torch.zeros(1, dtype=torch.int64)  # no grid here differs by timestep
-Chosen = Callable[[LayerRecipe, str], bool]
-
-
-class Partial(fx.Interpreter):
-    """The program with some parts of some layers quantized."""
-
-    def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, chosen: Chosen) -> None:
-        super().__init__(program.module)
-        self.layers = {layer.name: QuantizedLayer(layer) for layer in recipe.layers}
-        self.chosen = chosen
-
-    def run_node(self, n: fx.Node) -> object:
-        """Run one node, on grids where they are in force."""
-        layer = self.layers.get(n.name)
-        if layer is None:
-            return super().run_node(n)
-        chosen = {part: self.chosen(layer.recipe, part) for part in PARTS}
-        (x, weight, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
-        if chosen["input"] or chosen["weight"]:
-            # Equivalent scaling moves range between the two, so both sides take part in it.
-            x = layer.quantize_input(x, ONE_GRID) if chosen["input"] else layer.scale_input(x)
-            weight = layer.weight if chosen["weight"] else layer.scale_weight(weight)
-        y = n.target(x, weight, *rest, **kwargs)
-        return layer.output.lay_over(y, ONE_GRID) if layer.output is not None and chosen["output"] else y
 
 
 def main() -> None:
@@ -120,7 +93,7 @@ def _images_by_part(
 
         def denoise(sample: Tensor, timestep: object, /, chosen: Chosen = chosen, **given: Tensor) -> Tensor:
             inputs = denoiser.inputs(sample, timestep, given)
-            return first_tensor(Partial(program, recipe, chosen).run(*inputs.values()))
+            return first_tensor(Partial(program, recipe.layers, chosen).run(*inputs.values()))
 
         _, images = record(denoiser, denoise, runs, _quiet)
         values = psnr(*as_images(reference, images))
@@ -146,9 +119,7 @@ def _layers_by_cost(
         for part in PARTS:
             if part == "output" and layer.output is None:
                 continue
-            interpreter = Partial(
-                program, recipe, lambda x, p, name=layer.name, part=part: x.name == name and p == part
-            )
+            interpreter = Partial(program, [layer], lambda _, asked, part=part: asked == part)
             with torch.no_grad():
                 sqnr = [
                     sqnr_db(wanted.numpy(), first_tensor(interpreter.run(*inputs.values())).numpy())

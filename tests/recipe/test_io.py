@@ -61,13 +61,8 @@ def assert_same(first: QuantRecipe, second: QuantRecipe) -> None:
     for ours, theirs in zip(first.layers, second.layers, strict=True):
         assert_same_layer(ours, theirs)
     for one, other in zip(first.stored, second.stored, strict=True):
-        assert (one.name, one.path, one.kind, one.macs, one.reason) == (
-            other.name,
-            other.path,
-            other.kind,
-            other.macs,
-            other.reason,
-        )
+        said = [(x.name, x.path, x.kind, x.macs, x.reason, x.chosen) for x in (one, other)]
+        assert said[0] == said[1]
         assert same_grid(one.weight, other.weight)
         assert same_bits(one.weight_codes, other.weight_codes)
     for one, other in zip(first.products, second.products, strict=True):
@@ -83,7 +78,7 @@ def assert_same(first: QuantRecipe, second: QuantRecipe) -> None:
 
 def stored_layer() -> StoredLayer:
     grid, codes = rounded_weight(normal(3, 4, 2, 3, 3), 4)
-    return StoredLayer("conv2d_9", "net.conv2d_9", "conv", 5, grid, codes, "pinned by *")
+    return StoredLayer("conv2d_9", "net.conv2d_9", "conv", 5, grid, codes, "pinned by *", "auto: 4 bits")
 
 
 @pytest.mark.parametrize("widths", [(8, 8), (4, 6)])

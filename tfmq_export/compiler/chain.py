@@ -9,6 +9,7 @@ from torch import nn
 from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.bundle.write import replaced_folder
 from tfmq_export.capture.device import find_device
+from tfmq_export.compiler.auto import compile_auto
 from tfmq_export.compiler.making import Making, Stage, Stopwatch
 from tfmq_export.compiler.output import evidence_kept, sole_run
 from tfmq_export.compiler.settings import check_settings, recipe_as_asked
@@ -95,15 +96,20 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     kept = checkpoint_of(root)
     denoiser = load_model(_with_code(model, draw), config.components, stages)
     with sole_run(root), replaced_folder(root) as partial, evidence_kept(partial, root):
-        captured = capture(denoiser, stages)
-        if given is None:
-            made = quantize(captured, config, checkpoint=kept, resume=resume, progress=stages)
+        captured, making = capture(denoiser, stages), Making(stages.stages, command)
+        if config.auto:
+            validation = compile_auto(
+                captured, config, partial, checkpoint=kept, resume=resume, making=making, progress=stages
+            )
         else:
-            made = reuse(captured, given, config)
-        lowered = lower(made, config, dump_dir=dump_dir, progress=stages)
-        with stages.stage("Writing"):
-            bundle = write(lowered, partial, config.components)
-        validation = prove(made, bundle, config, making=Making(stages.stages, command), progress=stages)
+            if given is None:
+                made = quantize(captured, config, checkpoint=kept, resume=resume, progress=stages)
+            else:
+                made = reuse(captured, given, config)
+            lowered = lower(made, config, dump_dir=dump_dir, progress=stages)
+            with stages.stage("Writing"):
+                bundle = write(lowered, partial, config.components)
+            validation = prove(made, bundle, config, making=making, progress=stages)
     shutil.rmtree(kept, ignore_errors=True)  # only now is its work safe
     return Compiled(open_bundle(root), validation, tuple(stages.stages))
 

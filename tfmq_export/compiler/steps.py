@@ -13,6 +13,7 @@ of one model calls them:
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from tfmq_export.compiler.onnx_components import check_components
 from tfmq_export.compiler.prologue import cut_prologue
 from tfmq_export.compiler.settings import check_pairs, narrowest, settle
 from tfmq_export.compiler.write import write
-from tfmq_export.config import CompileConfig, Components, find_preset
+from tfmq_export.config import AUTO, CompileConfig, Components, find_preset
 from tfmq_export.errors import RecipeError, TfmqError
 from tfmq_export.models.factory import denoiser_from_code
 from tfmq_export.models.load import Source, load
@@ -54,7 +55,7 @@ from tfmq_export.ptq.walk.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.walk.calibration import calibrate
 from tfmq_export.ptq.walk.checkpoint import Checkpoint
 from tfmq_export.ptq.walk.effort import find_effort
-from tfmq_export.ptq.walk.widths import layer_names, pinned
+from tfmq_export.ptq.walk.widths import Widths, layer_names, pinned
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.report.bundle_page import write_page
@@ -123,11 +124,13 @@ def observe(denoiser: Denoiser, config: CompileConfig, progress: Progress = SILE
             return Observed(calls, gain)
 
 
-def quantize(
+def quantize(  # noqa: PLR0913  # options by keyword
     model: Captured | Denoiser | Model,
     config: CompileConfig | None = None,
     *,
     observed: Observed | None = None,
+    widths: Mapping[str, Widths] | None = None,
+    notes: Mapping[str, str] | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: Progress = SILENT,
@@ -137,6 +140,8 @@ def quantize(
     Args:
         model: As ``capture`` gives it; any other form is captured first.
         observed: The trajectory, where ``observe`` recorded it before.
+        widths: Of layers, by the value they compute, in place of those that ``config`` pins.
+        notes: What the recipe says of its making beside the settings.
         checkpoint: Folder where finished blocks are kept until the run is done.
         resume: Go on from that folder, where it was left by a run with these settings.
     Raises:
@@ -146,12 +151,12 @@ def quantize(
     config = config or CompileConfig()
     captured = model if isinstance(model, Captured) else capture(model, progress)
     denoiser, program, device = captured.denoiser, captured.program, find_device(config.device)
-    plan = _plan(config, program)
-    provenance = _provenance(denoiser, config, plan)
+    plan = _plan(config, program, widths)
+    provenance = _provenance(denoiser, config, plan) | dict(notes or {})
     if not plan.weight_bits:
         recipe = walking.unquantized(program, config.preset, tabulate(program, denoiser), provenance)
         return Quantized(denoiser, program, recipe)
-    settings = {"fingerprint": program.fingerprint, "preset": config.preset, **provenance}
+    settings = {"fingerprint": program.fingerprint, "preset": plan.preset, **provenance}
     settings |= {"timesteps": f"{len(denoiser.timesteps)}: {denoiser.timesteps.describe()}"}
     settings |= {"quantized outputs": ", ".join(sorted(plan.quantized_outputs)) or "none"}
     settings |= {"layers": ", ".join(f"{name} W{x.weights}A{x.inputs}" for name, x in sorted(plan.widths.items()))}
@@ -288,11 +293,20 @@ def _write_proof(made: Quantized, bundle: Bundle, validation: Validation, making
     write_card(facts)
 
 
-def _plan(config: CompileConfig, program: DiffusionProgram) -> QuantPlan:
-    target, preset = find_target(config.target), find_preset(config.preset)
+def layers_pinned(program: DiffusionProgram, config: CompileConfig) -> dict[str, Widths]:
+    """The layers that ``config`` pins, by the value they compute.
+
+    Raises:
+        ConfigError: a pattern matches none.
+    """
     splits = find_skip_concats(program) if config.method.split_skips else ()
+    return pinned(layer_names(program, splits), config.layers)
+
+
+def _plan(config: CompileConfig, program: DiffusionProgram, widths: Mapping[str, Widths] | None) -> QuantPlan:
+    target, preset = find_target(config.target), find_preset(config.preset)
     return QuantPlan(
-        config.preset,
+        config.preset if widths is None else AUTO,
         preset.weight_bits,
         preset.activation_bits,
         settle(config.method, target),
@@ -300,7 +314,7 @@ def _plan(config: CompileConfig, program: DiffusionProgram) -> QuantPlan:
         target.quantized_outputs,
         config.seed,
         config.max_memory or _usual_memory(),
-        pinned(layer_names(program, splits), config.layers),
+        layers_pinned(program, config) if widths is None else widths,
     )
 
 

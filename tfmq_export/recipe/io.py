@@ -27,6 +27,7 @@ from tfmq_export.recipe.stored_layer import StoredLayer
 from tfmq_export.recipe.timesteps import TimestepSet
 
 SCHEMA = 3
+STORED = ("name", "path", "kind", "macs", "reason", "chosen")
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -151,13 +152,13 @@ def _load_layer(item: dict[str, Any], arrays: Arrays) -> LayerRecipe:
 
 def _save_stored(layer: StoredLayer, arrays: Arrays) -> dict[str, object]:
     arrays[f"{layer.name}.weight_codes"] = layer.weight_codes
-    said = {name: getattr(layer, name) for name in ("name", "path", "kind", "macs", "reason")}
+    said = {name: getattr(layer, name) for name in STORED}
     return {**said, "weight": _save_grid(f"{layer.name}.weight", layer.weight, arrays)}
 
 
 def _load_stored(item: dict[str, Any], arrays: Arrays) -> StoredLayer:
     grid = _load_grid(f"{item['name']}.weight", item["weight"], arrays)
-    said = {name: item[name] for name in ("name", "path", "kind", "macs", "reason")}
+    said = {name: item[name] for name in STORED}
     return StoredLayer(**said, weight=grid, weight_codes=arrays[f"{item['name']}.weight_codes"])
 
 

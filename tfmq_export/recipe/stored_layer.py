@@ -24,6 +24,7 @@ class StoredLayer:
         weight: Grid of the weight, one scale per output channel (axis 0), zero point 0.
         weight_codes: The rounded weight, int8, [out, in / groups, *kernel] or [out, in].
         reason: Why it computes in floating point, for people.
+        chosen: Why it has its bits, for people.
     """
 
     name: str
@@ -33,6 +34,7 @@ class StoredLayer:
     weight: QParams
     weight_codes: NDArray[np.int8]
     reason: str
+    chosen: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in ("conv", "linear"):

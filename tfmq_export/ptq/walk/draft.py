@@ -36,6 +36,7 @@ class Draft:
         input: Grid of the scaled input.
         output: Grid of the result.
         why: Why it has its widths, where the preset did not say.
+        in_float: Why it computes in floating point, where it does.
     """
 
     op: Operation
@@ -50,6 +51,7 @@ class Draft:
     input: Grid | None = None
     output: Grid | None = None
     why: str = ""
+    in_float: str = ""
 
     @classmethod
     def fresh(  # the grids of a layer
@@ -110,7 +112,7 @@ class Draft:
         op, codes = self.op, self.codes.to(torch.int8).cpu().numpy()
         grid = QParams(self.weight_spec, self.scale.float().cpu().numpy(), np.zeros(len(self.scale), np.int32))
         if self.input is None:
-            return StoredLayer(op.name, op.path, op.kind, op.macs, grid, codes, self.why)
+            return StoredLayer(op.name, op.path, op.kind, op.macs, grid, codes, self.in_float, self.why)
         return LayerRecipe(
             name=op.name,
             path=op.path,

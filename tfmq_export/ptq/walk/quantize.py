@@ -132,7 +132,7 @@ def _kept_by_name(program: DiffusionProgram, plan: QuantPlan) -> tuple[FloatLaye
     """The layers that somebody wants in floating point."""
     asked = {name: widths for name, widths in plan.widths.items() if widths.is_float}
     return tuple(
-        FloatLayer(op.name, op.path, op.macs, asked[op.name].why) for op in program.operations if op.name in asked
+        FloatLayer(op.name, op.path, op.macs, asked[op.name].in_float) for op in program.operations if op.name in asked
     )
 
 
@@ -273,7 +273,8 @@ def _draft(
     weight_bits = asked.weights or (BOUNDARY_BITS if codes else plan.weight_bits)
     activation_bits = (BOUNDARY_BITS if codes else plan.activation_bits) if asked.inputs is None else asked.inputs
     if activation_bits == FLOAT:
-        return Draft.fresh(program, op, QuantSpec(weight_bits, signed=True, axis=0), None, why=asked.why)
+        draft = Draft.fresh(program, op, QuantSpec(weight_bits, signed=True, axis=0), None)
+        return replace(draft, why=asked.why, in_float=asked.in_float)
     # Several codes are more channels of one convolution; other layers make do with one.
     stacks = codes if codes and op.kind == "conv" and op.groups == 1 else {"input": 1, "output": 1}
     output = None
@@ -284,7 +285,7 @@ def _draft(
     needs_pairs = weight_bits > SAFE_WEIGHT_BITS and activation_bits > SAFE_INPUT_BITS
     pair_sum = PAIR_SUM if needs_pairs and plan.method.cpus == "any" else None
     weight = QuantSpec(weight_bits, signed=True, axis=0, pair_sum=pair_sum)
-    return Draft.fresh(program, op, weight, grid, output, asked.why)
+    return replace(Draft.fresh(program, op, weight, grid, output), why=asked.why)
 
 
 def _residual_stream(graph: fx.Graph, block: Block) -> frozenset[str]:

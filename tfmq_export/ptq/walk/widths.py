@@ -22,11 +22,13 @@ class Widths:
         weights: Bits; ``FLOAT`` keeps the layer in floating point; None leaves them to the preset.
         inputs: Bits; ``FLOAT`` computes in floating point from stored weights; None leaves them to the preset.
         why: Who said so, for people.
+        in_float: Why the layer computes in floating point, where it does; the same for all layers of one reason.
     """
 
     weights: int | None
     inputs: int | None
     why: str
+    in_float: str = ""
 
     @property
     def is_float(self) -> bool:
@@ -72,7 +74,7 @@ def pinned(names: Mapping[str, str], pins: Mapping[str, LayerPins]) -> dict[str,
             before = found.get(value)
             weights = pin.weights if pin.weights is not None else before.weights if before else None
             inputs = pin.inputs if pin.inputs is not None else before.inputs if before else None
-            found[value] = Widths(_bits(weights), _bits(inputs), f"pinned by {pattern}")
+            found[value] = Widths(_bits(weights), _bits(inputs), f"pinned by {pattern}", f"pinned by {pattern}")
     return found
 
 
