@@ -37,19 +37,21 @@ def goal_of(config: CompileConfig) -> Goal:
 def look_at_layers(model: Captured, seen: Observed, config: CompileConfig, progress: Progress) -> Survey:
     """Measure what each choice of bits costs, on two drafts in closed form."""
     target, pins = find_target(config.target), layers_pinned(model.program, config)
-    drafts = [_draft(model, seen, config, preset, progress) for preset in ("w8a8", "w4a8")]
-    wide, narrow = drafts
-    with tempfile.TemporaryDirectory() as folder:
-        size = _graph_bytes(wide, config.model_copy(update={"tables": "fp32"}), Path(folder), progress)
+    wide, narrow = (_draft(model, seen, config, preset, progress) for preset in ("w8a8", "w4a8"))
+    kinds = _tables(config)
+    with progress.stage("Counting bytes") as step:
+        sizes: dict[TableType, int] = {}
+        for done, kind in enumerate(kinds, start=1):
+            sizes[kind] = _graph_bytes(wide, config.model_copy(update={"tables": kind}))
+            step(done, len(kinds) + 1)
+        narrow_bytes = _graph_bytes(narrow, config.model_copy(update={"tables": kinds[0]}))
     weights = None if seen.gain is None else weights_from(seen.gain)
     return survey(
-        Drafts(wide.program, adapt(wide.recipe, target), adapt(narrow.recipe, target)),
+        Drafts(wide.program, adapt(wide.recipe, target), adapt(narrow.recipe, target), sizes, narrow_bytes),
         model.denoiser,
         weighted_batches(model.denoiser, wide.program, seen.calls, weights),
-        _tables(config),
         pins,
         target=target,
-        wide_bytes=size,
         seed=config.seed,
         progress=progress,
     )
@@ -124,12 +126,14 @@ def _draft(model: Captured, seen: Observed, config: CompileConfig, preset: str, 
         return quantize(model, asked, observed=seen)
 
 
-def _graph_bytes(made: Quantized, config: CompileConfig, folder: Path, progress: Progress) -> int:
-    lowered = lower(made, config, progress=progress)
+def _graph_bytes(made: Quantized, config: CompileConfig) -> int:
+    """What the graphs of a recipe take on the disk."""
+    lowered = lower(made, config)
     graphs = [lowered.graph] if lowered.prologue is None else [lowered.graph, lowered.prologue.graph]
-    for number, graph in enumerate(graphs):
-        save_graph(graph, folder / f"{number}.onnx", value_info=False)
-    return sum(path.stat().st_size for path in folder.iterdir())
+    with tempfile.TemporaryDirectory() as folder:
+        for number, graph in enumerate(graphs):
+            save_graph(graph, Path(folder) / f"{number}.onnx", value_info=False)
+        return sum(path.stat().st_size for path in Path(folder).iterdir())
 
 
 def _written(made: Quantized, config: CompileConfig, root: Path, progress: Progress) -> Bundle:

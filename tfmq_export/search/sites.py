@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tfmq_export.ptq.walk.widths import FLOAT, Widths
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
@@ -58,8 +58,16 @@ class LayerSite:
         kept = [place for place, (_, inputs) in enumerate(self.bits) if inputs != FLOAT]
         if not kept:
             return self
-        bits, choices = tuple(self.bits[x] for x in kept), tuple(self.choices[x] for x in kept)
-        return LayerSite(self.name, self.path, bits, choices, self.errors)
+        return replace(self, bits=tuple(self.bits[x] for x in kept), choices=tuple(self.choices[x] for x in kept))
+
+    def narrow_larger_by(self, count: int) -> "LayerSite":
+        """With so many bytes more where weights have fewer bits than they could."""
+        widest = max(weights for weights, _ in self.bits)
+        choices = tuple(
+            choice if weights == widest else replace(choice, size=choice.size + count)
+            for (weights, _), choice in zip(self.bits, self.choices, strict=True)
+        )
+        return replace(self, choices=choices)
 
     def why(self, pick: int, whole: float) -> str:
         """Why a choice was taken, for people.

@@ -15,7 +15,6 @@ from tfmq_export.proof.validate import as_images
 from tfmq_export.ptq.walk.calibration import record
 from tfmq_export.ptq.walk.widths import Widths
 from tfmq_export.recipe.narrow_rows import narrow as narrowed
-from tfmq_export.recipe.narrow_rows import stored_bytes as table_bytes
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe, TableType
 from tfmq_export.runtime.measure.compare import psnr
 from tfmq_export.search.choices import Choice
@@ -72,27 +71,29 @@ class Survey:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drafts:
-    """Two recipes in closed form, of one program.
+    """Two recipes in closed form, of one program, with the sizes of their graphs.
 
     Attributes:
         wide: With 8-bit weights.
         narrow: With 4-bit weights.
+        wide_bytes: Of its graph, by what rows of tables are stored in: all kinds there are to choose from.
+        narrow_bytes: Of its graph, with the first of these kinds.
     """
 
     program: DiffusionProgram
     wide: QuantRecipe
     narrow: QuantRecipe
+    wide_bytes: Mapping[TableType, int]
+    narrow_bytes: int
 
 
 def survey(  # noqa: PLR0913  # what is measured, and on what
     drafts: Drafts,
     denoiser: Denoiser,
     batches: Sequence[Batch],
-    tables: Sequence[TableType],
     pins: Mapping[str, Widths],
     *,
     target: Target,
-    wide_bytes: int,
     seed: int,
     progress: Progress,
 ) -> Survey:
@@ -100,25 +101,33 @@ def survey(  # noqa: PLR0913  # what is measured, and on what
 
     Args:
         batches: From ``weighted_batches``.
-        tables: What rows of temporal tables may be stored in.
-        wide_bytes: Of the graph of the wide draft, tables in fp32.
         seed: Of the run.
     """
     with progress.stage("Measuring each layer's sensitivity") as step:
         errors = _errors(drafts, batches, target, step)
     bare = replace(drafts.wide, layers=(), stored=(), products=())
     rows: dict[TableType, Choice] = {}
-    for kind in tables:
+    least = min(drafts.wide_bytes.values())
+    for kind, size in drafts.wide_bytes.items():
         tib = narrowed(drafts.wide.tib, kind)
         error = whole_error(drafts.program, replace(bare, tib=tib), batches) if kind != "fp32" else 0.0
-        rows[kind] = Choice(error, table_bytes(tib))
-    sites = layer_sites(drafts.wide, drafts.narrow, errors, pins, target)
+        rows[kind] = Choice(error, size - least)
+    sites = _as_measured(layer_sites(drafts.wide, drafts.narrow, errors, pins, target), drafts)
     ends = [sum(site.in_integers().choices[place].error for site in sites) for place in (0, -1)]  # all wide, all narrow
     with progress.stage("Drawing with the drafts") as step:
         drawn = _psnr(drafts, denoiser, seed + SEED, step)
-    fixed = wide_bytes - sum(site.choices[0].size for site in sites) - table_bytes(drafts.wide.tib)
+    fixed = least - sum(site.choices[0].size for site in sites)
     decibels = Decibels.through((ends[0], drawn[0]), (ends[1], drawn[1]))
     return Survey(sites, rows, decibels, fixed)
+
+
+def _as_measured(sites: tuple[LayerSite, ...], drafts: Drafts) -> tuple[LayerSite, ...]:
+    """Layers of 4 bits as large as the narrow draft has them: each has its share of what counting missed."""
+    narrow = [site for site in sites if len({weights for weights, _ in site.bits}) > 1]
+    counted = sum(site.in_integers().choices[0].size - site.in_integers().choices[-1].size for site in narrow)
+    saved = next(iter(drafts.wide_bytes.values())) - drafts.narrow_bytes
+    missed = round((counted - saved) / max(1, len(narrow)))
+    return tuple(site.narrow_larger_by(missed) for site in sites)
 
 
 def _errors(drafts: Drafts, batches: Sequence[Batch], target: Target, progress: Step) -> dict[str, PartErrors]:
