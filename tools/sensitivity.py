@@ -2,14 +2,19 @@
 
     python tools/sensitivity.py MODEL [--preset w8a8] [--effort fast] [--images 16] [--json FILE]
     python tools/sensitivity.py MODEL --recipe BUNDLE
+    python tools/sensitivity.py MODEL --estimates 60
 
 First table: PSNR of images from the same noise when only one part of the recipe is in force. Second table: the
 layers whose quantization alone costs the noise prediction most, over the recorded trajectory.
 Runs PyTorch fake-quant, so a row needs no graph.
+
+With ``--estimates N``, in place of both: what ``--auto`` estimates of every part of every layer, against running the
+network with N of them quantized.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +30,12 @@ from tfmq_export.config import CompileConfig, Method
 from tfmq_export.models.load import Source, load
 from tfmq_export.proof.partial import PARTS, Chosen, Partial
 from tfmq_export.proof.validate import as_images
+from tfmq_export.ptq.image_gain import weights_from
 from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate, record
 from tfmq_export.recipe.io import load_recipe
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.measure.compare import psnr, sqnr_db
+from tfmq_export.search.sensitivity import Batch, part_errors, run_error, weighted_batches, whole_error
 
 
 def main() -> None:
@@ -43,10 +50,14 @@ def main() -> None:
     parser.add_argument("--timesteps", type=int, default=6, help="timesteps the layer table looks at")
     parser.add_argument("--top", type=int, default=12)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--estimates", type=int, metavar="N", help="check the estimates of --auto on N parts")
     args = parser.parse_args()
 
     denoiser = load(Source(args.model, steps=args.steps))
-    program, recipe, recorded = _subject(denoiser, args)
+    program, recipe, recorded, weights = _subject(denoiser, args)
+    if args.estimates:
+        _check_estimates(program, recipe, weighted_batches(denoiser, program, recorded, weights), args.estimates)
+        return
     print(f"{recipe.preset} on {denoiser.source}: PSNR over {args.images} images, dB")
     parts = _images_by_part(denoiser, program, recipe, args.images)
     layers = _layers_by_cost(program, recipe, recorded[:: -max(1, len(recorded) // args.timesteps)])
@@ -57,18 +68,35 @@ def main() -> None:
         args.json.write_text(json.dumps({"parts": parts, "layers": layers}, indent=1) + "\n")
 
 
+def _check_estimates(program: DiffusionProgram, recipe: QuantRecipe, batches: Sequence[Batch], count: int) -> None:
+    """Estimates of the parts' errors against what the network does, and their sum against the whole recipe's."""
+    asked = [(layer, part) for layer in recipe.layers for part in PARTS if part != "output" or layer.output is not None]
+    start = time.perf_counter()
+    found = np.array(part_errors(program, asked, batches, _quiet))
+    print(f"{len(asked)} parts estimated in {time.perf_counter() - start:.1f} s")
+    picked = np.random.default_rng(0).permutation(len(asked))[:count]
+    start = time.perf_counter()
+    true = np.array([run_error(program, *asked[place], batches) for place in picked])
+    print(f"{len(picked)} parts run in {time.perf_counter() - start:.1f} s")
+    apart = 10 * np.log10(found[picked] / true)
+    correlation = np.corrcoef(np.log(found[picked]), np.log(true))[0, 1]
+    print(f"correlation {correlation:.4f} (of logarithms), apart {np.sqrt(np.mean(apart**2)):.2f} dB (rms)")
+    whole = whole_error(program, recipe, batches)
+    print(f"all together {10 * np.log10(found.sum() / whole):+.2f} dB from the whole recipe's error")
+
+
 def _subject(
     denoiser: Denoiser, args: argparse.Namespace
-) -> tuple[DiffusionProgram, QuantRecipe, Sequence[CalibrationStep]]:
-    """What is looked at, and the trajectory to look at it on."""
+) -> tuple[DiffusionProgram, QuantRecipe, Sequence[CalibrationStep], Tensor | None]:
+    """What is looked at, the trajectory to look at it on, and how much its timesteps count."""
     config = CompileConfig(preset=args.preset, effort=args.effort, device="cpu")
     model = capture(denoiser)
     if args.recipe is not None:
         made = reuse(model, load_recipe(args.recipe), CompileConfig(method=Method(cpus="vnni")))  # nothing is run
-        return made.program, made.recipe, calibrate(denoiser, images=2, seed=0, progress=_quiet)
+        return made.program, made.recipe, calibrate(denoiser, images=2, seed=0, progress=_quiet), None
     seen = observe(denoiser, config)
     made = quantize(model, config, observed=seen)
-    return made.program, made.recipe, seen.calls
+    return made.program, made.recipe, seen.calls, None if seen.gain is None else weights_from(seen.gain)
 
 
 def _images_by_part(

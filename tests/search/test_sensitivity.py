@@ -10,8 +10,8 @@ from tfmq_export.capture.denoiser import first_tensor
 from tfmq_export.compiler.forms import Quantized
 from tfmq_export.compiler.steps import capture, observe, quantize
 from tfmq_export.config import CompileConfig
-from tfmq_export.proof.partial import PARTS, Partial
-from tfmq_export.search.sensitivity import Batch, part_errors, weighted_batches, whole_error
+from tfmq_export.proof.partial import PARTS
+from tfmq_export.search.sensitivity import Batch, part_errors, run_error, weighted_batches, whole_error
 
 CONFIG = CompileConfig(effort="fast", calibration_images=4)
 Subject = tuple[Quantized, tuple[Batch, ...]]
@@ -39,18 +39,7 @@ def test_an_estimate_is_near_what_the_network_really_does(subject: Subject) -> N
 
     found = part_errors(made.program, asked, batches, lambda done, total: None)
 
-    count, true = sum(len(batch.prediction) for batch in batches), []
-    for layer, part in asked:
-        moved = [
-            first_tensor(
-                Partial(made.program, [layer], lambda _, x, part=part: x == part, batch.steps).run(
-                    *batch.inputs.values()
-                )
-            )
-            - batch.prediction
-            for batch in batches
-        ]
-        true.append(sum(float(each.square().flatten(1).mean(1).sum()) for each in moved) / count)
+    true = [run_error(made.program, layer, part, batches) for layer, part in asked]
     apart = 10 * np.log10(np.array(found) / np.array(true))
     # 24 rows and 8 directions leave 10 % (0.4 dB) of noise; the rest is what the first order leaves out.
     assert np.abs(np.median(apart)) < 1

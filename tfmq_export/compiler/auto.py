@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,16 +86,17 @@ def compile_auto(  # noqa: PLR0913  # what the chain has in hand
         with progress.stage(f"Choice {attempt}: {plan.describe()}"):
             asked = config.model_copy(update={"tables": plan.tables})
         notes = {"goal": goal.describe(), "choice": f"{plan.describe()} (choice {attempt})"}
-        made = quantize(
-            model,
-            asked,
-            observed=seen,
-            widths=plan.widths,
-            notes=notes,
-            checkpoint=checkpoint / f"choice-{attempt}",
-            resume=resume,
-            progress=progress,
-        )
+        with _gone_if_empty(checkpoint):
+            made = quantize(
+                model,
+                asked,
+                observed=seen,
+                widths=plan.widths,
+                notes=notes,
+                checkpoint=checkpoint / f"choice-{attempt}",  # each has its own bits, which a checkpoint holds to
+                resume=resume,
+                progress=progress,
+            )
         bundle = _written(made, asked, root, progress)
         size, last = _bundle_bytes(bundle), attempt == TRIES
         misses = replace(misses, size=misses.size + size - plan.size)
@@ -113,6 +116,16 @@ def compile_auto(  # noqa: PLR0913  # what the chain has in hand
             with progress.stage(f"Missed: the images have {found:.1f} dB, {goal.psnr:g} wanted"):
                 pass
     raise AssertionError("the last try returns or raises")
+
+
+@contextmanager
+def _gone_if_empty(folder: Path) -> Iterator[None]:
+    """No folder is left of a run that was stopped before it had anything to go on from."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty, or never made
+            folder.rmdir()
 
 
 def _nothing_left(plan: BitsPlan, goal: Goal) -> bool:

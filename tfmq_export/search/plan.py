@@ -11,6 +11,8 @@ from tfmq_export.search.choices import Choice, Picks, Site, fits, least_cost, le
 from tfmq_export.search.sites import LayerSite, widths_of
 from tfmq_export.search.survey import Survey
 
+AIM = 0.3  # dB above the goal: an expectation is off by about so much, and a miss costs another compile
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:
@@ -84,7 +86,7 @@ def plan_bits(survey: Survey, goal: Goal, pins: Mapping[str, Widths], misses: Mi
     if room is not None and not fits(everything, room):
         least = sum(min(choice.size for choice in site) for site in everything) + survey.fixed + misses.size
         raise ConfigError(f"--max-size {in_words(goal.size or 0)}: the smallest choice of bits takes {in_words(least)}")
-    limit = None if goal.psnr is None else survey.decibels.error(goal.psnr - misses.psnr)
+    limit = None if goal.psnr is None else survey.decibels.error(goal.psnr + AIM - misses.psnr)
     all_integer = True
     if limit is None:
         all_integer = room is None or fits(integers, room)

@@ -25,7 +25,7 @@ from tfmq_export.capture.denoiser import Denoiser, first_tensor
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.capture.rows import elements_for_one
 from tfmq_export.progress import Step
-from tfmq_export.proof.partial import partly
+from tfmq_export.proof.partial import Partial, partly
 from tfmq_export.proof.simulate import QuantizedLayer, Simulation
 from tfmq_export.ptq.walk.calibration import GOLDEN_RATIO, CalibrationStep
 from tfmq_export.ptq.walk.input_watch import by_sample
@@ -164,6 +164,16 @@ class _Watched(fx.Interpreter):
         operands, kwargs = self._operands[layer.name]
         compute = self._functions[layer.name]
         return partly(QuantizedLayer(layer), (part,), steps, compute, operands, kwargs) - self._results[layer.name]
+
+
+@torch.no_grad()
+def run_error(program: DiffusionProgram, layer: LayerRecipe, part: str, batches: Sequence[Batch]) -> float:
+    """The error of one part of a layer, by running the network with it: what ``part_errors`` estimates."""
+    found = 0.0
+    for batch in batches:
+        partial = Partial(program, [layer], lambda _, asked: asked == part, batch.steps)
+        found += _distance(first_tensor(partial.run(*batch.inputs.values())), batch)
+    return found / sum(len(batch.prediction) for batch in batches)
 
 
 @torch.no_grad()
