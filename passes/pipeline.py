@@ -22,6 +22,7 @@ from tfmq_export.passes.qdq.offset_inputs import OffsetInputs
 from tfmq_export.passes.qdq.quantize_attention import QuantizeAttention
 from tfmq_export.passes.qdq.quantize_weights import QuantizeWeights
 from tfmq_export.passes.qdq.stack_output_codes import StackOutputCodes
+from tfmq_export.passes.qdq.store_weights import StoreWeights
 from tfmq_export.passes.qdq.transpose_dequantized import TransposeDequantized
 from tfmq_export.passes.scaling.fold_rescales import FoldRescales
 from tfmq_export.passes.scaling.pts_lowering import choose_form
@@ -74,6 +75,7 @@ def passes_for(  # what a graph depends on, by keyword
         *([TransposeDequantized(recipe)] if recipe.products and target.turned_factors else []),
         LowerTimestepGrids(recipe, target, sample),
         QuantizeWeights(recipe, target, pts_lowering),
+        *([StoreWeights(recipe)] if recipe.stored else []),
         OffsetInputs(recipe, target),
         *([] if target.zero_points else [FoldZeroPoints(recipe, target)]),
         FoldRescales(recipe),  # behind QuantizeWeights: integers stay, their scales take the factors

@@ -63,6 +63,12 @@ def test_flags_of_the_method_win_over_its_table(tmp_path: Path) -> None:
         ('tables = "int4"', "tables: "),
         ('max_memory = "1KiB"', "max_memory: "),
         ("seed = ", "not readable TOML"),
+        ('[layers."*.conv"]\nweigths = 8', "[layers.\"*.conv\"]: unknown setting 'weigths'; did you mean 'weights'?"),
+        ('[layers."*.conv"]\nzzz = 8', "unknown setting 'zzz'; there is weights, inputs"),
+        ('[layers."*.conv"]\nweights = 5', "[layers.\"*.conv\"] weights: Input should be 4, 8 or 'float', got 5"),
+        ('[layers."*"]\nweights = "float"\ninputs = 8', "in floating point; leave out inputs = 8"),
+        ('[layers]\n"*.conv" = 8', '[layers."*.conv"]: '),
+        ("layers = 8", "layers: "),
         pytest.param("thresholds = 5", "thresholds: "),
         pytest.param("method = 5", "method: "),
     ],
@@ -159,3 +165,13 @@ def test_thresholds_come_from_file_and_flags(tmp_path: Path) -> None:
 def test_a_threshold_that_is_no_number_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="finite number"):
         load_config(toml(tmp_path, text), {})
+
+
+def test_layers_are_pinned_by_pattern_in_the_order_of_the_file(tmp_path: Path) -> None:
+    path = toml(tmp_path, '[layers."*"]\nweights = 4\n[layers."*.conv"]\nweights = 8\ninputs = "float"\n')
+
+    layers = load_config(path, {}).layers
+
+    assert list(layers) == ["*", "*.conv"]
+    assert (layers["*"].weights, layers["*"].inputs) == (4, None)
+    assert (layers["*.conv"].weights, layers["*.conv"].inputs) == (8, "float")

@@ -33,9 +33,11 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "runtime": (ENGINE_LIBRARIES | {"numpy", "onnx"}, DATA),
     # It draws with the compiled denoiser in its pipeline.
     "proof": (TORCH | {"matplotlib", "numpy", "onnx"}, DATA | MODEL | GRAPH | {"integrations"}),
+    # Measures with the proof's fake-quant, and says what it found in the report's words.
+    "search": (TORCH | {"numpy"}, DATA | MODEL | {"proof", "report", "runtime"}),
     # Read from a bundle's files alone: it draws the same page wherever the bundle lies.
     "report": (DRAWING | {"numpy"}, DATA | {"runtime"}),
-    "compiler": (ANYTHING, DATA | MODEL | GRAPH | {"proof", "report"}),
+    "compiler": (ANYTHING, DATA | MODEL | GRAPH | {"proof", "report", "search"}),
     # In the pipelines of diffusers: beside the runtime, not in it, because it needs torch as they do.
     "integrations": (TORCH | {"diffusers", "numpy"}, DATA | {"runtime"}),
     # What needs torch waits in against_model.py until a gate asks for it.

@@ -2,13 +2,13 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from tfmq_export.errors import ConfigError
 from tfmq_export.limits import LARGEST_SEED, MOST_IMAGES
@@ -27,6 +27,21 @@ def _duration(value: object) -> object:
 
 Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
 """A length of time; as text a number and ``s``, ``min`` or ``h``."""
+
+
+def _megabytes(value: object) -> object:
+    """A plain number counts megabytes, as ``--max-size`` says."""
+    try:
+        return round(float(value) * 1e6)  # type: ignore[arg-type]  # what is no number is for pydantic to refuse
+    except (TypeError, ValueError, OverflowError):
+        return value
+
+
+Megabytes = Annotated[ByteSize, BeforeValidator(_megabytes)]
+"""A size in bytes; a number without a unit is one of 1,000,000 bytes."""
+
+AUTO = "auto"
+"""In place of a preset's name, where the bits of each layer were chosen."""
 
 Components = Literal["link", "copy", "onnx", "none"]
 """How a pipeline's other components join its bundle: large files as hard links; all copied; linked, with
@@ -169,6 +184,27 @@ class Method(BaseModel):
     )
 
 
+class LayerPins(BaseModel):
+    """Widths of some layers, whatever the preset says; a ``[layers."PATTERN"]`` table of ``--config``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    weights: Literal[4, 8, "float"] | None = Field(
+        None, description="bits of the weights; float keeps the whole layer in floating point"
+    )
+    inputs: Literal[6, 8, "float"] | None = Field(
+        None, description="bits of the inputs; float computes in floating point, from weights that are stored in bits"
+    )
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.weights == "float" and self.inputs not in (None, "float"):
+            raise ValueError(
+                f'weights = "float" keeps all of a layer in floating point; leave out inputs = {self.inputs}'
+            )
+        return self
+
+
 class CompileConfig(BaseModel):
     """Everything the compiler can be asked for. Frozen; the defaults are those of the command line.
 
@@ -179,11 +215,20 @@ class CompileConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     preset: str = Field("w8a8", description="bits of weights and activations")
+    auto: bool = Field(
+        False, description="choose the bits of each layer from what they cost, for a least PSNR, a largest size or both"
+    )
+    max_size: Megabytes | None = Field(
+        None, gt=0, description="with --auto, the largest size of the graph, MB; or with a unit, such as 900kB"
+    )
     target: str = Field("ort-cpu", description="the engine that will run the bundle")
     effort: Literal["fast", "standard", "paper"] = Field(
         "standard", description="how long rounding is learned: not at all, some minutes, or as in the papers"
     )
     method: Method = Method.model_construct()
+    layers: Mapping[str, LayerPins] = Field(
+        {}, description="widths of layers by the pattern of their names; of two that match a layer, the later wins"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where quantization computes; auto: a GPU where there is one"
     )
@@ -288,6 +333,8 @@ def _explain(error: ValidationError, path: Path | None) -> str:
     table = next((name for name, model in TABLES.items() if model.__name__ == error.title), None)
     key = ".".join(str(part) for part in ([table] if table else []) + list(first["loc"]))
     where = f"{path}: " if path is not None else ""
+    if table is None and first["loc"][:1] == ("layers",) and len(first["loc"]) > 1:
+        return f"{where}{_explain_pin(first['loc'], first)}"
     if first["type"] == "extra_forbidden":
         if key in ONLY_OPTIONS:
             flag = key.replace("_", "-")
@@ -297,3 +344,16 @@ def _explain(error: ValidationError, path: Path | None) -> str:
         near += difflib.get_close_matches(key, [*CompileConfig.model_fields, *inner], 1)
         return f"{where}unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     return f"{where}{key}: {first['msg']}, got {first['input']!r}"
+
+
+def _explain_pin(place: Sequence[int | str], found: Mapping[str, object]) -> str:
+    """What is wrong in a table of ``[layers]``."""
+    _, pattern, *keys = place
+    table = f'[layers."{pattern}"]'
+    if found["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(keys[0]), LayerPins.model_fields, 1)
+        known = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(LayerPins.model_fields)}"
+        return f"{table}: unknown setting {str(keys[0])!r}; {known}"
+    if found["type"] == "value_error":
+        return f"{table}: {str(found['msg']).removeprefix('Value error, ')}"
+    return f"{table}{f' {keys[0]}' if keys else ''}: {found['msg']}, got {found['input']!r}"

@@ -21,6 +21,7 @@ class Target:
         attention: Form of attention nodes: "matmul" is portable, "mha" is com.microsoft.MultiHeadAttention.
         symmetric: Activation codes are int8 with zero point 0; else uint8 with any.
         integer_bias: Biases are int32 codes behind a DequantizeLinear; else they stay in floating point.
+        stored_weights: Whether it folds weights that are stored as integers and computed with in floating point.
         packed_weights: 4-bit integers may be stored packed, behind a Cast that the engine folds at load.
         float_type: What is not quantized computes in: "float32" or "float16".
         integers: Whether the backend has integer kernels for QDQ graphs at all.
@@ -41,6 +42,7 @@ class Target:
     attention: str = "matmul"
     symmetric: bool = False
     integer_bias: bool = False
+    stored_weights: bool = True
     packed_weights: bool = True
     float_type: str = "float32"
     integers: bool = True
@@ -80,12 +82,13 @@ _TARGETS = (
         saturates=True,
     ),
     # TensorRT takes precision from the graph's own types, int8 with zero point 0; it neither folds nor gathers integer
-    # constants.
+    # constants, so a weight in integers means a layer in integers.
     *(
         Target(
             name,
             engine="tensorrt",
             symmetric=True,
+            stored_weights=False,
             packed_weights=False,
             float_type="float16",
             integer_tables=False,

@@ -29,7 +29,8 @@ from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.device import find_device, module_on
 from tfmq_export.capture.program import program_on
 from tfmq_export.compiler.forms import Observed
-from tfmq_export.compiler.steps import calibration_images, capture, observe, quantize
+from tfmq_export.compiler.plan import calibration_images
+from tfmq_export.compiler.steps import capture, observe, quantize
 from tfmq_export.config import CompileConfig, Method
 from tfmq_export.models.load import Source, load
 from tfmq_export.progress import Step

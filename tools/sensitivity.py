@@ -2,60 +2,40 @@
 
     python tools/sensitivity.py MODEL [--preset w8a8] [--effort fast] [--images 16] [--json FILE]
     python tools/sensitivity.py MODEL --recipe BUNDLE
+    python tools/sensitivity.py MODEL --estimates 60
 
 First table: PSNR of images from the same noise when only one part of the recipe is in force. Second table: the
 layers whose quantization alone costs the noise prediction most, over the recorded trajectory.
 Runs PyTorch fake-quant, so a row needs no graph.
+
+With ``--estimates N``, in place of both: what ``--auto`` estimates of every part of every layer, against running the
+network with N of them quantized.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from tfmq_export.capture.denoiser import Denoiser, first_tensor
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.compiler.steps import capture, observe, quantize, reuse
 from tfmq_export.config import CompileConfig, Method
 from tfmq_export.models.load import Source, load
-from tfmq_export.proof.simulate import QuantizedLayer
+from tfmq_export.proof.partial import PARTS, Chosen, Partial
 from tfmq_export.proof.validate import as_images
+from tfmq_export.ptq.image_gain import weights_from
 from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate, record
 from tfmq_export.recipe.io import load_recipe
-from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.measure.compare import psnr, sqnr_db
-
-PARTS = ("weight", "input", "output")
-ONE_GRID = torch.zeros(1, dtype=torch.int64)  # no grid here differs by timestep
-Chosen = Callable[[LayerRecipe, str], bool]
-
-
-class Partial(fx.Interpreter):
-    """The program with some parts of some layers quantized."""
-
-    def __init__(self, program: DiffusionProgram, recipe: QuantRecipe, chosen: Chosen) -> None:
-        super().__init__(program.module)
-        self.layers = {layer.name: QuantizedLayer(layer) for layer in recipe.layers}
-        self.chosen = chosen
-
-    def run_node(self, n: fx.Node) -> object:
-        """Run one node, on grids where they are in force."""
-        layer = self.layers.get(n.name)
-        if layer is None:
-            return super().run_node(n)
-        chosen = {part: self.chosen(layer.recipe, part) for part in PARTS}
-        (x, weight, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
-        if chosen["input"] or chosen["weight"]:
-            # Equivalent scaling moves range between the two, so both sides take part in it.
-            x = layer.quantize_input(x, ONE_GRID) if chosen["input"] else layer.scale_input(x)
-            weight = layer.weight if chosen["weight"] else layer.scale_weight(weight)
-        y = n.target(x, weight, *rest, **kwargs)
-        return layer.output.lay_over(y, ONE_GRID) if layer.output is not None and chosen["output"] else y
+from tfmq_export.search.sensitivity import Batch, part_errors, run_error, weighted_batches, whole_error
 
 
 def main() -> None:
@@ -70,10 +50,14 @@ def main() -> None:
     parser.add_argument("--timesteps", type=int, default=6, help="timesteps the layer table looks at")
     parser.add_argument("--top", type=int, default=12)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--estimates", type=int, metavar="N", help="check the estimates of --auto on N parts")
     args = parser.parse_args()
 
     denoiser = load(Source(args.model, steps=args.steps))
-    program, recipe, recorded = _subject(denoiser, args)
+    program, recipe, recorded, weights = _subject(denoiser, args)
+    if args.estimates:
+        _check_estimates(program, recipe, weighted_batches(denoiser, program, recorded, weights), args.estimates)
+        return
     print(f"{recipe.preset} on {denoiser.source}: PSNR over {args.images} images, dB")
     parts = _images_by_part(denoiser, program, recipe, args.images)
     layers = _layers_by_cost(program, recipe, recorded[:: -max(1, len(recorded) // args.timesteps)])
@@ -84,18 +68,35 @@ def main() -> None:
         args.json.write_text(json.dumps({"parts": parts, "layers": layers}, indent=1) + "\n")
 
 
+def _check_estimates(program: DiffusionProgram, recipe: QuantRecipe, batches: Sequence[Batch], count: int) -> None:
+    """Estimates of the parts' errors against what the network does, and their sum against the whole recipe's."""
+    asked = [(layer, part) for layer in recipe.layers for part in PARTS if part != "output" or layer.output is not None]
+    start = time.perf_counter()
+    found = np.array(part_errors(program, asked, batches, _quiet))
+    print(f"{len(asked)} parts estimated in {time.perf_counter() - start:.1f} s")
+    picked = np.random.default_rng(0).permutation(len(asked))[:count]
+    start = time.perf_counter()
+    true = np.array([run_error(program, *asked[place], batches) for place in picked])
+    print(f"{len(picked)} parts run in {time.perf_counter() - start:.1f} s")
+    apart = 10 * np.log10(found[picked] / true)
+    correlation = np.corrcoef(np.log(found[picked]), np.log(true))[0, 1]
+    print(f"correlation {correlation:.4f} (of logarithms), apart {np.sqrt(np.mean(apart**2)):.2f} dB (rms)")
+    whole = whole_error(program, recipe, batches)
+    print(f"all together {10 * np.log10(found.sum() / whole):+.2f} dB from the whole recipe's error")
+
+
 def _subject(
     denoiser: Denoiser, args: argparse.Namespace
-) -> tuple[DiffusionProgram, QuantRecipe, Sequence[CalibrationStep]]:
-    """What is looked at, and the trajectory to look at it on."""
+) -> tuple[DiffusionProgram, QuantRecipe, Sequence[CalibrationStep], Tensor | None]:
+    """What is looked at, the trajectory to look at it on, and how much its timesteps count."""
     config = CompileConfig(preset=args.preset, effort=args.effort, device="cpu")
     model = capture(denoiser)
     if args.recipe is not None:
         made = reuse(model, load_recipe(args.recipe), CompileConfig(method=Method(cpus="vnni")))  # nothing is run
-        return made.program, made.recipe, calibrate(denoiser, images=2, seed=0, progress=_quiet)
+        return made.program, made.recipe, calibrate(denoiser, images=2, seed=0, progress=_quiet), None
     seen = observe(denoiser, config)
     made = quantize(model, config, observed=seen)
-    return made.program, made.recipe, seen.calls
+    return made.program, made.recipe, seen.calls, None if seen.gain is None else weights_from(seen.gain)
 
 
 def _images_by_part(
@@ -120,7 +121,7 @@ def _images_by_part(
 
         def denoise(sample: Tensor, timestep: object, /, chosen: Chosen = chosen, **given: Tensor) -> Tensor:
             inputs = denoiser.inputs(sample, timestep, given)
-            return first_tensor(Partial(program, recipe, chosen).run(*inputs.values()))
+            return first_tensor(Partial(program, recipe.layers, chosen).run(*inputs.values()))
 
         _, images = record(denoiser, denoise, runs, _quiet)
         values = psnr(*as_images(reference, images))
@@ -146,9 +147,7 @@ def _layers_by_cost(
         for part in PARTS:
             if part == "output" and layer.output is None:
                 continue
-            interpreter = Partial(
-                program, recipe, lambda x, p, name=layer.name, part=part: x.name == name and p == part
-            )
+            interpreter = Partial(program, [layer], lambda _, asked, part=part: asked == part)
             with torch.no_grad():
                 sqnr = [
                     sqnr_db(wanted.numpy(), first_tensor(interpreter.run(*inputs.values())).numpy())

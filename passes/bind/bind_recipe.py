@@ -22,6 +22,7 @@ from tfmq_export.passes.graph import constant
 from tfmq_export.passes.reading import int_attribute
 from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
+from tfmq_export.recipe.stored_layer import StoredLayer
 
 COMPUTES = {"conv": ("Conv",), "linear": ("MatMul", "Gemm")}
 
@@ -57,18 +58,19 @@ class BindRecipe(RecipePass):
 
     def apply(self, graph: gs.Graph) -> Changes:
         values = graph.tensors()
-        found = {layer.name: _multiplier(layer, values) for layer in self.recipe.layers}
-        taken = {node_name(layer.name) for layer in self.recipe.layers}
+        layers: list[LayerRecipe | StoredLayer] = [*self.recipe.layers, *self.recipe.stored]
+        found = {layer.name: _multiplier(layer, values) for layer in layers}
+        taken = {node_name(layer.name) for layer in layers}
         for node in graph.nodes:
             if node.name in taken:
                 node.name = f"{node.name}.rest"
-        for layer in self.recipe.layers:
+        for layer in layers:
             node = found[layer.name]
             node.name = node_name(layer.name)
             shape = node.outputs[0].shape
             if node.op == "MatMul" and (shape is None or len(shape) > 2):  # a result of rank 2 would change shape
                 _raise_bias_rank(node)
-        return Changes(tuple(layer.path for layer in self.recipe.layers))
+        return Changes(tuple(layer.path for layer in layers))
 
 
 def _raise_bias_rank(product: gs.Node) -> None:
@@ -78,7 +80,7 @@ def _raise_bias_rank(product: gs.Node) -> None:
                 add.inputs[position] = constant(f"{bias.name}.{product.name}", bias.values.reshape(1, 1, -1))
 
 
-def _multiplier(layer: LayerRecipe, values: Mapping[str, gs.Tensor]) -> gs.Node:
+def _multiplier(layer: LayerRecipe | StoredLayer, values: Mapping[str, gs.Tensor]) -> gs.Node:
     value = values.get(layer.name)
     if value is None or not value.inputs:
         raise PreconditionError(

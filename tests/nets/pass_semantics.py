@@ -12,11 +12,12 @@ import onnx
 from nets.onnx_graphs import graph_of, infer
 from nets.toy_nets import Feeds, Net, observe
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tfmq_export.passes.base import Pass, PassReport, Semantics, run_pass
 from tfmq_export.passes.check_model import CheckModel
 from tfmq_export.passes.graph import export_model
+from tfmq_export.recipe.names import node_name
 from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe
 
 FP32_ROUNDING = 1e-5
@@ -107,7 +108,7 @@ def assert_quantizing(rewrite: Rewrite, row: int) -> None:
     actual = observe(rewrite.after, [*results.values(), output], after, integer=in_integers(rewrite.after))
     forced = {name: actual[result] for name, result in results.items()}
 
-    severed = sever(rewrite.before, list(results))
+    severed = sever(with_stored_weights(rewrite), list(results))
     feeds = feeds_of(rewrite, rewrite.before, row) | forced
     own = infer(severed, feeds, integer=in_integers(severed))
     expected = dict(zip([value.name for value in severed.graph.output], own, strict=True))
@@ -123,6 +124,20 @@ def assert_quantizing(rewrite: Rewrite, row: int) -> None:
         assert distance.max() <= largest_product_error(product, rewrite.net.length) * (1 + 1e-4), product.name
     if output in expected:
         assert_same(actual[output], expected[output])
+
+
+def with_stored_weights(rewrite: Rewrite) -> onnx.ModelProto:
+    """The graph before ``StoreWeights``, on the weights that the integers stand for: all else must be the same."""
+    before = onnx.ModelProto()
+    before.CopyFrom(rewrite.before)
+    if rewrite.report.name == "StoreWeights":
+        nodes = {node.name: node for node in before.graph.node}
+        values = {item.name: item for item in before.graph.initializer}
+        for layer in rewrite.recipe.stored:
+            node = nodes[node_name(layer.name)]
+            real = layer.real.T if node.op_type == "MatMul" else layer.real
+            values[node.input[1]].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(real), node.input[1]))
+    return before
 
 
 def largest_error(layer: LayerRecipe, weight: NDArray) -> NDArray:

@@ -21,6 +21,7 @@ from tfmq_export.recipe.recipe import (
     TibRecipe,
     TimestepGrids,
 )
+from tfmq_export.recipe.stored_layer import StoredLayer
 from tfmq_export.recipe.timesteps import TimestepSet
 from tfmq_export.target import find_target
 
@@ -98,6 +99,15 @@ def recipe_for(net: Net, weight_bits: int = 8, activation_bits: int = 8) -> Quan
     rows = np.stack([run[net.feature][0] if net.per_sample else run[net.feature] for run in runs])
     table = TemporalTable(net.feature, f"net.{net.feature}", rows, net.per_sample)
     return replace(recipe_with(layers, [table], net.timesteps), splits=net.splits)
+
+
+def stored_recipe_for(net: Net, bits: int) -> QuantRecipe:
+    """All layers in floating point, on weights that are stored as integers."""
+    layers = tuple(
+        StoredLayer(name, f"net.{name}", layer.kind, 1, *rounded_weight(layer.weight, bits), "asked")
+        for name, layer in net.layers.items()
+    )
+    return replace(recipe_for(net), layers=(), stored=layers)
 
 
 def with_products(recipe: QuantRecipe, net: Net) -> QuantRecipe:

@@ -15,7 +15,7 @@ from nets.onnx_graphs import graph_of, infer
 from nets.pass_semantics import Rewrite, judge, largest_error, pass_classes, run_chain
 from nets.prompt_nets import label_net
 from nets.toy_nets import Net, conv_net, skip_net, token_net, vector_net
-from nets.toy_recipes import recipe_by_timestep, recipe_for, scaled_recipe, with_products
+from nets.toy_recipes import recipe_by_timestep, recipe_for, scaled_recipe, stored_recipe_for, with_products
 
 from tfmq_export import passes as package
 from tfmq_export.passes.base import Pass, Semantics, run_passes
@@ -43,12 +43,13 @@ def chains(net: Net, widths: tuple[int, int]) -> list[tuple[QuantRecipe, list[Pa
     recipe, by_timestep = recipe_for(net, *widths), recipe_by_timestep(net)
     ort, openvino, engine = (find_target(name) for name in ("ort-cpu", "openvino", "tensorrt-rtx"))
     portable, signed = replace(ort, attention="matmul"), adapt(recipe, engine)
-    attending = with_products(recipe, net)
+    attending, stored = with_products(recipe, net), stored_recipe_for(net, widths[0])
     names = {"sample": "sample", "timestep": "timestep", "labels": ("label",)}
     quantizing = [x for x in passes_for(recipe, ort, **names) if not isinstance(x, NameOutputs | CheckModel)]
     return [
         (recipe, passes_for(recipe, ort, **names)),
         (recipe, passes_for(recipe, portable, **names)),
+        (stored, passes_for(stored, ort, **names)),
         (recipe, [*quantizing, StripQdq()]),
         (signed, passes_for(signed, engine, **names)),
         # A layer in parts has no result of its own to compare.

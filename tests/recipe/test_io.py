@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from nets.attention_graphs import product_recipes
 from nets.onnx_graphs import normal
 from nets.toy_nets import conv_net, skip_net, token_net
-from nets.toy_recipes import activation_grid, layer_recipe, recipe_for, recipe_with
+from nets.toy_recipes import activation_grid, layer_recipe, recipe_for, recipe_with, rounded_weight
 
 from tfmq_export.errors import RecipeError
 from tfmq_export.recipe.grid import QParams
 from tfmq_export.recipe.io import load_recipe, save_recipe
 from tfmq_export.recipe.recipe import FloatLayer, LayerRecipe, QuantRecipe, TemporalTable, TimestepGrids
+from tfmq_export.recipe.stored_layer import StoredLayer
 from tfmq_export.recipe.timesteps import TimestepSet
 
 
@@ -59,6 +60,11 @@ def assert_same(first: QuantRecipe, second: QuantRecipe) -> None:
         assert getattr(first, field) == getattr(second, field)
     for ours, theirs in zip(first.layers, second.layers, strict=True):
         assert_same_layer(ours, theirs)
+    for one, other in zip(first.stored, second.stored, strict=True):
+        said = [(x.name, x.path, x.kind, x.macs, x.reason, x.chosen) for x in (one, other)]
+        assert said[0] == said[1]
+        assert same_grid(one.weight, other.weight)
+        assert same_bits(one.weight_codes, other.weight_codes)
     for one, other in zip(first.products, second.products, strict=True):
         assert (one.name, one.path, one.macs) == (other.name, other.path, other.macs)
         assert same_grid(one.left, other.left)
@@ -70,6 +76,11 @@ def assert_same(first: QuantRecipe, second: QuantRecipe) -> None:
         assert same_bits(table.rows, other.rows)
 
 
+def stored_layer() -> StoredLayer:
+    grid, codes = rounded_weight(normal(3, 4, 2, 3, 3), 4)
+    return StoredLayer("conv2d_9", "net.conv2d_9", "conv", 5, grid, codes, "pinned by *", "auto: 4 bits")
+
+
 @pytest.mark.parametrize("widths", [(8, 8), (4, 6)])
 @pytest.mark.parametrize("make", [conv_net, token_net])
 def test_a_recipe_survives_saving_to_the_bit(tmp_path: Path, make: Callable, widths: tuple[int, int]) -> None:
@@ -77,6 +88,7 @@ def test_a_recipe_survives_saving_to_the_bit(tmp_path: Path, make: Callable, wid
         recipe_for(make(), *widths),
         kept_float=(FloatLayer("conv_out", "net.conv_out", 7, "few channels"),),
         products=product_recipes(),
+        stored=(stored_layer(),),
         provenance={"model": "mod\u00e8le.pt", "seed": "0"},
     )
 

@@ -83,7 +83,13 @@ class SamplerInfo:
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """One layer and the precision asked for; widths of 0 mean floating point."""
+    """One layer and the precision asked for; widths of 0 mean floating point.
+
+    Attributes:
+        weight_bits: What weights are stored in; a layer may compute in floating point all the same.
+        reason: Why it computes in floating point, where it does.
+        chosen: Why it has its bits, where the preset did not say.
+    """
 
     name: str
     path: str
@@ -92,6 +98,7 @@ class LayerInfo:
     weight_bits: int
     activation_bits: int
     reason: str = ""
+    chosen: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,7 @@ def _how_to_build(bundle: "Bundle") -> None:
 def _preset(settings: "CompileConfig", recipe: Path | None) -> str:
     """What the bundle will be: a recipe has its own preset."""
     if recipe is None:
-        return settings.preset
+        return "auto" if settings.auto else settings.preset
     from tfmq_export.recipe.io import load_recipe
 
     return load_recipe(recipe).preset

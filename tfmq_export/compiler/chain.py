@@ -9,6 +9,7 @@ from torch import nn
 from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.bundle.write import replaced_folder
 from tfmq_export.capture.device import find_device
+from tfmq_export.compiler.auto import compile_auto
 from tfmq_export.compiler.forecast import Forecast, forecast, refuse_what_cannot_fit
 from tfmq_export.compiler.making import Making, Stage, Stopwatch
 from tfmq_export.compiler.output import evidence_kept, sole_run
@@ -98,20 +99,26 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     denoiser = load_model(_with_code(model, draw), config.components, stages)
     require_measurable(denoiser, config.thresholds)
     with sole_run(root), replaced_folder(root) as partial, evidence_kept(partial, root):
-        captured = capture(denoiser, stages)
-        with stages.stage("Forecasting"):
-            expected = forecast(captured, config, quantized=given is not None)
-            refuse_what_cannot_fit(expected, root)
-        stages.expect(expected.by_title)
-        if given is None:
-            made = quantize(captured, config, checkpoint=kept, resume=resume, progress=stages)
+        captured, expected = capture(denoiser, stages), None
+        if not config.auto:
+            with stages.stage("Forecasting"):
+                expected = forecast(captured, config, quantized=given is not None)
+                refuse_what_cannot_fit(expected, root)
+            stages.expect(expected.by_title)
+        making = Making(stages.stages, command, {} if expected is None else expected.to_json())
+        if config.auto:
+            validation = compile_auto(
+                captured, config, partial, checkpoint=kept, resume=resume, making=making, progress=stages
+            )
         else:
-            made = reuse(captured, given, config)
-        lowered = lower(made, config, dump_dir=dump_dir, progress=stages)
-        with stages.stage("Writing"):
-            bundle = write(lowered, partial, config.components)
-        making = Making(stages.stages, command, expected.to_json())
-        validation = prove(made, bundle, config, making=making, progress=stages)
+            if given is None:
+                made = quantize(captured, config, checkpoint=kept, resume=resume, progress=stages)
+            else:
+                made = reuse(captured, given, config)
+            lowered = lower(made, config, dump_dir=dump_dir, progress=stages)
+            with stages.stage("Writing"):
+                bundle = write(lowered, partial, config.components)
+            validation = prove(made, bundle, config, making=making, progress=stages)
     shutil.rmtree(kept, ignore_errors=True)  # only now is its work safe
     return Compiled(open_bundle(root), validation, tuple(stages.stages))
 
@@ -131,6 +138,8 @@ def foresee(
         LoadError, ConfigError, DependencyError, TargetError, ExportError, RecipeError: as ``compile_model``.
     """
     config, root, progress = config or CompileConfig(), Path(output), progress or Silent()
+    if config.auto:
+        raise ConfigError("--auto compiles until its goal is met, so nobody knows how often; leave out --dry-run")
     _refuse_early(config, root)
     given = None if recipe is None else recipe_as_asked(recipe, config)
     denoiser = load_model(model, config.components, progress)

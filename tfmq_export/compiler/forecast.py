@@ -118,7 +118,7 @@ def forecast(
         quantized: Whether a recipe is there already.
         cost: As timed before.
     """
-    denoiser, plan, speed = captured.denoiser, plan_for(config), measured_speed()
+    denoiser, plan, speed = captured.denoiser, plan_for(config, captured.program), measured_speed()
     cost = cost or measured_cost(denoiser)
     sizes = sizes_of(captured.program, denoiser, plan, config)
     proof = plan_of(cost, config.validation_images, config.budget.total_seconds())

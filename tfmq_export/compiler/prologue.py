@@ -75,6 +75,7 @@ def roles_of(denoiser: Denoiser) -> dict[str, str]:
 
 def _info(split: Split, roles: Mapping[str, str], recipe: QuantRecipe, bit_equal: bool) -> PrologueInfo:
     macs_of = {x.name: x.macs for x in recipe.layers} | {x.name: x.macs for x in recipe.kept_float}
+    macs_of |= {x.name: x.macs for x in recipe.stored}
     owners = {layer_named(node, macs_of) for node in split.moved if is_node_name(node)}
     moved = [name for name in macs_of if name in owners]
     macs = sum(macs_of[name] for name in moved)

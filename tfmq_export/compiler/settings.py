@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tfmq_export.config import CompileConfig, Method, find_preset
 from tfmq_export.errors import ConfigError, TargetError
+from tfmq_export.ptq.walk.effort import NARROW_BITS
 from tfmq_export.recipe.adapt import check_products, check_tables
 from tfmq_export.recipe.io import load_recipe
 from tfmq_export.recipe.pairs import PAIR_SUM
@@ -33,6 +34,49 @@ def check_settings(config: CompileConfig, target: Target) -> None:
             'set fsc = "tib" in [method], or use --target openvino'
         )
     check_tables(config.tables, target)
+    check_pins(config, target)
+    check_goal(config, target)
+
+
+def check_goal(config: CompileConfig, target: Target) -> None:
+    """Refuse a goal without ``--auto``, and ``--auto`` without a goal or beside what it decides.
+
+    Raises:
+        ConfigError: says which.
+        TargetError: the target has no integers to choose from.
+    """
+    if not config.auto:
+        if config.max_size is not None:
+            raise ConfigError("--max-size is a goal of --auto; add that, or leave it out")
+        return
+    if config.max_size is None and config.thresholds.psnr is None:
+        raise ConfigError("--auto needs a goal: --min-psnr, --max-size, or both")
+    if "preset" in config.model_fields_set:
+        raise ConfigError(f"--auto chooses the bits of each layer; leave --preset {config.preset} out")
+    if not target.integers:
+        raise TargetError(f"{target.name} has no integer kernels, so --auto has nothing to choose; use --preset fp32")
+
+
+def check_pins(config: CompileConfig, target: Target) -> None:
+    """Raise TargetError for layers pinned to what the preset or the target cannot do."""
+    if not config.layers:
+        return
+    if not find_preset(config.preset).weight_bits:
+        raise TargetError(f"preset {config.preset} quantizes no layer that [layers] could pin; use --preset w8a8")
+    for pattern, pin in config.layers.items():
+        if pin.inputs == "float" and pin.weights != "float" and not target.stored_weights:
+            raise TargetError(
+                f'[layers."{pattern}"] inputs = "float": {target.name} computes in integers wherever weights are '
+                'stored as integers; set weights = "float" too, or use --target ort-cpu'
+            )
+
+
+def narrowest(config: CompileConfig) -> int:
+    """Bits of the narrowest weights that are asked for anywhere: they decide how long rounding is learned."""
+    if config.auto:
+        return NARROW_BITS  # most layers will have so many
+    pinned = [pin.weights for pin in config.layers.values() if isinstance(pin.weights, int)]
+    return min([find_preset(config.preset).weight_bits, *pinned])
 
 
 def settle(method: Method, target: Target) -> Method:
@@ -73,6 +117,10 @@ def recipe_as_asked(path: Path, config: CompileConfig) -> QuantRecipe:
         ConfigError: a setting that was given is not the recipe's.
     """
     recipe = load_recipe(path)
+    if config.auto:
+        raise ConfigError("--auto: the recipe has every layer's bits; leave it out, or quantize without --recipe")
+    if config.layers:
+        raise ConfigError("[layers]: the recipe has every layer's bits; leave it out, or quantize without --recipe")
     asked = config.model_dump(include={"preset", "effort"}, exclude_unset=True)
     asked |= config.method.model_dump(exclude_unset=True)
     made = {**recipe.provenance, "preset": recipe.preset}

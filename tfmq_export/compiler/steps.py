@@ -12,6 +12,7 @@ of one model calls them:
 
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,6 +53,7 @@ from tfmq_export.ptq.walk import quantize as walking
 from tfmq_export.ptq.walk.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.walk.calibration import calibrate
 from tfmq_export.ptq.walk.checkpoint import Checkpoint
+from tfmq_export.ptq.walk.widths import Widths
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.report.bundle_page import write_page
@@ -120,11 +122,13 @@ def observe(denoiser: Denoiser, config: CompileConfig, progress: Progress = SILE
             return Observed(calls, gain)
 
 
-def quantize(
+def quantize(  # noqa: PLR0913  # options by keyword
     model: Captured | Denoiser | Model,
     config: CompileConfig | None = None,
     *,
     observed: Observed | None = None,
+    widths: Mapping[str, Widths] | None = None,
+    notes: Mapping[str, str] | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: Progress = SILENT,
@@ -134,6 +138,8 @@ def quantize(
     Args:
         model: As ``capture`` gives it; any other form is captured first.
         observed: The trajectory, where ``observe`` recorded it before.
+        widths: Of layers, by the value they compute, in place of those that ``config`` pins.
+        notes: What the recipe says of its making beside the settings.
         checkpoint: Folder where finished blocks are kept until the run is done.
         resume: Go on from that folder, where it was left by a run with these settings.
     Raises:
@@ -142,14 +148,16 @@ def quantize(
     """
     config = config or CompileConfig()
     captured = model if isinstance(model, Captured) else capture(model, progress)
-    denoiser, program, plan, device = captured.denoiser, captured.program, plan_for(config), find_device(config.device)
-    provenance = _provenance(denoiser, config, plan)
+    denoiser, program, device = captured.denoiser, captured.program, find_device(config.device)
+    plan = plan_for(config, program, widths)
+    provenance = _provenance(denoiser, config, plan) | dict(notes or {})
     if not plan.weight_bits:
         recipe = walking.unquantized(program, config.preset, tabulate(program, denoiser), provenance)
         return Quantized(denoiser, program, recipe)
-    settings = {"fingerprint": program.fingerprint, "preset": config.preset, **provenance}
+    settings = {"fingerprint": program.fingerprint, "preset": plan.preset, **provenance}
     settings |= {"timesteps": f"{len(denoiser.timesteps)}: {denoiser.timesteps.describe()}"}
     settings |= {"quantized outputs": ", ".join(sorted(plan.quantized_outputs)) or "none"}
+    settings |= {"layers": ", ".join(f"{name} W{x.weights}A{x.inputs}" for name, x in sorted(plan.widths.items()))}
     keeper = nullcontext() if checkpoint is None else Checkpoint(checkpoint, settings, resume=resume)
     with keeper as kept, repeatable(device):
         seen = observed or observe(denoiser, config, progress)

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
         macs=recipe.macs,
         weight_bytes=sum(value.nbytes for value in denoiser.module.parameters()),
         integer_share=recipe.integer_share,
-        layers=_layers(recipe),
+        layers=_layers(recipe, [op.name for op in lowered.made.program.operations]),
         passes=_passes(lowered),
         versions=_versions(),
         provenance=dict(recipe.provenance),
@@ -141,10 +141,21 @@ def _inputs(denoiser: Denoiser) -> tuple[InputInfo, ...]:
     )
 
 
-def _layers(recipe: QuantRecipe) -> tuple[LayerInfo, ...]:
+def _layers(recipe: QuantRecipe, order: Sequence[str]) -> tuple[LayerInfo, ...]:
+    """What is asked of each layer.
+
+    Args:
+        order: Of the layers in the network.
+    """
     quantized = [
-        LayerInfo(x.name, x.path, x.kind, x.macs, x.weight.spec.bits, x.input.spec.bits) for x in recipe.layers
+        LayerInfo(x.name, x.path, x.kind, x.macs, x.weight.spec.bits, x.input.spec.bits, chosen=x.chosen)
+        for x in recipe.layers
     ]
+    quantized += [
+        LayerInfo(x.name, x.path, x.kind, x.macs, x.weight.spec.bits, 0, x.reason, x.chosen) for x in recipe.stored
+    ]
+    places = {name: place for place, name in enumerate(order)}
+    quantized.sort(key=lambda layer: places[layer.name])
     quantized += [LayerInfo(x.name, x.path, "attention", x.macs, 0, x.left.spec.bits) for x in recipe.products]
     return (*quantized, *(LayerInfo(x.name, x.path, "float", x.macs, 0, 0, x.reason) for x in recipe.kept_float))
 

@@ -15,6 +15,7 @@ from tfmq_export.ptq.equivalent_scaling import on_channels, scale_input_channels
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.weights import per_output
 from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe, TemporalTable
+from tfmq_export.recipe.stored_layer import StoredLayer
 
 AfterLayer = Callable[[LayerRecipe | ProductRecipe, Tensor], Tensor]
 """Sees the result of each quantized layer and product; what it returns flows on."""
@@ -43,6 +44,7 @@ class Simulation:
         self._device = device_of(program.module)
         self.layers = {layer.name: QuantizedLayer(layer, self._device) for layer in recipe.layers}
         self.products = {product.name: product for product in recipe.products}
+        self.stored_layers = {layer.name: layer for layer in recipe.stored}
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
 
     @torch.no_grad()
@@ -128,6 +130,7 @@ class _Interpreter(fx.Interpreter):
     ) -> None:
         super().__init__(simulation.program.module)
         self.layers, self.products = simulation.layers, simulation.products
+        self.stored_layers = simulation.stored_layers
         self.integer_bias, self.rest = simulation.integer_bias, simulation.rest
         self.features, self.rows, self.after_layer = features, rows, after_layer
 
@@ -138,6 +141,8 @@ class _Interpreter(fx.Interpreter):
             return self._stored(self.features[n.name].to(n.meta["val"].dtype))
         if n.name in self.products:
             return self._run_product(n, self.products[n.name])
+        if n.name in self.stored_layers:
+            return self._stored(self._with_weight(n, self.stored_layers[n.name]))
         layer = self.layers.get(n.name)
         if layer is None:
             # A quantized layer keeps its bias, and reads the sample, in fp32 (passes/finish/half_precision.py).
@@ -156,6 +161,12 @@ class _Interpreter(fx.Interpreter):
             y = layer.output.lay_over(y, self.rows)
         y = self._stored(y)
         return y if self.after_layer is None else self.after_layer(layer.recipe, y)
+
+    def _with_weight(self, n: fx.Node, layer: StoredLayer) -> Any:
+        """A layer in floating point, on the weight that its integers stand for."""
+        (x, _, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
+        compute: Any = n.target
+        return compute(x, torch.from_numpy(layer.real).to(x.device), *rest, **kwargs)
 
     def _stored(self, value: Any) -> Any:
         """A result as the rest of the graph reads it."""

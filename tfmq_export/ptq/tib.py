@@ -238,6 +238,7 @@ def _with_grids(block: TemporalBlock, drafts: Sequence[Draft], plan: TemporalPla
     block(rules)
     ready = []
     for draft in drafts:
+        assert draft.input_spec is not None  # no pin names a layer behind the tables
         observed = seen[input_key(draft)]
         ordered = [observed[step] for step in sorted(observed)]
         grid = calibrate_finite_set(ordered, draft.input_spec, plan.estimator, per_timestep=plan.per_timestep)

@@ -28,6 +28,11 @@ def adapt(recipe: QuantRecipe, target: Target, tables: TableType = "fp32") -> Qu
             _check_output(layer, target)
     if recipe.products:
         check_products(target)
+    if recipe.stored and not target.stored_weights:
+        raise TargetError(
+            f"{recipe.stored[0].path}: {target.name} computes in integers wherever weights are stored as integers, and "
+            'this layer has inputs = "float"; quantize again without that, or use --target ort-cpu'
+        )
     return replace(
         recipe,
         layers=tuple(_adapted(layer, target) for layer in recipe.layers),

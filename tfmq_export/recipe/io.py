@@ -23,9 +23,11 @@ from tfmq_export.recipe.recipe import (
     TibRecipe,
     TimestepGrids,
 )
+from tfmq_export.recipe.stored_layer import StoredLayer
 from tfmq_export.recipe.timesteps import TimestepSet
 
 SCHEMA = 3
+STORED = ("name", "path", "kind", "macs", "reason", "chosen")
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -44,6 +46,7 @@ def save_recipe(recipe: QuantRecipe, folder: Path) -> None:
         "tables": [_save_table(table, arrays) for table in recipe.tib.tables],
         "layers": [_save_layer(layer, arrays) for layer in recipe.layers],
         "products": [_save_product(product, arrays) for product in recipe.products],
+        "stored": [_save_stored(layer, arrays) for layer in recipe.stored],
         "kept_float": [{"name": x.name, "path": x.path, "macs": x.macs, "reason": x.reason} for x in recipe.kept_float],
     }
     try:
@@ -82,6 +85,7 @@ def load_recipe(path: Path) -> QuantRecipe:
             provenance=build(Mapping[str, str], document["provenance"], "provenance"),
             splits=tuple(SkipSplit(item["name"], tuple(item["sizes"])) for item in document["splits"]),
             products=tuple(_load_product(item, arrays) for item in document["products"]),
+            stored=tuple(_load_stored(item, arrays) for item in document.get("stored", ())),
         )
     except FileNotFoundError as error:
         missing = error.filename or folder / "recipe.safetensors"  # safetensors does not say
@@ -122,6 +126,7 @@ def _save_layer(layer: LayerRecipe, arrays: Arrays) -> dict[str, object]:
         "weight": _save_grid(f"{layer.name}.weight", layer.weight, arrays),
         "input": _save_grid(f"{layer.name}.input", layer.input, arrays),
         "output": None if layer.output is None else _save_grid(f"{layer.name}.output", layer.output, arrays),
+        "chosen": layer.chosen,
     }
 
 
@@ -141,7 +146,20 @@ def _load_layer(item: dict[str, Any], arrays: Arrays) -> LayerRecipe:
         pts_exponent=arrays.get(f"{name}.pts_exponent"),
         input_by_timestep=_load_timestep_grids(f"{name}.input", arrays),
         output_by_timestep=_load_timestep_grids(f"{name}.output", arrays),
+        chosen=build(str, item.get("chosen", ""), "chosen"),
     )
+
+
+def _save_stored(layer: StoredLayer, arrays: Arrays) -> dict[str, object]:
+    arrays[f"{layer.name}.weight_codes"] = layer.weight_codes
+    said = {name: getattr(layer, name) for name in STORED}
+    return {**said, "weight": _save_grid(f"{layer.name}.weight", layer.weight, arrays)}
+
+
+def _load_stored(item: dict[str, Any], arrays: Arrays) -> StoredLayer:
+    grid = _load_grid(f"{item['name']}.weight", item["weight"], arrays)
+    said = {name: item[name] for name in STORED}
+    return StoredLayer(**said, weight=grid, weight_codes=arrays[f"{item['name']}.weight_codes"])
 
 
 def _save_product(product: ProductRecipe, arrays: Arrays) -> dict[str, object]:

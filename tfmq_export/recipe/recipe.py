@@ -15,6 +15,7 @@ from tfmq_export.errors import RecipeError
 from tfmq_export.recipe.grid import QParams
 from tfmq_export.recipe.names import half_name
 from tfmq_export.recipe.pairs import SAFE_INPUT_BITS, largest_pair, partners
+from tfmq_export.recipe.stored_layer import StoredLayer, check_codes
 from tfmq_export.recipe.timesteps import TimestepSet
 
 TableType = Literal["fp32", "fp16", "int8"]
@@ -66,6 +67,7 @@ class LayerRecipe:
         pts_exponent: d of power-of-two scaling, int8 [in], all at most 0; None where it is 0 (DMQ, section 3.4).
         input_by_timestep: Grids in place of ``input``'s, one per timestep (TFMQ-DM, section 4.2).
         output_by_timestep: The same for ``output``.
+        chosen: Why it has its bits, where the preset did not say; for people.
     """
 
     name: str
@@ -81,18 +83,12 @@ class LayerRecipe:
     pts_exponent: NDArray[np.int8] | None = None
     input_by_timestep: TimestepGrids | None = None
     output_by_timestep: TimestepGrids | None = None
+    chosen: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in ("conv", "linear"):
             raise RecipeError(f"{self.path}: unknown kind of layer {self.kind!r}")
-        if self.weight_codes.dtype != np.int8:
-            raise RecipeError(f"{self.path}: weight codes must be int8, got {self.weight_codes.dtype}")
-        if self.weight.scale.shape != self.weight_codes.shape[:1] or self.weight.spec.axis != 0:
-            raise RecipeError(f"{self.path}: a weight needs one scale per output channel")
-        if self.weight.zero_point.any():
-            raise RecipeError(f"{self.path}: weight zero points must be 0")
-        if self.weight_codes.min() < self.weight.spec.qmin or self.weight_codes.max() > self.weight.spec.qmax:
-            raise RecipeError(f"{self.path}: weight codes leave the {self.weight.spec.bits}-bit grid")
+        check_codes(self.path, self.weight, self.weight_codes)
         for grid in (self.input, self.output):
             if grid is not None and (grid.spec.signed or grid.spec.axis is not None):
                 raise RecipeError(f"{self.path}: activations need an unsigned grid with one scale")
@@ -300,6 +296,7 @@ class QuantRecipe:
         macs: Multiply-accumulates of the whole model for one sample, attention included.
         splits: Layers on concatenations that are split.
         products: Of attention, where both their factors are on grids.
+        stored: Layers that compute in floating point from weights that are stored as integers.
         provenance: How it was made: versions, seed, calibration size; strings for people.
     """
 
@@ -312,6 +309,7 @@ class QuantRecipe:
     provenance: Mapping[str, str] = field(default_factory=dict)
     splits: tuple[SkipSplit, ...] = ()
     products: tuple[ProductRecipe, ...] = ()
+    stored: tuple[StoredLayer, ...] = ()
 
     def __repr__(self) -> str:
         return f"QuantRecipe({self.preset}, {len(self.layers)} layers, {len(self.kept_float)} in floating point)"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tfmq_export.bundle.write import replaced_file
+from tfmq_export.report.bits import bits_of_layers, differ, in_words
 from tfmq_export.report.facts import Facts
 from tfmq_export.report.images import EXACT_SIDE, rows_of
 from tfmq_export.report.layers import Layer
@@ -100,7 +101,7 @@ def tiles_of(facts: Facts) -> tuple[Tile, ...]:
     """The figures that decide, each with its baseline."""
     manifest, measured = facts.bundle.manifest, facts.measured
     widths = sorted({(x.weight_bits, x.activation_bits) for x in manifest.layers if x.weight_bits})
-    bits = " + ".join(f"W{weights}A{activations}" for weights, activations in widths) or "float"
+    bits = " + ".join(f"W{weights}" + (f"A{inputs}" if inputs else "") for weights, inputs in widths) or "float"
     return (
         _images_tile(facts),
         Tile("Bits", bits, "", "of weights and activations; full precision has 32"),
@@ -213,7 +214,11 @@ def _features_words(facts: Facts) -> str:
 
 def _layers(facts: Facts) -> dict[str, object]:
     kept, decided = by_reason(facts.layers), [layer.decided for layer in facts.layers if layer.decided]
+    chosen = differ(facts.layers)
     return {
+        "chosen": chosen,
+        "bits_figure": bits_of_layers(facts.layers) if chosen else "",
+        "bits_words": in_words(facts.layers) if chosen else "",
         "scaled": any(each.tau for each in decided),
         "shifted": any(each.exponents for each in decided),
         "numbers": {layer.info.name: number for number, layer in enumerate(facts.layers, start=1)},

@@ -63,12 +63,14 @@ class Layer:
     Attributes:
         share: Of the model's multiply-accumulates.
         decided: None for products of attention and for layers in floating point.
+        weights: How many are stored as integers; 0 where none are.
     """
 
     info: LayerInfo
     realized: Realized
     share: float
     decided: Decided | None
+    weights: int = 0
 
     @property
     def state(self) -> str:
@@ -92,9 +94,17 @@ def layers_of(
         macs: Of the whole model.
     """
     decided = {layer.name: _decided(layer) for layer in recipe.layers}
+    weights = {layer.name: layer.weight_codes.size for layer in recipe.layers}
+    weights |= {layer.name: layer.weight_codes.size for layer in recipe.stored}
     unseen = Realized("", (), "", "")
     return tuple(
-        Layer(info, realized.get(info.name, unseen), info.macs / macs if macs else 0.0, decided.get(info.name))
+        Layer(
+            info,
+            realized.get(info.name, unseen),
+            info.macs / macs if macs else 0.0,
+            decided.get(info.name),
+            weights.get(info.name, 0),
+        )
         for info in infos
     )
 

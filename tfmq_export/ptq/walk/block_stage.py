@@ -83,7 +83,7 @@ class BlockStage:
         drafts = tuple(self._feed_back(draft, input_products.pop(draft.op.name, None)) for draft in drafts)
         if self.method.reconstruct and self.effort.rounding.iterations:
             drafts = self._round(drafts, progress)
-        if self.method.learned_steps and self.effort.step_iterations:
+        if self.method.learned_steps and self.effort.step_iterations and decided_grids(drafts):
             drafts = self._tune_steps(drafts)
         return drafts
 
@@ -91,6 +91,10 @@ class BlockStage:
 
     def _scale(self, drafts: Sequence[Draft]) -> list[Draft]:
         """LES, then PTS, for the layers that read one value."""
+        in_float = [draft for draft in drafts if draft.input_spec is None]
+        if in_float:  # nothing is rounded that a factor could help
+            others = [draft for draft in drafts if draft.input_spec is not None]
+            return [*in_float, *(self._scale(others) if others else [])]
         shiftable = self.method.pts != "off" and self._may_shift(drafts)
         if drafts[0].is_temporal or (self.method.les == "off" and not shiftable):
             return list(drafts)
@@ -103,7 +107,8 @@ class BlockStage:
 
     def _equivalent_scale(self, drafts: Sequence[Draft]) -> Tensor | None:
         method, schedule, ops = self.method, self.effort.scaling, [draft.op for draft in drafts]
-        if method.les == "off":
+        input_spec = drafts[0].input_spec
+        if method.les == "off" or input_spec is None:
             return None
         seen = {self.inputs.key(op): self.inputs.read(op).flatten(0, 1).to(self.runner.device) for op in ops}
         ranges = ChannelRanges.of(seen[self.inputs.key(ops[0])])
@@ -113,7 +118,7 @@ class BlockStage:
             LayerModel.of(draft.plain, draft.op.groups, draft.weight_spec, draft.pairs, seen[self.inputs.key(draft.op)])
             for draft in drafts
         ]
-        start = analytic_scaling(ranges, models, drafts[0].input_spec)
+        start = analytic_scaling(ranges, models, input_spec)
         if method.les == "analytic":
             return start
         layers = [
@@ -132,11 +137,12 @@ class BlockStage:
         weights = TimestepWeights(Weighting(method.les), self.wanted.rows.timesteps, self.runner.device)
 
         def losses(batch: Batch, tau: Tensor) -> Tensor:
-            return scaling_losses(batch, layers, ranges, tau, drafts[0].input_spec)
+            return scaling_losses(batch, layers, ranges, tau, input_spec)
 
         return learn_scaling(draw, losses, weights, schedule, start)
 
     def _exponents(self, draft: Draft) -> Tensor:
+        assert draft.input_spec is not None
         windows = self.inputs.read(draft.op).to(self.runner.device)  # [N, windows, C, kernel size]
         rows = windows.transpose(1, 2).flatten(2)  # [N, C, places]
         if draft.tau is not None:
@@ -182,7 +188,7 @@ class BlockStage:
         def watching(draft: Draft, steps: Tensor) -> LayerRule:
             def rule(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
                 x = draft.scale_input(operands[0])
-                if firsts[input_key(draft)] == draft.op.name:
+                if draft.input_spec is not None and firsts[input_key(draft)] == draft.op.name:
                     look(inputs, input_key(draft), by_sample(x, draft.op, len(steps)), steps)
                 shifted = draft.shift_back(x)
                 if draft.op.name in input_products:
@@ -203,7 +209,9 @@ class BlockStage:
         return tuple(
             replace(
                 draft,
-                input=self._grid(inputs[input_key(draft)], draft.input_spec, draft.is_temporal),
+                input=None
+                if draft.input_spec is None
+                else self._grid(inputs[input_key(draft)], draft.input_spec, draft.is_temporal),
                 output=None
                 if draft.output_spec is None
                 else self._grid(outputs[output_key(draft)], draft.output_spec, draft.is_temporal),
@@ -224,9 +232,9 @@ class BlockStage:
     def _feed_back(self, draft: Draft, input_products: InputProducts | None) -> Draft:
         if input_products is None:
             return draft
-        assert draft.input is not None
         assert draft.scale is not None
-        step = draft.input.scale.square().mean().sqrt().expand(draft.plain.shape[1] * draft.op.groups)
+        step = draft.scale.new_zeros(()) if draft.input is None else draft.input.scale.square().mean().sqrt()
+        step = step.expand(draft.plain.shape[1] * draft.op.groups)
         if draft.exponent is not None:
             step = step * torch.exp2(draft.exponent.to(step))
         pieces = input_products.pieces(step.square() / 12)  # what rounding adds to a value, on average
@@ -292,7 +300,8 @@ class BlockStage:
 
         learned = learn_steps(self._draw, loss, decided_grids(drafts), self.effort.step_iterations, STEP_LEARNING_RATE)
         tuned = tuple(
-            replace(draft, input=learned[input_key(draft)], output=learned.get(output_key(draft))) for draft in drafts
+            replace(draft, input=learned.get(input_key(draft)), output=learned.get(output_key(draft)))
+            for draft in drafts
         )
         counts = torch.bincount(self.given.rows.steps, minlength=len(before)).to(before)
         gain = (counts * (before / self._errors_by_timestep(tuned)).log()).mean()

@@ -1,7 +1,7 @@
 """What is quantized, and how."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from tfmq_export.config import Method
 from tfmq_export.ptq.tib import tabulate
 from tfmq_export.ptq.walk.calibration import CalibrationRows, CalibrationStep, pick_rows
 from tfmq_export.ptq.walk.effort import Effort
+from tfmq_export.ptq.walk.widths import Widths
 from tfmq_export.recipe.recipe import SkipSplit, TibRecipe
 
 
@@ -29,6 +30,7 @@ class QuantPlan:
         quantized_outputs: Kinds of layer whose output the target wants on a grid.
         seed: Of every random choice.
         max_memory: Bytes of cached activations to hold in memory; None is no ceiling.
+        widths: Of layers that do not take the bits above, by the value they compute.
     """
 
     preset: str
@@ -39,6 +41,7 @@ class QuantPlan:
     quantized_outputs: frozenset[str] = frozenset()
     seed: int = 0
     max_memory: int | None = None
+    widths: Mapping[str, Widths] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

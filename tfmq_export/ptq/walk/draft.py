@@ -17,6 +17,7 @@ from tfmq_export.ptq.walk.block_runner import Compute, LayerRule
 from tfmq_export.ptq.weights import SHRINK_STEPS, nearest_codes, per_output, search_weight_scale
 from tfmq_export.recipe.grid import QParams, QuantSpec
 from tfmq_export.recipe.recipe import LayerRecipe
+from tfmq_export.recipe.stored_layer import StoredLayer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +27,7 @@ class Draft:
     Attributes:
         plain: Its full-precision weight.
         weight_spec: Grid of the weight.
-        input_spec: Of the input.
+        input_spec: Of the input; None computes in floating point, from the weight's integers.
         output_spec: Of the output; None leaves it in floating point.
         tau: LES, [in]; None is 1.
         exponent: PTS, int8 [in]; None is 0.
@@ -34,12 +35,14 @@ class Draft:
         codes: Rounded ``tau W``, float.
         input: Grid of the scaled input.
         output: Grid of the result.
+        why: Why it has its widths, where the preset did not say.
+        in_float: Why it computes in floating point, where it does.
     """
 
     op: Operation
     plain: Tensor
     weight_spec: QuantSpec
-    input_spec: QuantSpec
+    input_spec: QuantSpec | None
     output_spec: QuantSpec | None
     tau: Tensor | None = None
     exponent: Tensor | None = None
@@ -47,18 +50,26 @@ class Draft:
     codes: Tensor | None = None
     input: Grid | None = None
     output: Grid | None = None
+    why: str = ""
+    in_float: str = ""
 
     @classmethod
-    def fresh(
-        cls, program: DiffusionProgram, op: Operation, weight: QuantSpec, x: QuantSpec, y: QuantSpec | None = None
+    def fresh(  # the grids of a layer
+        cls,
+        program: DiffusionProgram,
+        op: Operation,
+        weight: QuantSpec,
+        x: QuantSpec | None,
+        y: QuantSpec | None = None,
+        why: str = "",
     ) -> "Draft":
         """A layer with nothing decided but its grids' widths."""
-        return cls(op, program.value(op.weight), weight, x, y)
+        return cls(op, program.value(op.weight), weight, x, y, why=why)
 
     @property
     def pairs(self) -> Pairs | None:
         """What the codes of its weight must keep; None where its grid has no pairs."""
-        if self.weight_spec.pair_sum is None:
+        if self.weight_spec.pair_sum is None or self.input_spec is None:
             return None
         return Pairs.of(self.plain, self.op.groups, self.input_spec.codes)
 
@@ -94,26 +105,29 @@ class Draft:
             return x
         return x * on_channels(torch.exp2(self.exponent.to(x.device).to(x.dtype)), x, channel_axis(self.op.kind))
 
-    def to_recipe(self) -> LayerRecipe:
+    def to_recipe(self) -> LayerRecipe | StoredLayer:
         """The finished layer as arrays."""
         assert self.codes is not None
         assert self.scale is not None
-        assert self.input is not None
-        zero_point = np.zeros(len(self.scale), np.int32)
+        op, codes = self.op, self.codes.to(torch.int8).cpu().numpy()
+        grid = QParams(self.weight_spec, self.scale.float().cpu().numpy(), np.zeros(len(self.scale), np.int32))
+        if self.input is None:
+            return StoredLayer(op.name, op.path, op.kind, op.macs, grid, codes, self.in_float, self.why)
         return LayerRecipe(
-            name=self.op.name,
-            path=self.op.path,
-            kind=self.op.kind,
-            macs=self.op.macs,
-            weight=QParams(self.weight_spec, self.scale.float().cpu().numpy(), zero_point),
-            weight_codes=self.codes.to(torch.int8).cpu().numpy(),
+            name=op.name,
+            path=op.path,
+            kind=op.kind,
+            macs=op.macs,
+            weight=grid,
+            weight_codes=codes,
             input=self.input.to_qparams(),
             output=None if self.output is None else self.output.to_qparams(),
-            groups=self.op.groups,
+            groups=op.groups,
             les_scale=None if self.tau is None else self.tau.float().cpu().numpy(),
             pts_exponent=None if self.exponent is None else self.exponent.cpu().numpy(),
             input_by_timestep=self.input.to_timestep_grids(),
             output_by_timestep=None if self.output is None else self.output.to_timestep_grids(),
+            chosen=self.why,
         )
 
 
@@ -173,7 +187,8 @@ def with_nearest_codes(draft: Draft, candidates: int = SHRINK_STEPS) -> Draft:
 
 def input_key(draft: Draft) -> str:
     """Layers that read one value share its grid."""
-    return f"{draft.op.input}:{draft.input_spec.bits}x{draft.input_spec.codes}"
+    spec = draft.input_spec
+    return f"{draft.op.input}:float" if spec is None else f"{draft.op.input}:{spec.bits}x{spec.codes}"
 
 
 def output_key(draft: Draft) -> str:
@@ -185,8 +200,8 @@ def decided_grids(drafts: Sequence[Draft]) -> dict[str, Grid]:
     """Every grid of a block, by key."""
     grids: dict[str, Grid] = {}
     for draft in drafts:
-        assert draft.input is not None
-        grids[input_key(draft)] = draft.input
+        if draft.input is not None:
+            grids[input_key(draft)] = draft.input
         if draft.output is not None:
             grids[output_key(draft)] = draft.output
     return grids

@@ -37,13 +37,16 @@ from tfmq_export.ptq.walk.checkpoint import Checkpoint
 from tfmq_export.ptq.walk.draft import Draft, quantized_rules
 from tfmq_export.ptq.walk.flow import Flow
 from tfmq_export.ptq.walk.input_watch import InputWatch
+from tfmq_export.ptq.walk.widths import FLOAT, Widths
 from tfmq_export.recipe.grid import QuantSpec
 from tfmq_export.recipe.pairs import PAIR_SUM, SAFE_INPUT_BITS, SAFE_WEIGHT_BITS
 from tfmq_export.recipe.recipe import FloatLayer, LayerRecipe, QuantRecipe, TibRecipe
+from tfmq_export.recipe.stored_layer import StoredLayer
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
+PRESET = Widths(None, None, "")
 BOUNDARY_BITS = 8
 OUTPUT_BITS = 8
 # Codes that add up to the sample and to the noise prediction, which no step of the sampler averages away.
@@ -85,7 +88,7 @@ def quantize(
     walk = Walk(model, tib, plan, inside=inside)
     blocks = walk.blocks(drafts)
     costs = [max(1, sum(drafts[name].op.macs for name in block.layers)) for block in blocks]
-    recipes: dict[str, LayerRecipe] = {}
+    recipes: dict[str, LayerRecipe | StoredLayer] = {}
     computed: list[Draft] = []
     products: list[GriddedProduct] = []
     for index, block in enumerate(blocks):
@@ -109,16 +112,27 @@ def quantize(
     if inside:
         temporal_block = TemporalBlock(program, model.denoiser)
         tib = _served(quantized_tables(temporal_block, computed, model.exact), model, plan)
+    ordered = [recipes[op.name] for op in program.operations if op.name in recipes]
+    spelled = float_products(program, None if method.attention == "integer" else OFF)
     return QuantRecipe(
         program.fingerprint,
         plan.preset,
-        tuple(recipes[op.name] for op in program.operations),
-        float_layers(program) + float_products(program, None if method.attention == "integer" else OFF),
+        tuple(layer for layer in ordered if isinstance(layer, LayerRecipe)),
+        (*float_layers(program), *_kept_by_name(program, plan), *spelled),
         tib,
         program.macs,
         dict(model.provenance),
         model.splits,
         tuple(item.to_recipe() for item in products),
+        tuple(layer for layer in ordered if isinstance(layer, StoredLayer)),
+    )
+
+
+def _kept_by_name(program: DiffusionProgram, plan: QuantPlan) -> tuple[FloatLayer, ...]:
+    """The layers that somebody wants in floating point."""
+    asked = {name: widths for name, widths in plan.widths.items() if widths.is_float}
+    return tuple(
+        FloatLayer(op.name, op.path, op.macs, asked[op.name].in_float) for op in program.operations if op.name in asked
     )
 
 
@@ -180,7 +194,7 @@ class Walk:
         """
         runner = BlockRunner(self._program.module, block)
         products = self._attention_grids(index, runner)
-        scaled = drafts if kept is None and self._scales else ()
+        scaled = [draft for draft in drafts if draft.input_spec is not None] if kept is None and self._scales else ()
         with closing(InputWatch(self._wanted.rows, scaled, runner, self._ceiling, self._seed(index))) as inputs:
             self._wanted.advance(runner, inputs.rules)
             decided = kept if kept is not None else self._decide(index, runner, inputs, drafts, products, progress)
@@ -239,17 +253,28 @@ def _features(program: DiffusionProgram, tib: TibRecipe) -> dict[str, Tensor]:
 def _drafts(program: DiffusionProgram, plan: QuantPlan) -> list[Draft]:
     on_sample = [op.name for op in program.operations if SAMPLE in op.roles]
     codes = {on_sample[0]: FIRST_CODES, on_sample[-1]: LAST_CODES} if on_sample else {}
-    return [_draft(program, op, plan, codes.get(op.name)) for op in program.operations]
+    asked = {op.name: plan.widths.get(op.name, PRESET) for op in program.operations}
+    return [
+        _draft(program, op, plan, codes.get(op.name), asked[op.name])
+        for op in program.operations
+        if not asked[op.name].is_float
+    ]
 
 
-def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Mapping[str, int] | None) -> Draft:
+def _draft(
+    program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Mapping[str, int] | None, asked: Widths
+) -> Draft:
     """A layer at its plan's widths.
 
     Args:
         codes: Of a boundary layer, the first or last on the sample's way.
+        asked: What goes before the plan.
     """
-    weight_bits = BOUNDARY_BITS if codes else plan.weight_bits
-    activation_bits = BOUNDARY_BITS if codes else plan.activation_bits
+    weight_bits = asked.weights or (BOUNDARY_BITS if codes else plan.weight_bits)
+    activation_bits = (BOUNDARY_BITS if codes else plan.activation_bits) if asked.inputs is None else asked.inputs
+    if activation_bits == FLOAT:
+        draft = Draft.fresh(program, op, QuantSpec(weight_bits, signed=True, axis=0), None)
+        return replace(draft, why=asked.why, in_float=asked.in_float)
     # Several codes are more channels of one convolution; other layers make do with one.
     stacks = codes if codes and op.kind == "conv" and op.groups == 1 else {"input": 1, "output": 1}
     output = None
@@ -260,7 +285,7 @@ def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Map
     needs_pairs = weight_bits > SAFE_WEIGHT_BITS and activation_bits > SAFE_INPUT_BITS
     pair_sum = PAIR_SUM if needs_pairs and plan.method.cpus == "any" else None
     weight = QuantSpec(weight_bits, signed=True, axis=0, pair_sum=pair_sum)
-    return Draft.fresh(program, op, weight, grid, output)
+    return replace(Draft.fresh(program, op, weight, grid, output), why=asked.why)
 
 
 def _residual_stream(graph: fx.Graph, block: Block) -> frozenset[str]:

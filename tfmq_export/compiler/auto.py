@@ -1,0 +1,169 @@
+"""``--auto``: the bits of each layer from measured sensitivity, verified by compiling them."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.compiler.forms import Captured, Observed, Quantized
+from tfmq_export.compiler.making import Making
+from tfmq_export.compiler.plan import layers_pinned
+from tfmq_export.compiler.steps import lower, observe, prove, quantize, write
+from tfmq_export.config import CompileConfig
+from tfmq_export.errors import AccuracyError
+from tfmq_export.passes.graph_file import save_graph
+from tfmq_export.progress import Progress
+from tfmq_export.proof.validate import Validation
+from tfmq_export.ptq.image_gain import weights_from
+from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.recipe import TableType
+from tfmq_export.report.measured import Measured
+from tfmq_export.report.numbers import size as in_words
+from tfmq_export.runtime.measure.compare import Metric
+from tfmq_export.search.plan import BitsPlan, Goal, Misses, plan_bits
+from tfmq_export.search.sensitivity import weighted_batches
+from tfmq_export.search.survey import Drafts, Survey, survey
+from tfmq_export.target import find_target
+
+TRIES = 4
+"""Whole compiles at most."""
+
+
+def goal_of(config: CompileConfig) -> Goal:
+    """What ``--auto`` is to reach."""
+    return Goal(config.thresholds.psnr, config.max_size)
+
+
+def look_at_layers(model: Captured, seen: Observed, config: CompileConfig, progress: Progress) -> Survey:
+    """Measure what each choice of bits costs, on two drafts in closed form."""
+    target, pins = find_target(config.target), layers_pinned(model.program, config)
+    wide, narrow = (_draft(model, seen, config, preset, progress) for preset in ("w8a8", "w4a8"))
+    kinds = _tables(config)
+    with progress.stage("Counting bytes") as step:
+        sizes: dict[TableType, int] = {}
+        for done, kind in enumerate(kinds, start=1):
+            sizes[kind] = _graph_bytes(wide, config.model_copy(update={"tables": kind}))
+            step(done, len(kinds) + 1)
+        narrow_bytes = _graph_bytes(narrow, config.model_copy(update={"tables": kinds[0]}))
+    weights = None if seen.gain is None else weights_from(seen.gain)
+    return survey(
+        Drafts(wide.program, adapt(wide.recipe, target), adapt(narrow.recipe, target), sizes, narrow_bytes),
+        model.denoiser,
+        weighted_batches(model.denoiser, wide.program, seen.calls, weights),
+        pins,
+        target=target,
+        seed=config.seed,
+        progress=progress,
+    )
+
+
+def compile_auto(  # noqa: PLR0913  # what the chain has in hand
+    model: Captured,
+    config: CompileConfig,
+    root: Path,
+    *,
+    checkpoint: Path,
+    resume: bool,
+    making: Making,
+    progress: Progress,
+) -> Validation:
+    """Choose bits, compile them, and choose more where the bundle misses the goal.
+
+    Args:
+        root: An empty folder; holds the bundle in the end.
+    Raises:
+        ConfigError: nothing is as small as was asked.
+        AccuracyError: the goal was missed ``TRIES`` times.
+    """
+    goal, misses = goal_of(config), Misses()
+    seen = observe(model.denoiser, config, progress)
+    measured = look_at_layers(model, seen, config, progress)
+    pins = layers_pinned(model.program, config)
+    for attempt in range(1, TRIES + 1):
+        plan = plan_bits(measured, goal, pins, misses)
+        with progress.stage(f"Choice {attempt}: {plan.describe()}"):
+            asked = config.model_copy(update={"tables": plan.tables})
+        notes = {"goal": goal.describe(), "choice": f"{plan.describe()} (choice {attempt})"}
+        with _gone_if_empty(checkpoint):
+            made = quantize(
+                model,
+                asked,
+                observed=seen,
+                widths=plan.widths,
+                notes=notes,
+                checkpoint=checkpoint / f"choice-{attempt}",  # each has its own bits, which a checkpoint holds to
+                resume=resume,
+                progress=progress,
+            )
+        bundle = _written(made, asked, root, progress)
+        size, last = _bundle_bytes(bundle), attempt == TRIES
+        misses = replace(misses, size=misses.size + size - plan.size)
+        if goal.size is not None and size > goal.size:
+            said = f"the graph has {in_words(size)}, --max-size allows {in_words(goal.size)}"
+            if last:
+                raise AccuracyError(f"{said}, after {TRIES} choices of bits; allow more")
+            with progress.stage(f"Missed: {said}"):
+                continue
+        try:
+            return prove(made, bundle, asked, making=making, progress=progress)
+        except AccuracyError:
+            found = Measured.read(bundle).mean(Metric.IMAGE_PSNR)
+            if found is None or goal.psnr is None or found >= goal.psnr or last or _nothing_left(plan, goal):
+                raise
+            misses = replace(misses, psnr=misses.psnr + found - plan.psnr)
+            with progress.stage(f"Missed: the images have {found:.1f} dB, {goal.psnr:g} wanted"):
+                pass
+    raise AssertionError("the last try returns or raises")
+
+
+@contextmanager
+def _gone_if_empty(folder: Path) -> Iterator[None]:
+    """No folder is left of a run that was stopped before it had anything to go on from."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty, or never made
+            folder.rmdir()
+
+
+def _nothing_left(plan: BitsPlan, goal: Goal) -> bool:
+    """Whether the choice was the best there is, so that another one would be the same."""
+    return goal.psnr is not None and plan.psnr < goal.psnr
+
+
+def _draft(model: Captured, seen: Observed, config: CompileConfig, preset: str, progress: Progress) -> Quantized:
+    asked = config.model_copy(update={"preset": preset, "effort": "fast", "auto": False})
+    with progress.stage(f"Drafting {preset}"):
+        return quantize(model, asked, observed=seen)
+
+
+def _graph_bytes(made: Quantized, config: CompileConfig) -> int:
+    """What the graphs of a recipe take on the disk."""
+    lowered = lower(made, config)
+    graphs = [lowered.graph] if lowered.prologue is None else [lowered.graph, lowered.prologue.graph]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, graph in enumerate(graphs):
+            save_graph(graph, Path(folder) / f"{number}.onnx", value_info=False)
+        return sum(path.stat().st_size for path in Path(folder).iterdir())
+
+
+def _written(made: Quantized, config: CompileConfig, root: Path, progress: Progress) -> Bundle:
+    """The bundle, in place of that of an earlier try."""
+    lowered = lower(made, config, progress=progress)
+    shutil.rmtree(root)
+    with progress.stage("Writing"):
+        return write(lowered, root, config.components)
+
+
+def _bundle_bytes(bundle: Bundle) -> int:
+    return sum(path.stat().st_size for graph in bundle.graphs for path in graph.parent.glob("model.onnx*"))
+
+
+def _tables(config: CompileConfig) -> tuple[TableType, ...]:
+    """What tables may be stored in: as asked, else whatever the target has."""
+    if "tables" in config.model_fields_set:
+        return (config.tables,)
+    return ("fp32", "fp16", "int8") if find_target(config.target).integer_tables else ("fp32", "fp16")
