@@ -39,7 +39,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "report": (DRAWING | {"numpy"}, DATA | {"runtime"}),
     "compiler": (ANYTHING, DATA | MODEL | GRAPH | {"proof", "report", "search"}),
     # In the pipelines of diffusers: beside the runtime, not in it, because it needs torch as they do.
-    "integrations": (TORCH | {"diffusers", "numpy"}, DATA | {"runtime"}),
+    "integrations": (TORCH | {"diffusers", "numpy"}, DATA | {"report", "runtime"}),
     # What needs torch waits in against_model.py until a gate asks for it.
     "gate": (frozenset({"numpy", "pytest"}), DATA | {"runtime", "proof"}),
     "serving": (frozenset({"onnx"}), DATA | {"passes", "runtime"}),

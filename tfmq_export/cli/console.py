@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from tfmq_export.errors import OutputError, TfmqError
+from tfmq_export.errors import DependencyError, OutputError, TfmqError
 from tfmq_export.progress import Step
 from tfmq_export.report.numbers import seconds as as_time
 
@@ -33,6 +33,22 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 INTERRUPTED, TERMINATED = 130, 143
+COMPILING = frozenset(
+    {
+        "accelerate",
+        "diffusers",
+        "jinja2",
+        "matplotlib",
+        "ml_dtypes",
+        "onnx",
+        "onnx_graphsurgeon",
+        "onnx_ir",
+        "onnxscript",
+    }
+    | {"PIL", "safetensors", "torch", "yaml"}
+)
+"""What a host that only runs bundles does not have."""
+COMPILE_EXTRA = "pip install 'tfmq-export[compile]'"
 
 
 def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -45,6 +61,11 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except TfmqError as error:
             fail(error)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in COMPILING:
+                raise
+            fail(DependencyError(f"this command needs {package}, which only '[compile]' installs; {COMPILE_EXTRA}"))
         except OSError as error:  # a disk that is full or gone; anything else of ours is a TfmqError already
             fail(OutputError(f"{error.filename or 'output'}: {error.strerror or error}"))
         except KeyboardInterrupt:

@@ -12,8 +12,10 @@ PANELS: Mapping[str, str] = {
         ("steps", "scheduler", "prompts", "conditioning", "guidance_scale", "seed", "image", "strength"), "Sampling"
     ),
     **dict.fromkeys(("images", "samples", "sampling", "batch", "threads", "rounds", "seconds"), "How much"),
-    **dict.fromkeys(("preset", "target", "effort", "recipe", "config", "device", "max_memory"), "Quantization"),
-    **dict.fromkeys(("calibration_images", "prologue", "class_tables", "tables"), "Quantization"),
+    **dict.fromkeys(("preset", "auto", "max_size", "target", "effort", "recipe", "config"), "Quantization"),
+    **dict.fromkeys(
+        ("device", "max_memory", "calibration_images", "prologue", "class_tables", "tables"), "Quantization"
+    ),
     **dict.fromkeys(("tib", "les", "pts", "pts_lowering", "estimator", "cpus", "attention"), "Method"),
     **dict.fromkeys(("validation_images", "budget", "host", "allow_precision_loss", "accuracy"), "Proof"),
     **dict.fromkeys(("output", "components", "triton", "dump_dir", "plot", "json", "resume", "dry_run"), "Output"),

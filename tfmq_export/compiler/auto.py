@@ -12,9 +12,9 @@ from tfmq_export.compiler.forms import Captured, Observed, Quantized
 from tfmq_export.compiler.making import Making
 from tfmq_export.compiler.plan import layers_pinned
 from tfmq_export.compiler.steps import lower, observe, prove, quantize, write
+from tfmq_export.compiler.write import write_graph
 from tfmq_export.config import CompileConfig
 from tfmq_export.errors import AccuracyError
-from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.progress import Progress
 from tfmq_export.proof.validate import Validation
 from tfmq_export.ptq.image_gain import weights_from
@@ -146,8 +146,9 @@ def _graph_bytes(made: Quantized, config: CompileConfig) -> int:
     graphs = [lowered.graph] if lowered.prologue is None else [lowered.graph, lowered.prologue.graph]
     with tempfile.TemporaryDirectory() as folder:
         for number, graph in enumerate(graphs):
-            save_graph(graph, Path(folder) / f"{number}.onnx", value_info=False)
-        return sum(path.stat().st_size for path in Path(folder).iterdir())
+            (Path(folder) / str(number)).mkdir()
+            write_graph(graph, Path(folder) / str(number), lowered)
+        return sum(path.stat().st_size for path in Path(folder).glob("*/*"))
 
 
 def _written(made: Quantized, config: CompileConfig, root: Path, progress: Progress) -> Bundle:

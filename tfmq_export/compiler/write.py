@@ -47,11 +47,11 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
     component = root / denoiser.component
     component.mkdir()
     (root / "tfmq").mkdir()
-    _write_graph(lowered.graph, component, lowered)
+    write_graph(lowered.graph, component, lowered)
     if lowered.prologue is not None:
         folder = root / prologue_folder(denoiser.component)
         folder.mkdir()
-        _write_graph(lowered.prologue.graph, folder, lowered)
+        write_graph(lowered.prologue.graph, folder, lowered)
     _write_json(component / "config.json", denoiser.config)
     if denoiser.scheduler_config is not None:
         (root / "scheduler").mkdir()
@@ -96,7 +96,8 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
     return Bundle(root, manifest)
 
 
-def _write_graph(graph: gs.Graph, folder: Path, lowered: Lowered) -> None:
+def write_graph(graph: gs.Graph, folder: Path, lowered: Lowered) -> None:
+    """One of the graphs of ``lowered``, as ``model.onnx`` in a folder."""
     described = partial(describe, recipe=lowered.made.recipe, facts=_facts(lowered))
     # Engines infer shapes; types of values would be 3 % of a small 4-bit file.
     save_graph(graph, folder / "model.onnx", value_info=False, finish=described)
