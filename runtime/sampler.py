@@ -1,4 +1,4 @@
-"""DDIM sampling in numpy (Song et al. 2021, equation 12 with eta = 0).
+"""Sampling in numpy: DDIM (Song et al. 2021, equation 12 with eta = 0), and what a bundle's own scheduler weighs.
 
     x_0  = (x_t - sqrt(1 - a_t) e) / sqrt(a_t)          e: the predicted noise, a: cumulative alphas
     x_t' = sqrt(a_t') x_0 + sqrt(1 - a_t') e            t': the timestep before t
@@ -14,10 +14,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.errors import ConfigError
+from tfmq_export.bundle.linear_walk import LinearWalk
+from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.limits import LONGEST_SCHEDULE
+from tfmq_export.recipe.plain import read_json
 
-Denoise = Callable[[NDArray[np.float32], int], NDArray[Any]]
+Denoise = Callable[[NDArray[np.float32], float], NDArray[Any]]
 """``denoise(sample, timestep) -> prediction``."""
 
 SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
@@ -154,10 +157,28 @@ class DdimSchedule:
         return (np.sqrt(alpha) * image + np.sqrt(1 - alpha) * epsilon).astype(np.float32)
 
 
+def schedule_of(bundle: Bundle) -> DdimSchedule | LinearWalk | None:
+    """How a bundle draws, in numpy; None where its scheduler is not linear, or a pipeline or function draws.
+
+    Raises:
+        LoadError: a file of the bundle cannot be read.
+    """
+    manifest = bundle.manifest
+    if manifest.sampler.kind != "DDIMScheduler" or not bundle.scheduler.is_file():
+        return LinearWalk.read(bundle)
+    try:
+        schedule = DdimSchedule.from_config(read_json(bundle.scheduler), manifest.sampler.steps)
+    except ConfigError:
+        return None  # an option that DDIM in numpy does not have, such as thresholding
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{bundle.scheduler}: not a readable scheduler configuration ({error})") from error
+    return schedule if tuple(schedule.timesteps.tolist()) == manifest.timesteps.values else None
+
+
 def sample(
     denoise: Denoise,
     noise: NDArray[np.float32],
-    schedule: DdimSchedule,
+    schedule: DdimSchedule | LinearWalk,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.float32]:
@@ -170,13 +191,20 @@ def sample(
         Images as the model was trained on them, [N, ...].
     """
     current = noise.astype(np.float32)
+    seen = [current]
+    if isinstance(schedule, LinearWalk):
+        current = schedule.start(current)
     for index, timestep in enumerate(schedule.timesteps.tolist()):
         prediction = np.asarray(denoise(current, timestep), np.float32)
         if prediction.shape[1:2] == (2 * current.shape[1],):
-            prediction = prediction[:, : current.shape[1]]  # learned variances (DiT), which DDIM does not read
+            prediction = prediction[:, : current.shape[1]]  # learned variances (DiT), which neither reads
         if prediction.shape != current.shape:
             raise ConfigError(f"the denoiser gave {list(prediction.shape)} for a sample of {list(current.shape)}")
-        current = schedule.step(index, current, prediction)
+        if isinstance(schedule, LinearWalk):
+            seen.append(prediction)
+            current = schedule.mixed(index + 1, seen)
+        else:
+            current = schedule.step(index, current, prediction)
         if progress is not None:
             progress(index + 1, len(schedule.timesteps))
     return current
@@ -236,7 +264,7 @@ def guided(
 
     denoise_both = prompted(denoise, both)
 
-    def denoise_guided(sample: NDArray[np.float32], timestep: int) -> NDArray[Any]:
+    def denoise_guided(sample: NDArray[np.float32], timestep: float) -> NDArray[Any]:
         null, given = np.split(denoise_both(np.concatenate([sample, sample]), timestep), 2)
         return np.asarray(null + np.float32(guidance_scale) * (given - null))
 

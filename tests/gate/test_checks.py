@@ -186,5 +186,5 @@ def test_a_bundle_whose_sampler_is_not_ours_is_checked_without_images(tmp_path: 
     results = check_release(gate_file(f'file = "{tmp_path / "small.golden.json"}"'), bundle.root)
 
     assert results[-1].skipped
-    assert results[-1].summary.startswith("not compared: small.golden.json has none, for gates draw with DDIM")
+    assert results[-1].summary.startswith("not compared: small.golden.json has none, for gates draw with linear")
     assert results[-2].summary.startswith("0 of 4 timesteps below")

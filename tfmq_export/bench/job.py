@@ -14,12 +14,11 @@ class SamplingJob:
     """A whole run over the schedule in place of a single call.
 
     Attributes:
-        scheduler: A diffusers scheduler configuration that DDIM can walk.
+        bundle: Whose schedule it is.
         guidance_scale: Of classifier-free guidance; 1 turns it off.
     """
 
-    scheduler: Mapping[str, Any]
-    steps: int
+    bundle: str
     guidance_scale: float
 
 

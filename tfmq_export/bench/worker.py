@@ -26,7 +26,7 @@ from tfmq_export.runtime.engines.table import engine_named
 from tfmq_export.runtime.measure.benchmark import peak_rss_bytes, rss_bytes
 from tfmq_export.runtime.measure.compare import sqnr_db
 from tfmq_export.runtime.runner import GraphRequest, ReportsSettings, Runner, one_line
-from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample
+from tfmq_export.runtime.sampler import guided, prompted, sample, schedule_of
 
 Denoise = Callable[..., NDArray[Any]]
 """``denoise(sample, timestep, **conditioning) -> prediction``."""
@@ -161,7 +161,8 @@ def bytes_of(graphs: tuple[Path, ...]) -> int:
 def sampling_run(denoise: Denoise, job: Job, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     """Noise to images, prompt included."""
     assert job.sampling is not None
-    schedule = DdimSchedule.from_config(job.sampling.scheduler, job.sampling.steps)
+    schedule = schedule_of(bundle.open_bundle(Path(job.sampling.bundle)))
+    assert schedule is not None  # refused before
     conditioning = conditioning_of(job, inputs)
     null = {name: inputs[f"{name}.unconditional"] for name in conditioning if f"{name}.unconditional" in inputs}
     scale = guidance_of(job, inputs)

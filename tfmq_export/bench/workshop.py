@@ -1,7 +1,7 @@
 """What candidates need, made once per batch size: inputs, the float graph, calls to calibrate on and to judge on."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +15,15 @@ from tfmq_export.bench.peers import Rows, batches_of, export_float
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.program import capture
-from tfmq_export.errors import ConfigError, LoadError, RecipeError
+from tfmq_export.errors import ConfigError, RecipeError
 from tfmq_export.models.load import Source, load
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.finish.strip_qdq import StripQdq
 from tfmq_export.passes.graph import import_graph
 from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate
-from tfmq_export.recipe.plain import read_json
 from tfmq_export.runtime.graph_file import read_model
+from tfmq_export.runtime.sampler import schedule_of
 from tfmq_export.runtime.self_test import FILE as SELF_TEST
 
 T = TypeVar("T")
@@ -205,14 +205,10 @@ class Workshop:
         return {}
 
     def _sampling_job(self) -> SamplingJob:
-        info = self.bundle.manifest.sampler
-        if info.kind != "DDIMScheduler":
-            raise ConfigError(f"{self.bundle.root}: sampled with {info.kind}; whole runs are timed with DDIM only")
-        try:
-            config: Mapping[str, Any] = read_json(self.bundle.scheduler)
-        except (OSError, ValueError) as error:
-            raise LoadError(f"{self.bundle.scheduler}: not a readable scheduler configuration ({error})") from error
-        return SamplingJob(config, info.steps, self.guidance_scale)
+        if schedule_of(self.bundle) is None:
+            kind = self.bundle.manifest.sampler.kind
+            raise ConfigError(f"{self.bundle.root}: sampled with {kind}; whole runs are timed with linear ones only")
+        return SamplingJob(str(self.bundle.root.absolute()), self.guidance_scale)
 
 
 def held_out_calls(step: CalibrationStep, batch: int) -> dict[str, NDArray[Any]]:

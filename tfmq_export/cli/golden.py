@@ -36,6 +36,6 @@ def golden(
             f"{len(made.predictions)} timesteps, {len(made.images)} images"
         )
         if not made.images:
-            out.print(f"no images: gates draw with DDIM in numpy only; its sampler is {opened.manifest.sampler.kind}")
+            out.print(f"no images: gates draw with linear ones in numpy; its sampler is {opened.manifest.sampler.kind}")
         counts = {"timesteps": len(made.predictions), "images": len(made.images)}
         found |= {"file": str(output), "bytes": written, **counts}

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tfmq_export import __version__
+from tfmq_export.bundle.linear_walk import FILE as WALK
 from tfmq_export.bundle.manifest import (
     Bundle,
     InputInfo,
@@ -26,7 +27,9 @@ from tfmq_export.capture.denoiser import Denoiser, row_shape
 from tfmq_export.compiler.forms import Lowered
 from tfmq_export.compiler.onnx_components import write_onnx_components
 from tfmq_export.config import Components
+from tfmq_export.models.linear_walk import linear_walk
 from tfmq_export.models.recorded.requests import write_requests
+from tfmq_export.models.walk import DiffusersSampler
 from tfmq_export.passes.describe import describe
 from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.recipe.io import save_recipe
@@ -62,6 +65,10 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
         if components == "onnx":
             write_onnx_components(denoiser.pipeline, root)
     save_recipe(recipe, root / "tfmq")
+    if isinstance(denoiser.sampler, DiffusersSampler) and denoiser.sampler_info.kind != "DDIMScheduler":
+        walk = linear_walk(denoiser.sampler)
+        if walk is not None:
+            walk.save(root / WALK)
     if denoiser.requests:
         write_requests(root / "tfmq", denoiser.requests)
     if denoiser.conditioning:

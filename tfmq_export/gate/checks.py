@@ -168,14 +168,16 @@ def _images(gate: Gate, bundle: Bundle) -> Result:
     if not golden.images:
         return Result(
             "images",
-            f"not compared: {bounds.file.name} has none, for gates draw with DDIM in numpy only, "
+            f"not compared: {bounds.file.name} has none, for gates draw with linear schedulers in numpy, "
             f"and this bundle's sampler is {bundle.manifest.sampler.kind}",
             skipped=True,
         )
     with load(bundle.root, self_test=False, verify=False) as loaded:
         drawn = images(loaded, probe)
     if drawn is None:
-        raise AccuracyError(f"{bundle.root} has no DDIM schedule to draw the golden's images with; compile it again")
+        raise AccuracyError(
+            f"{bundle.root} has no schedule in numpy to draw the golden's images with; compile it again"
+        )
     found = [old.psnr_to(Sketch.of(image), golden.peak) for old, image in zip(golden.images, drawn, strict=True)]
     problems = [
         f"image {at}: PSNR {found[at]:.1f} dB, asked >= {bounds.psnr:g}"

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tfmq_export.bundle.linear_walk import LinearWalk
 from tfmq_export.bundle.manifest import Bundle
-from tfmq_export.errors import ConfigError, LoadError
-from tfmq_export.recipe.plain import read_json
+from tfmq_export.errors import ConfigError
 from tfmq_export.runtime.loaded import LoadedBundle
 from tfmq_export.runtime.measure.compare import as_pictures, is_picture
-from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample
+from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample, schedule_of
 
 COARSE = 8
 """Pixels a side of a picture's squares."""
@@ -31,14 +31,14 @@ class Probe:
         picture: [N, ...], in -1..1.
         levels: Share of picture and of noise at each timestep, [T, 2].
         conditioning: [N, ...] by name.
-        schedule: How images are drawn; None where the bundle's sampler is not DDIM as numpy knows it.
+        schedule: How images are drawn; None where the bundle's scheduler is not linear.
     """
 
     noise: NDArray[np.float32]
     picture: NDArray[np.float32]
     levels: NDArray[np.float32]
     conditioning: dict[str, NDArray[np.generic]]
-    schedule: DdimSchedule | None
+    schedule: DdimSchedule | LinearWalk | None
 
     def sample(self, step: int) -> NDArray[np.float32]:
         """What the denoiser sees at a step of the schedule, [N, ...]."""
@@ -72,7 +72,7 @@ def probe_of(bundle: Bundle, samples: int, seed: int) -> Probe:
     if missing := [name for name in names if name not in stored]:
         raise ConfigError(f"{bundle.root}: has no example of {', '.join(missing)} in tfmq/conditioning.npz to ask with")
     conditioning = {name: stored[name][np.arange(samples) % len(stored[name])] for name in names}
-    schedule = _ddim(bundle)
+    schedule = schedule_of(bundle)
     return Probe(noise, coarse.astype(np.float32), _levels(bundle, schedule), conditioning, schedule)
 
 
@@ -84,7 +84,7 @@ def predictions(loaded: LoadedBundle, probe: Probe) -> list[NDArray[np.generic]]
 
 
 def images(loaded: LoadedBundle, probe: Probe) -> NDArray[np.float32] | None:
-    """Images drawn from the probe's noise: pictures in 0..1, latents as they are; None without DDIM."""
+    """Images drawn from the probe's noise: pictures in 0..1, latents as they are; None where numpy cannot draw."""
     if probe.schedule is None:
         return None
     manifest, stored = loaded.bundle.manifest, loaded.bundle.conditioning()
@@ -105,20 +105,7 @@ def _at_once(
     return lambda sample, timestep: loaded(sample, timestep, prompt=prompt)
 
 
-def _ddim(bundle: Bundle) -> DdimSchedule | None:
-    manifest = bundle.manifest
-    if manifest.sampler.kind != "DDIMScheduler" or not bundle.scheduler.is_file():
-        return None
-    try:
-        schedule = DdimSchedule.from_config(read_json(bundle.scheduler), manifest.sampler.steps)
-    except ConfigError:
-        return None  # an option that DDIM in numpy does not have, such as thresholding
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{bundle.scheduler}: not a readable scheduler configuration ({error})") from error
-    return schedule if tuple(schedule.timesteps.tolist()) == manifest.timesteps.values else None
-
-
-def _levels(bundle: Bundle, schedule: DdimSchedule | None) -> NDArray[np.float32]:
-    if schedule is None:
+def _levels(bundle: Bundle, schedule: DdimSchedule | LinearWalk | None) -> NDArray[np.float32]:
+    if not isinstance(schedule, DdimSchedule):
         return np.tile(np.asarray([0, 1], np.float32), (len(bundle.manifest.timesteps), 1))
     return np.stack([np.sqrt(schedule.alphas), np.sqrt(1 - schedule.alphas)], 1).astype(np.float32)
