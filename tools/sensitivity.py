@@ -35,7 +35,7 @@ from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate, record
 from tfmq_export.recipe.io import load_recipe
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.measure.compare import psnr, sqnr_db
-from tfmq_export.search.sensitivity import Batch, part_errors, run_error, weighted_batches, whole_error
+from tfmq_export.search.sensitivity import Batch, part_errors, relative_to, run_error, weighted_batches, whole_error
 
 
 def main() -> None:
@@ -56,7 +56,8 @@ def main() -> None:
     denoiser = load(Source(args.model, steps=args.steps))
     program, recipe, recorded, weights = _subject(denoiser, args)
     if args.estimates:
-        _check_estimates(program, recipe, weighted_batches(denoiser, program, recorded, weights), args.estimates)
+        batches = relative_to(weighted_batches(denoiser, program, recorded, weights), program, recipe)
+        _check_estimates(program, recipe, batches, args.estimates)
         return
     print(f"{recipe.preset} on {denoiser.source}: PSNR over {args.images} images, dB")
     parts = _images_by_part(denoiser, program, recipe, args.images)

@@ -74,7 +74,7 @@ def test_every_choice_says_why() -> None:
     assert plan.widths["small"].why.startswith("auto: 8 bits, 4 would add ")
     assert plan.widths["small"].why.endswith(" to the error and save 0.5 kB")
     assert "in floating point, since integers would add" in plan.widths["noisy"].why
-    assert "1 layers in 4 bits and floating point" in plan.describe()
+    assert "1 layer in 4 bits and floating point" in plan.describe()
 
 
 def test_a_bundle_that_missed_makes_the_next_choice_stricter() -> None:

@@ -62,6 +62,8 @@ def test_timesteps_are_looked_at_as_much_as_they_count() -> None:
     weights = torch.zeros(len(model.denoiser.timesteps))
     weights[1] = 1
 
-    batches = weighted_batches(model.denoiser, model.program, seen.calls, weights)
+    batches = weighted_batches(model.denoiser, model.program, seen.calls, weights, rows=20)
 
-    assert {int(step) for batch in batches for step in batch.steps} == {1}
+    steps = [int(step) for batch in batches for step in batch.steps]
+    assert steps.count(1) >= 10  # half for what counts, half evenly
+    assert len(set(steps)) == min(len(weights), 10)

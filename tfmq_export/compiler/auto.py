@@ -67,6 +67,7 @@ def compile_auto(  # noqa: PLR0913  # what the chain has in hand
     *,
     checkpoint: Path,
     resume: bool,
+    dump_dir: Path | None,
     making: Making,
     progress: Progress,
 ) -> Validation:
@@ -74,6 +75,8 @@ def compile_auto(  # noqa: PLR0913  # what the chain has in hand
 
     Args:
         root: An empty folder; holds the bundle in the end.
+        checkpoint: Where the finished blocks of each choice are kept.
+        dump_dir: Save the graph after each pass here, of the latest choice.
     Raises:
         ConfigError: nothing is as small as was asked.
         AccuracyError: the goal was missed ``TRIES`` times.
@@ -98,7 +101,10 @@ def compile_auto(  # noqa: PLR0913  # what the chain has in hand
                 resume=resume,
                 progress=progress,
             )
-        bundle = _written(made, asked, root, progress)
+        lowered = lower(made, asked, dump_dir=dump_dir, progress=progress)
+        shutil.rmtree(root)  # an earlier choice
+        with progress.stage("Writing"):
+            bundle = write(lowered, root, asked.components)
         size, last = _bundle_bytes(bundle), attempt == TRIES
         misses = replace(misses, size=misses.size + size - plan.size)
         if goal.size is not None and size > goal.size:
@@ -149,14 +155,6 @@ def _graph_bytes(made: Quantized, config: CompileConfig) -> int:
             (Path(folder) / str(number)).mkdir()
             write_graph(graph, Path(folder) / str(number), lowered)
         return sum(path.stat().st_size for path in Path(folder).glob("*/*"))
-
-
-def _written(made: Quantized, config: CompileConfig, root: Path, progress: Progress) -> Bundle:
-    """The bundle, in place of that of an earlier try."""
-    lowered = lower(made, config, progress=progress)
-    shutil.rmtree(root)
-    with progress.stage("Writing"):
-        return write(lowered, root, config.components)
 
 
 def _bundle_bytes(bundle: Bundle) -> int:

@@ -108,7 +108,14 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         making = Making(stages.stages, command, {} if expected is None else expected.to_json())
         if config.auto:
             validation = compile_auto(
-                captured, config, partial, checkpoint=kept, resume=resume, making=making, progress=stages
+                captured,
+                config,
+                partial,
+                checkpoint=kept,
+                resume=resume,
+                dump_dir=dump_dir,
+                making=making,
+                progress=stages,
             )
         else:
             if given is None:

@@ -65,7 +65,7 @@ class BitsPlan:
 
     def describe(self) -> str:
         """In words."""
-        layers = ", ".join(f"{count} layers in {what}" for what, count in self.counts.items())
+        layers = ", ".join(f"{n} layer{'s' if n != 1 else ''} in {what}" for what, n in self.counts.items())
         return f"{layers}, {self.tables} tables; {self.psnr:.1f} dB and {in_words(self.size)} expected"
 
 

@@ -1,9 +1,10 @@
 """What each part of each layer costs the prediction when it alone is quantized.
 
-    e = sum_t w_t || prediction with the part quantized - prediction ||^2
+    e = mean_r  || prediction with the part quantized - prediction ||^2  /  n_r
 
-with the weights of the timesteps that quantization uses (``image_gain.py``), so that ``e`` is what an error does to the
-image. Timesteps are drawn in proportion to their weights; then each drawn row counts alike.
+over rows of the recorded trajectory. Half of the rows are drawn evenly from the schedule, half in proportion to what an
+error at their timestep does to the image (``image_gain.py``); ``n_r`` is the noise that a uniform 8-bit recipe has in
+that row, so every row counts alike and 1 is the noise of that recipe.
 
 Running the network once for each part would take hundreds of runs. To first order a part that moves its layer's result
 by ``d`` moves the prediction by ``J d``, and for random signs ``v``
@@ -15,7 +16,7 @@ estimate).
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,9 +32,10 @@ from tfmq_export.ptq.walk.calibration import GOLDEN_RATIO, CalibrationStep
 from tfmq_export.ptq.walk.input_watch import by_sample
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
 
-ROWS = 24  # samples that are looked at
-AT_ONCE = 12  # of one call, at most
+ROWS = 32  # samples that are looked at
+AT_ONCE = 16  # of one call, at most
 ACTIVATIONS = 1 << 28  # values that one call may hold for the backward passes
+LEAST = 1e-20  # noise of a row that nothing disturbs
 PROBES = 8  # random directions of the prediction
 
 
@@ -45,11 +47,13 @@ class Batch:
         inputs: Of the graph, by name, [N, ...].
         steps: Position of each row's timestep in the schedule, [N], or [1] where all share one.
         prediction: In full precision.
+        noise: That counts as 1 in each row: a mean square, float64 [N].
     """
 
     inputs: Mapping[str, Tensor]
     steps: Tensor
     prediction: Tensor
+    noise: Tensor
 
 
 @torch.no_grad()
@@ -67,8 +71,7 @@ def weighted_batches(
     """
     places = [int(denoiser.timesteps.rows(_timesteps(denoiser, call)[:1].numpy())[0]) for call in calls]
     counts = torch.ones(len(calls)) if weights is None else weights[places].float()
-    ends = counts.cumsum(0)
-    drawn = torch.searchsorted(ends, (torch.arange(rows) + 0.5) / rows * ends[-1]).clamp_max(len(calls) - 1)
+    drawn = torch.cat([_spread(counts, rows - rows // 2), _spread(torch.ones(len(calls)), rows // 2)])
     shared = denoiser.example_inputs[denoiser.timestep].ndim == 0
     groups: dict[object, list[int]] = {}
     for number, call in enumerate(drawn.tolist()):
@@ -85,6 +88,18 @@ def weighted_batches(
     return tuple(found)
 
 
+def _spread(counts: Tensor, rows: int) -> Tensor:
+    """Places of so many rows, in proportion to the counts."""
+    ends = counts.cumsum(0)
+    return torch.searchsorted(ends, (torch.arange(rows) + 0.5) / rows * ends[-1]).clamp_max(len(counts) - 1)
+
+
+def relative_to(batches: Sequence[Batch], program: DiffusionProgram, recipe: QuantRecipe) -> tuple[Batch, ...]:
+    """The same rows, with a recipe's noise as 1 in each."""
+    simulate = Simulation(program, recipe)
+    return tuple(replace(batch, noise=_squares(simulate(batch.inputs), batch).clamp_min(LEAST)) for batch in batches)
+
+
 def _batch(denoiser: Denoiser, program: DiffusionProgram, picked: Sequence[tuple[CalibrationStep, int]]) -> Batch:
     inputs: dict[str, Tensor] = {}
     for name, example in denoiser.example_inputs.items():
@@ -95,7 +110,8 @@ def _batch(denoiser: Denoiser, program: DiffusionProgram, picked: Sequence[tuple
         rows = [int(number * GOLDEN_RATIO % 1 * len(part)) for part, (_, number) in zip(parts, picked, strict=True)]
         inputs[name] = torch.stack([part[row] for part, row in zip(parts, rows, strict=True)])
     steps = torch.from_numpy(denoiser.timesteps.rows(inputs[denoiser.timestep].reshape(-1).numpy()))
-    return Batch(inputs, steps, first_tensor(fx.Interpreter(program.module).run(*inputs.values())))
+    prediction = first_tensor(fx.Interpreter(program.module).run(*inputs.values()))
+    return Batch(inputs, steps, prediction, torch.ones(len(prediction), dtype=torch.float64))
 
 
 def _timesteps(denoiser: Denoiser, call: CalibrationStep) -> Tensor:
@@ -121,7 +137,7 @@ def part_errors(
             op, count = operations[layer.name], len(batch.prediction)
             for pull in pulls[layer.name]:
                 along = by_sample(pull * moved, op, count).flatten(1).sum(1).double()  # [N]
-                errors[place] += float(along.square().sum()) / (PROBES * batch.prediction[0].numel())
+                errors[place] += float((along.square() / batch.noise).sum()) / (PROBES * batch.prediction[0].numel())
             progress(done * len(layers) + place + 1, len(batches) * len(layers))
     return [float(error) / sum(len(batch.prediction) for batch in batches) for error in errors]
 
@@ -184,4 +200,9 @@ def whole_error(program: DiffusionProgram, recipe: QuantRecipe, batches: Sequenc
 
 
 def _distance(prediction: Tensor, batch: Batch) -> float:
-    return float((prediction - batch.prediction).double().square().flatten(1).mean(1).sum())
+    return float((_squares(prediction, batch) / batch.noise).sum())
+
+
+def _squares(prediction: Tensor, batch: Batch) -> Tensor:
+    """Mean square of each row's error, float64 [N]."""
+    return (prediction - batch.prediction).double().square().flatten(1).mean(1)

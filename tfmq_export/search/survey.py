@@ -18,12 +18,12 @@ from tfmq_export.recipe.narrow_rows import narrow as narrowed
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe, TableType
 from tfmq_export.runtime.measure.compare import psnr
 from tfmq_export.search.choices import Choice
-from tfmq_export.search.sensitivity import Batch, part_errors, whole_error
+from tfmq_export.search.sensitivity import Batch, part_errors, relative_to, whole_error
 from tfmq_export.search.sites import LayerSite, PartErrors, layer_sites
 from tfmq_export.target import Target
 
-IMAGES = 16  # drawn with each draft in fake-quant, for the line from errors to decibels
-LEAST_SLOPE, LARGEST_SLOPE = 0.4, 1.2
+IMAGES = 8  # drawn with each draft in fake-quant, for the line from errors to decibels
+LEAST_SLOPE, LARGEST_SLOPE = 0.4, 2.0
 SEED = 2  # behind that of the calibration and that of the proof
 
 
@@ -103,6 +103,7 @@ def survey(  # noqa: PLR0913  # what is measured, and on what
         batches: From ``weighted_batches``.
         seed: Of the run.
     """
+    batches = relative_to(batches, drafts.program, drafts.wide)
     with progress.stage("Measuring each layer's sensitivity") as step:
         errors = _errors(drafts, batches, target, step)
     bare = replace(drafts.wide, layers=(), stored=(), products=())
