@@ -14,7 +14,7 @@ in the layer that reads it.
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,6 +40,8 @@ from tfmq_export.runtime.measure.compare import sqnr_db
 from tfmq_export.runtime.measure.operations import read_graph
 from tfmq_export.target import find_target
 
+FEW = 16
+"""Results of a channel in one call, of which a share says nothing."""
 ROUNDING = 1e-3  # of a code step: what fp32 arithmetic in another order may leave
 
 
@@ -53,6 +55,8 @@ class Agreement:
         code_steps: Largest difference of any layer's result, in steps of its grid.
         mismatch_rate: Share of codes that differ.
         worst_layer: Where the largest difference is.
+        channels: Share of results that differ, of each output channel, by the layer's path. Layers with few results
+            for a channel are left out.
     """
 
     sqnr: float
@@ -60,6 +64,7 @@ class Agreement:
     code_steps: float
     mismatch_rate: float
     worst_layer: str
+    channels: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 class LockStep:
@@ -148,6 +153,7 @@ class LockStep:
             code_steps=watcher.steps.get(worst, 0.0),
             mismatch_rate=watcher.differing / max(watcher.compared, 1),
             worst_layer=worst,
+            channels=watcher.channels,
         )
 
 
@@ -158,6 +164,7 @@ class _Synchronizer:
         self._results = results
         self.steps: dict[str, float] = {}
         self.sqnr: list[float] = []
+        self.channels: dict[str, NDArray[np.float64]] = {}
         self.differing = self.compared = 0
 
     def __call__(self, layer: LayerRecipe | ProductRecipe, ours: Tensor) -> Tensor:
@@ -169,8 +176,13 @@ class _Synchronizer:
         # A result of nothing but zeros, as of an empty prompt's, has no signal to measure by.
         silent = not ours.any() and float(distance.max()) <= ROUNDING
         self.sqnr.append(math.inf if silent else sqnr_db(ours.numpy(), theirs.numpy()))
-        self.differing += int((distance > ROUNDING).sum())
+        differs = distance > ROUNDING
+        self.differing += int(differs.sum())
         self.compared += distance.numel()
+        if isinstance(layer, LayerRecipe):
+            by_channel = differs.movedim(1 if layer.kind == "conv" else -1, 0).flatten(1)
+            if by_channel.shape[1] >= FEW:
+                self.channels[layer.path] = by_channel.double().mean(1).numpy()
         return theirs
 
 

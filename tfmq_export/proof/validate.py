@@ -42,7 +42,9 @@ from tfmq_export.proof.plan import (
     plan_of,
 )
 from tfmq_export.proof.served import bundle_denoise
+from tfmq_export.proof.stated import require_manifest_of
 from tfmq_export.proof.states import States, states_of
+from tfmq_export.proof.systematic import CHANNEL, LAYER, channel_excess, layer_share
 from tfmq_export.proof.temporal_features import TemporalErrors, compare_temporal
 from tfmq_export.ptq.walk.calibration import CalibrationStep, record
 from tfmq_export.recipe.adapt import adapt
@@ -146,6 +148,7 @@ class Subject:
                 f"({self.recipe.tib.timesteps.describe()}), not for {len(self.denoiser.timesteps)} "
                 f"({self.denoiser.timesteps.describe()}); give the same --steps"
             )
+        require_manifest_of(self.bundle, self.recipe)
 
     @property
     def carried_out(self) -> QuantRecipe:
@@ -314,6 +317,9 @@ def judge(found: Mapping[Metric, Comparison], subject: Subject, thresholds: Thre
     if thresholds.guidance is not None:
         asked.append((Metric.GUIDANCE, thresholds.guidance, found[Metric.GUIDANCE].mean))
     verdicts = [Threshold(metric, least).judge(value) for metric, least, value in asked]
+    if find_target(subject.bundle.manifest.target).float_type == "float32":  # in half precision everything differs
+        for metric, share in ((Metric.CHANNEL_EXCESS, CHANNEL), (Metric.LAYER_SHARE, LAYER)):
+            verdicts.append(Threshold(metric, share, Direction.AT_MOST).judge(found[metric].highest))
     if thresholds.lpips is not None:
         most = Threshold(Metric.IMAGE_LPIPS, thresholds.lpips, Direction.AT_MOST)
         verdicts.append(most.judge(found[Metric.IMAGE_LPIPS].mean))
@@ -326,6 +332,8 @@ def _by_metric(agreements: Sequence[Agreement]) -> dict[Metric, NDArray[np.float
         Metric.FREE_RUNNING: np.array([each.free_sqnr for each in agreements]),
         Metric.CODE_STEPS: np.array([each.code_steps for each in agreements]),
         Metric.MISMATCH_RATE: np.array([each.mismatch_rate for each in agreements]),
+        Metric.CHANNEL_EXCESS: channel_excess(agreements),
+        Metric.LAYER_SHARE: layer_share(agreements),
     }
 
 
