@@ -48,7 +48,8 @@ class Checkpoint:
             if key.exists():
                 _compare(read_json(key), settings, folder)
             else:
-                key.write_text(json.dumps(dict(settings), indent=1, sort_keys=True) + "\n", "utf-8")
+                with replaced_file(key) as partial:  # a run that is killed right here can be resumed, too
+                    partial.write_text(json.dumps(dict(settings), indent=1, sort_keys=True) + "\n", "utf-8")
         except ValueError as error:
             raise ConfigError(f"{key}: not readable ({error}); start again without --resume") from error
         except OSError as error:
