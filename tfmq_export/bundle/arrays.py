@@ -1,5 +1,6 @@
 """Arrays of an ``.npz`` file: numbers alone, so that nothing in it runs."""
 
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,7 +12,7 @@ from tfmq_export.errors import LoadError, first_line
 
 DAMAGED = (
     OSError, EOFError, ValueError, TypeError, LookupError, NotImplementedError, SyntaxError, RuntimeError, MemoryError,
-    zipfile.BadZipFile, zlib.error,
+    zipfile.BadZipFile, zlib.error, tokenize.TokenError,
 )  # fmt: skip
 """What numpy and zipfile raise on bytes that are no such file, or that claim to be larger than memory."""
 

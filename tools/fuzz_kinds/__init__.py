@@ -1,0 +1,1 @@
+"""What ``tools/fuzz.py`` reads, and how it alters files."""
