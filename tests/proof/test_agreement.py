@@ -81,10 +81,9 @@ def test_graph_and_fake_quant_agree_at_every_timestep(name: str, preset: str) ->
     assert layer_share(found).max() < LAYER / 2
 
 
-@pytest.mark.parametrize("name", list(FACTORIES))
-def test_one_weight_that_is_one_step_off_shows_in_its_channel(name: str, tmp_path: Path) -> None:
-    _, bundle, made = exported(name, "w4a6")
-    layer = max(made.recipe.layers, key=lambda each: each.weight_codes[0].size)
+def test_one_weight_that_is_one_step_off_shows_in_its_channel(tmp_path: Path) -> None:
+    _, bundle, made = exported("edm", "w4a6")
+    layer = max(made.recipe.layers, key=lambda each: each.macs / each.weight_codes.size)  # of the largest map
     held = {x.name for x in onnx.load(bundle.model).graph.initializer}
     (stored,) = [x for x in held if x.startswith(weight_codes_name(layer.name))]
 

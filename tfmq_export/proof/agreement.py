@@ -40,9 +40,22 @@ from tfmq_export.runtime.measure.compare import sqnr_db
 from tfmq_export.runtime.measure.operations import read_graph
 from tfmq_export.target import find_target
 
-FEW = 16
-"""Results of a channel in one call, of which a share says nothing."""
 ROUNDING = 1e-3  # of a code step: what fp32 arithmetic in another order may leave
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Differing:
+    """How many results of a layer differ from fake-quant at all.
+
+    Attributes:
+        counts: In each output channel, [out].
+        results: Of one channel.
+        reach: Results of one channel that read one and the same input: the positions of a kernel.
+    """
+
+    counts: NDArray[np.int64]
+    results: int
+    reach: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +68,7 @@ class Agreement:
         code_steps: Largest difference of any layer's result, in steps of its grid.
         mismatch_rate: Share of codes that differ.
         worst_layer: Where the largest difference is.
-        channels: Share of results that differ, of each output channel, by the layer's path. Layers with few results
-            for a channel are left out.
+        channels: How many results of each layer differ, by its path.
     """
 
     sqnr: float
@@ -64,7 +76,7 @@ class Agreement:
     code_steps: float
     mismatch_rate: float
     worst_layer: str
-    channels: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    channels: "Mapping[str, Differing]" = field(default_factory=dict)
 
 
 class LockStep:
@@ -164,7 +176,7 @@ class _Synchronizer:
         self._results = results
         self.steps: dict[str, float] = {}
         self.sqnr: list[float] = []
-        self.channels: dict[str, NDArray[np.float64]] = {}
+        self.channels: dict[str, Differing] = {}
         self.differing = self.compared = 0
 
     def __call__(self, layer: LayerRecipe | ProductRecipe, ours: Tensor) -> Tensor:
@@ -181,8 +193,8 @@ class _Synchronizer:
         self.compared += distance.numel()
         if isinstance(layer, LayerRecipe):
             by_channel = differs.movedim(1 if layer.kind == "conv" else -1, 0).flatten(1)
-            if by_channel.shape[1] >= FEW:
-                self.channels[layer.path] = by_channel.double().mean(1).numpy()
+            reach = math.prod(layer.weight_codes.shape[2:])
+            self.channels[layer.path] = Differing(by_channel.sum(1).numpy(), by_channel.shape[1], reach)
         return theirs
 
 

@@ -9,7 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.proof.agreement import Agreement
+from tfmq_export.proof.agreement import Agreement, Differing
+
+TIES = 2
+"""Activations on the other side of a tie, each of which moves the results of a whole kernel, that are not counted: on
+small maps they would be a large share."""
 
 CHANNEL = 0.05
 """Share of a channel's results that may differ from fake-quant, above its layer's median channel. Ties leave 0.003 on
@@ -26,15 +30,25 @@ def channel_excess(agreements: Sequence[Agreement]) -> NDArray[np.float64]:
     An activation on the other side of a tie moves results in all channels of the layers that read it. A weight, a scale
     or a bias that is wrong in one channel moves that one, in most places, however little.
     """
-    return np.asarray([float((share - np.median(share)).max()) for share in _shares(agreements)] or [0.0])
+    return np.asarray([_beyond_ties(x, x.counts - np.median(x.counts)).max() for x in _together(agreements)] or [0.0])
 
 
 def layer_share(agreements: Sequence[Agreement]) -> NDArray[np.float64]:
     """Share of the median channel's results that differ, [layers]."""
-    return np.asarray([float(np.median(share)) for share in _shares(agreements)] or [0.0])
+    return np.asarray([_beyond_ties(x, np.median(x.counts)).max() for x in _together(agreements)] or [0.0])
 
 
-def _shares(agreements: Sequence[Agreement]) -> list[NDArray[np.float64]]:
-    """Of each layer, over all calls, [out]."""
-    paths = dict.fromkeys(path for each in agreements for path in each.channels)
-    return [np.mean([each.channels[path] for each in agreements if path in each.channels], 0) for path in paths]
+def _beyond_ties(layer: Differing, count: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.maximum(0.0, np.asarray(count, np.float64) - TIES * layer.reach) / layer.results
+
+
+def _together(agreements: Sequence[Agreement]) -> list[Differing]:
+    """Of each layer, over all calls."""
+    calls: dict[str, list[Differing]] = {}
+    for agreement in agreements:
+        for path, found in agreement.channels.items():
+            calls.setdefault(path, []).append(found)
+    return [
+        Differing(np.sum([x.counts for x in each], 0), sum(x.results for x in each), each[0].reach)
+        for each in calls.values()
+    ]
