@@ -35,7 +35,9 @@ def channel_excess(agreements: Sequence[Agreement]) -> NDArray[np.float64]:
 
 def layer_share(agreements: Sequence[Agreement]) -> NDArray[np.float64]:
     """Share of the median channel's results that differ, [layers]."""
-    return np.asarray([_beyond_ties(x, np.median(x.counts)).max() for x in _together(agreements)] or [0.0])
+    return np.asarray(
+        [_beyond_ties(x, np.median(x.counts, keepdims=True)).max() for x in _together(agreements)] or [0.0]
+    )
 
 
 def _beyond_ties(layer: Differing, count: NDArray[np.float64]) -> NDArray[np.float64]:
