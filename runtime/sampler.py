@@ -7,6 +7,7 @@ Schedules and formulas are those of ``diffusers.DDIMScheduler``, which reads the
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -48,7 +49,7 @@ _RANGES: Mapping[str, tuple[Any, float, float]] = {
     "steps_offset": (int, -LONGEST_SCHEDULE, LONGEST_SCHEDULE),
     "beta_start": (int | float, 0, 1),
     "beta_end": (int | float, 0, 1),
-    "clip_sample_range": (int | float, 0, math.inf),
+    "clip_sample_range": (int | float, 0, sys.float_info.max),
 }
 
 
@@ -74,6 +75,10 @@ class DdimSchedule:
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ConfigError(
                 f"prediction_type {self.prediction_type!r} is unknown; DDIM takes epsilon, v_prediction or sample"
+            )
+        if not np.isfinite(self.alphas).all():
+            raise ConfigError(
+                "the noise levels of this schedule are no finite numbers; give the betas it was trained on"
             )
         if self.prediction_type == "epsilon" and not (self.alphas > 0).all():
             raise ConfigError(

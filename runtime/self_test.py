@@ -105,7 +105,10 @@ def read_self_test(bundle: Bundle) -> SelfTest | None:
         missing = {info.name for info in bundle.manifest.inputs} - inputs.keys()
         if missing:
             raise KeyError(f"no input {', '.join(sorted(missing))}")
-        return SelfTest(inputs, arrays["prediction"], float(arrays["limit"]))
+        limit = float(arrays["limit"])
+        if limit < LOWEST_LIMIT:  # NaN passes no prediction
+            raise ValueError(f"a limit of {limit:g} dB, which is below {LOWEST_LIMIT:g}")
+        return SelfTest(inputs, arrays["prediction"], limit)
     except (LoadError, ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path}: not a readable self-test ({error}); compile the model again") from error
 

@@ -195,6 +195,19 @@ def test_a_noise_schedule_that_cannot_be_walked_is_refused_by_both_samplers(chan
         load_scheduler(config)
 
 
+def test_a_schedule_beyond_every_float_is_refused_in_numpy() -> None:
+    for changes in ({"clip_sample": True, "clip_sample_range": 10**400}, {"clip_sample_range": "wide"}):
+        with pytest.raises(ConfigError, match="clip_sample_range"):
+            DdimSchedule.from_config({**DDIM, "clip_sample": True, **changes}, 10)
+
+
+def test_a_bound_beyond_every_float_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.gate.toml").write_text(f'bundle = "out"\n[golden]\nfile = "a"\nsqnr = {"9" * 400}\n')
+
+    with pytest.raises(ConfigError, match=r"golden\.sqnr: got a number of 400 digits"):
+        read_gate(tmp_path / "a.gate.toml")
+
+
 def load_scheduler(config: dict[str, object]) -> object:
     """As a model's loader does, and one walk, where diffusers sees some values first."""
     from tfmq_export.models.walk import DiffusersSampler, require_finite_walk

@@ -128,6 +128,8 @@ class Metric(StrEnum):
     FREE_RUNNING = "agreement with fake-quant, free-running (dB)"
     CODE_STEPS = "largest layer difference (code steps)"
     MISMATCH_RATE = "share of codes that differ"
+    CHANNEL_EXCESS = "share of a channel that differs, above its layer's"
+    LAYER_SHARE = "share of a layer that differs"
 
 
 class Direction(Enum):

@@ -25,6 +25,7 @@ from tfmq_export.config import CompileConfig, Method, Thresholds, find_preset
 from tfmq_export.errors import LoadError
 from tfmq_export.proof import agreement as agreement_module
 from tfmq_export.proof.agreement import Agreement, LockStep, _Synchronizer, code_step
+from tfmq_export.proof.systematic import CHANNEL, LAYER, channel_excess, layer_share
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.names import node_name, part_name, rows_name, scaled_name, weight_codes_name
 from tfmq_export.target import find_target
@@ -77,6 +78,24 @@ def test_graph_and_fake_quant_agree_at_every_timestep(name: str, preset: str) ->
     assert min(agreement.sqnr for agreement in found) >= AGREED
     # Every segment starts from the same numbers: at most a tie here and there falls to the other side.
     assert max(agreement.mismatch_rate for agreement in found) < 0.01
+    assert channel_excess(found).max() < CHANNEL / 2
+    assert layer_share(found).max() < LAYER / 2
+
+
+def test_one_weight_that_is_one_step_off_shows_in_its_channel(tmp_path: Path) -> None:
+    _, bundle, made = exported("edm", "w4a6")
+    layer = max(made.recipe.layers, key=lambda each: each.macs / each.weight_codes.size)  # of the largest map
+    held = {x.name for x in onnx.load(bundle.model).graph.initializer}
+    (stored,) = [x for x in held if x.startswith(weight_codes_name(layer.name))]
+
+    def one_step(codes: NDArray) -> NDArray:
+        first = codes.reshape(-1)
+        first[0] += -1 if first[0] > 0 else 1
+        return codes
+
+    found = compare(tampered(bundle, tmp_path / "out", stored, one_step), made)
+
+    assert channel_excess(found).max() > CHANNEL
 
 
 @pytest.mark.parametrize("name", list(FACTORIES))

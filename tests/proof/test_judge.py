@@ -13,19 +13,31 @@ from tfmq_export.proof.validate import Subject
 from tfmq_export.runtime.measure.compare import Comparison, Metric
 
 TIB = SimpleNamespace(source="table", stored="fp32")
-SUBJECT = cast("Subject", SimpleNamespace(recipe=SimpleNamespace(preset="w8a8"), carried_out=SimpleNamespace(tib=TIB)))
+
+
+def subject(target: str = "ort-cpu") -> Subject:
+    found = SimpleNamespace(
+        recipe=SimpleNamespace(preset="w8a8"),
+        carried_out=SimpleNamespace(tib=TIB),
+        bundle=SimpleNamespace(manifest=SimpleNamespace(target=target)),
+    )
+    return cast("Subject", found)
+
+
 GOOD = dict.fromkeys(Metric, 60.0) | {
     Metric.FINITE: 1.0,
     Metric.IMAGE_SSIM: 1.0,
     Metric.FEATURE_COSINE: 1.0,
     Metric.TABLE_EXACTNESS: 1.0,
+    Metric.CHANNEL_EXCESS: 0.003,
+    Metric.LAYER_SHARE: 0.0003,
 }
 
 
-def report_of(thresholds: Thresholds | None = None, **changes: float) -> Any:
+def report_of(thresholds: Thresholds | None = None, target: str = "ort-cpu", **changes: float) -> Any:
     values = GOOD | {Metric[name]: value for name, value in changes.items()}
     found = {metric: Comparison(metric, (value,)) for metric, value in values.items()}
-    return judge(found, SUBJECT, thresholds or Thresholds())
+    return judge(found, subject(target), thresholds or Thresholds())
 
 
 def test_what_meets_every_bound_passes() -> None:
@@ -45,6 +57,8 @@ def test_what_meets_every_bound_passes() -> None:
         ("FEATURE_COSINE", 0.99, "temporal feature cosine"),
         ("TABLE_EXACTNESS", 0.9, "temporal table exactness"),
         ("LOCK_STEP", 39.0, "lock-step"),
+        ("CHANNEL_EXCESS", 0.06, "share of a channel that differs"),
+        ("LAYER_SHARE", 0.51, "share of a layer that differs"),
     ],
 )
 def test_each_bound_is_held_alone(metric: str, value: float, named: str) -> None:
@@ -53,6 +67,10 @@ def test_each_bound_is_held_alone(metric: str, value: float, named: str) -> None
     assert len(report.failed) == 1
     with pytest.raises(AccuracyError, match=named):
         report.raise_if_failed()
+
+
+def test_graphs_in_half_precision_differ_everywhere_and_pass() -> None:
+    report_of(target="tensorrt", CHANNEL_EXCESS=0.4, LAYER_SHARE=0.9).raise_if_failed()
 
 
 def test_infinite_images_fail_whatever_their_distance() -> None:

@@ -15,7 +15,7 @@ from tfmq_export.runtime import load, self_test
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner, version
 from tfmq_export.runtime.loaded import LoadedBundle
 from tfmq_export.runtime.measure.machine import described
-from tfmq_export.runtime.self_test import FILE, LIMIT, HostCheck, SelfTest, read_self_test, require_host
+from tfmq_export.runtime.self_test import FILE, LIMIT, LOWEST_LIMIT, HostCheck, SelfTest, read_self_test, require_host
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -220,6 +220,13 @@ def test_a_limit_that_is_no_number_passes_nothing(tested: Callable[..., Bundle])
     bundle = tested(limit=np.nan)
 
     with pytest.raises(PrecisionError, match="asked >= nan"):
+        load(bundle.root, threads=1)
+
+
+def test_a_limit_that_would_pass_anything_is_refused(tested: Callable[..., Bundle]) -> None:
+    bundle = tested(limit=LOWEST_LIMIT - 1)
+
+    with pytest.raises(LoadError, match=r"a limit of 14 dB, which is below 15"):
         load(bundle.root, threads=1)
 
 

@@ -18,7 +18,6 @@ psnr = 30
 """
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -147,7 +146,7 @@ def _table(path: Path, name: str, table: Any, kind: type[Any]) -> Any:
 
 def _value(path: Path, key: str, value: Any, kind: Any) -> Any:
     """One value, if it is of its kind: a number, a count, a truth value or text."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value == value  # NaN is none
     fits, asked = {
         float: (number, "a number"),
         int: (number and isinstance(value, int) and value >= 0, "a whole number from 0"),
@@ -155,7 +154,10 @@ def _value(path: Path, key: str, value: Any, kind: Any) -> Any:
     }.get(kind, (isinstance(value, str), "text in quotes"))
     if not fits:
         raise ConfigError(f"{path}: {key}: got {value!r}, needs {asked}")
-    return float(value) if kind is float else value
+    try:
+        return float(value) if kind is float else value
+    except OverflowError:
+        raise ConfigError(f"{path}: {key}: got a number of {len(str(value))} digits, needs one that fits") from None
 
 
 def _known(path: Path, prefix: str, table: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ in the layer that reads it.
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,7 +43,25 @@ from tfmq_export.target import find_target
 
 MOST_VALUES = 1 << 26
 """Of all layers' results for one row: beyond that, rows are compared one after the other to spare memory."""
+SUMMING = 1e-5
+"""Of a layer's largest result: what its sums may differ by in another order. In code steps that is more than
+``ROUNDING`` where thousands of inputs are summed."""
 ROUNDING = 1e-3  # of a code step: what fp32 arithmetic in another order may leave
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Differing:
+    """How many results of a layer differ from fake-quant at all.
+
+    Attributes:
+        counts: In each output channel, [out].
+        results: Of one channel.
+        reach: Results of one channel that read one and the same input: the positions of a kernel.
+    """
+
+    counts: NDArray[np.int64]
+    results: int
+    reach: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +74,7 @@ class Agreement:
         code_steps: Largest difference of any layer's result, in steps of its grid.
         mismatch_rate: Share of codes that differ.
         worst_layer: Where the largest difference is.
+        channels: How many results of each layer differ, by its path.
     """
 
     sqnr: float
@@ -63,6 +82,7 @@ class Agreement:
     code_steps: float
     mismatch_rate: float
     worst_layer: str
+    channels: "Mapping[str, Differing]" = field(default_factory=dict)
 
 
 class LockStep:
@@ -159,6 +179,7 @@ class LockStep:
             code_steps=watcher.steps.get(worst, 0.0),
             mismatch_rate=watcher.differing / max(watcher.compared, 1),
             worst_layer=worst,
+            channels=watcher.channels,
         )
 
 
@@ -179,7 +200,14 @@ def _together(found: Sequence[Agreement]) -> Agreement:
         sqnr=min(each.sqnr for each in found),
         free_sqnr=min(each.free_sqnr for each in found),
         mismatch_rate=sum(each.mismatch_rate for each in found) / len(found),
+        channels={path: _counted([each.channels[path] for each in found]) for path in worst.channels},
     )
+
+
+def _counted(rows: Sequence[Differing]) -> Differing:
+    """Of several rows, as if they had been one batch."""
+    counts = np.sum([row.counts for row in rows], 0)
+    return Differing(counts, sum(row.results for row in rows), rows[0].reach)
 
 
 class _Synchronizer:
@@ -189,6 +217,7 @@ class _Synchronizer:
         self._results = results
         self.steps: dict[str, float] = {}
         self.sqnr: list[float] = []
+        self.channels: dict[str, Differing] = {}
         self.differing = self.compared = 0
 
     def __call__(self, layer: LayerRecipe | ProductRecipe, ours: Tensor) -> Tensor:
@@ -200,8 +229,14 @@ class _Synchronizer:
         # A result of nothing but zeros, as of an empty prompt's, has no signal to measure by.
         silent = not ours.any() and float(distance.max()) <= ROUNDING
         self.sqnr.append(math.inf if silent else sqnr_db(ours.numpy(), theirs.numpy()))
-        self.differing += int((distance > ROUNDING).sum())
+        differs = distance > ROUNDING
+        self.differing += int(differs.sum())
         self.compared += distance.numel()
+        if isinstance(layer, LayerRecipe):
+            moved = distance > ROUNDING + SUMMING * ours.abs().max() / code_step(layer)
+            by_channel = moved.movedim(1 if layer.kind == "conv" else -1, 0).flatten(1)
+            reach = math.prod(layer.weight_codes.shape[2:])
+            self.channels[layer.path] = Differing(by_channel.sum(1).numpy(), by_channel.shape[1], reach)
         return theirs
 
 

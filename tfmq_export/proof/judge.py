@@ -7,7 +7,9 @@ from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.config import Thresholds
 from tfmq_export.proof.guidance import require_guidance
 from tfmq_export.proof.lpips import require_lpips
+from tfmq_export.proof.systematic import CHANNEL, LAYER
 from tfmq_export.runtime.measure.compare import Comparison, Direction, Metric, Report, Threshold
+from tfmq_export.target import find_target
 
 if TYPE_CHECKING:
     from tfmq_export.proof.validate import Subject
@@ -50,6 +52,9 @@ def judge(found: Mapping[Metric, Comparison], subject: "Subject", thresholds: Th
     if thresholds.guidance is not None:
         asked.append((Metric.GUIDANCE, thresholds.guidance, found[Metric.GUIDANCE].mean))
     verdicts = [Threshold(metric, least).judge(value) for metric, least, value in asked]
+    if find_target(subject.bundle.manifest.target).float_type == "float32":  # in half precision everything differs
+        for metric, share in ((Metric.CHANNEL_EXCESS, CHANNEL), (Metric.LAYER_SHARE, LAYER)):
+            verdicts.append(Threshold(metric, share, Direction.AT_MOST).judge(found[metric].highest))
     if thresholds.lpips is not None:
         most = Threshold(Metric.IMAGE_LPIPS, thresholds.lpips, Direction.AT_MOST)
         verdicts.append(most.judge(found[Metric.IMAGE_LPIPS].mean))

@@ -43,7 +43,9 @@ from tfmq_export.proof.plan import (
     plan_of,
 )
 from tfmq_export.proof.served import bundle_denoise
+from tfmq_export.proof.stated import require_manifest_of
 from tfmq_export.proof.states import States, states_of
+from tfmq_export.proof.systematic import channel_excess, layer_share
 from tfmq_export.proof.temporal_features import TemporalErrors, compare_temporal
 from tfmq_export.ptq.walk.calibration import CalibrationStep, record
 from tfmq_export.recipe.adapt import adapt
@@ -143,6 +145,7 @@ class Subject:
                 f"({self.recipe.tib.timesteps.describe()}), not for {len(self.denoiser.timesteps)} "
                 f"({self.denoiser.timesteps.describe()}); give the same --steps"
             )
+        require_manifest_of(self.bundle, self.recipe)
 
     @property
     def carried_out(self) -> QuantRecipe:
@@ -282,6 +285,8 @@ def _by_metric(agreements: Sequence[Agreement]) -> dict[Metric, NDArray[np.float
         Metric.FREE_RUNNING: np.array([each.free_sqnr for each in agreements]),
         Metric.CODE_STEPS: np.array([each.code_steps for each in agreements]),
         Metric.MISMATCH_RATE: np.array([each.mismatch_rate for each in agreements]),
+        Metric.CHANNEL_EXCESS: channel_excess(agreements),
+        Metric.LAYER_SHARE: layer_share(agreements),
     }
 
 
