@@ -87,8 +87,8 @@ def test_a_sampling_run_takes_all_steps(bundle: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_the_first_call_is_as_large_as_those_of_the_run(scale: float) -> None:
-    job = Job("graph", "m.onnx", "i.npz", "x", "t", 1, sampling=SamplingJob("out", scale))
+def test_the_first_call_is_as_large_as_those_of_the_run(scale: float, bundle: Bundle) -> None:
+    job = Job("graph", "m.onnx", "i.npz", "x", "t", 1, sampling=SamplingJob(str(bundle.root), scale))
     prompt = np.ones((1, 3), np.float32)
     inputs = {
         "x": np.zeros((1, 2), np.float32),

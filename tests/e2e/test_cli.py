@@ -71,7 +71,8 @@ def test_the_last_line_of_an_export_is_the_path_of_its_report(packed: Path, tmp_
     last = result.output.splitlines()[-1]
     assert last == f"report: {out / 'tfmq' / 'report.html'}"
     page = (out / "tfmq" / "report.html").read_text("utf-8")
-    assert f"tfmq-export {packed} --output {out} --preset fp32" in page
+    assert f"tfmq-export {packed} --steps 3 --preset fp32" in page
+    assert f"--output {out}" in page
     assert "Sampling in integers" in page
     texts = [path.read_text("utf-8") for path in (out / "README.md", out / "tfmq" / "report.html")]
     assert not [text for text in texts if ".partial" in text]  # the folder they are written in, which is gone

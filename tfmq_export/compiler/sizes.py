@@ -65,7 +65,8 @@ def sizes_of(program: DiffusionProgram, denoiser: Denoiser, plan: QuantPlan, con
     codes = sum(weights.values()) * bits // 8
     grids = outputs * GRIDS * FLOAT if plan.weight_bits else 0
     text = (NODE_BYTES + (GRID_BYTES if plan.weight_bits else 0)) * len(nodes)
-    inputs = sum(value[:1].numel() * value.element_size() for value in denoiser.example_inputs.values())
+    rows_of_one = [value[:1] if value.ndim else value for value in denoiser.example_inputs.values()]
+    inputs = sum(value.numel() * value.element_size() for value in rows_of_one)
     sample = denoiser.example_inputs[denoiser.sample][:1]
     return Sizes(
         model=codes + grids + other * FLOAT + rows * ROW_BYTES[config.tables] + text,
