@@ -106,7 +106,7 @@ def test_the_first_call_is_as_large_as_those_of_the_run(scale: float, bundle: Bu
     sampling_run(denoise, job, inputs)
 
     assert set(sizes) == {(int(scale), int(scale))}  # graphs with a fixed batch take no other
-    assert len(sizes) == 3
+    assert len(sizes) == 1 + 4  # steps of the bundle
 
 
 def test_a_worker_that_cannot_run_tells_why_and_leaves_no_process(bundle: Bundle, tmp_path: Path) -> None:

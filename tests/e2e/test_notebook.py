@@ -1,6 +1,7 @@
 """The example notebook runs from its first cell to its last, and shows what it promises."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -25,5 +26,5 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [page for page in pages if "integer" in page.lower() and "<progress" not in page]  # the bundle's own
     assert [output for output in shown if "image/png" in output.get("data", {})]
     said = "".join(output["text"] for output in shown if output["output_type"] == "stream")
-    assert "w8a8: 2.9" in said
-    assert "w4a8: 1." in said
+    assert re.search(r"^w8a8: 2\.\d+ MB, PSNR \d+", said, re.MULTILINE)
+    assert re.search(r"^w4a8: 1\.\d+ MB, PSNR \d+", said, re.MULTILINE)

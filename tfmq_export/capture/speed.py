@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-SIDE = 1024  # of the matrices
-VALUES = 1 << 22  # of a vector that no cache holds
-TRIES = 6
+SIDE = 512  # of the matrices
+VALUES = 1 << 21  # of a vector
+TRIES = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ class Agreement:
     code_steps: float
     mismatch_rate: float
     worst_layer: str
-    channels: "Mapping[str, Differing]" = field(default_factory=dict)
+    channels: Mapping[str, Differing] = field(default_factory=dict, compare=False, repr=False)
 
 
 class LockStep:
