@@ -42,7 +42,7 @@ def answering(read: Any) -> Reader:
 def test_other_errors_and_endless_readers_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fuzz, "SECONDS", 0.05)
+    monkeypatch.setattr(fuzz, "SECONDS", 1.0)
     whole: list[bytes] = []
 
     def read(root: Path) -> object:
