@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from tfmq_export.bench.job import PREDICTION, Job, Ready, Turn
 from tfmq_export.bundle import manifest as bundle
+from tfmq_export.bundle.linear_walk import LinearWalk
 from tfmq_export.runtime.engines.open import engine_version
 from tfmq_export.runtime.engines.table import engine_named
 from tfmq_export.runtime.measure.benchmark import peak_rss_bytes, rss_bytes
 from tfmq_export.runtime.measure.compare import sqnr_db
 from tfmq_export.runtime.runner import GraphRequest, ReportsSettings, Runner, one_line
-from tfmq_export.runtime.sampler import guided, prompted, sample, schedule_of
+from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample, schedule_of
 
 Denoise = Callable[..., NDArray[Any]]
 """``denoise(sample, timestep, **conditioning) -> prediction``."""
@@ -161,13 +162,20 @@ def bytes_of(graphs: tuple[Path, ...]) -> int:
 def sampling_run(denoise: Denoise, job: Job, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     """Noise to images, prompt included."""
     assert job.sampling is not None
-    schedule = schedule_of(bundle.open_bundle(Path(job.sampling.bundle)))
-    assert schedule is not None  # refused before
+    schedule = _schedule(job.sampling.bundle)
     conditioning = conditioning_of(job, inputs)
     null = {name: inputs[f"{name}.unconditional"] for name in conditioning if f"{name}.unconditional" in inputs}
     scale = guidance_of(job, inputs)
     step = prompted(denoise, conditioning) if scale == 1 else guided(denoise, conditioning, null, scale)
     return sample(step, inputs[job.sample], schedule)
+
+
+@lru_cache
+def _schedule(root: str) -> DdimSchedule | LinearWalk:
+    """Of a bundle; read once, for runs are timed."""
+    schedule = schedule_of(bundle.open_bundle(Path(root)))
+    assert schedule is not None  # refused before
+    return schedule
 
 
 def guidance_of(job: Job, inputs: Mapping[str, NDArray[Any]]) -> float:

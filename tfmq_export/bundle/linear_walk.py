@@ -9,10 +9,8 @@ compiler reads them off the scheduler's own code (``models/linear_walk.py``) and
 sorts or draws new noise on the way is not linear and has no such file.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +21,6 @@ from tfmq_export.errors import LoadError
 
 FILE = "tfmq/walk.npz"
 """Of a bundle, where its scheduler is linear."""
-
-Denoise = Callable[[NDArray[np.float32], float], NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

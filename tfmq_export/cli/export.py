@@ -102,11 +102,9 @@ def export(
         )
         if dry_run:
             expected = foresee(source, root, asked, recipe=recipe, progress=progress)
-        try:
-            made = (
-                None
-                if dry_run
-                else compile_model(
+        else:
+            try:
+                made = compile_model(
                     source,
                     root,
                     asked,
@@ -116,14 +114,13 @@ def export(
                     progress=progress,
                     command=command_line(context, "export"),
                 )
-            )
-        except (KeyboardInterrupt, SystemExit):
-            if checkpoint_of(root).exists():
-                kept = escape(str(checkpoint_of(root)))
-                err.print(f"finished blocks are kept in {kept}: the same command with --resume goes on")
-            raise
+            except (KeyboardInterrupt, SystemExit):
+                if checkpoint_of(root).exists():
+                    kept = escape(str(checkpoint_of(root)))
+                    err.print(f"finished blocks are kept in {kept}: the same command with --resume goes on")
+                raise
     with answering(json) as found:
-        if made is None:
+        if dry_run:
             show_forecast(expected, root)
             found |= expected.to_json()
         else:

@@ -17,7 +17,7 @@ from tfmq_export.config import CompileConfig
 from tfmq_export.errors import OutputError
 from tfmq_export.proof.plan import AGREEING, Cost, ProofPlan, measured_cost, plan_of
 from tfmq_export.ptq.image_gain import WINDOWS, Windows
-from tfmq_export.ptq.walk.costs import Work, quantizing
+from tfmq_export.ptq.walk.costs import Work, blocks_of, quantizing
 from tfmq_export.report.numbers import size
 from tfmq_export.runtime.measure.benchmark import peak_rss_bytes, rss_bytes
 
@@ -120,7 +120,8 @@ def forecast(
     """
     denoiser, plan, speed = captured.denoiser, plan_for(config, captured.program), measured_speed()
     cost = cost or measured_cost(denoiser)
-    sizes = sizes_of(captured.program, denoiser, plan, config)
+    blocks = blocks_of(captured.program)
+    sizes = sizes_of(captured.program, blocks, denoiser, plan, config)
     proof = plan_of(cost, config.validation_images, config.budget.total_seconds())
     base = _now()
     stages: dict[str, tuple[float, int]] = {}
@@ -132,7 +133,7 @@ def forecast(
         stages[RECORDING] = recorded, base + kept
         if plan.method.timestep_weights == "image":
             stages[WEIGHING] = _weighing(cost, images), base + kept
-        work = quantizing(captured.program, plan, cost.calls, cost.row, speed)
+        work = quantizing(captured.program, blocks, plan, cost.calls, cost.row, speed)
         stages[QUANTIZING] = work.seconds, base + kept + work.held
     stages |= _graph_stages(sizes, speed, base)
     engine = int(sizes.model * SESSION)

@@ -1,13 +1,13 @@
 """How large what is written will be, worked out from the captured graph."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from tfmq_export.capture.blocks import constant_nodes, find_blocks
+from tfmq_export.capture.blocks import Block, constant_nodes
 from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.capture.dependences import dependences
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.capture.rows import elements_for_one
 from tfmq_export.config import CompileConfig
@@ -45,15 +45,20 @@ class Sizes:
         return self.model + self.recipe + BESIDES
 
 
-def sizes_of(program: DiffusionProgram, denoiser: Denoiser, plan: QuantPlan, config: CompileConfig) -> Sizes:
-    """Count what the graph holds."""
+def sizes_of(
+    program: DiffusionProgram, blocks: Sequence[Block], denoiser: Denoiser, plan: QuantPlan, config: CompileConfig
+) -> Sizes:
+    """Count what the graph holds.
+
+    Args:
+        blocks: From ``blocks_of``: what only served values need is left out.
+    """
     graph = program.module.graph
     nodes = {node.name: node for node in graph.nodes}
     layers = {op.name: op for op in program.operations}
     weights = {name: math.prod(nodes[op.weight].meta["val"].shape) for name, op in layers.items()}
     outputs = sum(nodes[op.weight].meta["val"].shape[0] for op in layers.values())
     served = [feature.name for feature in program.features]
-    blocks = find_blocks(graph, dependences(graph, program.roles), layers, served)
     constant = constant_nodes(graph)
     inside = {nodes[name] for block in blocks for name in block.nodes}  # what served values need is left out
     needed = {source for node in inside for source in node.all_input_nodes if source in constant}

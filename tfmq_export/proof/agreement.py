@@ -63,6 +63,12 @@ class Differing:
     results: int
     reach: int
 
+    @classmethod
+    def together(cls, parts: "Sequence[Differing]") -> "Differing":
+        """Of several rows or calls, as if they had been one batch."""
+        counts = np.sum([part.counts for part in parts], 0)
+        return cls(counts, sum(part.results for part in parts), parts[0].reach)
+
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
@@ -200,14 +206,8 @@ def _together(found: Sequence[Agreement]) -> Agreement:
         sqnr=min(each.sqnr for each in found),
         free_sqnr=min(each.free_sqnr for each in found),
         mismatch_rate=sum(each.mismatch_rate for each in found) / len(found),
-        channels={path: _counted([each.channels[path] for each in found]) for path in worst.channels},
+        channels={path: Differing.together([each.channels[path] for each in found]) for path in worst.channels},
     )
-
-
-def _counted(rows: Sequence[Differing]) -> Differing:
-    """Of several rows, as if they had been one batch."""
-    counts = np.sum([row.counts for row in rows], 0)
-    return Differing(counts, sum(row.results for row in rows), rows[0].reach)
 
 
 class _Synchronizer:

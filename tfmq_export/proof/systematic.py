@@ -50,7 +50,4 @@ def _together(agreements: Sequence[Agreement]) -> list[Differing]:
     for agreement in agreements:
         for path, found in agreement.channels.items():
             calls.setdefault(path, []).append(found)
-    return [
-        Differing(np.sum([x.counts for x in each], 0), sum(x.results for x in each), each[0].reach)
-        for each in calls.values()
-    ]
+    return [Differing.together(each) for each in calls.values()]

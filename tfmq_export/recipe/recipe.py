@@ -86,9 +86,7 @@ class LayerRecipe:
     chosen: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("conv", "linear"):
-            raise RecipeError(f"{self.path}: unknown kind of layer {self.kind!r}")
-        check_codes(self.path, self.weight, self.weight_codes)
+        check_codes(self.path, self.kind, self.weight, self.weight_codes)
         for grid in (self.input, self.output):
             if grid is not None and (grid.spec.signed or grid.spec.axis is not None):
                 raise RecipeError(f"{self.path}: activations need an unsigned grid with one scale")

@@ -37,9 +37,7 @@ class StoredLayer:
     chosen: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("conv", "linear"):
-            raise RecipeError(f"{self.path}: unknown kind of layer {self.kind!r}")
-        check_codes(self.path, self.weight, self.weight_codes)
+        check_codes(self.path, self.kind, self.weight, self.weight_codes)
 
     @property
     def real(self) -> NDArray[np.float32]:
@@ -48,12 +46,14 @@ class StoredLayer:
         return np.asarray(self.weight_codes.astype(np.float32) * scale)
 
 
-def check_codes(path: str, weight: QParams, codes: NDArray[np.int8]) -> None:
-    """Refuse a weight whose grid does not hold its integers.
+def check_codes(path: str, kind: str, weight: QParams, codes: NDArray[np.int8]) -> None:
+    """Refuse a layer of no known kind, or a weight whose grid does not hold its integers.
 
     Raises:
         RecipeError: says of which layer.
     """
+    if kind not in ("conv", "linear"):
+        raise RecipeError(f"{path}: unknown kind of layer {kind!r}")
     if codes.dtype != np.int8:
         raise RecipeError(f"{path}: weight codes must be int8, got {codes.dtype}")
     if weight.scale.shape != codes.shape[:1] or weight.spec.axis != 0:

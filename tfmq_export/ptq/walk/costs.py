@@ -55,17 +55,25 @@ class Work:
     spilled: int
 
 
-def quantizing(program: DiffusionProgram, plan: QuantPlan, timesteps: int, row: float, speed: Speed) -> Work:
+def blocks_of(program: DiffusionProgram) -> tuple[Block, ...]:
+    """The blocks that are walked, temporal features served from tables."""
+    graph, served = program.module.graph, [feature.name for feature in program.features]
+    layers = [op.name for op in program.operations]
+    return find_blocks(graph, dependences(graph, program.roles), layers, served)
+
+
+def quantizing(  # what a forecast has in hand
+    program: DiffusionProgram, blocks: Sequence[Block], plan: QuantPlan, timesteps: int, row: float, speed: Speed
+) -> Work:
     """Of one walk over the blocks.
 
     Args:
+        blocks: From ``blocks_of``.
         timesteps: T.
         row: Seconds of one row through the model, several in a call.
     """
     graph, rows = program.module.graph, plan.effort.rows_per_timestep * timesteps
     layers = {op.name: op for op in program.operations}
-    served = [feature.name for feature in program.features]
-    blocks = find_blocks(graph, dependences(graph, program.roles), layers, served)
     nodes = {node.name: node for node in graph.nodes}
     shapes = {name: tuple(nodes[op.weight].meta["val"].shape) for name, op in layers.items()}
     passes = PASSES + (TUNED if plan.method.learned_steps and plan.effort.step_iterations else 0.0)
