@@ -11,7 +11,7 @@ from tfmq_export.bundle.write import replaced_folder
 from tfmq_export.capture.device import find_device
 from tfmq_export.compiler.auto import compile_auto
 from tfmq_export.compiler.forecast import Forecast, forecast, refuse_what_cannot_fit
-from tfmq_export.compiler.making import Making, Stage, Stopwatch
+from tfmq_export.compiler.making import WRITING, Making, Stage, Stopwatch
 from tfmq_export.compiler.output import evidence_kept, sole_run
 from tfmq_export.compiler.settings import check_settings, recipe_as_asked
 from tfmq_export.compiler.steps import Model, capture, load_model, lower, prove, quantize, reuse, write
@@ -123,9 +123,10 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
             else:
                 made = reuse(captured, given, config)
             lowered = lower(made, config, dump_dir=dump_dir, progress=stages)
-            with stages.stage("Writing"):
+            with stages.stage(WRITING):
                 bundle = write(lowered, partial, config.components)
-            validation = prove(made, bundle, config, making=making, progress=stages)
+            plan = None if expected is None else expected.proof
+            validation = prove(made, bundle, config, plan=plan, making=making, progress=stages)
     shutil.rmtree(kept, ignore_errors=True)  # only now is its work safe
     return Compiled(open_bundle(root), validation, tuple(stages.stages))
 

@@ -11,23 +11,16 @@ from pathlib import Path
 
 from tfmq_export.capture.speed import Speed, measured_speed
 from tfmq_export.compiler.forms import Captured
+from tfmq_export.compiler.making import QUANTIZING, RECORDING, REWRITING, WEIGHING, WRITING
 from tfmq_export.compiler.plan import calibration_images, machine_memory, plan_for
 from tfmq_export.compiler.sizes import Sizes, sizes_of
 from tfmq_export.config import CompileConfig
 from tfmq_export.errors import OutputError
-from tfmq_export.proof.plan import AGREEING, Cost, ProofPlan, measured_cost, plan_of
+from tfmq_export.proof.plan import AGREEING, ALONE, READING, Cost, ProofPlan, measured_cost, plan_of
 from tfmq_export.ptq.image_gain import WINDOWS, Windows
 from tfmq_export.ptq.walk.costs import Work, blocks_of, quantizing
 from tfmq_export.report.numbers import size
 from tfmq_export.runtime.measure.benchmark import peak_rss_bytes, rss_bytes
-
-RECORDING = "Recording the model's own trajectory"
-WEIGHING = "Weighing the timesteps"
-QUANTIZING = "Quantizing"
-REWRITING = "Rewriting the graph"
-WRITING = "Writing"
-ALONE = "Checking each kernel alone"
-READING = "Reading the optimized graph"
 
 # Rounds over all weights, as ``Speed.values`` counts them; and seconds besides.
 REWRITTEN, REWRITTEN_FIRST = 4.0, 0.4

@@ -8,6 +8,13 @@ from dataclasses import asdict, dataclass, field
 from tfmq_export.progress import Progress, Step
 from tfmq_export.runtime.measure.benchmark import peak_rss_bytes
 
+RECORDING = "Recording the model's own trajectory"
+WEIGHING = "Weighing the timesteps"
+QUANTIZING = "Quantizing"
+REWRITING = "Rewriting the graph"
+WRITING = "Writing"
+"""Titles of the stages that are forecast, before those of the proof (``proof/plan.py``)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:

@@ -29,7 +29,7 @@ from tfmq_export.capture.pages import release_pages
 from tfmq_export.capture.program import program_on
 from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
-from tfmq_export.compiler.making import Making
+from tfmq_export.compiler.making import QUANTIZING, RECORDING, REWRITING, WEIGHING, Making
 from tfmq_export.compiler.onnx_components import check_components
 from tfmq_export.compiler.plan import calibration_images, plan_for
 from tfmq_export.compiler.prologue import cut_prologue
@@ -46,6 +46,7 @@ from tfmq_export.passes.graph_file import dump_to, skeleton
 from tfmq_export.passes.pipeline import passes_for
 from tfmq_export.progress import Progress, Silent
 from tfmq_export.proof.pictures import TemporalRow, pictures_of, save_comparison, save_temporal
+from tfmq_export.proof.plan import ProofPlan
 from tfmq_export.proof.validate import Subject, Validation, validate
 from tfmq_export.ptq import image_gain as weighing
 from tfmq_export.ptq.tib import tabulate
@@ -113,11 +114,11 @@ def observe(denoiser: Denoiser, config: CompileConfig, progress: Progress = SILE
     with repeatable(device):
         there = replace(denoiser, module=module_on(denoiser.module, device))
         images = calibration_images(config)
-        with progress.stage("Recording the model's own trajectory") as step:
+        with progress.stage(RECORDING) as step:
             calls = calibrate(there, images=images, seed=config.seed, progress=step)
         if config.method.timestep_weights != "image":
             return Observed(calls)
-        with progress.stage("Weighing the timesteps") as step:
+        with progress.stage(WEIGHING) as step:
             gain = weighing.image_gain(there, calls, images=images, seed=config.seed, progress=step)
             return Observed(calls, gain)
 
@@ -167,7 +168,7 @@ def quantize(  # noqa: PLR0913  # options by keyword
             weights = weighing.weights_from(seen.gain)
         with progress.stage("Tabulating the timesteps"):
             subject = prepare(program, denoiser, seen.calls, plan, provenance, weights)
-        with progress.stage("Quantizing") as step:
+        with progress.stage(QUANTIZING) as step:
             moved = replace(subject, program=program_on(subject.program, device))
             return Quantized(denoiser, subject.program, walking.quantize(moved, plan, step, kept))
 
@@ -206,7 +207,7 @@ def lower(
     """
     config, denoiser = config or CompileConfig(), made.denoiser
     target = find_target(config.target)
-    with progress.stage("Rewriting the graph"):
+    with progress.stage(REWRITING):
         exported = float_graph(made.program)
         graph = import_graph(exported.proto, exported.weights)
         passes = passes_for(
@@ -234,6 +235,7 @@ def prove(
     bundle: Bundle,
     config: CompileConfig | None = None,
     *,
+    plan: ProofPlan | None = None,
     making: Making | None = None,
     progress: Progress = SILENT,
 ) -> Validation:
@@ -242,6 +244,7 @@ def prove(
     Where a bound is missed, report and pictures are written all the same.
 
     Args:
+        plan: How much is compared, where a forecast has timed the model; as ``config`` allows if None.
         making: What the report says of how the bundle was made; read at the end.
     Raises:
         PrecisionError: a layer would not run in the integers asked for.
@@ -252,6 +255,7 @@ def prove(
     validation = validate(
         subject,
         config.thresholds,
+        plan=plan,
         images=config.validation_images,
         budget=config.budget.total_seconds(),
         seed=config.seed + 1,

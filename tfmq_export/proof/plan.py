@@ -25,8 +25,10 @@ SAMPLING = "Sampling in full precision"
 SERVING = "Sampling in integers"
 STEPPING = "Comparing step by step"
 DEFINING = "Checking the kernels against the graph"
+ALONE = "Checking each kernel alone"
 AGREEING = "Checking the graph against fake-quant"
-"""Titles of the stages that take long."""
+READING = "Reading the optimized graph"
+"""Titles of a proof's stages, in order."""
 TOGETHER = 8  # rows of a call whose images are drawn together
 QUICK = 0.5  # seconds of a call that is worth repeating with more rows
 
@@ -79,12 +81,13 @@ class Cost:
     def stages(self, images: int, timesteps: int) -> dict[str, float]:
         """Seconds of each stage of a proof, by its title."""
         few = min(images, FEW_IMAGES)
+        again = 0 if few == images else few
         kernels = len(BOTH_HALVES) * (min(TIMESTEPS, self.calls) + EXTREME) * self.row
         lock_step = len(BOTH_HALVES) * timesteps * self.row
         return {
             SAMPLING: images * self.image(),
             SERVING: images * self.image() * SERVED,
-            STEPPING: (images + few) * self.image() * SERVED + kernels * SERVED,
+            STEPPING: (images + again) * self.image() * SERVED + kernels * SERVED,
             DEFINING: few * self.image() * DEFINED + kernels * DEFINED,
             AGREEING: lock_step * (DEFINED + 2 * SIMULATED),
         }

@@ -33,7 +33,9 @@ from tfmq_export.proof.lpips import has_lpips, installed, lpips
 from tfmq_export.proof.per_step import compare_steps
 from tfmq_export.proof.plan import (
     AGREEING,
+    ALONE,
     DEFINING,
+    READING,
     SAMPLING,
     SERVING,
     STEPPING,
@@ -179,10 +181,11 @@ def subject_of(
     return Subject(denoiser, program_for(capture(denoiser), recipe), recipe, bundle)
 
 
-def validate(
+def validate(  # noqa: PLR0913  # options by keyword
     subject: Subject,
     thresholds: Thresholds,
     *,
+    plan: ProofPlan | None = None,
     images: int | None = None,
     budget: float = USUAL_SECONDS,
     seed: int = 1,
@@ -191,6 +194,7 @@ def validate(
     """Measure a bundle against the model it came from.
 
     Args:
+        plan: How much is compared; if None, it follows from a timed call and the next two.
         images: How many, whatever they take; if None, as many as ``budget`` allows and ``USUAL_IMAGES`` at most.
         budget: Seconds that it should take; see ``plan.py``.
         seed: Of the starting noise; another than calibration's.
@@ -201,8 +205,9 @@ def validate(
     require_measurable(subject.denoiser, thresholds)
     progress = progress or Silent()
     denoiser, root = subject.denoiser, subject.bundle.root
-    with progress.stage("Planning the proof"):
-        plan = plan_of(measured_cost(denoiser), images, budget)
+    if plan is None:
+        with progress.stage("Planning the proof"):
+            plan = plan_of(measured_cost(denoiser), images, budget)
     runs = denoiser.runs(plan.images, seed, pictures=True)
     few = denoiser.runs(plan.images, seed, first=plan.few, pictures=True)
     with progress.stage(SAMPLING) as step:
@@ -222,7 +227,8 @@ def validate(
             per_step = compare_steps(denoiser, trajectory, loaded, step)
             if per_step.guidance is None and thresholds.guidance is not None:
                 raise no_guidance(denoiser)
-            _, served = record(denoiser, bundle_denoise(loaded), few, _untold)
+            # Where they are all of the images, they are drawn already.
+            served = compiled if plan.few == plan.images else record(denoiser, bundle_denoise(loaded), few, _untold)[1]
             in_integers = calls.answers(loaded)
     release_freed()
     with (
@@ -232,7 +238,7 @@ def validate(
         kernels = compare_kernels(calls, in_integers, calls.answers(in_float))
         _, defined = record(denoiser, bundle_denoise(in_float), few, step)
     release_freed()
-    with progress.stage("Checking each kernel alone"):
+    with progress.stage(ALONE):
         wrong = wrong_kernels(subject.bundle)
     reference_images, compiled_images, peak = as_images(reference, compiled)
     release_pages(denoiser.module.parameters())
@@ -240,7 +246,7 @@ def validate(
     with progress.stage(AGREEING) as step:
         agreements = _agreements(subject, _evenly(trajectory, plan.timesteps), step)
     release_freed()
-    with progress.stage("Reading the optimized graph"):
+    with progress.stage(READING):
         receipt = counted(realized_by_target(subject.bundle), wrong)
     temporal = compare_temporal(subject.program, denoiser, subject.carried_out.tib, subject.bundle)
     finite = np.isfinite(np.stack([reference.numpy(), compiled.numpy()]))
