@@ -216,10 +216,14 @@ class CompileConfig(BaseModel):
 
     preset: str = Field("w8a8", description="bits of weights and activations")
     auto: bool = Field(
-        False, description="choose the bits of each layer from what they cost, for a least PSNR, a largest size or both"
+        False,
+        description="choose the bits of each layer from what they cost, for a PSNR, a size, a latency",
     )
     max_size: Megabytes | None = Field(
         None, gt=0, description="with --auto, the largest size of the graph, MB; or with a unit, such as 900kB"
+    )
+    max_latency: float | None = Field(
+        None, gt=0, description="with --auto, the longest call with one sample on this machine, ms"
     )
     target: str = Field("ort-cpu", description="the engine that will run the bundle")
     effort: Literal["fast", "standard", "paper"] = Field(

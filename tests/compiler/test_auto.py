@@ -133,6 +133,23 @@ def test_images_that_came_out_too_far_are_chosen_again(monkeypatch: pytest.Monke
     assert made.validation.report[Metric.IMAGE_PSNR].mean >= goal
 
 
+def test_a_time_that_integers_leave_free_goes_to_layers_in_floating_point(tmp_path: Path) -> None:
+    asked = config(max_latency=10_000.0).model_copy(update={"thresholds": Thresholds(sqnr=-100)})  # a time alone
+
+    made = compile_model(FACTORIES["dit"](), tmp_path / "out", asked)
+
+    recipe = load_recipe(made.bundle.root)
+    assert recipe.stored  # nothing else gains as much, and the time allows it
+    assert " a call expected" in choices(made)[0]
+    assert recipe.provenance["goal"] == "at most 10.0 s a call"
+
+
+def test_a_time_below_that_of_integers_is_refused_with_what_they_take(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--max-latency 0.001 ms: a call with every layer in integers takes .* ms"):
+        compile_model(FACTORIES["dit"](), tmp_path / "out", config(max_latency=1e-3))
+    assert not (tmp_path / "out").exists()
+
+
 @SELDOM
 def test_a_goal_that_nothing_reaches_is_missed_in_the_open(tmp_path: Path) -> None:
     with pytest.raises(AccuracyError, match="image PSNR"):
@@ -144,8 +161,14 @@ def test_a_goal_that_nothing_reaches_is_missed_in_the_open(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("asked", "error", "message"),
     [
-        ({"auto": True}, ConfigError, "--auto needs a goal: --min-psnr, --max-size, or both"),
+        ({"auto": True}, ConfigError, "--auto needs a goal: --min-psnr, --max-size, --max-latency"),
         ({"max_size": "2"}, ConfigError, "--max-size is a goal of --auto"),
+        ({"max_latency": 20}, ConfigError, "--max-latency is a goal of --auto"),
+        (
+            {"auto": True, "max_latency": 20, "target": "tensorrt"},
+            TargetError,
+            "no layers in floating point from stored weights",
+        ),
         ({"auto": True, "max_size": "2", "preset": "w4a8"}, ConfigError, "leave --preset w4a8 out"),
         (
             {"auto": True, "max_size": "2", "target": "ort-cuda", "allow_precision_loss": True},

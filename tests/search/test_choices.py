@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfmq_export.search.choices import Choice, fits, least_cost, least_error, least_size, total
+from tfmq_export.search.choices import Choice, fits, least_cost, least_error, least_error_at, least_size, total
 
 Sites = list[tuple[Choice, ...]]
 
@@ -71,6 +71,34 @@ def test_both_bounds_are_kept_at_a_cost_near_the_least(seed: int, share: float, 
     best = min(choice.cost for choice in everything(sites) if choice.size <= room and choice.error <= error)
     # Lagrange finds the lower hull: at most one site away from the least.
     assert found.cost <= best + max(max(choice.cost for choice in site) for site in sites)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), share=st.floats(0.05, 1), work=st.floats(0, 3))
+def test_a_bound_on_the_work_is_kept_at_an_error_near_the_least(seed: int, share: float, work: float) -> None:
+    sites = sites_of(seed, 6)
+    sizes = [choice.size for choice in everything(sites)]
+    room = int(min(sizes) + share * (max(sizes) - min(sizes)))
+
+    picks = least_error_at(sites, work, room)
+
+    assert picks is not None
+    found = total(sites, picks)
+    assert found.size <= room
+    assert found.cost <= work
+    best = min(choice.error for choice in everything(sites) if choice.size <= room and choice.cost <= work)
+    assert found.error <= best + max(max(choice.error for choice in site) for site in sites)
+
+
+def test_no_work_at_all_is_integers_only() -> None:
+    sites = sites_of(3)
+    integers = [site[::2] for site in sites]
+
+    picks = least_error_at(sites, 0.0, None)
+
+    assert picks is not None
+    assert total(sites, picks) == total(integers, least_error(integers, None))
+    assert least_error_at(sites, -1.0, None) is None
 
 
 def test_the_smallest_file_with_an_error_spends_bytes_where_they_count() -> None:

@@ -1,10 +1,13 @@
 """From a survey and a goal to bits."""
 
+from dataclasses import replace
+
 import pytest
 
 from tfmq_export.errors import ConfigError
 from tfmq_export.ptq.walk.widths import FLOAT, Widths
 from tfmq_export.search.choices import Choice
+from tfmq_export.search.latency import Latency
 from tfmq_export.search.plan import Goal, Misses, plan_bits
 from tfmq_export.search.sites import LayerSite, PartErrors
 from tfmq_export.search.survey import Decibels, Survey
@@ -57,6 +60,42 @@ def test_where_a_size_leaves_no_other_way_accuracy_is_bought_with_speed() -> Non
     wanted = Goal(25.0, 72_000)
 
     assert bits(wanted) == {"small": (8, 8), "large": (4, 8), "noisy": (4, FLOAT)}
+
+
+def timed(goal: Goal, latency: Latency, misses: Misses = Misses()) -> dict[str, tuple]:  # noqa: B008
+    plan = plan_bits(replace(SURVEY, latency=latency), goal, {}, misses)
+    assert plan.seconds is not None
+    assert goal.seconds is None or plan.seconds <= goal.seconds
+    return {name: (widths.weights, widths.inputs) for name, widths in plan.widths.items()}
+
+
+def test_a_time_buys_the_best_images_that_fit_into_it() -> None:
+    latency = Latency(10e-3, 40e-3)  # a layer of this survey in floating point takes 4 ms more
+
+    assert timed(Goal(None, None, 10e-3), latency) == dict.fromkeys(("small", "large", "noisy"), (8, 8))
+    assert timed(Goal(None, None, 15e-3), latency)["noisy"] == (8, FLOAT)  # one layer: that which gains most
+    assert timed(Goal(None, None, 15e-3), latency)["large"] == (8, 8)
+    assert timed(Goal(None, None, 30e-3), latency) == dict.fromkeys(("small", "large", "noisy"), (8, FLOAT))
+    assert timed(Goal(None, 72_000, 15e-3), latency)["large"] == (4, 8)
+    assert timed(Goal(25.0, None, 15e-3), latency)["noisy"][1] == FLOAT
+
+
+def test_a_call_that_took_longer_makes_the_next_choice_stricter() -> None:
+    latency = Latency(10e-3, 40e-3)
+
+    assert timed(Goal(None, None, 15e-3), latency, Misses(seconds=2e-3))["noisy"] == (8, 8)
+    assert timed(Goal(90.0, None, 15e-3), latency)["noisy"] == (8, FLOAT)  # out of reach: as near as the time allows
+
+
+def test_a_time_below_that_of_integers_is_refused() -> None:
+    survey = replace(SURVEY, latency=Latency(10e-3, 40e-3))
+
+    with pytest.raises(ConfigError, match="--max-latency 9 ms: a call with every layer in integers takes 10 ms here"):
+        plan_bits(survey, Goal(None, None, 9e-3), {})
+
+
+def test_where_floats_are_no_slower_a_time_does_not_bind() -> None:
+    assert timed(Goal(None, None, 10e-3), Latency(10e-3, -1e-3))["large"] == (8, FLOAT)
 
 
 def test_a_pin_stays_and_its_reason_with_it() -> None:

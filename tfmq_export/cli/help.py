@@ -12,7 +12,9 @@ PANELS: Mapping[str, str] = {
         ("steps", "scheduler", "prompts", "conditioning", "guidance_scale", "seed", "image", "strength"), "Sampling"
     ),
     **dict.fromkeys(("images", "samples", "sampling", "batch", "threads", "rounds", "seconds"), "How much"),
-    **dict.fromkeys(("preset", "auto", "max_size", "target", "effort", "recipe", "config"), "Quantization"),
+    **dict.fromkeys(
+        ("preset", "auto", "max_size", "max_latency", "target", "effort", "recipe", "config"), "Quantization"
+    ),
     **dict.fromkeys(
         ("device", "max_memory", "calibration_images", "prologue", "class_tables", "tables"), "Quantization"
     ),

@@ -14,7 +14,7 @@ from tfmq_export.config import PRESETS, TABLES, CompileConfig, field_of_flag
 from tfmq_export.target import TARGETS
 
 FLAGS = {
-    **dict.fromkeys(("preset", "auto", "max_size", "target", "effort"), ""),
+    **dict.fromkeys(("preset", "auto", "max_size", "max_latency", "target", "effort"), ""),
     **dict.fromkeys(("tib", "les", "pts"), "method"),
     "pts_lowering": "",
     **dict.fromkeys(("estimator", "cpus", "attention"), "method"),

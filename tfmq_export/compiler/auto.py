@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.compiler.forms import Captured, Observed, Quantized
-from tfmq_export.compiler.making import Making
+from tfmq_export.compiler.making import WRITING, Making
 from tfmq_export.compiler.plan import layers_pinned
 from tfmq_export.compiler.steps import lower, observe, prove, quantize, write
 from tfmq_export.compiler.write import write_graph
@@ -18,13 +19,17 @@ from tfmq_export.errors import AccuracyError
 from tfmq_export.progress import Progress
 from tfmq_export.proof.validate import Validation
 from tfmq_export.ptq.image_gain import weights_from
+from tfmq_export.ptq.walk.widths import FLOAT, Widths
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.recipe import TableType
 from tfmq_export.report.measured import Measured
+from tfmq_export.report.numbers import milliseconds as in_ms
 from tfmq_export.report.numbers import size as in_words
 from tfmq_export.runtime.measure.compare import Metric
+from tfmq_export.search.latency import Latency, call_seconds, latency_between
 from tfmq_export.search.plan import BitsPlan, Goal, Misses, plan_bits
 from tfmq_export.search.sensitivity import weighted_batches
+from tfmq_export.search.sites import IN_FLOAT
 from tfmq_export.search.survey import Drafts, Survey, survey
 from tfmq_export.target import find_target
 
@@ -34,7 +39,9 @@ TRIES = 4
 
 def goal_of(config: CompileConfig) -> Goal:
     """What ``--auto`` is to reach."""
-    return Goal(config.thresholds.psnr, config.max_size)
+    return Goal(
+        config.thresholds.psnr, config.max_size, None if config.max_latency is None else config.max_latency / 1e3
+    )
 
 
 def look_at_layers(model: Captured, seen: Observed, config: CompileConfig, progress: Progress) -> Survey:
@@ -49,7 +56,7 @@ def look_at_layers(model: Captured, seen: Observed, config: CompileConfig, progr
             step(done, len(kinds) + 1)
         narrow_bytes = _graph_bytes(narrow, config.model_copy(update={"tables": kinds[0]}))
     weights = None if seen.gain is None else weights_from(seen.gain)
-    return survey(
+    found = survey(
         Drafts(wide.program, adapt(wide.recipe, target), adapt(narrow.recipe, target), sizes, narrow_bytes),
         model.denoiser,
         weighted_batches(model.denoiser, wide.program, seen.calls, weights),
@@ -58,6 +65,24 @@ def look_at_layers(model: Captured, seen: Observed, config: CompileConfig, progr
         seed=config.seed,
         progress=progress,
     )
+    if config.max_latency is None:
+        return found
+    with progress.stage("Timing the drafts"):
+        return replace(found, latency=_latency(model, seen, config, wide, found))
+
+
+def _latency(model: Captured, seen: Observed, config: CompileConfig, wide: Quantized, found: Survey) -> Latency:
+    """Of the wide draft, and of one with every layer in floating point that may be."""
+    free = {site.name: site for site in found.sites if any(inputs == FLOAT for _, inputs in site.bits)}
+    widths = layers_pinned(model.program, config) | {name: Widths(8, FLOAT, "", IN_FLOAT) for name in free}
+    asked = _as_draft(config, "w8a8")
+    with tempfile.TemporaryDirectory() as folder:
+        floating = quantize(model, asked, observed=seen, widths=widths)
+        bundles = [
+            write(lower(made, asked), Path(folder) / name) for name, made in (("integers", wide), ("float", floating))
+        ]
+        work = sum(max(choice.cost for choice in site.choices) for site in free.values())
+        return latency_between(bundles[0], bundles[1], model.denoiser, work)
 
 
 def compile_auto(  # noqa: PLR0913  # what the chain has in hand
@@ -103,12 +128,11 @@ def compile_auto(  # noqa: PLR0913  # what the chain has in hand
             )
         lowered = lower(made, asked, dump_dir=dump_dir, progress=progress)
         shutil.rmtree(root)  # an earlier choice
-        with progress.stage("Writing"):
+        with progress.stage(WRITING):
             bundle = write(lowered, root, asked.components)
-        size, last = _bundle_bytes(bundle), attempt == TRIES
-        misses = replace(misses, size=misses.size + size - plan.size)
-        if goal.size is not None and size > goal.size:
-            said = f"the graph has {in_words(size)}, --max-size allows {in_words(goal.size)}"
+        last = attempt == TRIES
+        misses, said = _measured(bundle, model.denoiser, goal, plan, misses)
+        if said:
             if last:
                 raise AccuracyError(f"{said}, after {TRIES} choices of bits; allow more")
             with progress.stage(f"Missed: {said}"):
@@ -123,6 +147,20 @@ def compile_auto(  # noqa: PLR0913  # what the chain has in hand
             with progress.stage(f"Missed: the images have {found:.1f} dB, {goal.psnr:g} wanted"):
                 pass
     raise AssertionError("the last try returns or raises")
+
+
+def _measured(bundle: Bundle, denoiser: Denoiser, goal: Goal, plan: BitsPlan, misses: Misses) -> tuple[Misses, str]:
+    """How far a bundle's size and time are from what was expected, and which bound it misses, in words."""
+    size, said = _bundle_bytes(bundle), ""
+    misses = replace(misses, size=misses.size + size - plan.size)
+    if goal.size is not None and size > goal.size:
+        said = f"the graph has {in_words(size)}, --max-size allows {in_words(goal.size)}"
+    elif goal.seconds is not None and plan.seconds is not None:
+        (taken,) = call_seconds((bundle,), denoiser)
+        misses = replace(misses, seconds=misses.seconds + taken - plan.seconds)
+        if taken > goal.seconds:
+            said = f"a call takes {in_ms(taken)}, --max-latency allows {in_ms(goal.seconds)}"
+    return misses, said
 
 
 @contextmanager
@@ -141,9 +179,13 @@ def _nothing_left(plan: BitsPlan, goal: Goal) -> bool:
 
 
 def _draft(model: Captured, seen: Observed, config: CompileConfig, preset: str, progress: Progress) -> Quantized:
-    asked = config.model_copy(update={"preset": preset, "effort": "fast", "auto": False})
+    asked = _as_draft(config, preset)
     with progress.stage(f"Drafting {preset}"):
         return quantize(model, asked, observed=seen)
+
+
+def _as_draft(config: CompileConfig, preset: str) -> CompileConfig:
+    return config.model_copy(update={"preset": preset, "effort": "fast", "auto": False, "components": "none"})
 
 
 def _graph_bytes(made: Quantized, config: CompileConfig) -> int:

@@ -46,15 +46,21 @@ def check_goal(config: CompileConfig, target: Target) -> None:
         TargetError: the target has no integers to choose from.
     """
     if not config.auto:
-        if config.max_size is not None:
-            raise ConfigError("--max-size is a goal of --auto; add that, or leave it out")
+        for flag, value in (("--max-size", config.max_size), ("--max-latency", config.max_latency)):
+            if value is not None:
+                raise ConfigError(f"{flag} is a goal of --auto; add that, or leave it out")
         return
-    if config.max_size is None and config.thresholds.psnr is None:
-        raise ConfigError("--auto needs a goal: --min-psnr, --max-size, or both")
+    if config.max_size is None and config.max_latency is None and config.thresholds.psnr is None:
+        raise ConfigError("--auto needs a goal: --min-psnr, --max-size, --max-latency, or several of them")
     if "preset" in config.model_fields_set:
         raise ConfigError(f"--auto chooses the bits of each layer; leave --preset {config.preset} out")
     if not target.integers:
         raise TargetError(f"{target.name} has no integer kernels, so --auto has nothing to choose; use --preset fp32")
+    if config.max_latency is not None and not target.stored_weights:
+        raise TargetError(
+            f"{target.name} has no layers in floating point from stored weights, which are all that --max-latency "
+            "chooses between; leave it out, or use --target ort-cpu or openvino"
+        )
 
 
 def check_pins(config: CompileConfig, target: Target) -> None:

@@ -42,6 +42,11 @@ def seconds(value: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def milliseconds(value: float) -> str:
+    """A short time, given in seconds."""
+    return f"{short(1e3 * value)} ms" if value < 1 else seconds(value)
+
+
 def decibels(value: float) -> str:
     """A ratio in dB."""
     return f"{value:.1f} dB" if math.isfinite(value) else f"{short(value)} dB"

@@ -2,11 +2,12 @@
 
     min  sum_i cost_i(c_i)     subject to     sum_i size_i(c_i) <= S,   sum_i error_i(c_i) <= E
 
-The size is kept exactly, by dynamic programming over it (a knapsack with one choice of each kind). The error joins the
-cost with a factor, the least one with which its bound is kept (Lagrange). Errors of layers add up because they are
-independent of each other; ``sensitivity.py`` measures them.
+or the least error where the cost has a bound. The size is kept exactly, by dynamic programming over it (a knapsack with
+one choice of each kind). The other bound joins what is least with a factor, the least one that keeps it (Lagrange).
+Errors of layers add up because they are independent of each other; ``sensitivity.py`` measures them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 BUCKETS = 4000  # that the room to share is divided into
-HALVINGS = 40  # of the interval that holds the factor of the error, in its logarithm
-RANGE = 1e9  # of that factor, below and above what makes error and cost alike
+HALVINGS = 40  # of the interval that holds the factor of the bound, in its logarithm
+RANGE = 1e9  # of that factor, below and above what makes both alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Choice:
 
 
 Site = Sequence[Choice]
+Measure = Callable[[Choice], float]
 Picks = tuple[int, ...]
 """Position of the choice taken at each site."""
 
@@ -50,17 +52,26 @@ def least_error(sites: Sequence[Site], size: int | None) -> Picks:
     Args:
         size: None for any.
     """
-    return _within(sites, size, lambda choice: choice.error)
+    return _within(sites, size, _error)
+
+
+def least_error_at(sites: Sequence[Site], cost: float, size: int | None) -> Picks | None:
+    """The least error with both bounds kept; None where no choice keeps them.
+
+    Args:
+        cost: Infinite for any.
+    """
+    return _bounded(sites, size, _error, _cost, cost) if math.isfinite(cost) else least_error(sites, size)
 
 
 def least_cost(sites: Sequence[Site], error: float, size: int | None) -> Picks | None:
     """The least cost with both bounds kept; None where no choice keeps them."""
-    return _bounded(sites, error, size, lambda choice: choice.cost)
+    return _bounded(sites, size, _cost, _error, error)
 
 
 def least_size(sites: Sequence[Site], error: float) -> Picks | None:
     """The least size with at most this error; None where no choice has so little."""
-    return _bounded(sites, error, None, lambda choice: float(choice.size))
+    return _bounded(sites, None, lambda choice: float(choice.size), _error, error)
 
 
 def fits(sites: Sequence[Site], size: int) -> bool:
@@ -68,26 +79,38 @@ def fits(sites: Sequence[Site], size: int) -> bool:
     return sum(min(choice.size for choice in site) for site in sites) <= size
 
 
-def _bounded(sites: Sequence[Site], error: float, size: int | None, cost: Callable[[Choice], float]) -> Picks | None:
-    """The least cost at the least factor of the error that keeps its bound."""
-    best = least_error(sites, size)
-    if total(sites, best).error > error:
+def _error(choice: Choice) -> float:
+    return choice.error
+
+
+def _cost(choice: Choice) -> float:
+    return choice.cost
+
+
+def _bounded(sites: Sequence[Site], size: int | None, least: Measure, held: Measure, bound: float) -> Picks | None:
+    """The least of one measure, at the least factor of the other that keeps its bound."""
+
+    def kept(picks: Picks) -> bool:
+        return sum(held(site[pick]) for site, pick in zip(sites, picks, strict=True)) <= bound
+
+    best = _within(sites, size, held)
+    if not kept(best):
         return None
-    spread = [max(cost(x) for x in site) - min(cost(x) for x in site) for site in sites]
-    alike = max(max(spread), 1e-12) / max(error, 1e-30)
+    spread = [max(least(x) for x in site) - min(least(x) for x in site) for site in sites]
+    alike = max(max(spread), 1e-12) / max(bound, 1e-30)
     low, high = np.log(alike / RANGE), np.log(alike * RANGE)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         factor = float(np.exp(middle))
-        picks = _within(sites, size, lambda choice, factor=factor: cost(choice) + factor * choice.error)  # type: ignore[misc]
-        if total(sites, picks).error <= error:
+        picks = _within(sites, size, lambda choice, factor=factor: least(choice) + factor * held(choice))  # type: ignore[misc]
+        if kept(picks):
             best, high = picks, middle
         else:
             low = middle
     return best
 
 
-def _within(sites: Sequence[Site], size: int | None, cost: Callable[[Choice], float]) -> Picks:
+def _within(sites: Sequence[Site], size: int | None, cost: Measure) -> Picks:
     """The choices of least cost in so many bytes; sizes are rounded up to buckets, so the bound holds."""
     if size is None:
         return tuple(int(np.argmin([cost(choice) for choice in site])) for site in sites)

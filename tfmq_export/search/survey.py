@@ -18,6 +18,7 @@ from tfmq_export.recipe.narrow_rows import narrow as narrowed
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe, TableType
 from tfmq_export.runtime.measure.compare import psnr
 from tfmq_export.search.choices import Choice
+from tfmq_export.search.latency import Latency
 from tfmq_export.search.sensitivity import Batch, part_errors, relative_to, whole_error
 from tfmq_export.search.sites import LayerSite, PartErrors, layer_sites
 from tfmq_export.target import Target
@@ -61,12 +62,14 @@ class Survey:
         tables: What rows of temporal tables may be stored in, with what each costs.
         decibels: From the sum of errors.
         fixed: Bytes of a graph that belong to no site.
+        latency: Of a call; None where no time was asked for.
     """
 
     sites: tuple[LayerSite, ...]
     tables: Mapping[TableType, Choice]
     decibels: Decibels
     fixed: int
+    latency: Latency | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
