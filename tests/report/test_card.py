@@ -29,6 +29,14 @@ def test_the_hub_reads_the_metadata(facts: Facts) -> None:
     }
 
 
+def test_what_was_judged_by_eye_and_prompt_is_among_the_metrics(tmp_path: Path) -> None:
+    reported_bundle(tmp_path / "guided", kept=(0.5, 0.9, 1.0, 1.0))
+
+    results = ModelCard(card_of(Facts.read(tmp_path / "guided"))).data.eval_results
+
+    assert {result.metric_type for result in results} >= {"psnr", "lpips", "guidance"}
+
+
 def test_the_card_lies_in_the_bundle_with_figures_and_picture(facts: Facts, tmp_path: Path) -> None:
     path = write_card(facts)
 

@@ -51,6 +51,18 @@ def test_time_counts_where_all_were_timed(three: list[Facts], tmp_path: Path) ->
     assert [row[-2] for row in some] == ["1", "not timed", "not timed"]
 
 
+def test_guidance_and_lpips_have_columns_where_they_were_measured(three: list[Facts], tmp_path: Path) -> None:
+    reported_bundle(tmp_path / "guided", kept=(0.5, 0.9, 1.0, 1.0))
+
+    table = PageReader(comparison_of([*three, Facts.read(tmp_path / "guided")], tmp_path)).rows["bundles"]
+    without = PageReader(comparison_of(three, tmp_path)).rows["bundles"]
+
+    lpips, guidance = table[0].index("ST-LPIPS"), table[0].index("Guidance")
+    assert [row[lpips] for row in table[1:]] == ["not judged"] * 3 + ["0.131"]
+    assert [row[guidance] for row in table[1:]] == ["none"] * 3 + ["0.85 0.50"]
+    assert {"ST-LPIPS", "Guidance"}.isdisjoint(without[0])
+
+
 def test_images_stand_side_by_side_where_they_began_with_the_same_noise(three: list[Facts], tmp_path: Path) -> None:
     pictures = three[1].pictures
     assert pictures is not None

@@ -85,7 +85,7 @@ def _report(infos: tuple[LayerInfo, ...], psnr: float, lost: bool, kept: tuple[f
         Metric.IMAGE_PSNR: [psnr, psnr],
         Metric.STEP_SQNR: [40.0, 35.0, 30.0, 11.5],
         Metric.OTHER_PICTURES: [10.0, 11.0],
-        **({Metric.IMAGE_LPIPS: [0.0123, 0.25]} if kept else {}),
+        **({Metric.IMAGE_LPIPS: [0.0123, 0.25], Metric.GUIDANCE: list(kept)} if kept else {}),
     }
     asked = {"first": "W8A8", "middle": "W4A8", "last": "W4A8", "scores": "float"}
     return {

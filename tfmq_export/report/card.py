@@ -14,7 +14,13 @@ from tfmq_export.report.render import render
 from tfmq_export.runtime.measure.compare import Metric
 
 NAME = "README.md"
-METRICS = {"psnr": Metric.IMAGE_PSNR, "ssim": Metric.IMAGE_SSIM, "sqnr": Metric.STEP_SQNR}
+METRICS = {
+    "psnr": Metric.IMAGE_PSNR,
+    "ssim": Metric.IMAGE_SSIM,
+    "lpips": Metric.IMAGE_LPIPS,
+    "sqnr": Metric.STEP_SQNR,
+    "guidance": Metric.GUIDANCE,
+}
 
 
 def write_card(facts: Facts) -> Path:

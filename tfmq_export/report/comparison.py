@@ -37,6 +37,17 @@ class Candidate:
     best: bool
 
     @property
+    def lpips(self) -> float | None:
+        """Mean ST-LPIPS of its images; None where its weights were not installed."""
+        return self.facts.measured.mean(Metric.IMAGE_LPIPS)
+
+    @property
+    def guidance(self) -> tuple[float, float] | None:
+        """What is kept of it, on average and at the worst timestep; None where the sampler does not guide."""
+        found = self.facts.measured.guidance
+        return None if found is None else (float(found.kept.mean()), float(found.kept.min()))
+
+    @property
     def point(self) -> Point:
         """Of the picture."""
         speed = self.facts.speed
@@ -75,6 +86,8 @@ def comparison_of(facts: Sequence[Facts], folder: Path) -> str:
         counts=sorted({len(each.measured.values[Metric.IMAGE_PSNR]) for each in facts}),
         bases=sorted({each.speed.base for each in facts if each.speed is not None}),
         shown=any(each.speed is not None for each in facts),
+        judged=any(each.lpips is not None for each in candidates),
+        guided=any(each.guidance is not None for each in candidates),
         timed=timed,
         sources=sorted({x.facts.bundle.manifest.source for x in candidates}),
         alike=same_model(facts),
