@@ -10,7 +10,7 @@ from pathlib import Path
 from tfmq_export.bundle.write import PARTIAL, REPLACED
 from tfmq_export.errors import AccuracyError, OutputError, PrecisionError
 
-EVIDENCE = ("report.json", "samples.png", "temporal.png", "recipe.json", "recipe.safetensors")
+EVIDENCE = ("report.html", "report.json", "samples.png", "temporal.png", "recipe.json", "recipe.safetensors")
 """Files of ``tfmq/`` that show what was missed, and from which ``--recipe`` goes on."""
 
 
