@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from nets.onnx_graphs import build, graph_of, normal
@@ -76,6 +77,25 @@ def quantized_attention(target: str, mask: NDArray | None = None, floats: Collec
     return graph.cleanup().toposort()
 
 
-def save_attention(path: Path, target: str, floats: Collection[str] = ()) -> Path:
-    onnx.save(export_model(quantized_attention(target, floats=floats)), path)
+def save_attention(path: Path, target: str, floats: Collection[str] = (), *, scaled: bool = False) -> Path:
+    """Write it.
+
+    Args:
+        scaled: The scores are multiplied by a constant behind their product, as handwritten attention does.
+    """
+    graph = quantized_attention(target, floats=floats)
+    if scaled:
+        _scale_scores(graph)
+    onnx.save(export_model(graph), path)
     return path
+
+
+def _scale_scores(graph: gs.Graph) -> None:
+    product = next(node for node in graph.nodes if node.name == node_name(SCORES))
+    readers, scores = list(product.outputs[0].outputs), product.outputs[0]
+    factor = gs.Constant("score_factor", np.asarray(0.25, scores.dtype))
+    behind = gs.Variable("scaled_scores", scores.dtype, scores.shape)
+    for reader in readers:
+        reader.inputs[reader.inputs.index(scores)] = behind
+    graph.nodes.append(gs.Node("Mul", "node_scaled_scores", {}, [scores, factor], [behind]))
+    graph.toposort()

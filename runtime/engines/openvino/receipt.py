@@ -99,9 +99,18 @@ class Source:
     def products_in(self, item: RuntimeOperation) -> set[str]:
         """Products an operation was made of; usually one, but OpenVINO fuses some convolutions with the one before."""
         stems = {origin.partition("/")[0].removesuffix("_original") for origin in item.origins}
-        if item.kind == FUSED:
-            return self.products.keys() & stems  # its other nodes are there in their own right
-        return self.products.keys() & {self.aliases.get(stem, stem) for stem in stems}
+        aliased = self.products.keys() & {self.aliases.get(stem, stem) for stem in stems}
+        if item.kind != FUSED:
+            return aliased
+        # Its other nodes are there in their own right; but a factor behind the scores of an attention takes their name.
+        named = self.products.keys() & stems
+        return named | {name for name in aliased if self._of_activations(name)} if named else named
+
+    def _of_activations(self, name: str) -> bool:
+        """Whether neither factor of a product is stored."""
+        (x, weight), operands = self.products[name].inputs[:2], self.operands(name)
+        roots = [value if dq is None else dq.inputs[0] for value, dq in zip((x, weight), operands, strict=True)]
+        return all(_stored(root, self.producers) not in self.constants for root in roots)
 
     def runs_integers(self, item: RuntimeOperation) -> bool:
         """Whether an operation multiplies integers, in every product it was made of."""

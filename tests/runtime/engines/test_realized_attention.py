@@ -30,9 +30,10 @@ def runs_both_as_one(target: str) -> bool:
     return target == "openvino" and not adds_in_16_bits()
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scores scaled behind"])
 @pytest.mark.parametrize(("engine", "target", "kernel"), ENGINES)
-def test_both_products_run_in_integers(engine: Engine, target: str, kernel: str, tmp_path: Path) -> None:
-    receipt = engine(save_attention(tmp_path / "m.onnx", target), LAYERS, macs=200)
+def test_both_products_run_in_integers(engine: Engine, target: str, kernel: str, scaled: bool, tmp_path: Path) -> None:
+    receipt = engine(save_attention(tmp_path / "m.onnx", target, scaled=scaled), LAYERS, macs=200)
 
     receipt.raise_if_lost()
     assert receipt.counts("attention") == (2, 2)
