@@ -72,15 +72,27 @@ def check_valid(graph: gs.Graph) -> None:
     Raises:
         PostconditionError: it is not valid ONNX.
     """
+    model, _ = weights_as_inputs(graph)  # to the checker they come from outside
+    _check(model, graph.name)
+
+
+def weights_as_inputs(graph: gs.Graph) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """The graph with its large tensors as further inputs, so that whoever runs it need not hold them twice.
+
+    Returns:
+        The model, and the names of these inputs; their numbers are those of the graph's constants.
+    """
     model = skeleton(graph)
     held = list(model.graph.initializer)
     del model.graph.initializer[:]
-    for tensor in held:  # numbers that are not here: to the checker they come from outside
+    names = []
+    for tensor in held:
         if tensor.data_location == TensorProto.EXTERNAL:
             model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+            names.append(tensor.name)
         else:
             model.graph.initializer.append(tensor)
-    _check(model, graph.name)
+    return model, tuple(names)
 
 
 def weight_bytes(graph: gs.Graph) -> int:

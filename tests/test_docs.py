@@ -225,7 +225,16 @@ def test_every_option_that_is_named_is_one(page: Path) -> None:
 
 
 OTHERS = frozenset(
-    {"--cache-config", "--check", "--help", "--model-control-mode", "--no-deps", "--getPlanVersionOnly", "--strict"}
+    {
+        "--cache-config",
+        "--check",
+        "--help",
+        "--model-control-mode",
+        "--no-deps",
+        "--require-hashes",
+        "--getPlanVersionOnly",
+        "--strict",
+    }
 )
 """Of pip, ruff, mkdocs and Triton's server."""
 

@@ -1,14 +1,24 @@
 """A host that only runs bundles has no torch: commands that need it say so, in one line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from read_imports import ROOT
+from standins.commands import run
 from standins.small_bundle import small_bundle
 
+from tfmq_export import load
+from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.cli.console import COMPILING
+from tfmq_export.progress import Silent
+from tfmq_export.proof.draw import Request, draw
+from tfmq_export.runtime.draw import drawn, stored_prompts
+from tfmq_export.runtime.measure.compare import as_pictures
+from tfmq_export.runtime.sampler import schedule_of
 
 HIDDEN = """
 import sys
@@ -32,7 +42,7 @@ def on_a_host(command: str, *arguments: object) -> "subprocess.CompletedProcess[
 
 @pytest.mark.parametrize(
     ("command", "arguments"),
-    [("export", ("model.pt",)), ("sample", ("out", "-o", "grid.png")), ("pack", ("folder", "-o", "model.pt"))],
+    [("export", ("model.pt",)), ("pack", ("folder", "-o", "model.pt"))],
 )
 def test_a_command_that_needs_torch_says_how_to_get_it(command: str, arguments: tuple[str, ...]) -> None:
     done = on_a_host(command, *arguments)
@@ -49,6 +59,48 @@ def test_what_serves_needs_none_of_it(tmp_path: Path) -> None:
 
     assert golden.returncode == 0, golden.stderr
     assert (tmp_path / "golden.json").exists()
+
+
+SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
+
+
+@pytest.fixture
+def drawing(tmp_path: Path) -> Bundle:
+    """A bundle with a scheduler that DDIM walks in numpy."""
+    bundle = small_bundle(tmp_path / "out")
+    bundle.scheduler.parent.mkdir()
+    bundle.scheduler.write_text(json.dumps(SCHEDULER))
+    return bundle
+
+
+def test_images_are_drawn_without_any_of_it(drawing: Bundle, tmp_path: Path) -> None:
+    alone = on_a_host("sample", drawing.root, "-o", tmp_path / "alone.png", "--images", "3", "--seed", "5", "-q")
+    here = run("sample", drawing.root, "-o", tmp_path / "here.png", "--images", "3", "--seed", "5", "-q")
+
+    assert alone.returncode == 0, alone.stderr
+    assert here.exit_code == 0, here.output
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "here.png").read_bytes()
+
+
+def test_they_are_those_that_diffusers_draws(drawing: Bundle) -> None:
+    seen = draw(drawing, Request(2, seed=3, threads=1), Silent())
+    noise = np.random.default_rng(3).standard_normal((2, 3, 8, 8), np.float32)
+    schedule = schedule_of(drawing)
+    assert schedule is not None
+
+    with load(drawing.root) as loaded:
+        found = as_pictures(drawn(loaded, noise, schedule, stored_prompts(drawing, 2)))
+
+    np.testing.assert_allclose(found, seen, atol=1e-5)
+    assert found.std() > 0.1
+
+
+@pytest.mark.parametrize("option", [("--scheduler", "plms"), ("--steps", "2"), ("--image", "start.png")])
+def test_what_diffusers_draws_alone_says_what_it_needs(drawing: Bundle, option: tuple[str, str]) -> None:
+    done = on_a_host("sample", drawing.root, "-o", drawing.root.parent / "grid.png", *option)
+
+    assert done.returncode == 2
+    assert "this command needs torch, which only '[compile]' installs" in done.stderr
 
 
 def test_the_list_is_that_of_the_package() -> None:

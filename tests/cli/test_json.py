@@ -46,6 +46,8 @@ def test_what_making_and_judging_a_bundle_answer(model: Path, bundle: Path, tmp_
 
     assert (made["passed"], again["passed"], host["passed"]) == (True, True, True)
     assert foreseen["calibration_images"] == 0
+    for each in (made, again):
+        assert each["speed"]["times"] > 0  # type: ignore[index]
 
 
 def test_what_using_a_bundle_answers(model: Path, bundle: Path, tmp_path: Path) -> None:

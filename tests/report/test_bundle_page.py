@@ -80,6 +80,18 @@ def test_each_figure_at_the_top_names_its_baseline(tmp_path: Path) -> None:
     assert tiles["Speed"].note == "of ort-fp32; 12.5 ms a call, batch 4, 1 thread, 2 x Some CPU"
 
 
+def test_the_speed_of_the_proof_is_shown_until_a_benchmark_is_given(tmp_path: Path) -> None:
+    bundle = reported_bundle(tmp_path / "toy")
+    report = json.loads(bundle.report.read_text("utf-8"))
+    timed = {"rows": 2, "threads": 1, "seconds": 0.02, "float_seconds": 0.01, "times": 0.5}
+    bundle.report.write_text(json.dumps(report | {"speed": timed}), "utf-8")
+
+    tiles = {tile.label: tile for tile in tiles_of(Facts.read(bundle.root))}
+
+    assert tiles["Speed"].value == "0.50"
+    assert tiles["Speed"].note == "of PyTorch in fp32; 20 ms a call, batch 2, 1 thread, 2 x Some CPU"
+
+
 def test_a_speed_that_nobody_measured_is_not_made_up(html: str) -> None:
     assert "not measured" in PageReader(html).text
 

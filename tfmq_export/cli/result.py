@@ -51,13 +51,15 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
             f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear layers, "
             f"{attention}{receipt.integer_share:.1%} of the MACs",
         ),
+        *([] if validation.speed is None else [("speed", validation.speed.describe())]),
         *(("note", text) for text in emulated),
         ("model.onnx", _sizes(bundle)),
         *_prologue_row(bundle),
         *_pipeline_row(bundle),
     ]
     table(f"{manifest.source}: {manifest.preset} for {manifest.target}", rows)
-    for note in validation.notes:
+    slow = [] if validation.speed is None else [validation.speed.warning]
+    for note in filter(None, [*validation.notes, *slow]):
         err.print(f"warning: {note}", style="yellow", markup=False, highlight=False)
     kept = [layer for layer in manifest.layers if layer.activation_bits == 0]
     for reason in sorted({layer.reason for layer in kept}):

@@ -1,7 +1,7 @@
 """tfmq-sample: draw images with a bundle."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -23,6 +23,15 @@ from tfmq_export.cli.options import (
     source_of,
 )
 from tfmq_export.limits import MOST_IMAGES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tfmq_export.bundle.linear_walk import LinearWalk
+    from tfmq_export.bundle.manifest import Bundle
+    from tfmq_export.progress import Progress
+    from tfmq_export.runtime.sampler import DdimSchedule
 
 
 @reports_errors
@@ -56,9 +65,9 @@ def sample(
     from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.bundle.write import replaced_file
     from tfmq_export.errors import ConfigError
-    from tfmq_export.proof.draw import Request, draw, draw_against, draw_in_pipeline
-    from tfmq_export.proof.pictures import save_rows
     from tfmq_export.runtime.measure.compare import is_picture
+    from tfmq_export.runtime.picture import PER_ROW, png, strip
+    from tfmq_export.runtime.sampler import schedule_of
 
     require_folder_of(output, json)
     if output.suffix.lower() != ".png":
@@ -70,19 +79,49 @@ def sample(
         raise ConfigError(f"{bundle}: draws latents {list(sample.shape)}, not pictures; decode them with the VAE")
     if against is not None and (image, scheduler, steps) != (None, None, None):
         raise ConfigError("--against draws as the bundle was compiled; leave out --image, --scheduler and --steps")
-    request = Request(images, seed, threads, scheduler, steps, image, strength)
+    schedule = None if recorded or (image, scheduler, steps) != (None, None, None) else schedule_of(opened)
     with bars(quiet) as progress:
-        if against is None:
-            rows = [("compiled", (draw_in_pipeline if recorded else draw)(opened, request, progress))]
+        if against is None and schedule is not None:
+            pictures = _in_numpy(opened, schedule, (images, *sample.shape), seed, threads, progress)
+            rows = [("compiled", pictures)]
         else:
-            rows = draw_against(
-                opened,
-                source_of(opened, against, factory, variant=variant, lora=lora, pipeline=pipeline),
-                request,
-                progress,
-            )
+            from tfmq_export.proof.draw import Request, draw, draw_against, draw_in_pipeline
+
+            request = Request(images, seed, threads, scheduler, steps, image, strength)
+            if against is None:
+                rows = [("compiled", (draw_in_pipeline if recorded else draw)(opened, request, progress))]
+            else:
+                source = source_of(opened, against, factory, variant=variant, lora=lora, pipeline=pipeline)
+                rows = draw_against(opened, source, request, progress)
     with replaced_file(output) as partial:
-        save_rows(partial, rows)
+        if len(rows) == 1:
+            partial.write_bytes(png(strip(rows[0][1], min(images, PER_ROW))))
+        else:
+            from tfmq_export.proof.pictures import save_rows
+
+            save_rows(partial, rows)
     with answering(json) as found:
         out.print(f"written to [bold]{escape(str(output))}[/]")
         found |= {"picture": str(output), "images": images, "seed": seed, "rows": [title for title, _ in rows]}
+
+
+def _in_numpy(
+    bundle: "Bundle",
+    schedule: "DdimSchedule | LinearWalk",
+    shape: tuple[int | None, ...],
+    seed: int,
+    threads: int,
+    progress: "Progress",
+) -> "NDArray[np.float32]":
+    """Pictures in 0..1, [N, C, H, W], where the bundle's own scheduler needs no torch."""
+    import numpy as np
+
+    from tfmq_export.runtime.draw import drawn, stored_prompts
+    from tfmq_export.runtime.loaded import load
+    from tfmq_export.runtime.measure.compare import as_pictures
+
+    size = tuple(side or 1 for side in shape)
+    noise = np.random.default_rng(seed).standard_normal(size, np.float32)
+    prompts = stored_prompts(bundle, len(noise))
+    with load(bundle.root, threads=threads) as loaded, progress.stage("Sampling") as step:
+        return as_pictures(drawn(loaded, noise, schedule, prompts, progress=step))

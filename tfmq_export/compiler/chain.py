@@ -11,11 +11,13 @@ from tfmq_export.bundle.write import replaced_folder
 from tfmq_export.capture.device import find_device
 from tfmq_export.compiler.auto import compile_auto
 from tfmq_export.compiler.forecast import Forecast, forecast, refuse_what_cannot_fit
+from tfmq_export.compiler.forms import Captured
 from tfmq_export.compiler.making import WRITING, Making, Stage, Stopwatch
+from tfmq_export.compiler.on_engine import require_engine_takes
 from tfmq_export.compiler.output import evidence_kept, sole_run
 from tfmq_export.compiler.settings import check_settings, recipe_as_asked
 from tfmq_export.compiler.steps import Model, capture, load_model, lower, prove, quantize, reuse, write
-from tfmq_export.config import CompileConfig
+from tfmq_export.config import CompileConfig, find_preset
 from tfmq_export.errors import ConfigError, OutputError
 from tfmq_export.models.recorded.load import Draw
 from tfmq_export.progress import Progress, Silent
@@ -83,7 +85,8 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
         LoadError: the model cannot be read.
         ConfigError: options that do not fit together, or a schedule that cannot be walked.
         DependencyError: the target's engine, or what a threshold needs, is not installed.
-        TargetError: the target cannot run what is asked for; known before any long work.
+        TargetError: the target cannot run what is asked for, or its engine not this model; known before any long
+            work.
         ExportError: the model cannot be captured.
         RecipeError: the recipe was made from another model or schedule.
         BuildError: the engine refused the graph.
@@ -100,6 +103,8 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     require_measurable(denoiser, config.thresholds)
     with sole_run(root), replaced_folder(root) as partial, evidence_kept(partial, root):
         captured, expected = capture(denoiser, stages), None
+        if given is None:
+            _ask_engine(captured, config, stages)
         if not config.auto:
             with stages.stage("Forecasting"):
                 expected = forecast(captured, config, quantized=given is not None)
@@ -155,6 +160,8 @@ def foresee(
     captured = capture(denoiser, progress)
     if given is not None:
         reuse(captured, given, config)
+    else:
+        _ask_engine(captured, config, progress)
     with progress.stage("Forecasting"):
         expected = forecast(captured, config, quantized=given is not None)
     refuse_what_cannot_fit(expected, root)
@@ -174,6 +181,13 @@ def _with_code(model: Model | nn.Module, draw: Draw | None) -> Model:
 def checkpoint_of(root: Path) -> Path:
     """Where the finished blocks of an interrupted run wait."""
     return root.absolute().with_name(f".{root.absolute().name}.checkpoint")
+
+
+def _ask_engine(captured: Captured, config: CompileConfig, progress: Progress) -> None:
+    """Find out now whether the target's engine takes this model; without quantizing, the proof comes at once anyway."""
+    if config.auto or find_preset(config.preset).weight_bits:
+        with progress.stage("Asking the engine"):
+            require_engine_takes(captured, config)
 
 
 def _refuse_early(config: CompileConfig, root: Path) -> None:

@@ -265,8 +265,10 @@ def prove(
         if not config.allow_precision_loss:
             validation.receipt.raise_if_lost()
         validation.report.raise_if_failed()
-    except TfmqError:
+    except TfmqError as error:
         _write_proof(made, bundle, validation, making)
+        if validation.notes:  # what looks wrong about the float model may be why
+            raise type(error)("; ".join([str(error), *validation.notes])) from error
         raise
     if find_target(bundle.manifest.target).built_in_place:
         with progress.stage("Building the engine"):

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle.linear_walk import LinearWalk
 from tfmq_export.bundle.manifest import Bundle
-from tfmq_export.errors import ConfigError
+from tfmq_export.runtime.draw import drawn, stored_prompts
 from tfmq_export.runtime.loaded import LoadedBundle
 from tfmq_export.runtime.measure.compare import as_pictures, is_picture
-from tfmq_export.runtime.sampler import DdimSchedule, guided, prompted, sample, schedule_of
+from tfmq_export.runtime.sampler import DdimSchedule, schedule_of
 
 COARSE = 8
 """Pixels a side of a picture's squares."""
@@ -67,12 +67,7 @@ def probe_of(bundle: Bundle, samples: int, seed: int) -> Probe:
     coarse = random.uniform(-1, 1, (samples, *shape[:1], *(-(-side // COARSE) for side in shape[1:])))
     for axis, side in enumerate(shape[1:], start=2):
         coarse = coarse.repeat(COARSE, axis).take(range(side), axis)
-    stored = bundle.conditioning()
-    names = [entry.name for entry in bundle.manifest.input("conditioning")]
-    if missing := [name for name in names if name not in stored]:
-        raise ConfigError(f"{bundle.root}: has no example of {', '.join(missing)} in tfmq/conditioning.npz to ask with")
-    conditioning = {name: stored[name][np.arange(samples) % len(stored[name])] for name in names}
-    schedule = schedule_of(bundle)
+    schedule, conditioning = schedule_of(bundle), stored_prompts(bundle, samples)
     return Probe(noise, coarse.astype(np.float32), _levels(bundle, schedule), conditioning, schedule)
 
 
@@ -87,15 +82,8 @@ def images(loaded: LoadedBundle, probe: Probe) -> NDArray[np.float32] | None:
     """Images drawn from the probe's noise: pictures in 0..1, latents as they are; None where numpy cannot draw."""
     if probe.schedule is None:
         return None
-    manifest, stored = loaded.bundle.manifest, loaded.bundle.conditioning()
-    names = [f"{name}.unconditional" for name in probe.conditioning]
-    scale = manifest.sampler.guidance_scale
-    if probe.conditioning and scale != 1.0 and all(name in stored for name in names):
-        unconditional = {name.removesuffix(".unconditional"): stored[name] for name in names}
-        drawn = sample(guided(loaded, probe.conditioning, unconditional, scale), probe.noise, probe.schedule)
-    else:
-        drawn = sample(prompted(loaded, probe.conditioning), probe.noise, probe.schedule)
-    return as_pictures(drawn) if is_picture(drawn.shape) else drawn
+    images = drawn(loaded, probe.noise, probe.schedule, probe.conditioning)
+    return as_pictures(images) if is_picture(images.shape) else images
 
 
 def _at_once(

@@ -13,11 +13,9 @@ from tfmq_export.bundle.pictures import Pictures
 from tfmq_export.errors import ConfigError
 from tfmq_export.proof.states import States
 from tfmq_export.runtime.measure.compare import is_picture
+from tfmq_export.runtime.picture import PER_ROW, PNG, strip
 
-PER_ROW = 8
 SIDE, STATE_SIDE = 256, 64  # most pixels of a picture in the report, and of a state on the way to it
-PNG = b"\x89PNG\r\n\x1a\n"
-"""How a file of this format begins."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,9 +25,6 @@ class TemporalRow:
     label: str
     cosine: NDArray[np.float64]
     mismatch: NDArray[np.int64]
-
-
-SHOWN_PIXELS = 128  # small images are enlarged to about this, without smoothing
 
 
 def save_rows(path: Path, rows: Sequence[tuple[str, NDArray[np.float32]]], title: str = "") -> None:
@@ -42,9 +37,9 @@ def save_rows(path: Path, rows: Sequence[tuple[str, NDArray[np.float32]]], title
     import matplotlib.pyplot as plt
 
     width = max(min(len(images), PER_ROW) for _, images in rows)
-    strips = [_strip(images, width) for _, images in rows]
+    strips = [strip(images, width) for _, images in rows]
     inches_wide = strips[0].shape[1] / 100
-    heights = [strip.shape[0] / 100 for strip in strips]
+    heights = [each.shape[0] / 100 for each in strips]
     figure, axes = plt.subplots(
         len(rows),
         1,
@@ -53,8 +48,8 @@ def save_rows(path: Path, rows: Sequence[tuple[str, NDArray[np.float32]]], title
         squeeze=False,
         layout="constrained",
     )
-    for axis, (label, _), strip in zip(axes[:, 0], rows, strips, strict=True):
-        axis.imshow(strip, interpolation="nearest", cmap="gray" if strip.ndim == 2 else None, vmin=0, vmax=1)
+    for axis, (label, _), pixels in zip(axes[:, 0], rows, strips, strict=True):
+        axis.imshow(pixels, interpolation="nearest", cmap="gray" if pixels.ndim == 2 else None, vmin=0, vmax=1)
         axis.set_title(label, fontsize=10, loc="left")
         axis.axis("off")
     if title:
@@ -147,15 +142,3 @@ def save_temporal(path: Path, timesteps: Sequence[float], rows: Sequence[Tempora
     below.invert_xaxis()
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
-
-
-def _strip(images: NDArray[np.float32], width: int) -> NDArray[np.float32]:
-    """Images side by side, PER_ROW to a line, [H, W] or [H, W, 3]."""
-    factor = max(1, SHOWN_PIXELS // images.shape[2])
-    tiles = images.repeat(factor, 2).repeat(factor, 3).transpose(0, 2, 3, 1)
-    tiles = np.pad(tiles, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=1.0)
-    while len(tiles) % width:
-        tiles = np.concatenate([tiles, np.ones_like(tiles[:1])])
-    lines = [np.concatenate(list(tiles[start : start + width]), 1) for start in range(0, len(tiles), width)]
-    strip = np.concatenate(lines, 0)
-    return strip[..., 0] if strip.shape[-1] == 1 else strip

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.bundle.write import replaced_file
@@ -45,6 +45,7 @@ from tfmq_export.proof.plan import (
     plan_of,
 )
 from tfmq_export.proof.served import bundle_denoise
+from tfmq_export.proof.speed import CallSpeed, call_speed
 from tfmq_export.proof.stated import require_manifest_of
 from tfmq_export.proof.states import States, states_of
 from tfmq_export.proof.systematic import channel_excess, layer_share
@@ -54,6 +55,8 @@ from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.io import load_recipe
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.engines.realized import realized_by_target
+from tfmq_export.runtime.engines.table import ENGINES
+from tfmq_export.runtime.loaded import LoadedBundle
 from tfmq_export.runtime.loaded import load as load_bundle
 from tfmq_export.runtime.measure.compare import (
     Comparison,
@@ -86,6 +89,7 @@ class Validation:
         plan: How much was compared.
         states: On the way to the images, where they are pictures too.
         guidance: What is left of the prompt, where the sampler guides.
+        speed: Against PyTorch, where the bundle ran on the engine it was compiled for.
     """
 
     report: Report
@@ -98,6 +102,7 @@ class Validation:
     notes: tuple[str, ...] = ()
     states: States | None = None
     guidance: Guidance | None = None
+    speed: CallSpeed | None = None
 
     def __repr__(self) -> str:
         verdict = "missed a bound" if self.report.failed else "passed"
@@ -109,6 +114,7 @@ class Validation:
             "temporal": self.temporal.to_json(),
             "guidance": None if self.guidance is None else self.guidance.to_json(),
             "host": {"processor": processor(), "features": features()},
+            "speed": None if self.speed is None else self.speed.to_json(),
             "notes": list(self.notes),
             "proof": asdict(self.plan),
         }
@@ -218,7 +224,8 @@ def validate(  # noqa: PLR0913  # options by keyword
     calls = KernelCalls.of(denoiser, trajectory)
     # One engine at a time, and the model's weights out of the way: each of the three may be as large as the memory.
     # Whoever calls has written the files, or compared their hashes.
-    with load_bundle(root, self_test=False, verify=False) as loaded:
+    threads = get_num_threads()  # as many as the model had, so that times can be compared
+    with load_bundle(root, self_test=False, verify=False, threads=threads) as loaded:
         with progress.stage(SERVING) as step:
             walked, compiled = record(denoiser, bundle_denoise(loaded), runs, step)
             states = states_of(trajectory, walked, denoiser.sample, compiled)
@@ -230,6 +237,7 @@ def validate(  # noqa: PLR0913  # options by keyword
             # Where they are all of the images, they are drawn already.
             served = compiled if plan.few == plan.images else record(denoiser, bundle_denoise(loaded), few, _untold)[1]
             in_integers = calls.answers(loaded)
+            speed = _speed(subject, loaded, trajectory[0])
     release_freed()
     with (
         progress.stage(DEFINING) as step,
@@ -282,7 +290,18 @@ def validate(  # noqa: PLR0913  # options by keyword
         tuple(notes),
         states,
         per_step.guidance,
+        speed,
     )
+
+
+def _speed(subject: Subject, loaded: LoadedBundle, recorded: CalibrationStep) -> CallSpeed | None:
+    """None where what runs here is not what the bundle is for."""
+    target = find_target(subject.bundle.manifest.target)
+    if ENGINES[target.engine].built or not target.integers:
+        return None
+    found = call_speed(subject.denoiser, loaded, recorded.inputs)
+    release_pages(subject.denoiser.module.parameters())
+    return found
 
 
 def _by_metric(agreements: Sequence[Agreement]) -> dict[Metric, NDArray[np.float64]]:

@@ -124,7 +124,7 @@ def _images_tile(facts: Facts) -> Tile:
 
 
 def _speed_tile(facts: Facts) -> Tile:
-    speed = facts.speed
+    speed = facts.speed or facts.measured.speed
     if speed is None:
         return Tile("Speed", "", "", "tfmq-bench measures it; tfmq-report --bench shows it here")
     note = f"of {speed.base}; {short(speed.milliseconds)} ms a {speed.unit}, {speed.setting}, {speed.processor}"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import LoadError
+from tfmq_export.report.speed import Speed, speed_in_proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class Measured:
         notes: What looks wrong about the float model.
         host: Processor and instruction sets of the machine that measured.
         command: That makes the bundle again; empty where no command made it.
+        speed: Of a few calls against PyTorch; None where it was not timed.
     """
 
     checks: tuple[Check, ...]
@@ -104,6 +106,7 @@ class Measured:
     host: Mapping[str, str]
     stages: tuple[Stage, ...]
     command: str
+    speed: Speed | None = None
 
     @property
     def passed(self) -> bool:
@@ -159,6 +162,7 @@ class Measured:
             host=found["host"],
             stages=tuple(Stage(**x) for x in found.get("stages", ())),
             command=found.get("command", ""),
+            speed=None if found.get("speed") is None else speed_in_proof(found["speed"], found["host"]["processor"]),
         )
 
 

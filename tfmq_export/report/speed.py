@@ -1,4 +1,4 @@
-"""Speed, as ``tfmq-bench --json`` measured it: compiling a bundle measures none."""
+"""Speed, as ``tfmq-bench --json`` measured it; compiling a bundle times a few calls, against PyTorch alone."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from tfmq_export.errors import LoadError
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One bundle, in the first setting of a benchmark.
+    """One bundle, in the first setting of a benchmark, or in the few calls of its proof.
 
     Attributes:
         milliseconds: Median time.
@@ -29,6 +29,16 @@ class Speed:
     unit: str
     setting: str
     processor: str
+
+
+def speed_in_proof(found: Mapping[str, Any], processor: str) -> Speed:
+    """What a report says of its proof's calls.
+
+    Args:
+        found: Its ``speed``.
+    """
+    setting = _setting(int(found["rows"]), int(found["threads"]))
+    return Speed(float(found["seconds"]) * 1e3, float(found["times"]), "PyTorch in fp32", "call", setting, processor)
 
 
 def read_bench(path: Path) -> Mapping[str, Any]:
@@ -58,14 +68,17 @@ def speed_of(bundle: Bundle, bench: Mapping[str, Any]) -> Speed | None:
         row = next((setting["candidates"][name] for name in names if name in setting["candidates"]), None)
         if row is None:
             return None
-        threads = int(setting["threads"])
         return Speed(
             milliseconds=float(row["seconds"]["median"]) * 1e3,
             times=float(row["speedup"]),
             base=str(setting["baseline"]),
             unit=str(bench["unit"]),
-            setting=f"batch {setting['batch']}, {threads} thread{'s' * (threads != 1)}",
+            setting=_setting(int(setting["batch"]), int(setting["threads"])),
             processor=str(bench["about"]["processor"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise LoadError(f"the benchmark lacks {error}; write it again with `tfmq-bench OUT --json`") from error
+
+
+def _setting(batch: int, threads: int) -> str:
+    return f"batch {batch}, {threads} thread{'s' * (threads != 1)}"

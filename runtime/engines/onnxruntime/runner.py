@@ -94,7 +94,8 @@ class OrtRunner:
             )
         except self._errors as error:
             raise BuildError(
-                f"{model_path}: ONNX Runtime refuses this graph: {one_line(error)}; compile it again for target ort-cpu"
+                f"{model_path}: ONNX Runtime refuses this graph: {one_line(error)}; a newer onnxruntime than "
+                f"{version()} may take it, or a bundle for another --target"
             ) from error
         if wanted not in session.get_providers():
             raise BuildError(

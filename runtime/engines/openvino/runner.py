@@ -89,7 +89,8 @@ class OpenVinoRunner:
             model = self._core.read_model(str(model_path))
         except Exception as error:  # of classes that differ by frontend and share no base
             raise BuildError(
-                f"{model_path}: OpenVINO refuses this graph: {_message(error)}; compile it again for target openvino"
+                f"{model_path}: OpenVINO refuses this graph: {_message(error)}; a newer openvino than "
+                f"{version().partition('-')[0]} may take it, or a bundle for another --target"
             ) from error
         self._model: Any = model
         self._layers = frozenset(node.get_friendly_name() for node in model.get_ops() if _has_stored_weight(node))
@@ -213,7 +214,10 @@ class OpenVinoRunner:
                 compiled = self._core.compile_model(model, "CPU", {**self._options, "SNIPPETS_MODE": "DISABLE"})
             return compiled
         except RuntimeError as error:
-            raise BuildError(f"{self._path}: OpenVINO cannot compile this graph: {_message(error)}") from error
+            raise BuildError(
+                f"{self._path}: OpenVINO cannot compile this graph: {_message(error)}; a newer openvino than "
+                f"{version().partition('-')[0]} may, or a bundle for another --target"
+            ) from error
 
 
 class _Graph:
