@@ -225,16 +225,8 @@ def test_every_option_that_is_named_is_one(page: Path) -> None:
 
 
 OTHERS = frozenset(
-    {
-        "--cache-config",
-        "--check",
-        "--help",
-        "--model-control-mode",
-        "--no-deps",
-        "--require-hashes",
-        "--getPlanVersionOnly",
-        "--strict",
-    }
+    {"--cache-config", "--check", "--help", "--model-control-mode", "--getPlanVersionOnly", "--strict"}
+    | {"--no-deps", "--require-hashes"}
 )
 """Of pip, ruff, mkdocs and Triton's server."""
 

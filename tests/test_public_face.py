@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from read_imports import ROOT
@@ -65,3 +67,20 @@ def test_the_package_runs_as_the_command(flag: str) -> None:
 
     assert "python -m tfmq_export" in done.stdout
     assert "--preset" in done.stdout
+
+
+@pytest.mark.slow  # mypy reads the package
+def test_the_readmes_snippet_is_typed(tmp_path: Path) -> None:
+    text = (ROOT.parent / "README.md").read_text("utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "snippet.py").write_text(
+        f"import numpy as np\n\nsample = np.zeros((1, 3, 32, 32), np.float32)\n{snippet}\nreveal_type(prediction)\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(tmp_path / "snippet.py")],
+        cwd=ROOT.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout
+    assert 'Revealed type is "numpy.ndarray[' in done.stdout

@@ -37,6 +37,13 @@ def is_picture(shape: Sequence[int | None]) -> bool:
     return len(shape) == 4 and shape[1] in (1, 3)
 
 
+def called(shape: Sequence[int | None]) -> str:
+    """What a batch of this shape is: images to look at, latents of an autoencoder, or samples of anything else."""
+    if is_picture(shape):
+        return "images"
+    return "latents" if len(shape) == 4 else "samples"
+
+
 def as_pictures(samples: NDArray[np.generic]) -> NDArray[np.float32]:
     """What a sampler ends with, -1 to 1, as pictures in 0..1."""
     return np.asarray((samples.clip(-1, 1) + 1) / 2, np.float32)

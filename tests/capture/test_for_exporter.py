@@ -26,6 +26,13 @@ class Middle(nn.Module):
         return self.leave(self.middle(h, self.pick))
 
 
+def one_head(h: Tensor, *mask: Tensor, **options: object) -> Tensor:
+    """Attention of rows of pixels, without an axis of heads."""
+    rows = h.mean(1)
+    seen = functional.scaled_dot_product_attention(rows, rows.flip(-1), rows.tanh(), *mask, **options)  # type: ignore[arg-type]
+    return h + seen[:, None]
+
+
 @pytest.mark.parametrize(
     "middle",
     [
@@ -34,8 +41,22 @@ class Middle(nn.Module):
         lambda h, w: functional.conv2d(h, w, stride=(1,), padding=[0]),
         lambda h, w: functional.avg_pool2d(h, (3,), (1,), (1,)),
         lambda h, w: functional.max_pool2d(h, (3,), (1,), (1,)),
+        lambda h, w: one_head(h),
+        lambda h, w: one_head(h, torch.ones(8, 8).tril()),
+        lambda h, w: one_head(h, attn_mask=h.mean(1)),
+        lambda h, w: one_head(h, is_causal=True, scale=0.5),
     ],
-    ids=["squeeze", "squeeze of several", "convolution", "mean", "maximum"],
+    ids=[
+        "squeeze",
+        "squeeze of several",
+        "convolution",
+        "mean",
+        "maximum",
+        "one head",
+        "with a mask",
+        "with a mask for each row",
+        "causal",
+    ],
 )
 def test_a_graph_loads_and_computes_what_pytorch_does(middle: Callable[[Tensor, Tensor], Tensor]) -> None:
     denoiser = probe(Middle(middle))

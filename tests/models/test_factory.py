@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from nets import handwritten
+from nets.handwritten import walk
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfmq_export import Description
 from tfmq_export.errors import ConfigError, LoadError
@@ -218,3 +219,20 @@ def test_timesteps_the_scheduler_does_not_visit_are_refused() -> None:
 
     with pytest.raises(ConfigError, match="are not the ones DDIMScheduler visits"):
         describe(module, replace(right, sampler=DDIMScheduler()), None, "film")
+
+
+class Caught(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, **rest: Tensor) -> Tensor:
+        return self.layer(sample) + rest["label"].float()[:, None, None, None]
+
+
+def test_an_input_that_forward_does_not_name_is_refused() -> None:
+    inputs = {"sample": torch.zeros(2, 3, 8, 8), "timestep": torch.tensor([3, 1]), "label": torch.tensor([0, 1])}
+    described = Description(inputs, walk([3, 1]), timesteps=[3, 1], conditioning={"label": torch.arange(3)})
+
+    with pytest.raises(ConfigError, match=r"Caught\.forward\(\) takes label through \*\*rest.*name each input"):
+        describe(Caught(), described, None, "caught")

@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from standins.page_reader import PageReader
 from standins.reported_bundle import KEPT, LOST, reported_bundle
 
+from tfmq_export.bundle.manifest import write_manifest
 from tfmq_export.errors import LoadError
 from tfmq_export.report.bundle_page import page_of, tiles_of, verdict_of, write_page
 from tfmq_export.report.facts import Facts
@@ -78,6 +80,19 @@ def test_each_figure_at_the_top_names_its_baseline(tmp_path: Path) -> None:
     assert tiles["Size"].note.endswith("of 4.0 kB in fp32")
     assert (tiles["In integers"].value, tiles["Speed"].value) == ("95.0", "1.75")
     assert tiles["Speed"].note == "of ort-fp32; 12.5 ms a call, batch 4, 1 thread, 2 x Some CPU"
+
+
+def test_latents_are_called_latents(tmp_path: Path) -> None:
+    bundle = reported_bundle(tmp_path / "toy", psnr=15.0, pictures=False)
+    manifest = bundle.manifest
+    sample, *rest = manifest.inputs
+    write_manifest(bundle.root, replace(manifest, inputs=(replace(sample, shape=(4, 8, 8)), *rest)))
+
+    facts = Facts.read(bundle.root)
+
+    assert tiles_of(facts)[0].label == "Latents"
+    assert "mean PSNR of 2 latents" in tiles_of(facts)[0].note
+    assert verdict_of(facts).word == "Poor latents."
 
 
 def test_the_speed_of_the_proof_is_shown_until_a_benchmark_is_given(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from tfmq_export.capture.fixed_batch import where_fixed
 from tfmq_export.capture.half_numbers import refuse_half_numbers
 from tfmq_export.capture.macs import count_macs
 from tfmq_export.capture.refusal import refusal
+from tfmq_export.capture.rewrites.batch_of_sample import take_batch_from_sample
 from tfmq_export.capture.rewrites.circular_padding import spell_circular_padding
 from tfmq_export.capture.rewrites.for_exporter import as_the_exporter_takes_it
 from tfmq_export.capture.rewrites.truth_values import spell_truth_choices
@@ -201,6 +202,7 @@ def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     except Exception as error:  # torch.export has no common base; whatever it raises comes from the model
         raise refusal(denoiser.source, error, exported) from error
     assert program is not None
+    take_batch_from_sample(program.model.graph, denoiser.sample, denoiser.timestep)
     _settle_lengths(program, denoiser)
     return program
 

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 from tfmq_export.bundle.manifest import prologue_folder
 from tfmq_export.cli.console import err, out, table
 from tfmq_export.report.numbers import LOST_WORDS, POOR, PROMPT_LOST, decibels, short, size
-from tfmq_export.runtime.measure.compare import Metric
+from tfmq_export.runtime.measure.compare import Metric, called
 from tfmq_export.runtime.measure.machine import described
 
 if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import Bundle
     from tfmq_export.proof.guidance import Guidance
     from tfmq_export.proof.validate import Validation
-    from tfmq_export.runtime.measure.compare import Comparison
+    from tfmq_export.runtime.measure.compare import Comparison, Report
     from tfmq_export.runtime.measure.receipt import Receipt
 
 
@@ -21,20 +21,14 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
     """The result for people."""
     manifest, receipt = bundle.manifest, validation.receipt
     found = validation.report
-    psnr, sqnr = found[Metric.IMAGE_PSNR], found[Metric.STEP_SQNR]
-    similarity = f", SSIM {found[Metric.IMAGE_SSIM].mean:.3f}" if Metric.IMAGE_SSIM in found else ""
-    perceived = f", ST-LPIPS {short(found[Metric.IMAGE_LPIPS].mean)}" if Metric.IMAGE_LPIPS in found else ""
+    sqnr = found[Metric.STEP_SQNR]
     cosine, agreement = found[Metric.FEATURE_COSINE], found[Metric.LOCK_STEP]
     convolutions, linears = receipt.counts("conv"), receipt.counts("linear")
     products = receipt.counts("attention")
     attention = f"{products[0]}/{products[1]} attention products, " if products[1] else ""
     emulated = sorted({row.emulated for row in receipt.rows if row.emulated})
     rows = [
-        (
-            "images",
-            f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}{perceived}, {len(psnr.values)} images"
-            f"{_in_words(psnr.mean, found[Metric.OTHER_PICTURES].mean)}",
-        ),
+        drawn_row(found, validation.reference_images.shape),
         ("noise prediction", f"SQNR {sqnr.mean:.1f} dB; least {_least(sqnr, manifest.timesteps.values)}"),
         *_guidance_row(validation.guidance),
         (
@@ -66,6 +60,21 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
         paths = [layer.path for layer in kept if layer.reason == reason]
         shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
         out.print(f"in floating point: {len(paths)} layers ({shown}): {reason}", markup=False, highlight=False)
+
+
+def drawn_row(found: "Report", shape: Sequence[int]) -> tuple[str, str]:
+    """How near what was drawn is.
+
+    Args:
+        shape: Of it, [N, ...]: latents are called latents.
+    """
+    psnr, what = found[Metric.IMAGE_PSNR], called(shape)
+    similarity = f", SSIM {found[Metric.IMAGE_SSIM].mean:.3f}" if Metric.IMAGE_SSIM in found else ""
+    perceived = f", ST-LPIPS {short(found[Metric.IMAGE_LPIPS].mean)}" if Metric.IMAGE_LPIPS in found else ""
+    return what, (
+        f"PSNR {psnr.mean:.1f} dB (worst {psnr.lowest:.1f}){similarity}{perceived}, {len(psnr.values)} {what}"
+        f"{_in_words(psnr.mean, found[Metric.OTHER_PICTURES].mean, what)}"
+    )
 
 
 def _at_some(validation: "Validation") -> str:
@@ -101,15 +110,16 @@ def _kernels_row(receipt: "Receipt", found: "Comparison") -> list[tuple[str, str
     return [("kernels = graph", f"{found.median:.0f} dB, median of {len(found.values)} timesteps, on {described()}")]
 
 
-def _in_words(psnr: float, others: float) -> str:
+def _in_words(psnr: float, others: float, what: str) -> str:
     """A warning where the pictures are not the model's own any more.
 
     Args:
-        others: PSNR of two different pictures of the set, dB.
+        others: PSNR of two different ones of the set, dB.
+        what: They are called.
     """
     if psnr >= POOR:
         return ""
-    return f"; POOR: not the same pictures any more (two different ones have {others:.1f} dB)"
+    return f"; POOR: not the same {what} any more (two different ones have {others:.1f} dB)"
 
 
 def _tables(validation: "Validation") -> str:

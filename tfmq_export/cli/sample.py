@@ -65,7 +65,7 @@ def sample(
     from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.bundle.write import replaced_file
     from tfmq_export.errors import ConfigError
-    from tfmq_export.runtime.measure.compare import is_picture
+    from tfmq_export.runtime.measure.compare import called, is_picture
     from tfmq_export.runtime.picture import PER_ROW, png, strip
     from tfmq_export.runtime.sampler import schedule_of
 
@@ -76,7 +76,11 @@ def sample(
     (sample,) = opened.manifest.input("sample")
     recorded = opened.manifest.call is not None
     if not recorded and not is_picture((None, *sample.shape)):
-        raise ConfigError(f"{bundle}: draws latents {list(sample.shape)}, not pictures; decode them with the VAE")
+        what = called((None, *sample.shape))
+        raise ConfigError(
+            f"{bundle}: draws {what} {list(sample.shape)}, not pictures; compile the folder of its pipeline, whose VAE "
+            "then goes into the bundle, or draw in Python (docs/sampling.md)"
+        )
     if against is not None and (image, scheduler, steps) != (None, None, None):
         raise ConfigError("--against draws as the bundle was compiled; leave out --image, --scheduler and --steps")
     schedule = None if recorded or (image, scheduler, steps) != (None, None, None) else schedule_of(opened)

@@ -5,6 +5,7 @@ the engine that will prove the bundle. Weights are handed in as inputs, so that 
 it predicts must be what PyTorch does.
 """
 
+import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -47,9 +48,11 @@ _WORD = re.compile(r"[A-Za-z_]\w*")
 Arrays = Mapping[str, NDArray[Any]]
 
 
-def require_engine_takes(model: Captured, config: CompileConfig) -> None:
+def require_engine_takes(model: Captured, config: CompileConfig) -> float:
     """Rewrite a captured model for its target and run it there once, in floating point.
 
+    Returns:
+        SQNR of its prediction against PyTorch's, dB.
     Raises:
         TargetError: the engine refuses the graph, or the target has no form for a part of it.
         ExportError: the graph predicts something else than the module.
@@ -65,10 +68,11 @@ def require_engine_takes(model: Captured, config: CompileConfig) -> None:
     found = _answer(lowered, {name: value.numpy() for name, value in inputs.items()}, program)
     sample, timestep = inputs.pop(few.sample), inputs.pop(few.timestep)
     expected = few.module_denoise()(sample, timestep, **inputs).numpy()
-    _require_same(found, expected, denoiser, config.target)
+    sqnr = _sqnr_of(found, expected, denoiser, config.target)
     if config.prologue:
         cut_prologue(lowered.graph, few, recipe)
     release_pages(denoiser.module.parameters())
+    return sqnr
 
 
 def _inputs(denoiser: Denoiser) -> dict[str, torch.Tensor]:
@@ -81,14 +85,15 @@ def _inputs(denoiser: Denoiser) -> dict[str, torch.Tensor]:
 
 def _answer(lowered: Lowered, feeds: Arrays, program: DiffusionProgram) -> NDArray[np.generic]:
     """What the engine predicts; refused where it cannot with weights inside the graph either, as they will be."""
-    tensors, target = lowered.graph.tensors(), lowered.target.name
+    target, tensors = lowered.target.name, lowered.graph.tensors().items()
+    constants = {name: value for name, value in tensors if isinstance(value, gs.Constant)}
     taken = {value.name for value in lowered.graph.inputs}
     given = {name: value for name, value in feeds.items() if name in taken}
 
     def with_inputs(path: Path) -> Arrays:
         proto, names = weights_as_inputs(lowered.graph)
         onnx.save(proto, path)
-        return {**given, **{name: np.ascontiguousarray(tensors[name].values) for name in names}}
+        return {**given, **{name: np.ascontiguousarray(constants[name].values) for name in names}}
 
     def with_weights(path: Path) -> Arrays:
         save_graph(lowered.graph, path)
@@ -137,17 +142,19 @@ def _place(said: str, graph: gs.Graph, program: DiffusionProgram) -> str:
     return ""
 
 
-def _require_same(found: NDArray[np.generic], expected: NDArray[np.float32], denoiser: Denoiser, target: str) -> None:
+def _sqnr_of(found: NDArray[np.generic], expected: NDArray[np.float32], denoiser: Denoiser, target: str) -> float:
+    """How near two predictions are; refused where they are not the same."""
     if found.shape != expected.shape:
         raise ExportError(
             f"{denoiser.source}: its graph predicts {list(found.shape)} where forward() predicts "
             f"{list(expected.shape)}; please report this with the model's code"
         )
     if not np.isfinite(expected).all() or not expected.any():
-        return  # the model's own, which calibration and the proof look at
+        return math.inf  # the model's own, which calibration and the proof look at
     sqnr = sqnr_db(expected, found)
     if not sqnr >= LEAST_SQNR:
         raise ExportError(
             f"{denoiser.source}: its graph for {target} predicts something else than forward(), at an SQNR of "
             f"{sqnr:.1f} dB; is forward() the same in every call, and not random?"
         )
+    return sqnr

@@ -143,6 +143,7 @@ def describe(module: nn.Module, description: Description, steps: int | None, sou
             f"the example timestep has shape {list(inputs[description.timestep].shape)}; "
             "let forward() take one number, [], or one per sample, [batch]"
         )
+    _require_named(module, inputs)
     others = set(inputs) - {description.sample, description.timestep}
     if missing := others - set(description.conditioning):
         raise ConfigError(
@@ -170,6 +171,18 @@ def describe(module: nn.Module, description: Description, steps: int | None, sou
         scheduler_config=scheduler,
         source=source,
     )
+
+
+def _require_named(module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    """Refuse inputs that are not in the signature of ``forward``: torch.export cannot follow ``**kwargs``."""
+    known = inspect.signature(module.forward).parameters
+    unnamed = [name for name in inputs if name not in known]
+    caught = next((name for name, each in known.items() if each.kind is inspect.Parameter.VAR_KEYWORD), None)
+    if unnamed and caught is not None:
+        raise ConfigError(
+            f"{type(module).__name__}.forward() takes {', '.join(unnamed)} through **{caught}, which torch.export "
+            "cannot follow; name each input in its signature"
+        )
 
 
 def _check_conditioning(description: Description, inputs: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from tfmq_export.models.layouts.opened import Opened, noted
 from tfmq_export.models.layouts.read import read_layout
 from tfmq_export.models.prompts import read_prompts
 from tfmq_export.models.recorded.load import denoiser_from_pipeline
+from tfmq_export.models.recorded.pipeline import missing_parts
 from tfmq_export.models.recorded.requests import REQUESTS, read_requests
 
 DEFAULT_STEPS = 50
@@ -135,9 +136,12 @@ def load(source: Source) -> Denoiser:
     given = None
     if source.pipeline is not None:
         layout, given = _in_pipeline(source.pipeline, layout)
-    if layout.folder is not None and is_pipeline(layout.folder.root) and source.conditioning is None:
+    whole = None if layout.folder is None or source.conditioning is not None else layout.folder
+    lacking = () if whole is None or not is_pipeline(whole.root) else missing_parts(whole.root)
+    asked = source.pipeline is not None or source.prompts is not None  # then the pipeline says itself what it lacks
+    if whole is not None and is_pipeline(whole.root) and (asked or not lacking):
         return denoiser_from_pipeline(
-            layout.folder,
+            whole,
             DEFAULT_STEPS if source.steps is None else source.steps,
             requests=() if source.prompts is None else read_requests(source.prompts),
             guidance_scale=source.guidance_scale,
@@ -162,7 +166,8 @@ def load(source: Source) -> Denoiser:
     sampling = Sampling(DEFAULT_STEPS if source.steps is None else source.steps, source.scheduler)
     class_of(type(opened.model).__name__, where)
     denoiser = denoiser_of(opened.model, opened.scheduler, prompts, sampling, where=where)
-    return replace(denoiser, pipeline=layout.pipeline, source=noted(where, (*opened.notes, *fused)))
+    apart = (f"alone, for its pipeline lacks {', '.join(lacking)}",) if lacking else ()
+    return replace(denoiser, pipeline=layout.pipeline, source=noted(where, (*opened.notes, *apart, *fused)))
 
 
 def _in_pipeline(folder: Path, layout: Layout) -> tuple[Layout, Opened]:

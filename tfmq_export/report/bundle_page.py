@@ -90,7 +90,7 @@ def verdict_of(facts: Facts) -> Verdict:
     if measured.lost:
         return Verdict("warned", "Not all integers.", f"{checks}; {runs}.")
     if facts.psnr is not None and facts.psnr < POOR:
-        return Verdict("warned", "Poor images.", f"{checks}, but the pictures are not the same ones any more.")
+        return Verdict("warned", f"Poor {facts.drawn}.", f"{checks}, but they are not the same ones any more.")
     kept = 1.0 if measured.guidance is None else float(measured.guidance.kept.mean())
     if kept < PROMPT_LOST:
         return Verdict("warned", "The prompt is lost.", f"{checks}, but {kept:.2f} of the guidance is left.")
@@ -115,12 +115,13 @@ def _images_tile(facts: Facts) -> Tile:
     values = facts.measured.values.get(Metric.IMAGE_PSNR, ())
     others = facts.measured.mean(Metric.OTHER_PICTURES)
     lpips = facts.measured.mean(Metric.IMAGE_LPIPS)
-    note = f"mean PSNR of {len(values)} images against full precision"
+    what = facts.drawn
+    note = f"mean PSNR of {len(values)} {what} against full precision"
     if lpips is not None:
         note += f", ST-LPIPS {short(lpips)}"
     if others is not None:
-        note += f"; two different images have {others:.1f} dB"
-    return Tile("Images", "" if facts.psnr is None else short(facts.psnr), "dB", note)
+        note += f"; two different {what} have {others:.1f} dB"
+    return Tile(what.capitalize(), "" if facts.psnr is None else short(facts.psnr), "dB", note)
 
 
 def _speed_tile(facts: Facts) -> Tile:

@@ -12,7 +12,7 @@ from tfmq_export.recipe.io import load_recipe
 from tfmq_export.report.layers import Layer, layers_of
 from tfmq_export.report.measured import Measured
 from tfmq_export.report.speed import Speed
-from tfmq_export.runtime.measure.compare import Metric
+from tfmq_export.runtime.measure.compare import Metric, called
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +57,15 @@ class Facts:
     def name(self) -> str:
         """Of the bundle's folder."""
         return self.bundle.root.absolute().name
+
+    @property
+    def drawn(self) -> str:
+        """What was drawn and compared: images, or latents and samples of which there are no pictures."""
+        if self.pictures is not None:
+            return "images"
+        manifest = self.bundle.manifest
+        (sample,) = manifest.input("sample")
+        return "samples" if manifest.call is not None else called((None, *sample.shape))
 
     @property
     def size_share(self) -> float:

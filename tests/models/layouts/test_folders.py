@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
-from nets.tiny_pipelines import stable_diffusion
+from nets.tiny_pipelines import dit, stable_diffusion
 from nets.tiny_unets import attention_unet
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -261,3 +261,19 @@ def test_a_pipeline_in_the_hubs_cache_runs_with_its_variant_and_its_lora(variant
     assert denoiser.pipeline == snapshot
     assert "LoRA l.safetensors at 0.5" in denoiser.source
     assert ("variant fp16" in denoiser.source) is bool(variant)
+
+
+def test_a_pipeline_that_lacks_a_part_is_its_denoiser_alone(tmp_path: Path) -> None:
+    """As people download them: the transformer and the scheduler, and an index that lists no more."""
+    root = dit(tmp_path / "dit", DDIMScheduler())
+    index = json.loads((root / "model_index.json").read_text())
+    (root / "model_index.json").write_text(json.dumps({key: value for key, value in index.items() if key != "vae"}))
+    shutil.rmtree(root / "vae")
+
+    denoiser = load(Source(root, steps=2))
+
+    assert denoiser.call is None
+    assert denoiser.source.endswith("dit (alone, for its pipeline lacks vae)")
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    with pytest.raises(LoadError, match="vae"):
+        load(Source(root, steps=2, prompts=tmp_path / "prompts.txt"))

@@ -1,8 +1,9 @@
 """The captured graph in the form that the ONNX exporter takes at its word.
 
 ``squeeze(dim)`` of an axis that is longer than 1 changes nothing in PyTorch, and one number stands for all axes of a
-convolution or a pooling. The exporter writes both down as they are, and the graph does not load. And what is filled
-with one number in the type of another value has nothing to do with that value: a weight made so is still a weight.
+convolution or a pooling. The exporter writes both down as they are, and the graph does not load. What is filled with
+one number in the type of another value has nothing to do with that value: a weight made so is still a weight. And
+attention without an axis of heads has one head.
 """
 
 from collections.abc import Mapping
@@ -45,6 +46,8 @@ def as_the_exporter_takes_it(module: fx.GraphModule) -> None:
             value = node.meta["val"]
             node.target, node.args = FILLED[node.target], node.args[1:]
             node.kwargs = {"dtype": value.dtype, "device": value.device}
+        elif node.target is aten.scaled_dot_product_attention.default and node.args[0].meta["val"].ndim == 3:
+            _give_one_head(module.graph, node)
         elif node.target in SPATIAL:
             count, places = SPATIAL[node.target]
             node.args = tuple(
@@ -65,6 +68,32 @@ def _drop_or_narrow(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
     elif single != axes:
         node.args = (source, single)
+
+
+def _give_one_head(graph: fx.Graph, node: fx.Node) -> None:
+    """``attention(q, k, v)  ==  attention(q[:, None], k[:, None], v[:, None])[:, 0]``; a mask for each row alike."""
+
+    def emit(target: Any, *args: Any, **options: Any) -> fx.Node:
+        made: fx.Node = graph.call_function(target, args, options)
+        made.meta |= node.meta
+        made.meta["val"] = target(*fx.map_arg(args, _value), **fx.map_arg(options, _value))
+        return made
+
+    def widened(value: Any) -> Any:
+        return (
+            emit(aten.unsqueeze.default, value, 1) if isinstance(value, fx.Node) and _value(value).ndim == 3 else value
+        )
+
+    with graph.inserting_before(node), _value(node.args[0]).fake_mode:
+        args = [widened(value) for value in node.args]
+        options = {name: widened(value) for name, value in node.kwargs.items()}
+        found = emit(aten.squeeze.dim, emit(node.target, *args, **options), 1)
+    node.replace_all_uses_with(found)
+    graph.erase_node(node)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
 
 
 def _for_each_axis(value: Any, count: int) -> Any:

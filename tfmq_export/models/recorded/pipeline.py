@@ -142,6 +142,20 @@ def denoiser_name(root: Path) -> str:
     return found[0]
 
 
+def missing_parts(root: Path) -> tuple[str, ...]:
+    """What a pipeline's class needs and its index does not list: such a folder holds a denoiser, and no pipeline."""
+    index = read_index(root)
+    known = getattr(diffusers, str(index.get("_class_name")), None)
+    if not (isinstance(known, type) and issubclass(known, DiffusionPipeline)):
+        return ()
+    needed = {
+        name
+        for name, given in inspect.signature(known.__init__).parameters.items()
+        if given.default is inspect.Parameter.empty and given.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    }
+    return tuple(sorted(needed - {"self"} - index.keys() - set(known._optional_components)))
+
+
 def class_in_pipeline(name: str, where: str | Path) -> Any:
     """A model class of diffusers by its name.
 

@@ -1,0 +1,1 @@
+"""Small denoisers drawn at random: the pieces, and how they are put together."""
