@@ -22,7 +22,7 @@ class Semantics(Enum):
     QUANTIZING = "quantizing"
     """Numbers change by the quantization the recipe asks for, and by nothing else."""
     ROUNDING = "rounding"
-    """Numbers change by the rounding of fp16, and by nothing else."""
+    """Numbers change by the rounding of 16-bit numbers, and by nothing else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The whole order of rewrites, in one list."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tfmq_export.passes.base import Pass
 from tfmq_export.passes.bind.bind_recipe import BindRecipe
@@ -10,12 +10,15 @@ from tfmq_export.passes.check_model import CheckModel
 from tfmq_export.passes.finish.half_precision import HalfPrecision
 from tfmq_export.passes.finish.merge_constants import MergeConstants
 from tfmq_export.passes.finish.name_outputs import NameOutputs
+from tfmq_export.passes.lower.affine import SpellAffine
 from tfmq_export.passes.lower.attention import LowerAttention
 from tfmq_export.passes.lower.average_group_norm import AverageGroupNorm
 from tfmq_export.passes.lower.group_norm import LowerGroupNorm
+from tfmq_export.passes.lower.linear_as_gemm import LinearAsGemm
 from tfmq_export.passes.lower.merge_positions_late import MergePositionsLate
 from tfmq_export.passes.lower.silu import LowerSilu
 from tfmq_export.passes.qdq.fold_zero_points import FoldZeroPoints
+from tfmq_export.passes.qdq.grid_everything import GridEverything, Interval
 from tfmq_export.passes.qdq.insert_qdq import InsertQdq
 from tfmq_export.passes.qdq.lower_timestep_grids import LowerTimestepGrids
 from tfmq_export.passes.qdq.offset_inputs import OffsetInputs
@@ -69,6 +72,7 @@ def passes_for(  # what a graph depends on, by keyword
         *([LowerAttention("mha")] if target.attention == "mha" and not recipe.products else []),
         LowerAttention("matmul"),  # whatever has no fused form
         RescaleInputs(recipe),
+        *([LinearAsGemm(recipe)] if target.integers_only else []),
         *([SplitResults(recipe)] if target.split_results else []),
         InsertQdq(recipe, target),
         *([QuantizeAttention(recipe, target)] if recipe.products else []),
@@ -81,13 +85,25 @@ def passes_for(  # what a graph depends on, by keyword
         FoldRescales(recipe),  # behind QuantizeWeights: integers stay, their scales take the factors
         # Behind FoldRescales, which looks for sigmoids and affines.
         *([LowerSilu()] if target.polynomial_tanh else []),
+        *([SpellAffine()] if target.integers_only else []),
         *([AverageGroupNorm()] if target.channels_last else []),
         StackOutputCodes(recipe, target.integer_bias),
-        MergeConstants(),
+        MergeConstants(codes=not target.integers_only),
         NameOutputs(OUTPUT),
         *([HalfPrecision(recipe)] if target.float_type == "float16" else []),
         CheckModel(recipe, target, timestep),
     ]
+
+
+def gridding_passes(
+    recipe: QuantRecipe, target: Target, intervals: Mapping[str, Interval], timestep: str
+) -> list[Pass]:
+    """What follows ``passes_for`` where nothing may compute in floating point.
+
+    Args:
+        intervals: Of the float values of the graph that ``passes_for`` leaves, measured on it.
+    """
+    return [GridEverything(intervals), MergeConstants(codes=False), CheckModel(recipe, target, timestep)]
 
 
 def _class_tables(recipe: QuantRecipe, sample: str, timestep: str, labels: Sequence[str]) -> list[Pass]:

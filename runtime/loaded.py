@@ -190,8 +190,9 @@ def load(  # noqa: PLR0913  # options of the one public entry, by keyword
 
     Args:
         root: A folder written by ``tfmq-export``.
-        backend: "onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt", "tensorrt-rtx", or "auto": an engine of
-            the bundle that runs on this GPU, else what the bundle was compiled for if installed, else ONNX Runtime.
+        backend: "onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt", "tensorrt-rtx", "qnn", or "auto": an engine
+            of the bundle that runs on this GPU, else what the bundle was compiled for if installed, else ONNX Runtime.
+            "qnn" is Qualcomm's NPU; where there is none, its emulator, which "auto" never takes.
         threads: Of one inference on a CPU; None leaves the choice to the engine.
         integer: False gives the reference numerics: the same graph computed in floating point.
         verify: False saves comparing graphs, weights and engines with the manifest's hashes, about a second per GB.

@@ -16,7 +16,7 @@ MODEL = frozenset({"capture", "models", "ptq"})
 GRAPH = frozenset({"passes", "runtime"})
 """What never does: the graph's side."""
 TORCH, ONNX = frozenset({"torch"}), frozenset({"onnx", "onnx_graphsurgeon", "ml_dtypes"})
-ENGINE_LIBRARIES = frozenset({"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"})
+ENGINE_LIBRARIES = frozenset({"onnxruntime", "onnxruntime_qnn", "openvino", "tensorrt", "tensorrt_rtx"})
 ANYTHING = TORCH | ONNX | ENGINE_LIBRARIES | {"diffusers", "matplotlib", "numpy", "nncf", "rich", "transformers"}
 DRAWING = frozenset({"PIL", "jinja2", "matplotlib", "yaml"})
 """What the report is drawn with: a host that only runs bundles has none of it."""
@@ -48,6 +48,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 TOP = frozenset({"compiler", "cli"})
 ENGINES = {
     "onnxruntime": "runtime/engines/onnxruntime/runner.py",
+    "onnxruntime_qnn": "runtime/engines/qnn/library.py",
     "openvino": "runtime/engines/openvino/runner.py",
     "tensorrt": "runtime/engines/tensorrt/library.py",
     "tensorrt_rtx": "runtime/engines/tensorrt/library.py",

@@ -60,6 +60,8 @@ PRESETS: Mapping[str, Preset] = {
     "w8a8": Preset(8, 8),
     "w4a8": Preset(4, 8),
     "w4a6": Preset(4, 6),
+    "w8a16": Preset(8, 16),
+    "w4a16": Preset(4, 16),
     "fp32": Preset(0, 0),
 }
 
@@ -84,6 +86,8 @@ FLOORS: Mapping[str, Floors] = {
     "w8a8": Floors(18.0, 20.0),
     "w4a8": Floors(15.0, 16.0),
     "w4a6": Floors(12.0, 12.0),
+    "w8a16": Floors(18.0, 20.0),
+    "w4a16": Floors(15.0, 16.0),
     "fp32": Floors(30.0, 40.0),
 }
 LOWEST = Floors(10.0, 0.0)  # of a recipe with a preset of another name
@@ -192,8 +196,10 @@ class LayerPins(BaseModel):
     weights: Literal[4, 8, "float"] | None = Field(
         None, description="bits of the weights; float keeps the whole layer in floating point"
     )
-    inputs: Literal[6, 8, "float"] | None = Field(
-        None, description="bits of the inputs; float computes in floating point, from weights that are stored in bits"
+    inputs: Literal[6, 8, 16, "float"] | None = Field(
+        None,
+        description="bits of the inputs, 16 on target qnn alone; float computes in floating point, from weights that "
+        "are stored in bits",
     )
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ class Target:
     """A backend's demands on the graph.
 
     Attributes:
-        engine: Whose own account of the graph is the receipt: "onnxruntime", "openvino" or "tensorrt".
+        engine: Whose own account of the graph is the receipt: "onnxruntime", "openvino", "tensorrt" or "qnn".
         quantized_outputs: Kinds of layer that only run in integers with a QuantizeLinear on their output.
         attention: Form of attention nodes: "matmul" is portable, "mha" is com.microsoft.MultiHeadAttention.
         symmetric: Activation codes are int8 with zero point 0; else uint8 with any.
@@ -34,6 +34,9 @@ class Target:
         polynomial_tanh: Whether tanh is cheaper than the exponential and the division of a sigmoid.
         saturates: Whether its kernels add pairs of products in 16 bits on some of its hosts (``pairs.py``).
         built_in_place: Whether its engines can only be built on the GPU that runs them.
+        integers_only: Whether every value lies on an integer grid, because nothing may compute in floating point.
+        wide_codes: Whether an activation may be one 16-bit integer; layers then read and write 16 bits.
+        int4_kernels: Whether packed 4-bit weights go to DequantizeLinear as they are.
     """
 
     name: str
@@ -55,6 +58,9 @@ class Target:
     polynomial_tanh: bool = False
     saturates: bool = False
     built_in_place: bool = False
+    integers_only: bool = False
+    wide_codes: bool = False
+    int4_kernels: bool = False
 
 
 _TARGETS = (
@@ -95,6 +101,21 @@ _TARGETS = (
             built_in_place=in_place,
         )
         for name, in_place in (("tensorrt", True), ("tensorrt-rtx", False))
+    ),
+    # Hexagon's integer kernels read and write integers; what lies between two layers has grids of 16 bits
+    # (docs/lowering.md).
+    Target(
+        "qnn",
+        engine="qnn",
+        quantized_outputs=frozenset({"conv", "linear"}),
+        integer_bias=True,
+        stored_weights=False,
+        integer_attention=True,
+        integer_tables=False,
+        polynomial_tanh=True,  # x sigmoid(x) behind an affine is computed wrongly, without a word (docs/lowering.md)
+        integers_only=True,
+        wide_codes=True,
+        int4_kernels=True,
     ),
 )
 

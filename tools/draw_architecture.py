@@ -35,7 +35,9 @@ KINDS = {
     "onnx": ("#b9d9ff", "imports onnx or an engine, never torch"),
     "plain": ("#e8e3c8", "imports neither"),
 }
-ENGINES = frozenset({"onnx", "onnx_graphsurgeon", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"})
+ENGINES = frozenset(
+    {"onnx", "onnx_graphsurgeon", "onnxruntime", "onnxruntime_qnn", "openvino", "tensorrt", "tensorrt_rtx"}
+)
 
 
 @dataclass(frozen=True)

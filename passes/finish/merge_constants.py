@@ -20,8 +20,13 @@ class MergeConstants(Pass):
 
     Zero points of weights stay apart where the weights differ in rank or channel axis: OpenVINO, with static shapes,
     runs every layer in floating point whose zero point has to broadcast in two ways.
+
+    Attributes:
+        codes: Whether equal codes are stored once although their scales differ; onnxruntime-qnn knows a tensor by its
+            name, and gives all that share it the scale of the first.
     """
 
+    codes: bool = True
     semantics: ClassVar[Semantics] = Semantics.EXACT
 
     def apply(self, graph: gs.Graph) -> Changes:
@@ -31,6 +36,8 @@ class MergeConstants(Pass):
             for position, value in enumerate(node.inputs):
                 # To read 4-bit integers unpacks them for good; what no pass has read stays as the file holds it.
                 if not isinstance(value, gs.Constant) or unread(value) or value.values.size > LARGEST:
+                    continue
+                if not self.codes and node.op == "DequantizeLinear" and position == 0:
                     continue
                 array = value.values
                 kept = first.setdefault((array.dtype, array.shape, array.tobytes(), _broadcast(node, array)), value)

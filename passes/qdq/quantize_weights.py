@@ -6,7 +6,8 @@
 
 Where the target folds casts of constants, integers of 4 bits and fewer are stored packed, ``INT4 -> Cast(INT8) ->
 DequantizeLinear``: ONNX Runtime does it when it loads the model, so the kernel is the 8-bit one and the file half
-the size. The learned integers are stored as they are, never re-rounded from floats.
+the size. Where the target has kernels for them, the Cast is left out. The learned integers are stored as they are,
+never re-rounded from floats.
 
 Power-of-two scaling (PTS) shifts the integers of input channel k by ``d_k - min d``, and the scale takes
 ``2^(min d)``. The shifts are in the stored int8 (fold), or the engine puts them there when it loads ``INT4 ->
@@ -84,9 +85,14 @@ class QuantizeWeights(RecipePass):
         if form == "fold":
             codes = (codes * shift).astype(np.int8)
         packed = self.target.packed_weights and layer.weight.spec.bits <= PACKED_BITS and form != "fold"
-        stored = _stored_codes(graph, layer.name, codes, shift if form == "shift" else None, packed=packed)
         scale = constant(f"{layer.name}.weight_scale", layer.weight_step)
-        zero_point = constant(f"{layer.name}.weight_zero_point", np.zeros(len(layer.weight.scale), np.int8))
+        no_offset = np.zeros(len(layer.weight.scale), np.int8)
+        if packed and self.target.int4_kernels:
+            stored: gs.Tensor = int4_constant(weight_codes_name(layer.name), codes)
+            zero_point = int4_constant(f"{layer.name}.weight_zero_point", no_offset)
+        else:
+            stored = _stored_codes(graph, layer.name, codes, shift if form == "shift" else None, packed=packed)
+            zero_point = constant(f"{layer.name}.weight_zero_point", no_offset)
         real = variable(f"{layer.name}.weight_dequantized", dtype=np.float32, shape=codes.shape)
         name, inputs = weight_dequantizer_name(layer.name), [stored, scale, zero_point]
         graph.nodes.append(gs.Node("DequantizeLinear", name, {"axis": 1 if transposed else 0}, inputs, [real]))

@@ -48,6 +48,6 @@ def _obstacle(layer: LayerRecipe, target: Target, form: Form) -> str | None:
     shifted, container = layer.shifted_codes, np.iinfo(np.int8)
     if shifted.max() > container.max or shifted.min() < container.min:
         return f"its {layer.weight.spec.bits}-bit weight shifted by PTS does not fit 8 bits"
-    if form == "shift" and not target.packed_weights:
+    if form == "shift" and (target.int4_kernels or not target.packed_weights):
         return f"{target.name} does not fold arithmetic on integer constants"
     return None

@@ -105,9 +105,9 @@ def computed_from_time(graph: gs.Graph, timestep: str) -> list[str]:
 
 
 def _moves_a_row(node: gs.Node) -> bool:
-    """Whether a node only reshapes, splits or picks from table rows."""
+    """Whether a node only reshapes, splits, rounds or picks from table rows."""
     picks = node.op == "Gather" and isinstance(node.inputs[1], gs.Constant)  # select: x[:, 0]
-    if node.op not in LAYOUT and not picks:
+    if node.op not in LAYOUT | {"QuantizeLinear", "DequantizeLinear"} and not picks:
         return False
     source = node.inputs[0].inputs
     return bool(source) and (is_lookup(source[0].name) or _moves_a_row(source[0]))

@@ -88,22 +88,25 @@ def open_runner(
     if precision is not None and not engine.precisions:
         takers = " and ".join(each.title for each in ENGINES.values() if each.precisions)
         raise ConfigError(f"precision {precision!r} is {takers}'s option; {backend} computes in the graph's own types")
-    # The integers of what is built from a graph are the GPU's; the graph itself gives its reference numerics.
-    integer = integer and not ENGINES[made_for.engine].built
+    # The integers of such a graph are another device's; here it gives its reference numerics.
+    own = ENGINES[made_for.engine]
+    integer = integer and (engine is own or not (own.built or own.floats_elsewhere))
     return engine.open_graph(GraphRequest(graph, backend, threads, integer, precision))
 
 
 def engine_version(target: str) -> str:
     """Name and version of the engine that ``open_runner`` takes for a target."""
     own = ENGINES[find_target(target).engine]
-    engine = own if not own.built and own.installed() else ENGINES[FALLBACK]
+    engine = own if own.usual else ENGINES[FALLBACK]
     return f"{engine.name} {engine.versions[engine.name]()}"
 
 
 def _usual_backend(graph: Path, target: Target, integer: bool) -> str:
     own = ENGINES[target.engine]
     if integer and not own.built and own.name != FALLBACK:
-        if own.installed():
+        if own.usual:
             return own.name
+        if own.floats_elsewhere:
+            return FALLBACK
         _log.warning("%s was compiled for %s, which is not installed; on ONNX Runtime", graph, own.name)
     return "onnxruntime-cuda" if target.name == "ort-cuda" and has_gpu() else FALLBACK

@@ -16,6 +16,9 @@ from tfmq_export.runtime.engines.onnxruntime import runner as ort
 from tfmq_export.runtime.engines.onnxruntime.receipt import realized_on_ort
 from tfmq_export.runtime.engines.openvino import runner as openvino
 from tfmq_export.runtime.engines.openvino.receipt import realized_on_openvino
+from tfmq_export.runtime.engines.qnn import library as qnn
+from tfmq_export.runtime.engines.qnn.receipt import realized_on_qnn
+from tfmq_export.runtime.engines.qnn.runner import open_graph as open_on_npu
 from tfmq_export.runtime.engines.tensorrt import library as tensorrt
 from tfmq_export.runtime.engines.tensorrt.receipt import realized_on_tensorrt
 from tfmq_export.runtime.engines.tensorrt.runner import open_graph as open_built
@@ -50,6 +53,8 @@ class Engine:
         precisions: What may compute where nothing is quantized; empty where the graph's own types say.
         every_target: Whether it computes the graphs of all targets rightly, not just those made for it.
         built: Whether it runs what was built from a bundle's graph, not the graph itself.
+        serves: Whether "auto" takes it on this machine; where it is installed if None.
+        floats_elsewhere: Whether other engines give reference numerics of its graphs, and no integers.
     """
 
     name: str
@@ -62,6 +67,13 @@ class Engine:
     precisions: tuple[str, ...] = ()
     every_target: bool = False
     built: bool = False
+    serves: Callable[[], bool] | None = None
+    floats_elsewhere: bool = False
+
+    @property
+    def usual(self) -> bool:
+        """Whether graphs that were made for it run on it here, where nobody says on what."""
+        return not self.built and (self.serves or self.installed)()
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -109,6 +121,18 @@ _ENGINES = (
         installed=tensorrt.can_prove,
         missing=tensorrt.MISSING,
         built=True,
+    ),
+    # Its emulator takes minutes for what a phone does in milliseconds: "auto" wants the NPU.
+    Engine(
+        "qnn",
+        "onnxruntime-qnn",
+        open_graph=open_on_npu,
+        receipt=realized_on_qnn,
+        versions={"qnn": qnn.version},
+        installed=qnn.is_here,
+        missing=qnn.MISSING,
+        serves=qnn.has_npu,
+        floats_elsewhere=True,
     ),
 )
 

@@ -3,7 +3,7 @@
     OUT/<component>/model.onnx     the denoiser (unet, transformer, or denoiser for a factory)
     OUT/<component>/config.json    the model's own configuration
     OUT/<component>_prologue/      model.onnx: what the prompt decides, run once (``--prologue``)
-    OUT/<component>*/engines/      TensorRT engines built from the graph beside them (``tfmq-build``)
+    OUT/<component>*/engines/      engines or context binaries built from the graph beside them (``tfmq-build``)
     OUT/scheduler/                 the scheduler the schedule came from, where there is one
     OUT/tfmq/                      recipe, manifest, report and conditioning examples
 
@@ -168,16 +168,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """A TensorRT engine and where it runs.
+    """What was built from a graph and where it runs: a TensorRT engine, or a context binary for Hexagon.
 
     Attributes:
         file: Relative path; its receipt lies beside it, see ``receipt``.
         graph: Relative path of the graph it was built from.
-        flavour: "tensorrt" or "tensorrt-rtx".
+        flavour: "tensorrt", "tensorrt-rtx" or "qnn".
         version: Of the library that built it, which is the one that can open it.
         compute_capabilities: GPUs it runs on, such as 89.
         size: Bytes.
         profiles: Smallest, usual and largest shape of each input that may vary, once per profile.
+        chip: The Snapdragon chip of a context binary, such as "sm8550"; empty for engines of GPUs.
     """
 
     file: str
@@ -187,6 +188,7 @@ class EngineInfo:
     compute_capabilities: tuple[int, ...]
     size: int
     profiles: tuple[Mapping[str, tuple[Shape, Shape, Shape]], ...]
+    chip: str = ""
 
     @property
     def receipt(self) -> str:

@@ -1,4 +1,4 @@
-"""tfmq-build: TensorRT engines for a bundle."""
+"""tfmq-build: TensorRT engines, or context binaries of Qualcomm chips, for a bundle."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +11,11 @@ from tfmq_export.cli.options import BundleFolder, JsonFile, Quiet, Version, answ
 from tfmq_export.report.numbers import size
 
 if TYPE_CHECKING:
+    from tfmq_export.bundle.manifest import Bundle
+    from tfmq_export.progress import Progress
+    from tfmq_export.runtime.engines.qnn.contexts import BuiltContext
     from tfmq_export.runtime.engines.tensorrt.building.files import BuiltEngine
+    from tfmq_export.runtime.measure.receipt import Receipt
 
 Sm = Annotated[
     list[str] | None,
@@ -38,6 +42,14 @@ def build(
     tensorrt: Annotated[
         bool, typer.Option("--tensorrt", help="Build with TensorRT for this machine's GPU, not with TensorRT-RTX.")
     ] = False,
+    qnn: Annotated[
+        str | None,
+        typer.Option(
+            "--qnn",
+            help="Compile a bundle of target qnn ahead for Snapdragon chips, such as sm8550,sm8650; "
+            "each --batch is one number then.",
+        ),
+    ] = None,
     workspace: Annotated[int | None, typer.Option(min=1, help="Limit of the builder's scratch memory, MiB.")] = None,
     timing_cache: Annotated[
         Path | None, typer.Option(help="File of kernel timings to read and write (TensorRT).")
@@ -51,7 +63,8 @@ def build(
 ) -> None:
     """Build a bundle's TensorRT engines, prove that they run in integers, and list them in its manifest.
 
-    TensorRT-RTX builds for any list of GPUs on a machine that has none; TensorRT builds for the GPU it finds.
+    TensorRT-RTX builds for any list of GPUs on a machine that has none; TensorRT builds for the GPU it finds. With
+    --qnn, context binaries for phones are compiled instead, and loaded again in the emulator.
     """
     from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.errors import ConfigError
@@ -59,6 +72,15 @@ def build(
     from tfmq_export.runtime.engines.tensorrt.building.profile import parse_batch
 
     opened = open_bundle(bundle)
+    if qnn is not None:
+        if tensorrt or sm or workspace or timing_cache:
+            raise ConfigError("--qnn compiles for phones; leave the options of TensorRT out")
+        with bars(quiet) as progress:
+            contexts = _contexts(opened, qnn, batch or ["1"], progress, allow_precision_loss)
+        _tell(bundle, [_context_row(each) for each in contexts], [each.info.file for each in contexts])
+        with answering(json) as found:
+            found |= {"bundle": str(bundle), "engines": [_context_figures(each) for each in contexts]}
+        return
     if tensorrt and sm:
         raise ConfigError("TensorRT builds for the GPU of this machine; leave --sm out, or --tensorrt")
     batches = tuple(parse_batch(text) for text in batch or ["1,2,8"])
@@ -73,19 +95,54 @@ def build(
                 opened, more = add_engines(opened, request, allow_precision_loss=allow_precision_loss)
             built.extend(more)
     with answering(json) as found:
-        table(f"{bundle}: engines", [_row(each) for each in built], ("graph", "GPUs", "in int8", "build", "size"))
-        for each in built:
-            out.print(f"written: {bundle / each.info.file}", markup=False, highlight=False)
+        _tell(bundle, [_row(each) for each in built], [each.info.file for each in built])
         found |= {"bundle": str(bundle), "engines": [_figures(each) for each in built]}
 
 
+def _tell(bundle: Path, rows: list[tuple[str, ...]], files: list[str]) -> None:
+    table(f"{bundle}: engines", rows, ("graph", "for", "in integers", "build", "size"))
+    for name in files:
+        out.print(f"written: {bundle / name}", markup=False, highlight=False)
+
+
+def _contexts(
+    bundle: "Bundle", chips: str, batches: list[str], progress: "Progress", allow_precision_loss: bool
+) -> "list[BuiltContext]":
+    from tfmq_export.errors import ConfigError
+    from tfmq_export.runtime.engines.qnn.contexts import add_contexts
+
+    if not all(text.strip().isdecimal() for text in batches):
+        raise ConfigError(f"--batch {', '.join(batches)}: Hexagon takes one size; give one number for each --batch")
+    built: list[BuiltContext] = []
+    for batch in map(int, batches):
+        with progress.stage(f"Compiling for {chips}, batch {batch}"):
+            names = tuple(name.strip() for name in chips.split(","))
+            bundle, more = add_contexts(bundle, names, batch, allow_precision_loss=allow_precision_loss)
+        built.extend(more)
+    return built
+
+
+def _context_row(built: "BuiltContext") -> tuple[str, ...]:
+    info = built.info
+    return info.graph, info.chip, _counts(built.receipt), f"{built.seconds:.1f} s", size(info.size)
+
+
+def _context_figures(built: "BuiltContext") -> dict[str, object]:
+    kinds = {"convs": "conv", "linears": "linear", "attention_products": "attention"}
+    counts = {name: built.receipt.counts(kind) for name, kind in kinds.items()}
+    return {**asdict(built.info), "seconds": built.seconds, "proven": True, **counts}
+
+
+def _counts(receipt: "Receipt") -> str:
+    convolutions, linears = receipt.counts("conv"), receipt.counts("linear")
+    return f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear"
+
+
 def _row(built: "BuiltEngine") -> tuple[str, ...]:
-    convolutions, linears = built.receipt.counts("conv"), built.receipt.counts("linear")
-    counts = f"{convolutions[0]}/{convolutions[1]} convolutions, {linears[0]}/{linears[1]} linear"
     return (
         built.info.graph,
         _gpus(built.info.compute_capabilities),
-        counts if built.proven else "not proven",
+        _counts(built.receipt) if built.proven else "not proven",
         f"{built.seconds:.1f} s",
         size(built.info.size),
     )

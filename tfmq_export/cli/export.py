@@ -154,6 +154,8 @@ def _how_to_build(bundle: "Bundle") -> None:
     from tfmq_export.target import find_target
 
     target = find_target(bundle.manifest.target)
+    if target.engine == "qnn":
+        out.print(f"context binaries for phones, built here: tfmq-build {bundle.root} --qnn sm8550", markup=False)
     if target.engine != "tensorrt" or bundle.manifest.engines:
         return
     if not target.built_in_place:

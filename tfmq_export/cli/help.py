@@ -44,7 +44,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "tfmq-bench out/emoji32-w8a8",
         "tfmq-bench out/emoji32-w8a8 --against examples/emoji32/model.pt --threads 1,2 --json speed.json",
     ),
-    "build": ("tfmq-build out/emoji32-w8a8-tensorrt-rtx --sm 89", "tfmq-build out/emoji32-w8a8-tensorrt --tensorrt"),
+    "build": (
+        "tfmq-build out/emoji32-w8a8-tensorrt-rtx --sm 89",
+        "tfmq-build out/emoji32-w8a8-tensorrt --tensorrt",
+        "tfmq-build out/emoji32-w8a16-qnn --qnn sm8550,sm8650",
+    ),
     "pack": ("tfmq-pack path/to/folder -o model.pt",),
     "triton": ("tfmq-triton out/emoji32-w8a8 -o models --name emoji",),
     "golden": ("tfmq-golden out/emoji32-w8a8 -o emoji32.golden.json",),

@@ -185,6 +185,8 @@ def checkpoint_of(root: Path) -> Path:
 
 def _ask_engine(captured: Captured, config: CompileConfig, progress: Progress) -> None:
     """Find out now whether the target's engine takes this model; without quantizing, the proof comes at once anyway."""
+    if find_target(config.target).integers_only:
+        return  # nothing to ask in floating point
     if config.auto or find_preset(config.preset).weight_bits:
         with progress.stage("Asking the engine"):
             require_engine_takes(captured, config)

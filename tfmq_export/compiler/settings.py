@@ -6,6 +6,7 @@ from tfmq_export.config import CompileConfig, Method, find_preset
 from tfmq_export.errors import ConfigError, TargetError
 from tfmq_export.ptq.walk.effort import NARROW_BITS
 from tfmq_export.recipe.adapt import check_products, check_tables
+from tfmq_export.recipe.grid import WIDE
 from tfmq_export.recipe.io import load_recipe
 from tfmq_export.recipe.pairs import PAIR_SUM
 from tfmq_export.recipe.recipe import QuantRecipe
@@ -34,8 +35,33 @@ def check_settings(config: CompileConfig, target: Target) -> None:
             'set fsc = "tib" in [method], or use --target openvino'
         )
     check_tables(config.tables, target)
+    check_wide(config, target)
+    if target.integers_only:
+        check_integers_only(config, target)
     check_pins(config, target)
     check_goal(config, target)
+
+
+def check_wide(config: CompileConfig, target: Target) -> None:
+    """Raise TargetError for 16-bit activations on a target that has no kernels for them."""
+    asked = [find_preset(config.preset).activation_bits, *(pin.inputs for pin in config.layers.values())]
+    if WIDE in asked and not target.wide_codes:
+        raise TargetError(f"{target.name} has no kernels for 16-bit activations; use 8 bits, or --target qnn")
+
+
+def check_integers_only(config: CompileConfig, target: Target) -> None:
+    """Raise TargetError for what would compute in floating point where nothing may."""
+    why = f"{target.name} computes in integers alone"
+    if not find_preset(config.preset).weight_bits:
+        raise TargetError(f"preset {config.preset}: {why}; use --preset w8a16")
+    if config.method.attention == "float":
+        raise TargetError(f"--attention float: {why}; leave it out")
+    if any("float" in (pin.weights, pin.inputs) for pin in config.layers.values()):
+        raise TargetError(f"[layers] with float: {why}; pin inputs = 16 instead")
+    if config.prologue:
+        raise TargetError(f"--prologue: {target.name} has one graph so far; leave it out")
+    if config.auto:
+        raise TargetError(f"--auto does not measure {target.name}; use --preset w8a8, w8a16, w4a8 or w4a16")
 
 
 def check_goal(config: CompileConfig, target: Target) -> None:

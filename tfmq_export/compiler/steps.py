@@ -12,11 +12,13 @@ of one model calls them:
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
+import onnx_graphsurgeon as gs
 from torch import nn
 
 from tfmq_export.bundle.manifest import Bundle
@@ -29,6 +31,7 @@ from tfmq_export.capture.pages import release_pages
 from tfmq_export.capture.program import program_on
 from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
+from tfmq_export.compiler.intervals import measure_intervals
 from tfmq_export.compiler.making import QUANTIZING, RECORDING, REWRITING, WEIGHING, Making
 from tfmq_export.compiler.onnx_components import check_components
 from tfmq_export.compiler.plan import calibration_images, plan_for
@@ -43,7 +46,7 @@ from tfmq_export.models.recorded.load import Draw
 from tfmq_export.passes.base import run_passes
 from tfmq_export.passes.graph import import_graph
 from tfmq_export.passes.graph_file import dump_to, skeleton
-from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.passes.pipeline import gridding_passes, passes_for
 from tfmq_export.progress import Progress, Silent
 from tfmq_export.proof.pictures import TemporalRow, pictures_of, save_comparison, save_temporal
 from tfmq_export.proof.plan import ProofPlan
@@ -71,6 +74,8 @@ Model = str | Path | Source | tuple[nn.Module, Description | Draw]
 
 PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy")
 SILENT = Silent()
+
+Dump = Callable[[int, str, gs.Graph], None]
 
 
 def load_model(model: Model, components: Components = "none", progress: Progress = SILENT) -> Denoiser:
@@ -218,9 +223,16 @@ def lower(
             labels=tuple(denoiser.conditioning) if config.class_tables else (),
             pts_lowering=config.pts_lowering,
         )
-        reports = run_passes(graph, passes, None if dump_dir is None else dump_to(dump_dir))
+        dump = None if dump_dir is None else dump_to(dump_dir)
+        reports = run_passes(graph, passes, dump)
         lowered = Lowered(made, target, graph, reports, tables=config.tables)
         release_pages(denoiser.module.parameters())  # read to prove the binding
+    if target.integers_only:
+        with progress.stage("Measuring what lies between layers") as step:
+            intervals = measure_intervals(graph, denoiser, seed=config.seed, progress=step)
+        last = gridding_passes(adapt(made.recipe, target), target, intervals, denoiser.timestep)
+        behind = None if dump is None else partial(_dump_behind, dump, len(reports))
+        lowered = replace(lowered, reports=reports + run_passes(graph, last, behind))
     if config.prologue:
         with progress.stage("Cutting the prologue off"):
             main, prologue = cut_prologue(graph, denoiser, made.recipe)
@@ -309,6 +321,13 @@ def _provenance(denoiser: Denoiser, config: CompileConfig, plan: QuantPlan) -> d
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def _dump_behind(
+    dump: Callable[[int, str, gs.Graph], None], done: int, position: int, name: str, graph: gs.Graph
+) -> None:
+    """Save a graph under the number it has behind passes that ran before."""
+    dump(done + position, name, graph)
 
 
 def _lint(lowered: Lowered) -> None:

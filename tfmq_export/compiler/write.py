@@ -125,7 +125,7 @@ def _facts(lowered: Lowered) -> dict[str, str]:
 def _versions() -> dict[str, str]:
     """Of the packages that wrote and will have judged the bundle, where they are installed."""
     found = {}
-    for package in ("onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13"):
+    for package in ("onnx", "onnxruntime", "onnxruntime-qnn", "openvino", "tensorrt-rtx-cu13"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return {"onnxruntime": ort_version(), **found}

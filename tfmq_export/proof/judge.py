@@ -52,7 +52,8 @@ def judge(found: Mapping[Metric, Comparison], subject: "Subject", thresholds: Th
     if thresholds.guidance is not None:
         asked.append((Metric.GUIDANCE, thresholds.guidance, found[Metric.GUIDANCE].mean))
     verdicts = [Threshold(metric, least).judge(value) for metric, least, value in asked]
-    if find_target(subject.bundle.manifest.target).float_type == "float32":  # in half precision everything differs
+    target = find_target(subject.bundle.manifest.target)
+    if target.float_type == "float32" and not target.integers_only:  # in 16 bits everything differs
         for metric, share in ((Metric.CHANNEL_EXCESS, CHANNEL), (Metric.LAYER_SHARE, LAYER)):
             verdicts.append(Threshold(metric, share, Direction.AT_MOST).judge(found[metric].highest))
     if thresholds.lpips is not None:

@@ -20,6 +20,7 @@ from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.proof.served import run_bundle
 from tfmq_export.ptq.walk.calibration import CalibrationStep
 from tfmq_export.runtime.engines.open import open_runner
+from tfmq_export.runtime.engines.table import ENGINES
 from tfmq_export.runtime.loaded import LoadedBundle
 from tfmq_export.runtime.measure.compare import sqnr_db
 from tfmq_export.runtime.measure.machine import adds_in_16_bits
@@ -99,6 +100,20 @@ def _self_test(inputs: Mapping[str, Tensor], served: NDArray[Any], prediction: N
 def few_rows(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first and the last sample of a recorded call."""
     return {name: value if value.ndim == 0 else value[BOTH_HALVES] for name, value in inputs.items()}
+
+
+def emulated(bundle: Bundle, test: SelfTest) -> SelfTest:
+    """The self-test with the limit that the emulator of a bundle's device sets: one call, which may take a minute.
+
+    Unchanged where the bundle was served on its own engine.
+    """
+    target = find_target(bundle.manifest.target)
+    if not ENGINES[target.engine].floats_elsewhere:
+        return test
+    with open_runner(bundle.model, target.name, target.engine) as runner:
+        got = runner.infer({name: test.inputs[name] for name in runner.inputs})[bundle.manifest.output]
+    limit = sqnr_db(test.prediction, got) - MARGIN
+    return replace(test, limit=float(np.clip(limit, LOWEST_LIMIT, LIMIT)))
 
 
 def counted(receipt: Receipt, wrong: Mapping[str, float]) -> Receipt:

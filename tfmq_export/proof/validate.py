@@ -28,7 +28,7 @@ from tfmq_export.proof.agreement import Agreement, LockStep
 from tfmq_export.proof.float_model import look_at
 from tfmq_export.proof.guidance import Guidance, no_guidance
 from tfmq_export.proof.judge import judge, require_measurable
-from tfmq_export.proof.kernels import KernelCalls, compare_kernels, counted, few_rows, wrong_kernels
+from tfmq_export.proof.kernels import KernelCalls, compare_kernels, counted, emulated, few_rows, wrong_kernels
 from tfmq_export.proof.lpips import has_lpips, installed, lpips
 from tfmq_export.proof.per_step import compare_steps
 from tfmq_export.proof.plan import (
@@ -248,6 +248,7 @@ def validate(  # noqa: PLR0913  # options by keyword
     release_freed()
     with progress.stage(ALONE):
         wrong = wrong_kernels(subject.bundle)
+        self_test = emulated(subject.bundle, kernels.self_test)
     reference_images, compiled_images, peak = as_images(reference, compiled)
     release_pages(denoiser.module.parameters())
     release_freed()
@@ -283,7 +284,7 @@ def validate(  # noqa: PLR0913  # options by keyword
         report,
         receipt,
         temporal,
-        kernels.self_test,
+        self_test,
         reference_images,
         compiled_images,
         plan,

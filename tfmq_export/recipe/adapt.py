@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from tfmq_export.errors import TargetError
-from tfmq_export.recipe.grid import QParams, QuantSpec
+from tfmq_export.recipe.grid import WIDE, QParams, QuantSpec
 from tfmq_export.recipe.narrow_rows import narrow
 from tfmq_export.recipe.recipe import LayerRecipe, ProductRecipe, QuantRecipe, TableType
 from tfmq_export.target import Target
@@ -24,6 +24,10 @@ def adapt(recipe: QuantRecipe, target: Target, tables: TableType = "fp32") -> Qu
     """
     check_tables(tables, target)
     for layer in recipe.layers:
+        if layer.input.spec.bits == WIDE and not target.wide_codes:
+            raise TargetError(
+                f"{layer.path}: {target.name} has no kernels for 16-bit activations; use --preset w8a8, or --target qnn"
+            )
         if layer.kind in target.quantized_outputs:
             _check_output(layer, target)
     if recipe.products:
@@ -43,6 +47,10 @@ def adapt(recipe: QuantRecipe, target: Target, tables: TableType = "fp32") -> Qu
 
 def check_tables(tables: TableType, target: Target) -> None:
     """Raise TargetError for tables that a target has no lowering for."""
+    if tables != "fp32" and target.integers_only:
+        raise TargetError(
+            f"{target.name} keeps the rows of every table as 16-bit integers; leave --tables {tables} out"
+        )
     if tables == "int8" and not target.integer_tables:
         raise TargetError(
             f"{target.name} refuses Gather on int8 constants, so it has no lowering for int8 tables; "
@@ -64,9 +72,25 @@ def _check_output(layer: LayerRecipe, target: Target) -> None:
 
 
 def _adapted(layer: LayerRecipe, target: Target) -> LayerRecipe:
-    if layer.kind in target.quantized_outputs:
-        return layer
-    return replace(layer, output=None, output_by_timestep=None)
+    if layer.kind not in target.quantized_outputs:
+        return replace(layer, output=None, output_by_timestep=None)
+    grids = [grid for grid in (layer.input, layer.output) if grid is not None]
+    if target.wide_codes and any(grid.spec.codes > 1 or grid.spec.bits == WIDE for grid in grids):
+        # No kernel reads 8 bits and writes 16, or the other way round.
+        return replace(
+            layer, input=widened(layer.input), output=None if layer.output is None else widened(layer.output)
+        )
+    return layer
+
+
+def widened(grid: QParams) -> QParams:
+    """The same interval on a grid of 16 bits; 0 stays a number of it."""
+    if grid.spec.bits == WIDE:
+        return grid
+    spec = QuantSpec(WIDE, signed=grid.spec.signed)
+    finer = (spec.qmax - spec.qmin) / (grid.spec.qmax - grid.spec.qmin)
+    zero_point = np.round(grid.zero_point * finer).clip(spec.qmin, spec.qmax)
+    return QParams(spec, np.asarray(grid.scale / finer, np.float32), np.asarray(zero_point, np.int32))
 
 
 def check_products(target: Target) -> None:
@@ -79,7 +103,12 @@ def check_products(target: Target) -> None:
 
 
 def _adapted_product(product: ProductRecipe, target: Target) -> ProductRecipe:
-    """Symmetric engines have no code above 127, so a softmax has 128 levels there in place of 256."""
+    """Symmetric engines have no code above 127, so a softmax has 128 levels there in place of 256.
+
+    Where products write 16 bits their first factor has as many.
+    """
+    if target.wide_codes:
+        return replace(product, left=widened(product.left))
     if not target.symmetric or product.left.spec.signed:
         return product
     signed = QuantSpec(product.left.spec.bits, signed=True)

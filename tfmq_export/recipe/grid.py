@@ -10,6 +10,8 @@ from tfmq_export.recipe.pairs import PAIR_SUM
 
 MOST_CODES = 256
 """As many 8-bit integers as together resolve what a 16-bit one does."""
+WIDE = 16
+"""Bits of an activation's grid on engines that have such kernels; beside 2 to 8 there is no other width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,7 @@ class QuantSpec:
     """A uniform integer grid.
 
     Attributes:
-        bits: Width of the integer, 2 to 8. Engines store widths below 8 in 8-bit codes.
+        bits: Width of the integer, 2 to 8, or 16. Engines store widths below 8 in 8-bit codes.
         signed: Whether the grid is centred on zero.
         axis: Channel axis that owns its own scale; None means one scale per tensor.
         codes: Integers that add up to one value, for the few values that a single one resolves too coarsely.
@@ -31,8 +33,10 @@ class QuantSpec:
     pair_sum: int | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise RecipeError(f"bits must be in 2..8, got {self.bits}")
+        if not 2 <= self.bits <= 8 and self.bits != WIDE:
+            raise RecipeError(f"bits must be in 2..8, or {WIDE}, got {self.bits}")
+        if self.bits == WIDE and (self.codes != 1 or self.axis is not None):
+            raise RecipeError(f"{WIDE} bits are for activations, in one code; got {self.codes} codes, axis {self.axis}")
         if not 1 <= self.codes <= (1 if self.signed else MOST_CODES):
             raise RecipeError(f"codes must be at least 1, and 1 on a signed grid (of {MOST_CODES}), got {self.codes}")
         if self.pair_sum is not None and (self.axis is None or self.pair_sum != PAIR_SUM):

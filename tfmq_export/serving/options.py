@@ -114,6 +114,8 @@ def require_servable(target: str, serving: Serving) -> None:
     """
     if target == "tensorrt-rtx":
         raise ConfigError("target tensorrt-rtx: Triton has no backend for its engines; compile with --target tensorrt")
+    if target == "qnn":
+        raise ConfigError("target qnn: Triton has no backend for phones; compile with --target ort-cpu")
     planned = find_target(target).engine == "tensorrt"
     if planned and not serving.engines:
         raise ConfigError(

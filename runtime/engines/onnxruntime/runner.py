@@ -61,7 +61,7 @@ class OrtRunner:
             raise ConfigError(f"threads must be at least 1, got {threads}")
         if not model_path.is_file():
             raise LoadError(f"{model_path}: no such file; compile the model first")
-        ort = _onnxruntime()
+        ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = _FATAL_ONLY
@@ -80,7 +80,7 @@ class OrtRunner:
         if weights_in is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_in))
         self._path = model_path
-        self._errors = _engine_errors()
+        self._errors = engine_errors()
         wanted = PROVIDERS[provider]
         names = [wanted] if provider == "cpu" else [wanted, PROVIDERS["cpu"]]
         if wanted not in ort.get_available_providers():
@@ -185,7 +185,7 @@ class DeviceBuffers:
 
     def _new(self, arrays: Mapping[str, NDArray[np.generic]], shapes: object) -> tuple[object, Any, dict[str, Any]]:
         binding = self._session.io_binding()
-        new = _onnxruntime().OrtValue.ortvalue_from_shape_and_type
+        new = import_onnxruntime().OrtValue.ortvalue_from_shape_and_type
         inputs = {name: new(array.shape, array.dtype, self._device, 0) for name, array in arrays.items()}
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
@@ -202,10 +202,15 @@ def open_graph(request: GraphRequest) -> OrtRunner:
 
 def version() -> str:
     """Version of the installed ONNX Runtime."""
-    return str(_onnxruntime().__version__)
+    return str(import_onnxruntime().__version__)
 
 
-def _onnxruntime() -> ModuleType:
+def import_onnxruntime() -> ModuleType:
+    """The library's module.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -214,7 +219,7 @@ def _onnxruntime() -> ModuleType:
     return module
 
 
-def _engine_errors() -> tuple[type[Exception], ...]:
+def engine_errors() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises: classes of its own that share no base, and Python's for a missing feed."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 

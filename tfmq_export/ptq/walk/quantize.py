@@ -38,7 +38,7 @@ from tfmq_export.ptq.walk.draft import Draft, quantized_rules
 from tfmq_export.ptq.walk.flow import Flow
 from tfmq_export.ptq.walk.input_watch import InputWatch
 from tfmq_export.ptq.walk.widths import FLOAT, Widths
-from tfmq_export.recipe.grid import QuantSpec
+from tfmq_export.recipe.grid import WIDE, QuantSpec
 from tfmq_export.recipe.pairs import PAIR_SUM, SAFE_INPUT_BITS, SAFE_WEIGHT_BITS
 from tfmq_export.recipe.recipe import FloatLayer, LayerRecipe, QuantRecipe, TibRecipe
 from tfmq_export.recipe.stored_layer import StoredLayer
@@ -279,9 +279,13 @@ def _draft(
     stacks = codes if codes and op.kind == "conv" and op.groups == 1 else {"input": 1, "output": 1}
     output = None
     if op.kind in plan.quantized_outputs:
-        # The engine's container, not the preset's choice: always 8 bits.
-        output = QuantSpec(OUTPUT_BITS, signed=False, codes=stacks["output"])
-    grid = QuantSpec(activation_bits, signed=False, codes=stacks["input"])
+        # The engine's container, not the preset's choice: 8 bits, or 16 where the input has as many. A linear layer
+        # at the boundary cannot stack codes, and what writes linear results as integers has kernels for 16 bits.
+        if codes and op.kind == "linear":
+            activation_bits = WIDE
+        wide = activation_bits == WIDE
+        output = QuantSpec(WIDE if wide else OUTPUT_BITS, signed=False, codes=1 if wide else stacks["output"])
+    grid = QuantSpec(activation_bits, signed=False, codes=1 if activation_bits == WIDE else stacks["input"])
     needs_pairs = weight_bits > SAFE_WEIGHT_BITS and activation_bits > SAFE_INPUT_BITS
     pair_sum = PAIR_SUM if needs_pairs and plan.method.cpus == "any" else None
     weight = QuantSpec(weight_bits, signed=True, axis=0, pair_sum=pair_sum)

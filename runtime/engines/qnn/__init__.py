@@ -1,0 +1,1 @@
+"""ONNX Runtime on Qualcomm's Hexagon NPU (HTP), or in its emulator."""
