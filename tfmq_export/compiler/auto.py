@@ -141,7 +141,8 @@ def _nothing_left(plan: BitsPlan, goal: Goal) -> bool:
 
 
 def _draft(model: Captured, seen: Observed, config: CompileConfig, preset: str, progress: Progress) -> Quantized:
-    asked = config.model_copy(update={"preset": preset, "effort": "fast", "auto": False})
+    method = config.method.model_copy(update={"closed_loop": False})  # errors of layers are looked at, nothing drawn
+    asked = config.model_copy(update={"preset": preset, "effort": "fast", "auto": False, "method": method})
     with progress.stage(f"Drafting {preset}"):
         return quantize(model, asked, observed=seen)
 

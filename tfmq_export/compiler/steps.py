@@ -28,6 +28,7 @@ from tfmq_export.capture.float_graph import float_graph
 from tfmq_export.capture.pages import release_pages
 from tfmq_export.capture.program import program_on
 from tfmq_export.capture.rewrites.program_for import program_for
+from tfmq_export.compiler.correct import correct
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
 from tfmq_export.compiler.making import Making
 from tfmq_export.compiler.onnx_components import check_components
@@ -169,7 +170,9 @@ def quantize(  # noqa: PLR0913  # options by keyword
             subject = prepare(program, denoiser, seen.calls, plan, provenance, weights)
         with progress.stage("Quantizing") as step:
             moved = replace(subject, program=program_on(subject.program, device))
-            return Quantized(denoiser, subject.program, walking.quantize(moved, plan, step, kept))
+            recipe = walking.quantize(moved, plan, step, kept)
+        there = replace(denoiser, module=module_on(denoiser.module, device))
+        return Quantized(denoiser, subject.program, correct(there, moved.program, recipe, config, progress))
 
 
 def reuse(model: Captured, recipe: QuantRecipe, config: CompileConfig | None = None) -> Quantized:
