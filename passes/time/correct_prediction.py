@@ -35,8 +35,8 @@ class CorrectPrediction(RecipePass):
         if len(graph.outputs) != 1:
             raise PreconditionError(f"expected one output, the graph has {len(graph.outputs)}")
         values = graph.tensors()
-        if self.sample not in values:
-            raise PreconditionError(f"the graph has no input {self.sample!r}")
+        if self.sample not in values or not values[self.sample].shape:
+            raise PreconditionError(f"the graph has no input {self.sample!r} of a known rank")
         if ROWS not in values:
             raise PreconditionError(
                 "nothing looks the timestep up, so the correction has no row to take; quantize again with "
@@ -49,7 +49,7 @@ class CorrectPrediction(RecipePass):
             return Changes(skipped=(("prediction", "the recipe corrects nothing"),))
         values = graph.tensors()
         sample, rows, (prediction,) = values[self.sample], values[ROWS], graph.outputs
-        channels = (correction.rows.shape[2], *[1] * (len(sample.shape) - 2))
+        channels = (correction.rows.shape[2], *[1] * (len(sample.shape or ()) - 2))
         served = []
         for place, term in enumerate(TERMS):
             name = lookup_name(f"correction.{term}")

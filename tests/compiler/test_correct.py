@@ -80,6 +80,7 @@ def test_the_graph_and_fake_quant_correct_alike(made: Quantized, tmp_path: Path)
     with load(bundle.root) as loaded:
         assert loaded.bundle.manifest.output == "out_sample"
     assert [each.changed for each in bundle.manifest.passes if each.name == "CorrectPrediction"] == [1]
+    assert bundle.manifest.correction == made.recipe.provenance["correction"]
 
 
 def test_a_wrong_row_in_the_graph_shows_in_lock_step(made: Quantized, tmp_path: Path) -> None:

@@ -278,6 +278,8 @@ def prove(
 def _write_proof(made: Quantized, bundle: Bundle, validation: Validation, making: Making) -> None:
     """The report, and pictures of it."""
     extra = making.to_json()
+    if bundle.manifest.correction is not None:
+        extra["correction"] = bundle.manifest.correction
     if bundle.manifest.prologue is not None:
         extra["prologue"] = asdict(bundle.manifest.prologue)
     validation.write(bundle.report, extra)

@@ -35,7 +35,7 @@ def fit_correction(prediction: Tensor, sample: Tensor, wanted: Tensor, shrinkage
     power = gram.diagonal(dim1=1, dim2=2)  # [C, 3]
     held = shrinkage * power + ALONE * power.sum(1, keepdim=True)
     moved = regressors @ (y - e)[..., None]  # [C, 3, 1]: the identity is the origin
-    change = torch.linalg.solve(gram + torch.diag_embed(held), moved)[..., 0]  # [C, 3]
+    change: Tensor = torch.linalg.solve(gram + torch.diag_embed(held), moved)[..., 0]  # [C, 3]
     return (change + torch.tensor(IDENTITY, dtype=torch.float64)).mT
 
 

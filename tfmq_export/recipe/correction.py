@@ -36,4 +36,4 @@ class Correction:
     @property
     def corrected(self) -> int:
         """Timesteps that are not left as they are."""
-        return int((self.rows != np.float32(IDENTITY).reshape(PARTS, 1)).any((1, 2)).sum())
+        return int((self.rows != np.asarray(IDENTITY, np.float32).reshape(PARTS, 1)).any((1, 2)).sum())
