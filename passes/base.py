@@ -21,6 +21,8 @@ class Semantics(Enum):
     """The same function in real arithmetic."""
     QUANTIZING = "quantizing"
     """Numbers change by the quantization the recipe asks for, and by nothing else."""
+    CORRECTING = "correcting"
+    """The output changes by the affine map the recipe asks for, and by nothing else."""
     ROUNDING = "rounding"
     """Numbers change by the rounding of 16-bit numbers, and by nothing else."""
 

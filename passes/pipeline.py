@@ -32,6 +32,7 @@ from tfmq_export.passes.scaling.pts_lowering import choose_form
 from tfmq_export.passes.scaling.rescale_inputs import RescaleInputs
 from tfmq_export.passes.scaling.split_results import SplitResults
 from tfmq_export.passes.time.binding_times import CONDITIONING, SAMPLE, TIMESTEP
+from tfmq_export.passes.time.correct_prediction import CorrectPrediction
 from tfmq_export.passes.time.narrow_tables import NarrowTables
 from tfmq_export.passes.time.tabulate_classes import TabulateClasses
 from tfmq_export.passes.time.tabulate_tib import TabulateTib
@@ -88,6 +89,8 @@ def passes_for(  # what a graph depends on, by keyword
         *([SpellAffine()] if target.integers_only else []),
         *([AverageGroupNorm()] if target.channels_last else []),
         StackOutputCodes(recipe, target.integer_bias),
+        # Behind StackOutputCodes, whose sum is the prediction; in front of HalfPrecision.
+        *([CorrectPrediction(recipe, sample)] if recipe.correction is not None else []),
         MergeConstants(codes=not target.integers_only),
         NameOutputs(OUTPUT),
         *([HalfPrecision(recipe)] if target.float_type == "float16" else []),

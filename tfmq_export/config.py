@@ -183,6 +183,11 @@ class Method(BaseModel):
         description="CPUs where integer kernels are exact: any, or with VNNI alone (larger weights, wrong elsewhere)",
     )
     reconstruct: bool = Field(True, description="learn the rounding block by block, where the effort says so")
+    closed_loop: bool = Field(
+        True,
+        description="correct the prediction per timestep and channel, fitted on the quantized model's own trajectories "
+        "and kept where held-out images gain",
+    )
     learned_steps: bool = Field(
         True, description="tune activation scales on each block's output, where the effort says so"
     )

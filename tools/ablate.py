@@ -44,7 +44,7 @@ from tfmq_export.runtime.measure.compare import psnr, sqnr_db, ssim
 
 Settings = Mapping[str, Any]
 
-PAPERS: Settings = {"timestep_weights": "uniform", "error_feedback": False}  # as the papers have it
+PAPERS: Settings = {"timestep_weights": "uniform", "error_feedback": False, "closed_loop": False}  # as they have it
 OFF: Settings = {**PAPERS, "les": "off", "pts": "off", "learned_steps": False, "split_skips": False}
 PLAIN: Settings = {**OFF, "tib": "quantized", "tiar": False, "fsc": "off"}
 NEAREST: Settings = {**OFF, "reconstruct": False}
@@ -62,6 +62,7 @@ GROUPS: Mapping[str, Mapping[str, Settings]] = {
         },
         "all, from the nearest codes": {"error_feedback": False},
         "all, timesteps alike": {"timestep_weights": "uniform"},
+        "all, predictions not corrected": {"closed_loop": False},
         "all": {},
     },
     "temporal": {
@@ -80,8 +81,9 @@ GROUPS: Mapping[str, Mapping[str, Settings]] = {
         "+ LES, uniform": {**PAPERS, "pts": "off", "learned_steps": False},
         "+ PTS, vote / skip layers": {**PAPERS, "learned_steps": False},
         "+ learned steps": {**PAPERS},
-        "+ timesteps by what they do to the image": {"error_feedback": False},
-        "+ error feedback": {},
+        "+ timesteps by what they do to the image": {"error_feedback": False, "closed_loop": False},
+        "+ error feedback": {"closed_loop": False},
+        "+ predictions corrected": {},
         "SmoothQuant for LES": {**PAPERS, "les": "smoothquant", "pts": "off", "learned_steps": False},
     },
     "weighting": {

@@ -179,6 +179,17 @@ def sever(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     return cut
 
 
+def assert_correcting(rewrite: Rewrite, row: int) -> None:
+    correction = rewrite.recipe.correction
+    assert correction is not None
+    (prediction,) = infer(rewrite.before, feeds_of(rewrite, rewrite.before, row))
+    feeds = feeds_of(rewrite, rewrite.after, row)
+    (actual,) = infer(rewrite.after, feeds)
+
+    gain, share, offset = (part.reshape(-1, *[1] * (prediction.ndim - 2)) for part in correction.rows[row])
+    assert_same(actual, gain * prediction + share * feeds["sample"] + offset)
+
+
 def assert_rounding(rewrite: Rewrite, row: int) -> None:
     (expected,) = infer(rewrite.before, feeds_of(rewrite, rewrite.before, row))
     (actual,) = infer(rewrite.after, feeds_of(rewrite, rewrite.after, row))
@@ -190,5 +201,6 @@ def assert_rounding(rewrite: Rewrite, row: int) -> None:
 HOLDS = {
     Semantics.EXACT: assert_exact,
     Semantics.QUANTIZING: assert_quantizing,
+    Semantics.CORRECTING: assert_correcting,
     Semantics.ROUNDING: assert_rounding,
 }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from nets.gated_nets import gated_net
 from nets.map_nets import map_net
-from nets.onnx_graphs import graph_of, infer
+from nets.onnx_graphs import graph_of, infer, normal
 from nets.pass_semantics import Rewrite, judge, largest_error, pass_classes, run_chain
 from nets.prompt_nets import label_net
 from nets.toy_nets import Net, conv_net, skip_net, token_net, vector_net
@@ -31,6 +31,7 @@ from tfmq_export.passes.scaling.split_results import SplitResults
 from tfmq_export.passes.time.narrow_tables import NarrowTables
 from tfmq_export.passes.time.tabulate_tib import TabulateTib
 from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.correction import Correction
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import find_target
 
@@ -74,6 +75,15 @@ def openvino_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
     return [(recipe, [AverageGroupNorm()]), (recipe, passes_for(recipe, openvino, **names))]
 
 
+def corrected_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
+    """A prediction with a correction, other numbers in each channel at each timestep."""
+    ort, recipe = find_target("ort-cpu"), recipe_for(net)
+    channels = net.feeds(net.timesteps.values[0])["sample"].shape[1]
+    rows = normal(5, len(net.timesteps), 3, channels)
+    corrected = replace(recipe, correction=Correction(rows, ort.quantized_outputs))
+    return [(corrected, passes_for(corrected, ort, sample="sample", timestep="timestep"))]
+
+
 def narrow_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
     """Tables with narrow rows."""
     openvino = find_target("openvino")
@@ -97,6 +107,9 @@ def rewrites() -> tuple[Rewrite, ...]:
         for recipe, chain in openvino_chains(net):
             # A layer in parts has no result of its own; parts, codes and biases are all exact.
             done += [x for x in run_chain(net, recipe, chain) if x.report.semantics is Semantics.EXACT]
+        if make is conv_net:  # its prediction is shaped like its sample
+            for recipe, chain in corrected_chains(net):
+                done += [x for x in run_chain(net, recipe, chain) if x.report.name == "CorrectPrediction"]
         for recipe, chain in narrow_chains(net):
             # The rows of the recipe are rounded, which is for test_narrow_tables.py; how they are stored is exact.
             done += [x for x in run_chain(net, recipe, chain) if x.report.name == "NarrowTables"]

@@ -15,6 +15,7 @@ from nets.toy_nets import conv_net, skip_net, token_net
 from nets.toy_recipes import activation_grid, layer_recipe, recipe_for, recipe_with, rounded_weight
 
 from tfmq_export.errors import RecipeError
+from tfmq_export.recipe.correction import Correction
 from tfmq_export.recipe.grid import QParams
 from tfmq_export.recipe.io import load_recipe, save_recipe
 from tfmq_export.recipe.recipe import FloatLayer, LayerRecipe, QuantRecipe, TemporalTable, TimestepGrids
@@ -115,6 +116,35 @@ def test_everything_scaling_decided_survives_saving_to_the_bit(tmp_path: Path) -
     save_recipe(recipe, tmp_path)
 
     assert_same(load_recipe(tmp_path), recipe)
+
+
+def test_a_correction_survives_saving_to_the_bit(tmp_path: Path) -> None:
+    recipe = recipe_for(conv_net())
+    correction = Correction(normal(3, len(recipe.tib.timesteps), 3, 5), frozenset({"conv"}))
+    recipe = replace(recipe, correction=correction)
+
+    save_recipe(recipe, tmp_path)
+
+    loaded = load_recipe(tmp_path).correction
+    assert loaded is not None
+    assert same_bits(loaded.rows, correction.rows)
+    assert loaded.outputs == correction.outputs
+
+
+def test_a_recipe_from_before_corrections_has_none(tmp_path: Path) -> None:
+    save_recipe(recipe_for(conv_net()), tmp_path)
+    document = json.loads((tmp_path / "recipe.json").read_text("utf-8"))
+    del document["correction"]
+    (tmp_path / "recipe.json").write_text(json.dumps(document), "utf-8")
+
+    assert load_recipe(tmp_path).correction is None
+
+
+def test_a_correction_for_another_schedule_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_for(conv_net())
+
+    with pytest.raises(RecipeError, match=f"99 rows for {len(recipe.tib.timesteps)} timesteps"):
+        replace(recipe, correction=Correction(normal(3, 99, 3, 5), frozenset()))
 
 
 def test_groups_survive_saving(tmp_path: Path) -> None:

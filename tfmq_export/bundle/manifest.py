@@ -251,6 +251,14 @@ class Manifest:
     def __repr__(self) -> str:
         return f"Manifest({self.source}: {self.preset} for {self.target}, {len(self.layers)} layers)"
 
+    @property
+    def correction(self) -> str | None:
+        """What became of the correction of the prediction, in words; None where none was asked for."""
+        said = self.provenance.get("correction")
+        if said is None or said.startswith("none") or any(done.name == "CorrectPrediction" for done in self.passes):
+            return said
+        return f"none: fitted with the output grids of another target than {self.target}"
+
     def input(self, role: str) -> tuple[InputInfo, ...]:
         """The inputs that play a role, in graph order."""
         return tuple(info for info in self.inputs if info.role == role)

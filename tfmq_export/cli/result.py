@@ -31,6 +31,7 @@ def show(bundle: "Bundle", validation: "Validation") -> None:
         drawn_row(found, validation.reference_images.shape),
         ("noise prediction", f"SQNR {sqnr.mean:.1f} dB; least {_least(sqnr, manifest.timesteps.values)}"),
         *_guidance_row(validation.guidance),
+        *([] if manifest.correction is None else [("correction", manifest.correction)]),
         (
             "temporal features",
             f"cosine {cosine.lowest:.7f} at worst, {len(manifest.timesteps)} timesteps{_tables(validation)}",

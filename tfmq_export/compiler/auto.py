@@ -75,7 +75,8 @@ def _latency(model: Captured, seen: Observed, config: CompileConfig, wide: Quant
     """Of the wide draft, and of one with every layer in floating point that may be."""
     free = {site.name: site for site in found.sites if any(inputs == FLOAT for _, inputs in site.bits)}
     widths = layers_pinned(model.program, config) | {name: Widths(8, FLOAT, "", IN_FLOAT) for name in free}
-    asked = _as_draft(config, "w8a8")
+    method = config.method.model_copy(update={"closed_loop": False})  # only its time counts
+    asked = _as_draft(config, "w8a8").model_copy(update={"method": method})
     with tempfile.TemporaryDirectory() as folder:
         floating = quantize(model, asked, observed=seen, widths=widths)
         bundles = [

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tfmq_export.capture.speed import Speed, measured_speed
+from tfmq_export.compiler.correct import CORRECTING, Trajectories, will_correct
 from tfmq_export.compiler.forms import Captured
 from tfmq_export.compiler.making import QUANTIZING, RECORDING, REWRITING, WEIGHING, WRITING
 from tfmq_export.compiler.plan import calibration_images, machine_memory, plan_for
 from tfmq_export.compiler.sizes import Sizes, sizes_of
 from tfmq_export.config import CompileConfig
 from tfmq_export.errors import OutputError
-from tfmq_export.proof.plan import AGREEING, ALONE, READING, Cost, ProofPlan, measured_cost, plan_of
+from tfmq_export.proof.plan import AGREEING, ALONE, READING, SIMULATED, Cost, ProofPlan, measured_cost, plan_of
 from tfmq_export.ptq.image_gain import WINDOWS, Windows
 from tfmq_export.ptq.walk.costs import Work, blocks_of, quantizing
 from tfmq_export.report.numbers import size
@@ -128,6 +129,9 @@ def forecast(
             stages[WEIGHING] = _weighing(cost, images), base + kept
         work = quantizing(captured.program, blocks, plan, cost.calls, cost.row, speed)
         stages[QUANTIZING] = work.seconds, base + kept + work.held
+        if will_correct(denoiser, captured.program, config):
+            drawn = Trajectories.of(config).images * cost.image()
+            stages[CORRECTING] = drawn * (1 + 2 * SIMULATED), base + kept
     stages |= _graph_stages(sizes, speed, base)
     engine = int(sizes.model * SESSION)
     for title, seconds in cost.stages(proof.images, proof.timesteps).items():

@@ -30,6 +30,7 @@ from tfmq_export.capture.float_graph import float_graph
 from tfmq_export.capture.pages import release_pages
 from tfmq_export.capture.program import program_on
 from tfmq_export.capture.rewrites.program_for import program_for
+from tfmq_export.compiler.correct import correct
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
 from tfmq_export.compiler.intervals import measure_intervals
 from tfmq_export.compiler.making import QUANTIZING, RECORDING, REWRITING, WEIGHING, Making
@@ -175,7 +176,9 @@ def quantize(  # noqa: PLR0913  # options by keyword
             subject = prepare(program, denoiser, seen.calls, plan, provenance, weights)
         with progress.stage(QUANTIZING) as step:
             moved = replace(subject, program=program_on(subject.program, device))
-            return Quantized(denoiser, subject.program, walking.quantize(moved, plan, step, kept))
+            recipe = walking.quantize(moved, plan, step, kept)
+        there = replace(denoiser, module=module_on(denoiser.module, device))
+        return Quantized(denoiser, subject.program, correct(there, moved.program, recipe, config, progress))
 
 
 def reuse(model: Captured, recipe: QuantRecipe, config: CompileConfig | None = None) -> Quantized:
@@ -293,6 +296,8 @@ def prove(
 def _write_proof(made: Quantized, bundle: Bundle, validation: Validation, making: Making) -> None:
     """The report, and pictures of it."""
     extra = making.to_json()
+    if bundle.manifest.correction is not None:
+        extra["correction"] = bundle.manifest.correction
     if bundle.manifest.prologue is not None:
         extra["prologue"] = asdict(bundle.manifest.prologue)
     validation.write(bundle.report, extra)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, fx
 
 from tfmq_export.capture.denoiser import first_tensor
-from tfmq_export.capture.dependences import TIMESTEP
+from tfmq_export.capture.dependences import SAMPLE, TIMESTEP
 from tfmq_export.capture.device import CPU, device_of
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.capture.rewrites.skip_concat import channel_axis
+from tfmq_export.ptq.correction import corrected
 from tfmq_export.ptq.equivalent_scaling import on_channels, scale_input_channels
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.weights import per_output
@@ -46,6 +47,7 @@ class Simulation:
         self.products = {product.name: product for product in recipe.products}
         self.stored_layers = {layer.name: layer for layer in recipe.stored}
         (self._timestep,) = (name for name, role in program.roles.items() if role == TIMESTEP)
+        (self._sample,) = (name for name, role in program.roles.items() if role == SAMPLE)
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor], after_layer: AfterLayer | None = None) -> Tensor:
@@ -59,7 +61,10 @@ class Simulation:
         rows = torch.from_numpy(self._recipe.tib.timesteps.rows(inputs[self._timestep].numpy()))
         features = {table.name: _served(table, rows).to(self._device) for table in self._recipe.tib.tables}
         interpreter = _Interpreter(self, features, rows, after_layer)
-        return first_tensor(interpreter.run(*(value.to(self._device) for value in inputs.values()))).cpu()
+        found = first_tensor(interpreter.run(*(value.to(self._device) for value in inputs.values()))).cpu()
+        if self._recipe.correction is None:
+            return found
+        return corrected(torch.from_numpy(self._recipe.correction.rows)[rows], found, inputs[self._sample].cpu())
 
 
 def _served(table: TemporalTable, rows: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from tfmq_export.target import Target
 def adapt(recipe: QuantRecipe, target: Target, tables: TableType = "fp32") -> QuantRecipe:
     """The recipe as a target carries it out: output grids only where its kernels want them, signed codes where it must.
 
+    A correction stays where layers have the output grids that it was fitted with.
+
     Args:
         tables: What the rows of temporal tables are stored in, and rounded to.
     Raises:
@@ -42,7 +44,13 @@ def adapt(recipe: QuantRecipe, target: Target, tables: TableType = "fp32") -> Qu
         layers=tuple(_adapted(layer, target) for layer in recipe.layers),
         products=tuple(_adapted_product(product, target) for product in recipe.products),
         tib=narrow(recipe.tib, tables),
+        correction=None if left_out(recipe, target) else recipe.correction,
     )
+
+
+def left_out(recipe: QuantRecipe, target: Target) -> bool:
+    """Whether a recipe's correction is not for a target: its predictions err otherwise."""
+    return recipe.correction is not None and recipe.correction.outputs != target.quantized_outputs
 
 
 def check_tables(tables: TableType, target: Target) -> None:

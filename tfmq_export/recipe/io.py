@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tfmq_export.errors import RecipeError, TfmqError
+from tfmq_export.recipe.correction import Correction
 from tfmq_export.recipe.grid import QParams, QuantSpec
 from tfmq_export.recipe.plain import build, read_json
 from tfmq_export.recipe.recipe import (
@@ -29,6 +30,7 @@ from tfmq_export.recipe.timesteps import TimestepSet
 SCHEMA = 3
 STORED = ("name", "path", "kind", "macs", "reason", "chosen")
 Arrays = dict[str, NDArray[Any]]
+CORRECTION = "prediction:correction"  # no value of a graph has a colon in its name
 
 
 def save_recipe(recipe: QuantRecipe, folder: Path) -> None:
@@ -47,6 +49,7 @@ def save_recipe(recipe: QuantRecipe, folder: Path) -> None:
         "layers": [_save_layer(layer, arrays) for layer in recipe.layers],
         "products": [_save_product(product, arrays) for product in recipe.products],
         "stored": [_save_stored(layer, arrays) for layer in recipe.stored],
+        "correction": _save_correction(recipe.correction, arrays),
         "kept_float": [{"name": x.name, "path": x.path, "macs": x.macs, "reason": x.reason} for x in recipe.kept_float],
     }
     try:
@@ -86,6 +89,7 @@ def load_recipe(path: Path) -> QuantRecipe:
             splits=tuple(SkipSplit(item["name"], tuple(item["sizes"])) for item in document["splits"]),
             products=tuple(_load_product(item, arrays) for item in document["products"]),
             stored=tuple(_load_stored(item, arrays) for item in document.get("stored", ())),
+            correction=_load_correction(document.get("correction"), arrays),
         )
     except FileNotFoundError as error:
         missing = error.filename or folder / "recipe.safetensors"  # safetensors does not say
@@ -105,6 +109,19 @@ def _save_table(table: TemporalTable, arrays: Arrays) -> dict[str, object]:
 def _load_table(item: dict[str, Any], arrays: Arrays) -> TemporalTable:
     rows = arrays[f"{item['name']}.rows"]
     return TemporalTable(item["name"], item["path"], rows, item["per_sample"], item.get("rows_per_sample", 1))
+
+
+def _save_correction(correction: Correction | None, arrays: Arrays) -> dict[str, object] | None:
+    if correction is None:
+        return None
+    arrays[CORRECTION] = correction.rows
+    return {"outputs": sorted(correction.outputs)}
+
+
+def _load_correction(item: dict[str, Any] | None, arrays: Arrays) -> Correction | None:
+    if item is None:
+        return None
+    return Correction(arrays[CORRECTION], frozenset(build(tuple[str, ...], item["outputs"], "correction.outputs")))
 
 
 def _save_layer(layer: LayerRecipe, arrays: Arrays) -> dict[str, object]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.errors import RecipeError
+from tfmq_export.recipe.correction import Correction
 from tfmq_export.recipe.grid import QParams
 from tfmq_export.recipe.names import half_name
 from tfmq_export.recipe.pairs import SAFE_INPUT_BITS, largest_pair, partners
@@ -295,6 +296,7 @@ class QuantRecipe:
         splits: Layers on concatenations that are split.
         products: Of attention, where both their factors are on grids.
         stored: Layers that compute in floating point from weights that are stored as integers.
+        correction: Of the prediction; None where it is left as it is.
         provenance: How it was made: versions, seed, calibration size; strings for people.
     """
 
@@ -308,6 +310,13 @@ class QuantRecipe:
     splits: tuple[SkipSplit, ...] = ()
     products: tuple[ProductRecipe, ...] = ()
     stored: tuple[StoredLayer, ...] = ()
+    correction: Correction | None = None
+
+    def __post_init__(self) -> None:
+        if self.correction is not None and len(self.correction.rows) != len(self.tib.timesteps):
+            raise RecipeError(
+                f"the correction has {len(self.correction.rows)} rows for {len(self.tib.timesteps)} timesteps"
+            )
 
     def __repr__(self) -> str:
         return f"QuantRecipe({self.preset}, {len(self.layers)} layers, {len(self.kept_float)} in floating point)"

@@ -109,7 +109,7 @@ def survey(  # noqa: PLR0913  # what is measured, and on what
     batches = relative_to(batches, drafts.program, drafts.wide)
     with progress.stage("Measuring each layer's sensitivity") as step:
         errors = _errors(drafts, batches, target, step)
-    bare = replace(drafts.wide, layers=(), stored=(), products=())
+    bare = replace(drafts.wide, layers=(), stored=(), products=(), correction=None)
     rows: dict[TableType, Choice] = {}
     least = min(drafts.wide_bytes.values())
     for kind, size in drafts.wide_bytes.items():

@@ -1,0 +1,152 @@
+"""The last step of quantization: a correction of the prediction, where it holds (``ptq/walk/closed_loop.py``)."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfmq_export.capture.denoiser import Denoise, Denoiser, SeededSampler, first_tensor
+from tfmq_export.capture.program import DiffusionProgram
+from tfmq_export.capture.rows import elements_for_one
+from tfmq_export.compiler.plan import calibration_images
+from tfmq_export.config import CompileConfig
+from tfmq_export.models.walk import DiffusersSampler
+from tfmq_export.progress import Progress
+from tfmq_export.proof.simulate import Simulation
+from tfmq_export.ptq.walk.block_runner import ROWS, VALUES
+from tfmq_export.ptq.walk.closed_loop import ClosedLoop, Used, fit_in_closed_loop
+from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.correction import Correction
+from tfmq_export.recipe.recipe import QuantRecipe
+from tfmq_export.target import find_target
+
+CORRECTING = "Correcting the predictions"
+HELD_OUT = 8  # images that decide
+FITTED = 16  # images at most: three numbers per channel and timestep need no more
+OTHER_SEED = 2  # beside the seeds of calibration and proof
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectories:
+    """Images that are drawn for the fit, all in one run.
+
+    Attributes:
+        fitted: Images it is fitted on.
+        held_out: Images that decide.
+    """
+
+    fitted: int
+    held_out: int
+
+    @classmethod
+    def of(cls, config: CompileConfig) -> "Trajectories":
+        """As many to fit on as are calibrated on, within bounds."""
+        fitted = min(FITTED, calibration_images(config))
+        return cls(fitted, min(HELD_OUT, fitted))
+
+    @property
+    def images(self) -> int:
+        return self.fitted + self.held_out
+
+
+def correct(
+    denoiser: Denoiser, program: DiffusionProgram, recipe: QuantRecipe, config: CompileConfig, progress: Progress
+) -> QuantRecipe:
+    """The recipe with a correction, or with the reason why it has none in its provenance.
+
+    Args:
+        program: In the recipe's form, where it is to be computed.
+    """
+    if not config.method.closed_loop or not recipe.layers:
+        return recipe
+    reason = cannot_correct(denoiser, program)
+    if reason:
+        return _noted(recipe, f"none: {reason}")
+    target, drawn = find_target(config.target), Trajectories.of(config)
+    simulation = Simulation(program, adapt(recipe, target), integer_bias=target.integer_bias)
+    (run,) = denoiser.runs(drawn.images, config.seed + OTHER_SEED)
+    with progress.stage(CORRECTING) as step:
+        found = fit_in_closed_loop(
+            denoiser, _in_pieces(denoiser, simulation), run, _used(denoiser), fitted=drawn.fitted, progress=step
+        )
+    if not found.holds:
+        return _noted(recipe, f"none: {_gained(found)}, and that is no gain to keep")
+    correction = Correction(found.rows.numpy(), target.quantized_outputs)
+    timesteps = f"{correction.corrected} of {len(correction.rows)} timesteps"
+    return replace(_noted(recipe, f"{timesteps}; {_gained(found)}"), correction=correction)
+
+
+def will_correct(denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig) -> bool:
+    """Whether a correction will be fitted."""
+    return config.method.closed_loop and not cannot_correct(denoiser, program)
+
+
+def cannot_correct(denoiser: Denoiser, program: DiffusionProgram) -> str:
+    """Why predictions cannot be corrected; empty where they can."""
+    sampler = denoiser.sampler
+    if not program.features:
+        return "the model has no table of timesteps that could hold it"
+    if isinstance(sampler, SeededSampler):
+        return "its sampler draws images on its own, and a fit needs all of them at the same step"
+    if not isinstance(sampler, DiffusersSampler):
+        return "its sampler is its own code, whose guidance is not known"
+    if len(sampler.walk) != len(denoiser.timesteps):
+        return "its sampler visits a timestep twice, and a row has one correction"
+    if not _alike(denoiser, program):
+        return "its prediction is not shaped like the sample, channels first"
+    return ""
+
+
+def _alike(denoiser: Denoiser, program: DiffusionProgram) -> bool:
+    """Whether the prediction has the sample's shape: a picture or a film, channels first."""
+    (output,) = [node for node in program.module.graph.nodes if node.op == "output"]
+    prediction = first_tensor([node.meta["val"] for node in output.all_input_nodes])
+    sample = denoiser.example_inputs[denoiser.sample]
+    return sample.ndim > 3 and prediction.shape[1:] == sample.shape[1:]
+
+
+def _used(denoiser: Denoiser) -> Used:
+    """What the sampler makes of the rows of a call (``models/walk.py``)."""
+    sampler = denoiser.sampler
+    assert isinstance(sampler, DiffusersSampler)
+    scale = sampler.guidance_scale
+    if scale <= 1 or not sampler.unconditional:
+        return _as_it_is
+
+    def guided(prediction: Tensor) -> Tensor:
+        without, given = prediction.chunk(2)
+        return without + scale * (given - without)
+
+    return guided
+
+
+def _as_it_is(prediction: Tensor) -> Tensor:
+    return prediction
+
+
+def _in_pieces(denoiser: Denoiser, simulation: Simulation) -> Denoise:
+    """Fake-quant as a sampler calls it, a few rows at a time: many rows of a large model do not fit in memory."""
+    shaped = [node for node in simulation.program.module.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    together = max(1, min(ROWS, VALUES // max(elements_for_one(node) for node in shaped)))
+
+    def denoise(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
+        inputs = denoiser.inputs(sample, timestep, conditioning)
+        return torch.cat(
+            [
+                simulation(
+                    {name: value[start : start + together] if value.ndim else value for name, value in inputs.items()}
+                )
+                for start in range(0, len(sample), together)
+            ]
+        )
+
+    return denoise
+
+
+def _gained(found: ClosedLoop) -> str:
+    return f"{len(found.gain)} held-out images gain {float(found.gain.mean()):.2f} dB"
+
+
+def _noted(recipe: QuantRecipe, said: str) -> QuantRecipe:
+    return replace(recipe, provenance={**recipe.provenance, "correction": said})

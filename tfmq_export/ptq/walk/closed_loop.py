@@ -1,0 +1,124 @@
+"""Fitting a correction where the quantized network is: step by step on its own trajectories.
+
+Images are drawn three times from the same noise: in full precision, by the quantized network, and by the quantized
+network under the correction. In the third run each step is fitted on some of the images, and is kept if it brings the
+others nearer to what full precision predicts there; the run goes on with what was kept, so each step corrects what
+earlier ones left. In the end the images that nothing was fitted on decide whether there is a correction at all.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfmq_export.capture.denoiser import Denoise, Denoiser, Run
+from tfmq_export.progress import Step
+from tfmq_export.ptq.correction import corrected, fit_correction
+from tfmq_export.ptq.walk.calibration import repeat
+from tfmq_export.recipe.correction import IDENTITY
+
+LEAST_GAIN = 0.2
+"""dB that held-out images must gain on average; less is luck."""
+
+Used = Callable[[Tensor], Tensor]
+"""From the rows of a call to the prediction that the sampler steps with: guidance, where there is any."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClosedLoop:
+    """What the fit found.
+
+    Attributes:
+        rows: float32 [T, 3, C].
+        kept: At how many timesteps the held-out images came nearer.
+        gain: Of each held-out image, dB, [H].
+    """
+
+    rows: Tensor
+    kept: int
+    gain: Tensor
+
+    @property
+    def holds(self) -> bool:
+        """Whether the images that it was not fitted on gain."""
+        return self.kept > 0 and float(self.gain.mean()) >= LEAST_GAIN
+
+
+@torch.no_grad()
+def fit_in_closed_loop(
+    denoiser: Denoiser, quantized: Denoise, run: Run, used: Used, *, fitted: int, progress: Step
+) -> ClosedLoop:
+    """Fit a correction on the first images of a run and judge it by the others.
+
+    Args:
+        denoiser: The full-precision model.
+        quantized: Predicts like the quantized network, without a correction.
+        run: Draws all images together.
+        used: Of the rows of a call, [R, C, ...]; gives [N, C, ...] for the run's N images.
+        fitted: Images to fit on.
+    """
+    calls, total = 0, 3 * len(denoiser.timesteps)
+
+    def counted(denoise: Denoise) -> Denoise:
+        def told(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            progress(min(calls, total), total)
+            return denoise(sample, timestep, **conditioning)
+
+        return told
+
+    wanted: list[Tensor] = []
+    plain = denoiser.module_denoise()
+
+    def recording(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
+        prediction = plain(sample, timestep, **conditioning)
+        wanted.append(used(prediction))
+        return prediction
+
+    reference = repeat(run, counted(recording))[fitted:]
+    uncorrected = repeat(run, counted(quantized))[fitted:]
+    fit = _Fit(denoiser, quantized, wanted, used, fitted)
+    drawn = repeat(run, counted(fit))[fitted:]
+    gain = 10 * (_errors(uncorrected, reference) / _errors(drawn, reference)).log10()
+    return ClosedLoop(fit.rows.float(), fit.kept, gain)
+
+
+class _Fit:
+    """A quantized network that is corrected while it draws.
+
+    Args:
+        wanted: What full precision predicted at each call, as it was used.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, quantized: Denoise, wanted: Sequence[Tensor], used: Used, fitted: int
+    ) -> None:
+        self._denoiser, self._quantized, self._wanted = denoiser, quantized, wanted
+        self._used, self._fitted, self._calls = used, fitted, 0
+        self.rows = torch.tensor(IDENTITY, dtype=torch.float64)[:, None].repeat(
+            len(denoiser.timesteps), 1, wanted[0].shape[1]
+        )
+        self.kept = 0
+
+    def __call__(self, sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
+        prediction = self._quantized(sample, timestep, **conditioning)
+        example = self._denoiser.example_inputs[self._denoiser.timestep]
+        (place,) = self._denoiser.timesteps.rows(torch.as_tensor(timestep).reshape(-1)[:1].to(example.dtype).numpy())
+        wanted, found = self._wanted[self._calls], self._used(prediction)
+        self._calls += 1
+        given = sample[: len(found)]  # with guidance every part of the batch has the same samples
+        some, others = slice(0, self._fitted), slice(self._fitted, None)
+        rows = fit_correction(found[some], given[some], wanted[some]).float().double()  # as it will be stored
+        left = corrected(rows, found[others], given[others])
+        if rows.isfinite().all() and _errors(left, wanted[others]).sum() < _errors(found[others], wanted[others]).sum():
+            self.rows[int(place)] = rows
+            self.kept += 1
+        return corrected(self.rows[int(place)], prediction, sample)
+
+
+def _errors(values: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared error of each image, float64 [N]."""
+    return (values - wanted).double().square().flatten(1).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
