@@ -16,7 +16,7 @@ from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
-from tfmq_export.passes.reading import constant_values, known_shape, static_size
+from tfmq_export.passes.reading import constant_values, static_size
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class LinearAsGemm(RecipePass):
 def _lower(graph: gs.Graph, node: gs.Node, name: str, rows: dict[str, gs.Variable]) -> None:
     x, weight = node.inputs
     (product,) = node.outputs
-    features, shape = static_size(weight, 1), known_shape(x)
+    features = static_size(weight, 1)
     if x.name not in rows:
         rows[x.name] = variable(f"{x.name}.rows", np.float32, (None, static_size(weight, 0)))
         target = constant(f"{x.name}.rows_shape", np.array([-1, static_size(weight, 0)], np.int64))
@@ -54,7 +54,7 @@ def _lower(graph: gs.Graph, node: gs.Node, name: str, rows: dict[str, gs.Variabl
     flat = variable(f"{name}.rows", np.float32, (None, features))
     product.inputs.clear()
     node.outputs = [flat]
-    sizes = [size if isinstance(size, int) else -1 for size in shape[:-1]]
+    sizes = [-1, -1] if x.shape is None else [size if isinstance(size, int) else -1 for size in x.shape[:-1]]
     if sizes.count(-1) < 2:
         back: gs.Tensor = constant(f"{name}.shape", np.array([*sizes, features], np.int64))
     else:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tfmq_export.errors import PostconditionError, PreconditionError
 from tfmq_export.passes.base import Changes, Pass, Semantics
 from tfmq_export.passes.graph import constant, variable
-from tfmq_export.passes.reading import constant_values, element_type
+from tfmq_export.passes.reading import computed, constant_values, element_type
 
 Interval = tuple[float, float]
 
@@ -192,14 +192,12 @@ class _Work:
                 node.inputs[0] = self._quantize(node.inputs[0], moved, wanted, moved.name)
             if own and not given_out and (_is_layer(node) or (wanted is not None and node.op not in WHOLE_RANGE)):
                 continue
-            self._lay_over(node, value, wanted)
+            self._lay_over(node, value)
 
-    def _lay_over(self, node: gs.Node, value: gs.Tensor, wanted: WideGrid | None) -> None:
+    def _lay_over(self, node: gs.Node, value: gs.Tensor) -> None:
         source = node.inputs[0].name
         if _moves(node) and source in self.grids:
             grid = self.grids[source]
-        elif wanted is not None and node.op not in WHOLE_RANGE:
-            grid = wanted
         else:
             grid = WideGrid.of_operation(node.op, *self.intervals[value.name])
         raw = variable(f"{value.name}.real", np.float32, value.shape)
@@ -222,7 +220,7 @@ class _Work:
         constants = _constants(grid, prefix)
         self.graph.nodes += [
             gs.Node("QuantizeLinear", f"{prefix}.wide_quantize", inputs=[source, *constants], outputs=[codes]),
-            gs.Node("DequantizeLinear", f"{prefix}.wide_dequantize", None, [codes, *constants], [result]),
+            gs.Node("DequantizeLinear", f"{prefix}.wide_dequantize", None, [codes, *constants], [computed(result)]),
         ]
         self.grids[result.name] = grid
         self.gridded.append(prefix)
@@ -308,7 +306,8 @@ def _moves(node: gs.Node) -> bool:
 def _wanted(value: gs.Tensor) -> WideGrid | None:
     """The 16-bit grid that a value goes to, moved at most on the way, and goes to alone; None where there is none.
 
-    ONNX Runtime joins two grids in a row to the second one, so an operation in front of both has that one.
+    ONNX Runtime joins two grids in a row to the second one. Between two nodes that only move numbers that would leave
+    the first with a grid on either side, so the second grid is laid in front of both.
     """
     if len(value.outputs) != 1:
         return None

@@ -8,30 +8,38 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import onnx
 import pytest
 from nets.gated_nets import gated_net
 from nets.map_nets import map_net
 from nets.onnx_graphs import graph_of, infer, normal
 from nets.pass_semantics import Rewrite, judge, largest_error, pass_classes, run_chain
 from nets.prompt_nets import label_net
-from nets.toy_nets import Net, conv_net, skip_net, token_net, vector_net
+from nets.toy_nets import Net, conv_net, observe, skip_net, token_net, vector_net
 from nets.toy_recipes import recipe_by_timestep, recipe_for, scaled_recipe, stored_recipe_for, with_products
 
 from tfmq_export import passes as package
-from tfmq_export.passes.base import Pass, Semantics, run_passes
+from tfmq_export.passes.base import Pass, Semantics, run_pass, run_passes
+from tfmq_export.passes.bind.bind_recipe import BindRecipe
 from tfmq_export.passes.bind.fold_constants import FoldConstants
 from tfmq_export.passes.bind.split_skips import SplitSkips
 from tfmq_export.passes.check_model import CheckModel
 from tfmq_export.passes.finish.name_outputs import NameOutputs
 from tfmq_export.passes.finish.strip_qdq import StripQdq
 from tfmq_export.passes.graph import export_model
+from tfmq_export.passes.lower.affine import SpellAffine
+from tfmq_export.passes.lower.attention import LowerAttention
 from tfmq_export.passes.lower.average_group_norm import AverageGroupNorm
+from tfmq_export.passes.lower.group_norm import LowerGroupNorm
+from tfmq_export.passes.lower.linear_as_gemm import LinearAsGemm
 from tfmq_export.passes.pipeline import passes_for
+from tfmq_export.passes.qdq.grid_everything import GridEverything
 from tfmq_export.passes.scaling.split_results import SplitResults
 from tfmq_export.passes.time.narrow_tables import NarrowTables
 from tfmq_export.passes.time.tabulate_tib import TabulateTib
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.correction import Correction
+from tfmq_export.recipe.names import lookup_name
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import find_target
 
@@ -84,6 +92,40 @@ def corrected_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
     return [(corrected, passes_for(corrected, ort, sample="sample", timestep="timestep"))]
 
 
+def integer_rewrites(net: Net) -> list[Rewrite]:
+    """What only the graph of an engine of integers has, in floating point; of convolutions, all of it."""
+    qnn, names = find_target("qnn"), {"sample": "sample", "timestep": "timestep"}
+    recipe = with_products(recipe_for(net), net)
+    make = (FoldConstants, SplitSkips, BindRecipe, TabulateTib, LowerGroupNorm, LowerAttention, LinearAsGemm)
+    exact = [x for x in passes_for(recipe, qnn, **names) if isinstance(x, (*make, SpellAffine))]
+    done = run_chain(net, recipe, exact)
+    if all(layer.output is not None for layer in recipe.layers) and not recipe.products:
+        whole = adapt(recipe, qnn)
+        before = run_chain(net, whole, passes_for(whole, qnn, **names))[-1].after
+        graph = graph_of(before)
+        report, _ = run_pass(graph, GridEverything(intervals_of(net, before)))
+        done.append(Rewrite(net, whole, report, before, export_model(graph)))
+    return done
+
+
+def intervals_of(net: Net, model: onnx.ModelProto) -> dict[str, tuple[float, float]]:
+    """Of every float value of a graph but dequantized constants, over the schedule."""
+    stored = {item.name for item in model.graph.initializer}
+    kept = [x for x in model.graph.node if x.op_type != "QuantizeLinear" and x.input[0] not in stored]
+    typed = onnx.shape_inference.infer_shapes(model).graph
+    other = {x.name for x in typed.value_info if x.type.tensor_type.elem_type != onnx.TensorProto.FLOAT}
+    other.add(lookup_name("column"))  # the timestep is compared with the schedule as it is
+    names = [name for x in kept for name in x.output if name not in other]
+    found: dict[str, tuple[float, float]] = {}
+    for row, timestep in enumerate(net.timesteps.values):
+        feeds = net.feeds(timestep, seed=row)
+        values = observe(model, names, feeds | {"timestep": feeds["timestep"].reshape(-1)}, integer=False)
+        for name, value in {**values, "sample": feeds["sample"]}.items():
+            low, high = found.get(name, (0.0, 0.0))
+            found[name] = (min(low, float(value.min())), max(high, float(value.max())))
+    return found
+
+
 def narrow_chains(net: Net) -> list[tuple[QuantRecipe, list[Pass]]]:
     """Tables with narrow rows."""
     openvino = find_target("openvino")
@@ -110,6 +152,7 @@ def rewrites() -> tuple[Rewrite, ...]:
         if make is conv_net:  # its prediction is shaped like its sample
             for recipe, chain in corrected_chains(net):
                 done += [x for x in run_chain(net, recipe, chain) if x.report.name == "CorrectPrediction"]
+        done += integer_rewrites(net)
         for recipe, chain in narrow_chains(net):
             # The rows of the recipe are rounded, which is for test_narrow_tables.py; how they are stored is exact.
             done += [x for x in run_chain(net, recipe, chain) if x.report.name == "NarrowTables"]

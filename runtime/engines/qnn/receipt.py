@@ -173,7 +173,7 @@ def _loss(layer: LayerInfo, found: Sequence[NpuOperation], on_cpu: Mapping[str, 
     """Why a layer is not what was asked; empty where it is."""
     if not layer.activation_bits:
         return ""  # nothing computes in floating point here: what is asked to may be more exact, and is told in kinds
-    if layer.name in on_cpu:
+    if not found and layer.name in on_cpu:
         return f"runs on the CPU: {on_cpu[layer.name] or 'the provider gives no reason'}"
     if not found:
         return f"no operation {node_name(layer.name)} in the compiled graph; was it renamed or folded?"

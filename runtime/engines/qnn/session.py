@@ -23,6 +23,9 @@ _NUMBERS = {
 Inputs = Mapping[str, tuple[tuple[int | str, ...], np.dtype[Any]]]
 """Shape and type of each input by name; a name in a shape is an open size."""
 
+LEFT_OUT = ("DoubleQDQPairsRemover",)
+"""Joins a grid of 16 bits and one of 8 behind it to the second: a layer that reads 16 and writes 8 is no kernel."""
+
 _FATAL_ONLY = 4  # whatever matters is raised as an exception
 
 
@@ -73,7 +76,9 @@ def open_session(library: Library, graph: Path, request: SessionRequest) -> Any:
         options.add_session_config_entry("ep.context_embed_mode", "1")
     options.add_provider_for_devices(list(library.devices), provider)
     try:
-        return library.onnxruntime.InferenceSession(str(graph), options, enable_fallback=0)
+        return library.onnxruntime.InferenceSession(
+            str(graph), options, enable_fallback=0, disabled_optimizers=list(LEFT_OUT)
+        )
     except engine_errors() as error:
         raise BuildError(
             f"{graph}: onnxruntime-qnn refuses this graph for {request.chip}: {one_line(error)}; "

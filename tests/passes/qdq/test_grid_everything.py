@@ -155,4 +155,5 @@ def test_what_moves_numbers_to_a_grid_has_it_on_both_sides() -> None:
 
     grids = quantizers_of(graph)
 
-    assert grids["m.real"] == grids["r"] == (float(np.float32(1e-4)), 30000)
+    assert grids["m"] == grids["r"] == (float(np.float32(1e-4)), 30000)
+    assert grids["m.real"] != grids["m"]
