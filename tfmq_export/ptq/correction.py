@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tfmq_export.recipe.correction import IDENTITY
 
-SHRINKAGE = 0.02
-"""Towards the identity: of the power of each regressor, added to it. A few images tell three numbers no better."""
+SHRINKAGE = 1e-3
+"""Towards the identity: of the power of each regressor, added to it. Prediction and sample are nearly the same at early
+timesteps and what tells is their difference, so more than a little would take the correction away (docs/results.md)."""
 ALONE = 1e-12  # of the power of all: a regressor that is constant, or zero, has no coefficient of its own
 
 
