@@ -50,7 +50,7 @@ def test_flags_of_the_method_win_over_its_table(tmp_path: Path) -> None:
         ("guidance_scale = 2", "give it as --guidance-scale"),
         ("zzzzzz = 1", "unknown setting 'zzzzzz'"),
         ('preset = "w8a9"', "unknown preset 'w8a9'; did you mean 'w8a8'?"),
-        ('preset = "int4"', "unknown preset 'int4'; there is w8a8, w4a8, w4a6, fp32"),
+        ('preset = "int4"', "unknown preset 'int4'; there is w8a8, w4a8, w4a6, w8a16, w4a16, fp32"),
         ('preset = "w3a3"', "unknown preset 'w3a3'; there is w8a8"),
         ("seed = -1", "seed: Input should be greater than or equal to 0, got -1"),
         ("calibration_images = 0", "calibration_images: "),

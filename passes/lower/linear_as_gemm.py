@@ -16,7 +16,7 @@ from tfmq_export.errors import PostconditionError
 from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes
 from tfmq_export.passes.graph import constant, variable
-from tfmq_export.passes.reading import constant_values, static_size
+from tfmq_export.passes.reading import computed, constant_values, static_size
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _lower(graph: gs.Graph, node: gs.Node, name: str, rows: dict[str, gs.Variabl
         back: gs.Tensor = constant(f"{name}.shape", np.array([*sizes, features], np.int64))
     else:
         back = _shape_of(graph, x, name, features)
-    graph.nodes.append(gs.Node("Reshape", f"{name}.from_rows", inputs=[flat, back], outputs=[result]))
+    graph.nodes.append(gs.Node("Reshape", f"{name}.from_rows", inputs=[flat, back], outputs=[computed(result)]))
 
 
 def _bias(node: gs.Node, name: str) -> tuple[gs.Constant | None, gs.Tensor]:

@@ -12,6 +12,7 @@ from tfmq_export.compiler.settings import check_pairs, check_settings, settle
 from tfmq_export.config import CompileConfig, Method
 from tfmq_export.errors import TargetError
 from tfmq_export.recipe.adapt import adapt
+from tfmq_export.recipe.grid import QParams, QuantSpec
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import find_target
 
@@ -147,3 +148,24 @@ def test_a_symmetric_engine_reads_a_softmax_in_128_levels_of_the_same_range() ->
     assert scores.left.same_as(recipe.products[0].left)  # signed already
     assert adapted.right.same_as(pv.right)
     assert adapt(recipe, find_target("openvino")).products == recipe.products
+
+
+def test_where_activations_may_have_sixteen_bits_several_codes_are_one() -> None:
+    recipe = recipe_for(conv_net())
+    grid = QParams(QuantSpec(8, signed=False, codes=4), np.asarray(0.01, np.float32), np.asarray(300, np.int32))
+    layers = tuple(replace(x, input=grid, output=x.output or grid) for x in recipe.layers)
+
+    for layer in adapt(replace(recipe, layers=layers), find_target("qnn")).layers:
+        assert layer.output is not None
+        assert (layer.input.spec.bits, layer.output.spec.bits) == (16, 16)  # no kernel reads 16 and writes 8
+        low, high = (float(layer.input.scale) * (end - int(layer.input.zero_point)) for end in (0, 2**16 - 1))
+        np.testing.assert_allclose((low, high), (-3.0, 0.01 * (4 * 255 - 300)), atol=2 * float(layer.input.scale))
+
+
+def test_sixteen_bits_need_a_target_that_has_them() -> None:
+    recipe = recipe_for(conv_net())
+    wide = QParams(QuantSpec(16, signed=False), np.asarray(1e-4, np.float32), np.asarray(0, np.int32))
+    layers = tuple(replace(x, input=wide) for x in recipe.layers)
+
+    with pytest.raises(TargetError, match="openvino has no kernels for 16-bit activations; use --preset w8a8"):
+        adapt(replace(recipe, layers=layers), find_target("openvino"))

@@ -25,10 +25,17 @@ def test_a_grid_has_as_many_codes_as_its_bits_allow(bits: int, signed: bool) -> 
     assert spec.qmin == (-(spec.qmax + 1) if signed else 0)
 
 
-@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 15, 17])
 def test_other_widths_are_no_grid(bits: int) -> None:
-    with pytest.raises(RecipeError, match=f"bits must be in 2..8, got {bits}"):
+    with pytest.raises(RecipeError, match=f"bits must be in 2..8, or 16, got {bits}"):
         QuantSpec(bits)
+
+
+def test_sixteen_bits_are_one_code_of_an_activation() -> None:
+    assert QuantSpec(16, signed=False).qmax == 2**16 - 1
+    for wrong in ({"signed": False, "codes": 2}, {"axis": 0}):
+        with pytest.raises(RecipeError, match="16 bits are for activations, in one code"):
+            QuantSpec(16, **wrong)
 
 
 @given(bits=st.integers(2, 8), codes=st.integers(1, 16))
