@@ -34,9 +34,11 @@ app_of({command!r})({arguments!r})
 """
 
 
-def on_a_host(command: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Run a command where what ``[compile]`` installs is not there."""
-    code = HIDDEN.format(packages=set(COMPILING), command=command, arguments=[str(each) for each in arguments])
+def on_a_host(
+    command: str, *arguments: object, there: frozenset[str] | set[str] = frozenset()
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command where what ``[compile]`` installs is not there, but for some of it."""
+    code = HIDDEN.format(packages=set(COMPILING - there), command=command, arguments=[str(each) for each in arguments])
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
@@ -50,6 +52,18 @@ def test_a_command_that_needs_torch_says_how_to_get_it(command: str, arguments: 
     assert done.returncode == 2
     assert "which only '[compile]' installs; pip install 'tfmq-export[compile]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_repository_of_a_server_takes_an_extra_of_its_own(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "out")
+
+    bare = on_a_host("triton", bundle.root, "-o", tmp_path / "models")
+    with_onnx = on_a_host("triton", bundle.root, "-o", tmp_path / "models", there={"onnx", "ml_dtypes"})
+
+    assert bare.returncode == 2
+    assert "this command needs onnx, which only '[serve]' installs; pip install 'tfmq-export[serve]'" in bare.stderr
+    assert with_onnx.returncode == 0, with_onnx.stderr
+    assert (tmp_path / "models/out/1/model.onnx").is_file()
 
 
 def test_what_serves_needs_none_of_it(tmp_path: Path) -> None:

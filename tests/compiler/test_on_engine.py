@@ -107,6 +107,16 @@ def test_a_graph_that_computes_something_else_is_refused() -> None:
         require_engine_takes(replace(captured, denoiser=replace(captured.denoiser, module=other)), CompileConfig())
 
 
+def test_a_model_that_would_fill_the_memory_is_asked_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_engine, "SHARE", 1 << 60)
+    module, description = build_film_unet()
+    film = capture(describe(module, description, None, "handwritten"), Silent())
+
+    assert require_engine_takes(film, CompileConfig()) == float("inf")
+    with pytest.raises(TargetError, match="cannot run on ort-cpu"):
+        require_engine_takes(capture(probe(Middle(choice_of_shorts)), Silent()), CompileConfig())
+
+
 def test_weights_that_an_engine_wants_inside_the_graph_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[set[str]] = []
     run = on_engine._run

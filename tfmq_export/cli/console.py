@@ -48,7 +48,8 @@ COMPILING = frozenset(
     | {"PIL", "safetensors", "torch", "yaml"}
 )
 """What a host that only runs bundles does not have."""
-COMPILE_EXTRA = "pip install 'tfmq-export[compile]'"
+EXTRAS = {"triton": "serve"}
+"""What brings a command's packages, where it is less than what compiles."""
 
 
 def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -65,7 +66,9 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             package = (error.name or "").partition(".")[0]
             if package not in COMPILING:
                 raise
-            fail(DependencyError(f"this command needs {package}, which only '[compile]' installs; {COMPILE_EXTRA}"))
+            extra = EXTRAS.get(command.__name__, "compile")
+            way = f"pip install 'tfmq-export[{extra}]'"
+            fail(DependencyError(f"this command needs {package}, which only '[{extra}]' installs; {way}"))
         except OSError as error:  # a disk that is full or gone; anything else of ours is a TfmqError already
             fail(OutputError(f"{error.filename or 'output'}: {error.strerror or error}"))
         except KeyboardInterrupt:

@@ -2,7 +2,8 @@
 
 The graph is rewritten as for preset fp32, with two rows of each table, and run once on the model's example inputs, on
 the engine that will prove the bundle. Weights are handed in as inputs, so that the engine keeps no copy of them. What
-it predicts must be what PyTorch does.
+it predicts must be what PyTorch does. Of a model that would fill the memory, zeros stand for all weights: the engine is
+asked all the same, and its prediction is not compared.
 """
 
 import math
@@ -24,11 +25,12 @@ from tfmq_export.capture.pages import release_pages
 from tfmq_export.capture.place import place_of
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.compiler.forms import Captured, Lowered, Quantized
+from tfmq_export.compiler.plan import machine_memory
 from tfmq_export.compiler.prologue import cut_prologue
 from tfmq_export.compiler.steps import lower
 from tfmq_export.config import CompileConfig
 from tfmq_export.errors import BuildError, ExportError, TargetError
-from tfmq_export.passes.graph_file import save_graph, weights_as_inputs
+from tfmq_export.passes.graph_file import save_graph, weight_bytes, weights_as_inputs
 from tfmq_export.ptq.tib import tabulate
 from tfmq_export.ptq.walk.quantize import unquantized
 from tfmq_export.recipe.timesteps import TimestepSet
@@ -41,6 +43,8 @@ ROWS = 2  # of each table: enough for the pattern
 LEAST_SQNR = 20.0
 """Of the graph's prediction against PyTorch's, dB: rounding leaves 60 and more, in half precision 40; what is computed
 wrongly has next to none."""
+SHARE = 4
+"""Of the machine's memory, for weights that are laid out row by row to be handed in."""
 FILE = "model.onnx"
 MOST = 400  # characters of an engine's own words
 _WORD = re.compile(r"[A-Za-z_]\w*")
@@ -52,7 +56,7 @@ def require_engine_takes(model: Captured, config: CompileConfig) -> float:
     """Rewrite a captured model for its target and run it there once, in floating point.
 
     Returns:
-        SQNR of its prediction against PyTorch's, dB.
+        SQNR of its prediction against PyTorch's, dB; infinite where they cannot be compared.
     Raises:
         TargetError: the engine refuses the graph, or the target has no form for a part of it.
         ExportError: the graph predicts something else than the module.
@@ -64,11 +68,13 @@ def require_engine_takes(model: Captured, config: CompileConfig) -> float:
     recipe = unquantized(program, "fp32", tabulate(program, few), {})
     plain = config.model_copy(update={"preset": "fp32", "prologue": False})
     lowered = lower(Quantized(few, program, recipe), plain)
-    inputs = _inputs(few)
-    found = _answer(lowered, {name: value.numpy() for name, value in inputs.items()}, program)
-    sample, timestep = inputs.pop(few.sample), inputs.pop(few.timestep)
-    expected = few.module_denoise()(sample, timestep, **inputs).numpy()
-    sqnr = _sqnr_of(found, expected, denoiser, config.target)
+    inputs, real = _inputs(few), weight_bytes(lowered.graph) <= machine_memory() // SHARE
+    found = _answer(lowered, {name: value.numpy() for name, value in inputs.items()}, program, real)
+    sqnr = math.inf
+    if real:
+        sample, timestep = inputs.pop(few.sample), inputs.pop(few.timestep)
+        expected = few.module_denoise()(sample, timestep, **inputs).numpy()
+        sqnr = _sqnr_of(found, expected, denoiser, config.target)
     if config.prologue:
         cut_prologue(lowered.graph, few, recipe)
     release_pages(denoiser.module.parameters())
@@ -83,8 +89,12 @@ def _inputs(denoiser: Denoiser) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _answer(lowered: Lowered, feeds: Arrays, program: DiffusionProgram) -> NDArray[np.generic]:
-    """What the engine predicts; refused where it cannot with weights inside the graph either, as they will be."""
+def _answer(lowered: Lowered, feeds: Arrays, program: DiffusionProgram, real: bool) -> NDArray[np.generic]:
+    """What the engine predicts; refused where it cannot with weights inside the graph either, as they will be.
+
+    Args:
+        real: Whether weights are handed in as they are, or zeros in their place.
+    """
     target, tensors = lowered.target.name, lowered.graph.tensors().items()
     constants = {name: value for name, value in tensors if isinstance(value, gs.Constant)}
     taken = {value.name for value in lowered.graph.inputs}
@@ -93,7 +103,9 @@ def _answer(lowered: Lowered, feeds: Arrays, program: DiffusionProgram) -> NDArr
     def with_inputs(path: Path) -> Arrays:
         proto, names = weights_as_inputs(lowered.graph)
         onnx.save(proto, path)
-        return {**given, **{name: np.ascontiguousarray(constants[name].values) for name in names}}
+        values = {name: constants[name].values for name in names}
+        laid_out = np.ascontiguousarray if real else _zeros_like
+        return {**given, **{name: laid_out(value) for name, value in values.items()}}
 
     def with_weights(path: Path) -> Arrays:
         save_graph(lowered.graph, path)
@@ -112,6 +124,11 @@ def _answer(lowered: Lowered, feeds: Arrays, program: DiffusionProgram) -> NDArr
             f"{lowered.made.denoiser.source}: cannot run on {target}{_place(cause, lowered.graph, program)}: {cause}; "
             f"write that operation another way, or try --target {' or '.join(others)}"
         ) from error
+
+
+def _zeros_like(value: NDArray[Any]) -> NDArray[Any]:
+    """Zeros that take no memory until somebody writes to them; integers, which may be positions, are what they are."""
+    return np.zeros(value.shape, value.dtype) if value.dtype.kind == "f" else np.ascontiguousarray(value)
 
 
 def _run(prepare: Callable[[Path], Arrays], target: str) -> NDArray[np.generic]:

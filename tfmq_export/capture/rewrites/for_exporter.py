@@ -92,7 +92,7 @@ def _give_one_head(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _value(node: fx.Node) -> Any:
+def _value(node: Any) -> Any:
     return node.meta["val"]
 
 

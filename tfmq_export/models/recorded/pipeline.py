@@ -145,9 +145,10 @@ def denoiser_name(root: Path) -> str:
 def missing_parts(root: Path) -> tuple[str, ...]:
     """What a pipeline's class needs and its index does not list: such a folder holds a denoiser, and no pipeline."""
     index = read_index(root)
-    known = getattr(diffusers, str(index.get("_class_name")), None)
-    if not (isinstance(known, type) and issubclass(known, DiffusionPipeline)):
+    found = getattr(diffusers, str(index.get("_class_name")), None)
+    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         return ()
+    known: Any = found
     needed = {
         name
         for name, given in inspect.signature(known.__init__).parameters.items()
