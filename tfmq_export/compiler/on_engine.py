@@ -33,7 +33,7 @@ from tfmq_export.errors import BuildError, ExportError, TargetError
 from tfmq_export.passes.graph_file import save_graph, weight_bytes, weights_as_inputs
 from tfmq_export.ptq.tib import tabulate
 from tfmq_export.ptq.walk.quantize import unquantized
-from tfmq_export.recipe.timesteps import TimestepSet
+from tfmq_export.recipe.timesteps import TimestepSet, timestep_vector
 from tfmq_export.runtime.engines.open import open_runner
 from tfmq_export.runtime.engines.table import ENGINES, FALLBACK
 from tfmq_export.runtime.measure.compare import sqnr_db
@@ -69,7 +69,9 @@ def require_engine_takes(model: Captured, config: CompileConfig) -> float:
     plain = config.model_copy(update={"preset": "fp32", "prologue": False})
     lowered = lower(Quantized(few, program, recipe), plain)
     inputs, real = _inputs(few), weight_bytes(lowered.graph) <= machine_memory() // SHARE
-    found = _answer(lowered, {name: value.numpy() for name, value in inputs.items()}, program, real)
+    feeds = {name: value.numpy() for name, value in inputs.items()}
+    feeds[few.timestep] = timestep_vector(feeds[few.timestep])
+    found = _answer(lowered, feeds, program, real)
     sqnr = math.inf
     if real:
         sample, timestep = inputs.pop(few.sample), inputs.pop(few.timestep)
@@ -119,7 +121,8 @@ def _answer(lowered: Lowered, feeds: Arrays, program: DiffusionProgram, real: bo
         return _run(with_weights, target)
     except BuildError as error:
         cause, asked = _cause(str(error)), FALLBACK if ENGINES[lowered.target.engine].built else lowered.target.engine
-        others = [name for name, each in TARGETS.items() if each.engine != asked and not ENGINES[each.engine].built]
+        floats = {name: each for name, each in TARGETS.items() if not each.integers_only}
+        others = [name for name, each in floats.items() if each.engine != asked and not ENGINES[each.engine].built]
         raise TargetError(
             f"{lowered.made.denoiser.source}: cannot run on {target}{_place(cause, lowered.graph, program)}: {cause}; "
             f"write that operation another way, or try --target {' or '.join(others)}"
