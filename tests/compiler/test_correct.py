@@ -9,7 +9,7 @@ from nets.handwritten import build_dit
 from nets.onnx_graphs import normal
 from nets.tiny_model import tiny_folder
 
-from tfmq_export.compiler.correct import CORRECTING, cannot_correct
+from tfmq_export.compiler.correct import CORRECTING, cannot_correct, will_correct
 from tfmq_export.compiler.forecast import forecast
 from tfmq_export.compiler.forms import Captured, Quantized
 from tfmq_export.compiler.steps import capture, lower, quantize, write
@@ -127,3 +127,10 @@ def test_what_cannot_be_corrected_is_said(model: Captured) -> None:
     twice = replace(model.denoiser, sampler=again, timesteps=again.timesteps)
     assert "visits a timestep twice" in cannot_correct(twice, model.program)
     assert cannot_correct(model.denoiser, model.program) == ""
+
+
+def test_a_target_of_integers_alone_goes_without(model: Captured) -> None:
+    config = CONFIG.model_copy(update={"preset": "w8a8"})
+
+    assert will_correct(model.denoiser, model.program, config)
+    assert not will_correct(model.denoiser, model.program, config.model_copy(update={"target": "qnn"}))

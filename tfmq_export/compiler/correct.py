@@ -60,7 +60,7 @@ def correct(
     """
     if not config.method.closed_loop or not recipe.layers:
         return recipe
-    reason = cannot_correct(denoiser, program)
+    reason = _unfit_target(config) or cannot_correct(denoiser, program)
     if reason:
         return _noted(recipe, f"none: {reason}")
     target, drawn = find_target(config.target), Trajectories.of(config)
@@ -79,7 +79,7 @@ def correct(
 
 def will_correct(denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig) -> bool:
     """Whether a correction will be fitted."""
-    return config.method.closed_loop and not cannot_correct(denoiser, program)
+    return config.method.closed_loop and not (_unfit_target(config) or cannot_correct(denoiser, program))
 
 
 def cannot_correct(denoiser: Denoiser, program: DiffusionProgram) -> str:
@@ -96,6 +96,14 @@ def cannot_correct(denoiser: Denoiser, program: DiffusionProgram) -> str:
     if not _alike(denoiser, program):
         return "its prediction is not shaped like the sample, channels first"
     return ""
+
+
+def _unfit_target(config: CompileConfig) -> str:
+    """Why a target's graph has no place for a correction; empty where it has."""
+    alone = find_target(config.target).integers_only
+    return (
+        f"{config.target} computes in integers alone, and a correction is a factor in floating point" if alone else ""
+    )
 
 
 def _alike(denoiser: Denoiser, program: DiffusionProgram) -> bool:
