@@ -100,12 +100,16 @@ def weight_bytes(graph: gs.Graph) -> int:
     return sum(_bytes(value) for value in _constants(graph).values())
 
 
-def dump_to(folder: Path) -> Callable[[int, str, gs.Graph], None]:
-    """Save each graph as ``03_TabulateTib.onnx``; for ``run_passes``."""
+def dump_to(folder: Path, behind: int = 0) -> Callable[[int, str, gs.Graph], None]:
+    """Save each graph as ``03_TabulateTib.onnx``; for ``run_passes``.
+
+    Args:
+        behind: Passes that ran before, whose graphs are there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(position: int, name: str, graph: gs.Graph) -> None:
-        save_graph(graph, folder / f"{position:02d}_{name}.onnx")
+        save_graph(graph, folder / f"{behind + position:02d}_{name}.onnx")
 
     return save
 

@@ -55,6 +55,17 @@ class Timing:
         return {"median": self.median, "p10": self.p10, "p90": self.p90, "p99": self.p99, "count": self.count}
 
 
+def timed(call: Callable[[], object]) -> Callable[[], float]:
+    """A candidate for ``take_turns``: calls, and says how many seconds that took."""
+
+    def turn() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return turn
+
+
 def take_turns(
     candidates: Mapping[str, Callable[[], float]],
     *,

@@ -33,6 +33,12 @@ def sites_of(seed: int, count: int = 5) -> Sites:
     return found
 
 
+def room_for(sites: Sites, share: float) -> int:
+    """Bytes between those of the smallest choices and those of the largest."""
+    sizes = [choice.size for choice in everything(sites)]
+    return int(min(sizes) + share * (max(sizes) - min(sizes)))
+
+
 def everything(sites: Sites) -> list[Choice]:
     return [total(sites, picks) for picks in itertools.product(*(range(len(site)) for site in sites))]
 
@@ -58,8 +64,7 @@ def test_the_least_error_in_so_many_bytes_is_that_of_trying_all(seed: int, share
 @given(seed=st.integers(0, 10_000), share=st.floats(0.05, 1), slack=st.floats(1.05, 4))
 def test_both_bounds_are_kept_at_a_cost_near_the_least(seed: int, share: float, slack: float) -> None:
     sites = sites_of(seed, 6)
-    sizes = [choice.size for choice in everything(sites)]
-    room = int(min(sizes) + share * (max(sizes) - min(sizes)))
+    room = room_for(sites, share)
     error = total(sites, least_error(sites, room)).error * slack
 
     picks = least_cost(sites, error, room)
@@ -77,8 +82,7 @@ def test_both_bounds_are_kept_at_a_cost_near_the_least(seed: int, share: float, 
 @given(seed=st.integers(0, 10_000), share=st.floats(0.05, 1), work=st.floats(0, 3))
 def test_a_bound_on_the_work_is_kept_at_an_error_near_the_least(seed: int, share: float, work: float) -> None:
     sites = sites_of(seed, 6)
-    sizes = [choice.size for choice in everything(sites)]
-    room = int(min(sizes) + share * (max(sizes) - min(sizes)))
+    room = room_for(sites, share)
 
     picks = least_error_at(sites, work, room)
 

@@ -15,7 +15,7 @@ from tfmq_export.models.walk import DiffusersSampler
 from tfmq_export.progress import Progress
 from tfmq_export.proof.simulate import Simulation
 from tfmq_export.ptq.walk.block_runner import ROWS, VALUES
-from tfmq_export.ptq.walk.closed_loop import ClosedLoop, Used, fit_in_closed_loop
+from tfmq_export.ptq.walk.closed_loop import ClosedLoop, fit_in_closed_loop
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.correction import Correction
 from tfmq_export.recipe.recipe import QuantRecipe
@@ -60,15 +60,17 @@ def correct(
     """
     if not config.method.closed_loop or not recipe.layers:
         return recipe
-    reason = _unfit_target(config) or cannot_correct(denoiser, program)
+    reason = _why_not(denoiser, program, config)
     if reason:
         return _noted(recipe, f"none: {reason}")
+    sampler = denoiser.sampler
+    assert isinstance(sampler, DiffusersSampler)  # else there was a reason
     target, drawn = find_target(config.target), Trajectories.of(config)
     simulation = Simulation(program, adapt(recipe, target), integer_bias=target.integer_bias)
     (run,) = denoiser.runs(drawn.images, config.seed + OTHER_SEED)
     with progress.stage(CORRECTING) as step:
         found = fit_in_closed_loop(
-            denoiser, _in_pieces(denoiser, simulation), run, _used(denoiser), fitted=drawn.fitted, progress=step
+            denoiser, _in_pieces(denoiser, simulation), run, sampler.used, fitted=drawn.fitted, progress=step
         )
     if not found.holds:
         return _noted(recipe, f"none: {_gained(found)}, and that is no gain to keep")
@@ -79,7 +81,7 @@ def correct(
 
 def will_correct(denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig) -> bool:
     """Whether a correction will be fitted."""
-    return config.method.closed_loop and not (_unfit_target(config) or cannot_correct(denoiser, program))
+    return config.method.closed_loop and not _why_not(denoiser, program, config)
 
 
 def cannot_correct(denoiser: Denoiser, program: DiffusionProgram) -> str:
@@ -98,12 +100,11 @@ def cannot_correct(denoiser: Denoiser, program: DiffusionProgram) -> str:
     return ""
 
 
-def _unfit_target(config: CompileConfig) -> str:
-    """Why a target's graph has no place for a correction; empty where it has."""
-    alone = find_target(config.target).integers_only
-    return (
-        f"{config.target} computes in integers alone, and a correction is a factor in floating point" if alone else ""
-    )
+def _why_not(denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig) -> str:
+    """Why there will be no correction, by target or model; empty where one is fitted."""
+    if find_target(config.target).integers_only:
+        return f"{config.target} computes in integers alone, and a correction is a factor in floating point"
+    return cannot_correct(denoiser, program)
 
 
 def _alike(denoiser: Denoiser, program: DiffusionProgram) -> bool:
@@ -112,25 +113,6 @@ def _alike(denoiser: Denoiser, program: DiffusionProgram) -> bool:
     prediction = first_tensor([node.meta["val"] for node in output.all_input_nodes])
     sample = denoiser.example_inputs[denoiser.sample]
     return sample.ndim > 3 and prediction.shape[1:] == sample.shape[1:]
-
-
-def _used(denoiser: Denoiser) -> Used:
-    """What the sampler makes of the rows of a call (``models/walk.py``)."""
-    sampler = denoiser.sampler
-    assert isinstance(sampler, DiffusersSampler)
-    scale = sampler.guidance_scale
-    if scale <= 1 or not sampler.unconditional:
-        return _as_it_is
-
-    def guided(prediction: Tensor) -> Tensor:
-        without, given = prediction.chunk(2)
-        return without + scale * (given - without)
-
-    return guided
-
-
-def _as_it_is(prediction: Tensor) -> Tensor:
-    return prediction
 
 
 def _in_pieces(denoiser: Denoiser, simulation: Simulation) -> Denoise:

@@ -4,7 +4,6 @@ They belong to the graph and not to the recipe: each target computes other value
 """
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.passes.qdq.grid_everything import Interval
 from tfmq_export.progress import Step
-from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate
+from tfmq_export.ptq.walk.calibration import calibrate, evenly
 from tfmq_export.recipe.names import lookup_name
 from tfmq_export.recipe.timesteps import timestep_vector
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner
@@ -35,7 +34,7 @@ def measure_intervals(graph: gs.Graph, denoiser: Denoiser, *, seed: int, progres
     Raises:
         CalibrationError: the model predicts NaN or infinity.
     """
-    calls = _evenly(calibrate(denoiser, images=IMAGES, seed=seed, progress=progress), CALLS)
+    calls = evenly(calibrate(denoiser, images=IMAGES, seed=seed, progress=progress), CALLS)
     found: dict[str, Interval] = {}
     with tempfile.TemporaryDirectory() as folder, _watched(graph, denoiser, Path(folder)) as runner:
         for call in calls:
@@ -64,8 +63,3 @@ def _watched(graph: gs.Graph, denoiser: Denoiser, folder: Path) -> OrtRunner:
                 model.graph.output.append(onnx.ValueInfoProto(name=name))
     onnx.save_model(model, str(path))
     return OrtRunner(path, integer=False)
-
-
-def _evenly(calls: Sequence[CalibrationStep], count: int) -> list[CalibrationStep]:
-    places = np.unique(np.linspace(0, len(calls) - 1, count).round().astype(int))
-    return [calls[int(place)] for place in places]

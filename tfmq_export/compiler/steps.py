@@ -12,13 +12,11 @@ of one model calls them:
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
-import onnx_graphsurgeon as gs
 from torch import nn
 
 from tfmq_export.bundle.manifest import Bundle
@@ -75,8 +73,6 @@ Model = str | Path | Source | tuple[nn.Module, Description | Draw]
 
 PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy")
 SILENT = Silent()
-
-Dump = Callable[[int, str, gs.Graph], None]
 
 
 def load_model(model: Model, components: Components = "none", progress: Progress = SILENT) -> Denoiser:
@@ -226,16 +222,15 @@ def lower(
             labels=tuple(denoiser.conditioning) if config.class_tables else (),
             pts_lowering=config.pts_lowering,
         )
-        dump = None if dump_dir is None else dump_to(dump_dir)
-        reports = run_passes(graph, passes, dump)
+        reports = run_passes(graph, passes, None if dump_dir is None else dump_to(dump_dir))
         lowered = Lowered(made, target, graph, reports, tables=config.tables)
         release_pages(denoiser.module.parameters())  # read to prove the binding
     if target.integers_only:
         with progress.stage("Measuring what lies between layers") as step:
             intervals = measure_intervals(graph, denoiser, seed=config.seed, progress=step)
         last = gridding_passes(adapt(made.recipe, target), target, intervals, denoiser.timestep)
-        behind = None if dump is None else partial(_dump_behind, dump, len(reports))
-        lowered = replace(lowered, reports=reports + run_passes(graph, last, behind))
+        dump = None if dump_dir is None else dump_to(dump_dir, behind=len(reports))
+        lowered = replace(lowered, reports=reports + run_passes(graph, last, dump))
     if config.prologue:
         with progress.stage("Cutting the prologue off"):
             main, prologue = cut_prologue(graph, denoiser, made.recipe)
@@ -326,13 +321,6 @@ def _provenance(denoiser: Denoiser, config: CompileConfig, plan: QuantPlan) -> d
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-def _dump_behind(
-    dump: Callable[[int, str, gs.Graph], None], done: int, position: int, name: str, graph: gs.Graph
-) -> None:
-    """Save a graph under the number it has behind passes that ran before."""
-    dump(done + position, name, graph)
 
 
 def _lint(lowered: Lowered) -> None:

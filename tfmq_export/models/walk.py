@@ -87,6 +87,18 @@ class DiffusersSampler:
         sample = scheduler.add_noise(images, noise, start) if noisy is None else noisy(images, start, noise)
         return self._run(scheduler, begin, denoise, sample, conditioning)
 
+    @property
+    def guides(self) -> bool:
+        """Whether a call has unconditional rows in front of the conditional ones."""
+        return self.guidance_scale > 1 and bool(self.unconditional)
+
+    def used(self, prediction: Tensor) -> Tensor:
+        """The prediction that a step is taken with, [N, ...], of all rows of a call."""
+        if not self.guides:
+            return prediction
+        without, given = prediction.chunk(2)
+        return without + self.guidance_scale * (given - without)
+
     def fresh(self) -> Any:
         """A scheduler of one's own, set to the sampler's steps."""
         scheduler = copy.deepcopy(self.scheduler)
@@ -113,8 +125,7 @@ class DiffusersSampler:
         options = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             options["generator"] = torch.Generator().manual_seed(0)
-        guided = self.guidance_scale > 1 and bool(self.unconditional)
-        if guided:
+        if self.guides:
             conditioning = {
                 name: torch.cat([self.unconditional[name].expand(len(sample), *value.shape[1:]), value])
                 for name, value in conditioning.items()
@@ -122,11 +133,8 @@ class DiffusersSampler:
         scaled_for = getattr(scheduler, "scale_model_input", _as_it_is)
         for timestep in scheduler.timesteps[begin:]:
             scaled = scaled_for(sample, timestep)
-            if guided:
-                without, given = denoise(torch.cat([scaled, scaled]), timestep, **conditioning).chunk(2)
-                prediction = without + self.guidance_scale * (given - without)
-            else:
-                prediction = denoise(scaled, timestep, **conditioning)
+            rows = torch.cat([scaled, scaled]) if self.guides else scaled
+            prediction = self.used(denoise(rows, timestep, **conditioning))
             prediction = without_variance(prediction, sample, scheduler.config.get("variance_type"))
             sample = scheduler.step(prediction, timestep, sample, **options).prev_sample
         return sample

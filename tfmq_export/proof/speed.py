@@ -4,8 +4,7 @@ It is one number for one processor, so that nobody finds out in production; ``tf
 their own.
 """
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,7 +14,7 @@ from tfmq_export.capture.denoiser import Denoiser, first_tensor
 from tfmq_export.proof.kernels import few_rows
 from tfmq_export.proof.served import run_bundle
 from tfmq_export.runtime.loaded import LoadedBundle
-from tfmq_export.runtime.measure.benchmark import speedups, take_turns
+from tfmq_export.runtime.measure.benchmark import speedups, take_turns, timed
 from tfmq_export.runtime.measure.machine import adds_in_16_bits
 
 ROUNDS, WARM_UP = 7, 2
@@ -74,7 +73,7 @@ def call_speed(denoiser: Denoiser, loaded: LoadedBundle, inputs: Mapping[str, Te
     """
     given = few_rows(inputs)
     sides = {"bundle": lambda: run_bundle(loaded, denoiser, given), "float": lambda: _module(denoiser, given)}
-    turns = {name: _timed(call) for name, call in sides.items()}
+    turns = {name: timed(call) for name, call in sides.items()}
     timings = take_turns(turns, rounds=ROUNDS, warmup=WARM_UP, seconds_budget=SECONDS)
     return CallSpeed(
         rows=len(given[denoiser.sample]),
@@ -88,12 +87,3 @@ def call_speed(denoiser: Denoiser, loaded: LoadedBundle, inputs: Mapping[str, Te
 @torch.no_grad()
 def _module(denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> Tensor:
     return first_tensor(denoiser.module(**inputs))
-
-
-def _timed(call: Callable[[], object]) -> Callable[[], float]:
-    def turn() -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    return turn

@@ -50,7 +50,7 @@ from tfmq_export.proof.stated import require_manifest_of
 from tfmq_export.proof.states import States, states_of
 from tfmq_export.proof.systematic import channel_excess, layer_share
 from tfmq_export.proof.temporal_features import TemporalErrors, compare_temporal
-from tfmq_export.ptq.walk.calibration import CalibrationStep, record
+from tfmq_export.ptq.walk.calibration import CalibrationStep, evenly, record
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.io import load_recipe
 from tfmq_export.recipe.recipe import QuantRecipe
@@ -253,7 +253,7 @@ def validate(  # noqa: PLR0913  # options by keyword
     release_pages(denoiser.module.parameters())
     release_freed()
     with progress.stage(AGREEING) as step:
-        agreements = _agreements(subject, _evenly(trajectory, plan.timesteps), step)
+        agreements = _agreements(subject, evenly(trajectory, plan.timesteps), step)
     release_freed()
     with progress.stage(READING):
         receipt = counted(realized_by_target(subject.bundle), wrong)
@@ -323,13 +323,6 @@ def _psnr(reference: Tensor, images: Tensor) -> NDArray[np.float64]:
 def _others(images: NDArray[np.float32], peak: float) -> NDArray[np.float64]:
     """PSNR of each image against the next one: what a picture of the same kind reaches by chance."""
     return psnr(images, np.roll(images, 1, 0), peak)
-
-
-def _evenly(trajectory: tuple[CalibrationStep, ...], count: int) -> tuple[CalibrationStep, ...]:
-    """So many of the calls; the first and the last among them."""
-    if count >= len(trajectory):
-        return trajectory
-    return tuple(trajectory[int(place)] for place in np.linspace(0, len(trajectory) - 1, count).round())
 
 
 def _untold(done: int, total: int) -> None:

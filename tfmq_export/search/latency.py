@@ -5,16 +5,16 @@ point. Two drafts are timed, one with all layers in integers and one with all in
 follows the multiply-accumulates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from time import perf_counter
+from functools import partial
 
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.proof.served import run_bundle
 from tfmq_export.runtime.loaded import load
-from tfmq_export.runtime.measure.benchmark import take_turns
+from tfmq_export.runtime.measure.benchmark import take_turns, timed
 
 ROUNDS, SECONDS = 50, 5.0
 
@@ -58,15 +58,6 @@ def call_seconds(bundles: Sequence[Bundle], denoiser: Denoiser) -> list[float]:
     inputs = {name: value[:1] if value.ndim else value for name, value in denoiser.example_inputs.items()}
     with ExitStack() as stack:
         loaded = [stack.enter_context(load(x.root, self_test=False, verify=False)) for x in bundles]
-
-        def timed(place: int) -> Callable[[], float]:
-            def call() -> float:
-                start = perf_counter()
-                run_bundle(loaded[place], denoiser, inputs)
-                return perf_counter() - start
-
-            return call
-
-        turns = {str(place): timed(place) for place in range(len(loaded))}
+        turns = {str(place): timed(partial(run_bundle, each, denoiser, inputs)) for place, each in enumerate(loaded)}
         timings = take_turns(turns, rounds=ROUNDS, seconds_budget=SECONDS)
     return [timings[str(place)].median for place in range(len(loaded))]

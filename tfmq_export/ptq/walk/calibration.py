@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,13 @@ class CalibrationRows:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+
+def evenly(calls: Sequence[CalibrationStep], count: int) -> tuple[CalibrationStep, ...]:
+    """So many of the calls; the first and the last among them."""
+    if count >= len(calls):
+        return tuple(calls)
+    return tuple(calls[int(place)] for place in np.linspace(0, len(calls) - 1, count).round())
 
 
 @torch.no_grad()
