@@ -67,7 +67,7 @@ def test_rows_may_lie_behind_another_axis() -> None:
     plan = planned(rows_behind_layers)
     leaf = plan.inputs["states"]
     states = noise(3, 9, 2, 5)
-    flat = plan.flat((torch.ones(2, 4), torch.ones(2)), {"states": states})
+    (flat,) = plan.flat((torch.ones(2, 4), torch.ones(2)), {"states": states})
 
     assert (leaf.axis, leaf.fold) == (1, 1)
     assert flat["states"].shape == (2, 3, 5)
@@ -95,7 +95,7 @@ def one_for_all(net: Model, images: int, seed: int) -> Tensor:
 
 def test_one_row_for_all_and_a_timestep_for_each_token_become_rows() -> None:
     plan = planned(one_for_all)
-    flat = plan.flat((torch.ones(3, 6, 4), torch.full((3, 6), 7.0)), {"text": torch.ones(1, 5)})
+    (flat,) = plan.flat((torch.ones(3, 6, 4), torch.full((3, 6), 7.0)), {"text": torch.ones(1, 5)})
 
     assert (flat["text"].shape, flat["t"].tolist()) == ((3, 5), [7.0, 7.0, 7.0])
     assert plan.call(flat).arguments["t"].shape == (3, 6)
@@ -114,7 +114,7 @@ def test_plain_values_are_constants_and_a_number_that_changes_is_the_timestep() 
         "rest['mode']": "linear",
         "rest['scale']": 0.5,
     }
-    assert plan.flat((torch.ones(2, 4), 5.0), {"mode": "linear", "scale": 0.5})["t"].shape == ()
+    assert plan.flat((torch.ones(2, 4), 5.0), {"mode": "linear", "scale": 0.5})[0]["t"].shape == ()
 
 
 def a_list_for_each_image(net: Model, images: int, seed: int) -> Tensor:
