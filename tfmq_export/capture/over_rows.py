@@ -27,6 +27,10 @@ CHECKS = frozenset(
 """Operators that compute nothing; what they say holds of one row."""
 
 
+NEW = frozenset({aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default})
+"""What a value lends only its type to: the same in each row."""
+
+
 class OverRows(nn.Module):
     """The graph of one row as a module for a batch; ``over_rows`` makes one whose signature has the names.
 
@@ -101,6 +105,8 @@ class _Walk(fx.Interpreter):
             if node.target is aten.pad_sequence.default and len(args[0]) == 1:
                 return args[0][0].unsqueeze(0)
             return node.target(*args, **kwargs)  # type: ignore[operator]  # a function, not a name
+        if node.target in NEW:
+            return node.target(*[each.packed if isinstance(each, Rows) else each for each in args], **kwargs)
         if node.target is aten.sym_size.int:
             return args[0].packed.shape[args[1] if args[0].leads else args[1] + 1]
         return self._of_rows(node, args, kwargs)

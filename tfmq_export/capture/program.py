@@ -40,7 +40,7 @@ from tfmq_export.capture.rewrites.for_exporter import as_the_exporter_takes_it
 from tfmq_export.capture.rewrites.truth_values import spell_truth_choices
 from tfmq_export.capture.rows import varies
 from tfmq_export.capture.small_numbers import hidden_numbers
-from tfmq_export.capture.traced import FixedBatch, fixed_batch, traced, traced_row_by_row
+from tfmq_export.capture.traced import FixedBatchError, fixed_batch, traced, traced_row_by_row
 from tfmq_export.capture.untouched import left_as_it_was
 from tfmq_export.errors import ExportError, first_line
 
@@ -166,7 +166,7 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
             return _lower(denoiser, traced_row_by_row)
         except ExportError as other:
             logger.info("%s", first_line(other))
-            if isinstance(error, FixedBatch):
+            if isinstance(error, FixedBatchError):
                 raise _fixed_batch(denoiser, error) from other
             raise error from other  # the first reason is what the user can change
 
@@ -184,7 +184,7 @@ def _export_batch(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
         if len(_batch_symbols(program, denoiser)) <= 1:
             return program
         logger.info("%s: inputs with batches of their own; capturing again with one batch", denoiser.source)
-    except FixedBatch:
+    except FixedBatchError:
         raise
     except ExportError as error:
         logger.info("%s: %s; capturing again behind a first call", denoiser.source, first_line(error))
@@ -359,10 +359,10 @@ def _check_batch(exported: ExportedProgram, denoiser: Denoiser) -> None:
         raise ExportError(f"{denoiser.source}: forward() does not use its argument {denoiser.sample!r}")
     fixed = fixed_batch(exported, denoiser.sample)
     if fixed is not None:
-        raise FixedBatch(f"{fixed.name} has {list(fixed.meta['val'].shape)}")
+        raise FixedBatchError(f"{fixed.name} has {list(fixed.meta['val'].shape)}")
 
 
-def _fixed_batch(denoiser: Denoiser, error: FixedBatch) -> ExportError:
+def _fixed_batch(denoiser: Denoiser, error: FixedBatchError) -> ExportError:
     """With the line that fixes it."""
     with warnings.catch_warnings(), torch.no_grad(), left_as_it_was(denoiser.module):
         warnings.simplefilter("ignore")

@@ -202,11 +202,18 @@ def _in_one_form(*names: str) -> Rule:
             return step.call(**{name: value.packed for name, value in values.items()})
         moved = {} if axis is None else {"dim": axis + 1}
         full = {name: value.full for name, value in values.items()}
-        if step.target is aten.select_scatter.default:
-            full["src"] = values["src"].full
         return step.of_full(step.call(**full, **moved))
 
     return rule
+
+
+def _put(step: Step) -> Any:
+    """A value in one place of an axis."""
+    value, source = step.filled(step.given["self"]), step.filled(step.given["src"])
+    axis = step.given["dim"] % value.rank
+    if value.leads and axis == 0:
+        return source.full
+    return step.of_full(step.call(self=value.full, src=source.full, dim=axis + 1))
 
 
 def _indexed(step: Step) -> Any:
@@ -256,6 +263,15 @@ def _unfolded(step: Step, value: Tensor) -> Tensor:
     return value.reshape([step.rows, step.value.packed.shape[1], *value.shape[1:]])
 
 
+def _over_all(target: Any) -> Rule:
+    """What one number is computed from, for each row; ``target`` does it along axes."""
+
+    def rule(step: Step) -> Any:
+        return target(step.value.packed.flatten(1) if step.value.rank else step.value.packed[:, None], [1])
+
+    return rule
+
+
 def _padded(step: Step) -> Any:
     value = step.value
     if value.leads and 2 * value.rank <= len(step.given["pad"]):
@@ -291,6 +307,7 @@ NUMBERS = (
     *(aten.eq.Scalar, aten.ne.Scalar, aten.gt.Scalar, aten.lt.Scalar, aten.ge.Scalar, aten.le.Scalar),
     *(aten.eq.Tensor, aten.ne.Tensor, aten.gt.Tensor, aten.lt.Tensor, aten.ge.Tensor, aten.le.Tensor),
     *(aten.logical_not.default, aten.logical_and.default, aten.bitwise_and.Tensor, aten.bitwise_not.default),
+    *(aten.remainder.Scalar, aten.fmod.Scalar, aten.floor.default, aten.round.default, aten.pow.Scalar),
     *(aten.where.self, aten.masked_fill.Scalar, aten.dropout.default, aten.contiguous.default),
     *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default),
     *(aten.clone.default, aten.alias.default, aten.detach.default),
@@ -315,7 +332,10 @@ RULES: Mapping[Any, Rule] = {
     aten.constant_pad_nd.default: _padded,
     aten.pad.default: _padded,
     aten.pad_sequence.default: _sequence_of_one,
+    aten.mean.default: _over_all(aten.mean.dim),
+    aten.sum.default: _over_all(aten.sum.dim_IntList),
     aten.gather.default: _in_one_form("self", "index"),
+    aten.select_scatter.default: _put,
     aten.slice_scatter.default: _in_one_form("self", "src"),
     aten.copy.default: _in_one_form("self", "src"),
     **dict.fromkeys(LAST_AXES, _packed),

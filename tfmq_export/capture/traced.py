@@ -19,7 +19,7 @@ CLOSE = 1e-4
 """Of a prediction: what computing rows together may change by rounding."""
 
 
-class FixedBatch(ExportError):
+class FixedBatchError(ExportError):
     """A captured program whose batch is a number; says of which value."""
 
 

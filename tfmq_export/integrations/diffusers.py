@@ -9,7 +9,7 @@ needs torch and diffusers, as the pipelines do: ``tfmq_export.runtime`` is what 
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tfmq_export.bundle.call import LeafInfo, LeafPath, fingerprint_of, written
+from tfmq_export.bundle.call import LeafInfo, LeafPath, fingerprint_of, of_one_shape, written
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.recipe.plain import read_json
 from tfmq_export.recipe.timesteps import timestep_vector
@@ -66,6 +66,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         # Without a recorded call the arguments are called like the inputs.
         plain = tuple(LeafInfo((info.name,), info.name, 1) for info in manifest.inputs)
         self._leaves = {leaf.path: leaf for leaf in (plain if manifest.call is None else manifest.call.leaves)}
+        self._lists = [leaf.input for leaf in self._leaves.values() if leaf.listed]
         self._arguments = inspect.signature(model.forward)
         self.register_to_config(**config)
 
@@ -132,7 +133,8 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
             return_dict: False gives a tuple with the prediction alone.
             named: The same by name; conditioning is [N, ...].
         Returns:
-            The prediction, [N, C, H, W], on the sample's device and in its type, in the output class of the model.
+            The prediction, [N, C, H, W], on the sample's device and in its type, in the output class of the model; a
+            list with a tensor for each row where the model takes such lists.
         Raises:
             TimestepError: the timestep is not in the bundle's table.
             ConfigError: an argument that the compiled graph does not have, or another shape than it was compiled for.
@@ -140,6 +142,32 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         given = self._arguments.bind(None, *args, **named).arguments
         given.pop("self")
         values = self._inputs(given)
+        parts = [self._predict(dict(part)) for part in self._batches(values)]
+        found = torch.cat(parts) if len(parts) > 1 else parts[0]
+        answer: Any = list(found.unbind(0)) if self._lists else found
+        if not return_dict:
+            return (answer,)
+        if self.loaded.bundle.manifest.component == "unet":
+            return UNet2DConditionOutput(sample=answer)
+        return Transformer2DModelOutput(sample=answer)
+
+    def _batches(self, values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """Inputs of one shape each: lists with a tensor for each row as batches of their own."""
+        if not self._lists:
+            yield values
+            return
+        count = len(values[self._lists[0]])
+        for part in of_one_shape([values[name] for name in self._lists]):
+            yield {
+                name: torch.stack(list(value[part]))
+                if name in self._lists
+                else value[part]
+                if isinstance(value, Tensor) and value.ndim and len(value) == count
+                else value
+                for name, value in values.items()
+            }
+
+    def _predict(self, values: dict[str, Any]) -> Tensor:
         sample, timestep = values.pop(self._sample), values.pop(self._timestep, None)
         rows = len(sample)
         prediction = self.loaded(
@@ -147,12 +175,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
             timestep_vector(_one_for_each(torch.as_tensor(timestep), rows).numpy(force=True)),
             **{name: _array(self._by_row(name, value, rows), self._dtypes[name]) for name, value in values.items()},
         )
-        found = torch.from_numpy(np.asarray(prediction)).to(sample.device, sample.dtype)
-        if not return_dict:
-            return (found,)
-        if self.loaded.bundle.manifest.component == "unet":
-            return UNet2DConditionOutput(sample=found)
-        return Transformer2DModelOutput(sample=found)
+        return torch.from_numpy(np.asarray(prediction)).to(sample.device, sample.dtype)
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
@@ -179,7 +202,8 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
             ConfigError: an argument that the compiled graph does not have, or another constant than it was made with.
         """
         found = {}
-        for path, value in _values(given, ()):
+        whole = {path for path, leaf in self._leaves.items() if leaf.listed}
+        for path, value in _values(given, (), whole):
             leaf = self._leaves.get(path)
             if leaf is not None and leaf.input:
                 if value is not None:
@@ -207,14 +231,16 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         return tensor.expand(rows, *tensor.shape[1:]) if one_for_all else tensor
 
 
-def _values(value: Any, path: LeafPath) -> Iterator[tuple[LeafPath, Any]]:
-    """The values inside nested arguments, by their paths."""
-    if isinstance(value, Mapping):
+def _values(value: Any, path: LeafPath, whole: Collection[LeafPath]) -> Iterator[tuple[LeafPath, Any]]:
+    """The values inside nested arguments, by their paths; ``whole`` is not looked into."""
+    if path in whole:
+        yield path, value
+    elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _values(inner, (*path, key))
+            yield from _values(inner, (*path, key), whole)
     elif isinstance(value, list | tuple):
         for key, inner in enumerate(value):
-            yield from _values(inner, (*path, key))
+            yield from _values(inner, (*path, key), whole)
     else:
         yield path, value
 
