@@ -28,6 +28,7 @@ class LeafInfo:
         axis: Where these rows are.
         constant: Of a constant, ``fingerprint_of`` its value.
         listed: Whether it is a list with a tensor for each row; those of one shape are rows of one batch.
+        counts: Of a mask of a prompt's tokens, which the graph takes without padding: the input with the tokens.
     """
 
     path: tuple[str | int, ...]
@@ -36,6 +37,7 @@ class LeafInfo:
     axis: int = 0
     constant: str = ""
     listed: bool = False
+    counts: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tfmq_export.capture.untouched import files_of
 
 
-class _SaysWhatIsInt(type):
+class _OfInt(type):
     def __instancecheck__(cls, value: object) -> bool:
         return isinstance(value, int)
 
@@ -24,11 +24,27 @@ class _SaysWhatIsInt(type):
         return issubclass(kind, int)
 
 
-class _Int(int, metaclass=_SaysWhatIsInt):
+class _Int(int, metaclass=_OfInt):
     """``int``, but a size that varies is one already."""
 
     def __new__(cls, *args: Any, **named: Any) -> Any:
         return args[0] if args and isinstance(args[0], torch.SymInt) else int(*args, **named)
+
+
+class _OfSet(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, set)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, set)
+
+
+class _Set(set[Any], metaclass=_OfSet):
+    """``set``, but one size that varies, which has no hash, is a set of one."""
+
+    def __new__(cls, *args: Any) -> Any:
+        values = list(args[0]) if args else []
+        return tuple(values) if len(values) == 1 and isinstance(values[0], torch.SymInt) else set(values)
 
 
 def _len(value: Any) -> Any:
@@ -38,11 +54,11 @@ def _len(value: Any) -> Any:
 
 @contextmanager
 def sizes_kept(module: nn.Module) -> Iterator[None]:
-    """Let ``int`` and ``len`` keep sizes that vary, in the files that a module's classes come from."""
+    """Let ``int``, ``len`` and ``set`` keep sizes that vary, in the files that a module's classes come from."""
     lent = []
     for name in files_of(module):
         space = vars(sys.modules[name])
-        for word, meaning in (("int", _Int), ("len", _len)):
+        for word, meaning in (("int", _Int), ("len", _len), ("set", _Set)):
             if word not in space:
                 space[word] = meaning
                 lent.append((space, word))

@@ -1,5 +1,6 @@
 """Calls of a module as flat tensors by name, and back: the one place that knows how arguments are nested."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_leaves, t
 
 from tfmq_export.bundle.call import LeafPath, of_one_shape, written
 from tfmq_export.errors import LoadError
+from tfmq_export.models.recorded.lengths import Cut, SizeRead, cut_rows
 
 Forward = Callable[..., Any]
 
@@ -28,6 +30,8 @@ class Leaf:
         repeated: Further axes that a timestep is repeated over, [N, *repeated].
         value: Of a constant.
         listed: Whether it is a list with a tensor for each row.
+        counts: Of a mask that is all ones, for prompts without padding: name of the input with the tokens. Its value
+            is its type.
     """
 
     path: LeafPath
@@ -38,6 +42,7 @@ class Leaf:
     repeated: tuple[int, ...] = ()
     value: Any = None
     listed: bool = False
+    counts: str = ""
 
     @property
     def place(self) -> str:
@@ -87,7 +92,19 @@ class CallPlan:
             raise LoadError(
                 f"the model is called with {_names(arguments)} this time, before with {before}; a graph takes one form"
             )
-        return [self.flat_values(part) for part in batches(arguments, self.lists)]
+        return [self.flat_values(part) for part in self.batches(arguments)]
+
+    @property
+    def cut(self) -> Cut | None:
+        """The mask that prompts are cut by."""
+        mask = next((leaf for leaf in self.leaves if leaf.counts), None)
+        return None if mask is None else Cut(mask.path, self.inputs[mask.counts].path)
+
+    def batches(self, arguments: Mapping[LeafPath, Any]) -> list[dict[LeafPath, Any]]:
+        """The values of a call as calls of one shape each, by path."""
+        if self.cut is not None:
+            return cut_rows(arguments, self.cut)
+        return batches(arguments, self.lists)
 
     def flat_values(self, arguments: Mapping[LeafPath, Any]) -> dict[str, Tensor]:
         """The same of a recorded call, by path."""
@@ -112,7 +129,11 @@ class CallPlan:
         """
         constants = held or {}
         values = [
-            constants.get(leaf.path, leaf.value) if leaf.name is None else _folded(leaf, flat[leaf.name])
+            flat[leaf.counts].new_ones(flat[leaf.counts].shape[:2], dtype=leaf.value)
+            if leaf.counts
+            else constants.get(leaf.path, leaf.value)
+            if leaf.name is None
+            else _folded(leaf, flat[leaf.name])
             for leaf in self.leaves
         ]
         return inspect.BoundArguments(self.signature, tree_unflatten(values, self.spec))
@@ -133,7 +154,9 @@ class FlatModule(nn.Module):
         """What the model returns; a list with a tensor for each row as one tensor."""
         flat = {**dict(zip(self.plan.inputs, args, strict=False)), **named}
         bound = self.plan.call(flat, {path: getattr(self, buffer) for path, buffer in self._held.items()})
-        answer = forward_of(self.model)(*bound.args, **bound.kwargs)
+        cut = next((leaf.counts for leaf in self.plan.leaves if leaf.counts), "")
+        with SizeRead(flat[cut].shape[1]) if cut else contextlib.nullcontext():
+            answer = forward_of(self.model)(*bound.args, **bound.kwargs)
         rows = listed_answer(answer) if self.plan.lists else None
         return answer if rows is None else torch.stack(rows)
 

@@ -1,8 +1,9 @@
 """Recording a model in the code that draws with it, and drawing with something else in its place."""
 
 import contextlib
+import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,6 @@ from tfmq_export.errors import LoadError, TfmqError
 from tfmq_export.models.recorded.calls import (
     CallPlan,
     answering,
-    batches,
     each_row,
     flattened,
     forward_of,
@@ -28,8 +28,11 @@ from tfmq_export.models.recorded.calls import (
     same,
     signature_of,
 )
+from tfmq_export.models.recorded.lengths import Cut, NumbersRead, cut_of, cut_rows
 from tfmq_export.models.recorded.roles import RecordedRun
 
+CLOSE = 1e-3
+"""Of a prediction: what computing with padding may change by rounding."""
 DrawSeeds = Callable[[Sequence[int], bool], Tensor]
 """``draw(seeds, pictures) -> images``: with the model inside, one image for each seed, [N, ...]."""
 
@@ -62,18 +65,21 @@ class Recorder:
         calls: list[Mapping[LeafPath, Any]] = []
         specs: list[Any] = []
         lists: frozenset[str] = frozenset()
+        cut: Cut | None = None
 
         def reply(*args: Any, **named: Any) -> Any:
-            nonlocal lists
+            nonlocal lists, cut
             arguments, spec = flattened(signature, args, named)
             before = calls[-1] if calls else {}
             kept = {path: _kept(value, before.get(path)) for path, value in arguments.items()}
-            answer = answers(*args, **named)
+            with NumbersRead() as read:
+                answer = answers(*args, **named)
             if not calls:
                 lists = lists_of_rows(kept, answer)
+                cut = self._cut(kept, spec, read.numbers, answer)
             if lists:
                 arguments, spec = leaves_of(tree_unflatten(list(kept.values()), spec), lists)
-            rows = each_row(arguments, lists) if lists else [kept]
+            rows = each_row(arguments, lists) if lists else each_prompt(kept, cut) if cut else [kept]
             calls.extend(rows)
             specs.extend([spec] * len(rows))
             return answer
@@ -82,13 +88,29 @@ class Recorder:
             drawn_by(self.draw, seeds, False, self.where)
         self._require_called(calls)
         _require_one_form(calls, specs, self.where)
-        return RecordedRun(0 if lists else images, tuple(calls), specs[0], answers.first, lists)
+        return RecordedRun(0 if lists or cut else images, tuple(calls), specs[0], answers.first, lists, cut)
 
-    def first_call(self, seeds: Sequence[int], lists: Collection[str] = ()) -> Mapping[LeafPath, Any]:
+    @torch.no_grad()
+    def _cut(self, call: Mapping[LeafPath, Any], spec: Any, numbers: Sequence[float], answer: Any) -> Cut | None:
+        """How prompts are cut, if that changes nothing."""
+        cut = cut_of(call, numbers) if numbers and isinstance(answer, Tensor | tuple | dict) else None
+        if cut is None:
+            return None
+        found = []
+        for part in cut_rows(call, cut):
+            mask = torch.ones(part[cut.tokens].shape[:2], dtype=part[cut.mask])
+            given = tree_unflatten([mask if path == cut.mask else value for path, value in part.items()], spec)
+            bound = inspect.BoundArguments(signature_of(self.module), given)
+            found.append(first_tensor(forward_of(self.module)(*bound.args, **bound.kwargs)))
+        wanted = first_tensor(answer)
+        alike = torch.allclose(torch.cat(found), wanted, rtol=CLOSE, atol=CLOSE * float(wanted.abs().max()))
+        return cut if alike else None
+
+    def first_call(self, seeds: Sequence[int], plan: CallPlan) -> Mapping[LeafPath, Any]:
         """The arguments of the first call of a run, which ends there: what prompts cost, and no more.
 
         Args:
-            lists: Arguments that are lists with a tensor for each row; the first rows of one shape are what is given.
+            plan: How the model is called; the first rows of one shape are what is given.
         Raises:
             LoadError: the model is never called, or the code raises.
         """
@@ -96,7 +118,7 @@ class Recorder:
         found: dict[LeafPath, Any] = {}
 
         def reply(*args: Any, **named: Any) -> Any:
-            found.update(batches(flattened(signature, args, named, lists)[0], lists)[0])
+            found.update(plan.batches(flattened(signature, args, named, plan.lists)[0])[0])
             raise _Enough
 
         with answering(self.module, reply), contextlib.suppress(_Enough):
@@ -109,6 +131,20 @@ class Recorder:
             raise LoadError(
                 f"{self.where}: drew an image without calling the model; return the module that draw() uses"
             )
+
+
+def each_prompt(call: Mapping[LeafPath, Any], cut: Cut) -> list[dict[LeafPath, Any]]:
+    """A call as calls of a row each, their prompts without padding."""
+    parts = cut_rows(call, cut)
+    return [
+        {
+            path: value[row : row + 1] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
+            for path, value in part.items()
+        }
+        for part in parts
+        for rows in [len(part[cut.tokens])]
+        for row in range(rows)
+    ]
 
 
 class _Enough(BaseException):
@@ -243,7 +279,9 @@ def call_info(plan: CallPlan, runs: Sequence[RecordedRun], together: int) -> Cal
         together: How many images may be drawn in one run.
     """
     leaves = tuple(
-        LeafInfo(leaf.path, constant=_fingerprint(leaf.value))
+        LeafInfo(leaf.path, counts=leaf.counts)
+        if leaf.counts
+        else LeafInfo(leaf.path, constant=_fingerprint(leaf.value))
         if leaf.name is None
         else LeafInfo(leaf.path, leaf.name, leaf.fold, leaf.axis, listed=leaf.listed)
         for leaf in plan.leaves

@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec
 from tfmq_export.bundle.call import LeafPath
 from tfmq_export.errors import LoadError
 from tfmq_export.models.recorded.calls import CallPlan, Leaf, same
+from tfmq_export.models.recorded.lengths import Cut
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "noise_labels", "c_noise")
 """What models call it; asked only where several arguments behave alike, or a run is a single call."""
@@ -34,6 +35,7 @@ class RecordedRun:
         spec: How they are nested.
         answer: What the model returned at the first one.
         lists: Arguments that are lists with a tensor for each row; then each row is a call.
+        cut: How prompts are cut to their length; then each row is a call too.
     """
 
     images: int
@@ -41,6 +43,7 @@ class RecordedRun:
     spec: TreeSpec
     answer: Any = None
     lists: frozenset[str] = frozenset()
+    cut: Cut | None = None
 
 
 def plan_of(signature: inspect.Signature, runs: Sequence[RecordedRun], where: str) -> CallPlan:
@@ -69,7 +72,11 @@ def plan_of(signature: inspect.Signature, runs: Sequence[RecordedRun], where: st
     told = (sample, timestep)
     names = _names([path for path, found in values.items() if path in told or found.is_input or found.is_given(rows)])
     leaves = tuple(
-        replace(_leaf(found, names.get(path), rows, path == timestep, where), listed=path[0] in first.lists)
+        replace(
+            _leaf(found, names.get(path), rows, path == timestep, where),
+            listed=path[0] in first.lists,
+            counts=names[first.cut.tokens] if first.cut and path == first.cut.mask else "",
+        )
         for path, found in values.items()
     )
     return CallPlan(signature, first.spec, leaves, names[sample], names[timestep])
