@@ -142,7 +142,8 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         given = self._arguments.bind(None, *args, **named).arguments
         given.pop("self")
         values = self._inputs(given)
-        parts = [self._predict(dict(part)) for part in self._batches(values)]
+        lists = [*self._lists, *self._cut(values)]
+        parts = [self._predict(part) for part in (_batches(values, lists) if lists else [values])]
         found = torch.cat(parts) if len(parts) > 1 else parts[0]
         answer: Any = list(found.unbind(0)) if self._lists else found
         if not return_dict:
@@ -151,21 +152,26 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
             return UNet2DConditionOutput(sample=answer)
         return Transformer2DModelOutput(sample=answer)
 
-    def _batches(self, values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-        """Inputs of one shape each: lists with a tensor for each row as batches of their own."""
-        if not self._lists:
-            yield values
-            return
-        count = len(values[self._lists[0]])
-        for part in of_one_shape([values[name] for name in self._lists]):
-            yield {
-                name: torch.stack(list(value[part]))
-                if name in self._lists
-                else value[part]
-                if isinstance(value, Tensor) and value.ndim and len(value) == count
-                else value
-                for name, value in values.items()
-            }
+    def _cut(self, values: dict[str, Any]) -> list[str]:
+        """Make lists of prompts without padding, by the masks among the values, which go; their names.
+
+        Raises:
+            ConfigError: the tokens of a mask do not come first.
+        """
+        found = []
+        for path, leaf in self._leaves.items():
+            mask = values.pop(written(path), None) if leaf.counts else None
+            if mask is None:
+                continue
+            lengths = [int(length) for length in mask.sum(1).tolist()]
+            if not all(bool(row[:length].all()) for row, length in zip(mask, lengths, strict=True)):
+                raise ConfigError(
+                    f"{self.loaded.bundle.root}: {written(path)}: padding stands between tokens; pad behind "
+                    "them, or use the PyTorch model"
+                )
+            values[leaf.counts] = [row[:length] for row, length in zip(values[leaf.counts], lengths, strict=True)]
+            found.append(leaf.counts)
+        return found
 
     def _predict(self, values: dict[str, Any]) -> Tensor:
         sample, timestep = values.pop(self._sample), values.pop(self._timestep, None)
@@ -205,9 +211,9 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         whole = {path for path, leaf in self._leaves.items() if leaf.listed}
         for path, value in _values(given, (), whole):
             leaf = self._leaves.get(path)
-            if leaf is not None and leaf.input:
+            if leaf is not None and (leaf.input or leaf.counts):
                 if value is not None:
-                    found[leaf.input] = value
+                    found[leaf.input or written(path)] = value
             elif leaf is None and value is not None:
                 raise ConfigError(
                     f"{self.loaded.bundle.root}: cannot honour {written(path)}: the compiled graph has no such input; "
@@ -229,6 +235,19 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
             return tensor.reshape(rows, leaf.fold, *tensor.shape[1:])
         one_for_all = self.loaded.bundle.manifest.call is not None and tensor.ndim > 0 and len(tensor) == 1
         return tensor.expand(rows, *tensor.shape[1:]) if one_for_all else tensor
+
+
+def _batches(values: Mapping[str, Any], lists: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Inputs of one shape each: neighbouring rows of the lists, and what belongs to them of the other values."""
+    rows = [values[name] for name in lists]
+    for part in of_one_shape(rows):
+        yield {name: _part(value, part, len(rows[0]), listed=name in lists) for name, value in values.items()}
+
+
+def _part(value: Any, part: slice, count: int, *, listed: bool) -> Any:
+    if listed:
+        return torch.stack(list(value[part]))
+    return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
 
 
 def _values(value: Any, path: LeafPath, whole: Collection[LeafPath]) -> Iterator[tuple[LeafPath, Any]]:
