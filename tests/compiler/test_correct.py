@@ -55,7 +55,7 @@ def with_correction(made: Quantized) -> Quantized:
 def test_the_recipe_says_what_became_of_its_correction(made: Quantized) -> None:
     said = made.recipe.provenance["correction"]
 
-    assert "4 held-out images gain" in said
+    assert "8 held-out images gain" in said
     assert said.startswith("none: ") == (made.recipe.correction is None)
     if made.recipe.correction is not None:
         assert said.startswith(f"{made.recipe.correction.corrected} of 3 timesteps")
@@ -141,7 +141,7 @@ def test_a_guided_pipeline_is_corrected_as_it_sums_its_rows(tmp_path: Path) -> N
     assert isinstance(used, RowSum)
     assert used.weights == pytest.approx((-3.0, 4.0), abs=5e-3)
     made = quantize(model, CONFIG)
-    assert "4 held-out images gain" in made.recipe.provenance["correction"]
+    assert "8 held-out images gain" in made.recipe.provenance["correction"]
 
 
 def test_a_few_images_are_no_fit(model: Captured) -> None:

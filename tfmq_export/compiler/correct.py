@@ -22,7 +22,7 @@ from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import find_target
 
 CORRECTING = "Correcting the predictions"
-HELD_OUT = 8  # images that decide
+HELD_OUT = 16  # images that decide, at most
 FITTED = 16  # images at most: three numbers per channel and timestep need no more
 LEAST = 4  # images; what two or three have in common is mostly chance
 OTHER_SEED = 2  # beside the seeds of calibration and proof
@@ -44,7 +44,7 @@ class Trajectories:
     def of(cls, config: CompileConfig) -> "Trajectories":
         """As many to fit on as are calibrated on, within bounds."""
         fitted = min(FITTED, calibration_images(config))
-        return cls(fitted, min(HELD_OUT, fitted))
+        return cls(fitted, min(HELD_OUT, 2 * fitted))
 
     @property
     def images(self) -> int:
@@ -127,7 +127,7 @@ def _rows(program: DiffusionProgram) -> int:
 
 
 def _gained(found: ClosedLoop) -> str:
-    return f"{len(found.gain)} held-out images gain {float(found.gain.mean()):.2f} dB"
+    return f"{len(found.gain)} held-out images gain {float(found.gain.mean()):.2f} +- {found.uncertainty:.2f} dB"
 
 
 def _noted(recipe: QuantRecipe, said: str) -> QuantRecipe:
