@@ -82,8 +82,8 @@ def bench(
             from tfmq_export.bench.float_model import Model
         except ModuleNotFoundError as error:
             raise DependencyError(
-                f"--against {against}: the float model runs in torch, which is not installed ({error.name}); leave it out, "
-                "or pip install 'tfmq-export[compile]'"
+                f"--against {against}: the float model runs in torch, which is not installed ({error.name}); leave it "
+                "out, or pip install 'tfmq-export[compile]'"
             ) from error
         model = Model(source_of(opened[0], against, factory, variant=variant, lora=lora, pipeline=pipeline))
     names = baselines_named(baselines, model=model is not None)
