@@ -99,7 +99,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     _refuse_early(config, root)
     given = None if recipe is None else recipe_as_asked(recipe, config)
     kept = checkpoint_of(root)
-    denoiser = load_model(_with_code(model, draw), config.components, stages)
+    denoiser = load_model(_with_code(model, draw), config.components, stages, decoder=config.decoder)
     require_measurable(denoiser, config.thresholds)
     with sole_run(root), replaced_folder(root) as partial, evidence_kept(partial, root):
         captured, expected = capture(denoiser, stages), None
@@ -129,7 +129,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
                 made = reuse(captured, given, config)
             lowered = lower(made, config, dump_dir=dump_dir, progress=stages)
             with stages.stage(WRITING):
-                bundle = write(lowered, partial, config.components)
+                bundle = write(lowered, partial, config.components, decoder=config.decoder)
             plan = None if expected is None else expected.proof
             validation = prove(made, bundle, config, plan=plan, making=making, progress=stages)
     shutil.rmtree(kept, ignore_errors=True)  # only now is its work safe
@@ -155,7 +155,7 @@ def foresee(
         raise ConfigError("--auto compiles until its goal is met, so nobody knows how often; leave out --dry-run")
     _refuse_early(config, root)
     given = None if recipe is None else recipe_as_asked(recipe, config)
-    denoiser = load_model(model, config.components, progress)
+    denoiser = load_model(model, config.components, progress, decoder=config.decoder)
     require_measurable(denoiser, config.thresholds)
     captured = capture(denoiser, progress)
     if given is not None:

@@ -59,11 +59,11 @@ class Stored:
     @property
     def drawn(self) -> str:
         """What was drawn and compared: images, or latents and samples of which there are no pictures."""
-        if self.pictures is not None:
-            return "images"
         manifest = self.bundle.manifest
+        if manifest.call is not None:  # a pipeline, which decodes what it draws
+            return "samples" if self.pictures is None else "images"
         (sample,) = manifest.input("sample")
-        return "samples" if manifest.call is not None else called((None, *sample.shape))
+        return called((None, *sample.shape))
 
     @property
     def size_share(self) -> float:
