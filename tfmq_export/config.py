@@ -273,6 +273,9 @@ class CompileConfig(BaseModel):
     components: Components = Field(
         "link", description="how a pipeline's text encoder, VAE and other parts join the bundle"
     )
+    decoder: bool = Field(
+        True, description="write the decoder of a pipeline's VAE as ONNX, which makes pictures of latents without torch"
+    )
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the names that pydantic cannot know."""

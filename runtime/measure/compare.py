@@ -5,7 +5,7 @@ it goes to JSON and decides nothing it does not show.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
@@ -167,6 +167,27 @@ class Verdict:
         return f"{self.metric} {self.value:.4g}, asked {self.direction.value} {self.threshold:g}"
 
 
+OPTIONS: Mapping[str, str] = {
+    Metric.IMAGE_PSNR: "--min-psnr",
+    Metric.IMAGE_SSIM: "--min-ssim",
+    Metric.SQNR: "--min-sqnr",
+    Metric.GUIDANCE: "--min-guidance",
+    Metric.IMAGE_LPIPS: "--max-lpips",
+}
+"""What sets the bounds that users set."""
+
+
+def _options(missed: Sequence[Verdict]) -> str:
+    """The options that would let through what was measured; nothing where a bound is none of those."""
+    if not all(verdict.metric in OPTIONS and math.isfinite(verdict.value) for verdict in missed):
+        return ""
+    words = []
+    for verdict in missed:
+        enough = math.floor if verdict.direction is Direction.AT_LEAST else math.ceil
+        words.append(f"{OPTIONS[verdict.metric]} {enough(verdict.value * 100) / 100:g}")
+    return f": {' '.join(words)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Threshold:
     """A bound on one metric."""
@@ -254,7 +275,8 @@ class Report:
         if self.failed:
             missed = "; ".join(verdict.describe() for verdict in self.failed)
             raise AccuracyError(
-                f"{missed}; quantize more gently (a preset with more bits, more calibration) or lower the threshold"
+                f"{missed}; quantize more gently (a preset with more bits, more calibration), or ask for less"
+                f"{_options(self.failed)}"
             )
 
     def to_json(self) -> dict[str, object]:

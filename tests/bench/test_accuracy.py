@@ -21,12 +21,13 @@ from standins.tiny_bundle import TIMESTEPS
 from torch import Tensor, nn
 
 from tfmq_export.bench.candidates import Candidate, candidates_of
+from tfmq_export.bench.float_model import Model, held_out_calls, spread
 from tfmq_export.bench.job import PREDICTION, Job, Ready, Turn
 from tfmq_export.bench.plot import save_bars
 from tfmq_export.bench.report import ACCURACY, COSTS, LATENCY, BenchReport, Row, Setting
 from tfmq_export.bench.run import Plan, bench, unseen_seed
 from tfmq_export.bench.worker import Meter, open_candidate
-from tfmq_export.bench.workshop import Model, Workshop, held_out_calls, spread
+from tfmq_export.bench.workshop import Workshop
 from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.capture.denoiser import Description
 from tfmq_export.errors import ConfigError

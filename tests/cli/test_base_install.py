@@ -3,19 +3,23 @@
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from read_imports import ROOT
 from standins.commands import run
+from standins.reported_bundle import reported_bundle
 from standins.small_bundle import small_bundle
 
 from tfmq_export import load
 from tfmq_export.bundle.manifest import Bundle
-from tfmq_export.cli.console import COMPILING
+from tfmq_export.cli.console import COMPILING, EXTRAS
 from tfmq_export.progress import Silent
 from tfmq_export.proof.draw import Request, draw
+from tfmq_export.report.stored import Stored
+from tfmq_export.report.verdict import tiles_of, verdict_of
 from tfmq_export.runtime.draw import drawn, stored_prompts
 from tfmq_export.runtime.measure.compare import as_pictures
 from tfmq_export.runtime.sampler import schedule_of
@@ -75,6 +79,65 @@ def test_what_serves_needs_none_of_it(tmp_path: Path) -> None:
     assert (tmp_path / "golden.json").exists()
 
 
+def test_a_bundle_is_timed_without_any_of_it_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "out")
+
+    done = on_a_host("bench", bundle.root, "--rounds", "2", "-q", "--json", tmp_path / "bench.json")
+
+    assert done.returncode == 0, done.stderr
+    assert "not run: twin of w8a8 ort-cpu: it is made with onnx" in done.stdout
+    assert "pip install 'tfmq-export[bench]'" in done.stdout
+    (setting,) = json.loads((tmp_path / "bench.json").read_text())["settings"]
+    assert setting["rounds"] == 2
+    assert list(setting["candidates"]) == ["w8a8 ort-cpu"]
+
+
+def test_its_float_twin_takes_an_extra_without_torch(tmp_path: Path) -> None:
+    bundle, there = small_bundle(tmp_path / "out"), EXTRAS["bench"]
+
+    done = on_a_host("bench", bundle.root, "--rounds", "2", "-q", "--plot", tmp_path / "bars.svg", there=there)
+
+    assert done.returncode == 0, done.stderr
+    assert "speed 1 is twin of w8a8 ort-cpu" in done.stdout
+    assert "not run" not in done.stdout
+    assert (tmp_path / "bars.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--against", "model.pt"), "--against model.pt: the float model runs in torch, which is not installed ("),
+        (("--plot", "bars.png"), "this command needs matplotlib, which only '[bench]' installs"),
+    ],
+)
+def test_what_was_asked_of_bench_by_name_is_refused_and_not_left_out(
+    options: tuple[str, str], said: str, tmp_path: Path
+) -> None:
+    done = on_a_host("bench", small_bundle(tmp_path / "out").root, "--rounds", "1", "-q", *options)
+
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_figures_of_a_report_are_shown_where_no_page_can_be_drawn(tmp_path: Path) -> None:
+    root = reported_bundle(tmp_path / "toy").root
+
+    bare = on_a_host("report", root)
+    named = on_a_host("report", root, "-o", tmp_path / "page.html")
+    drawn = on_a_host("report", root, "-o", tmp_path / "page.html", there=EXTRAS["report"])
+
+    assert bare.returncode == 0, bare.stderr
+    (tile, *_) = tiles_of(Stored.read(root))
+    assert f"{tile.value} {tile.unit}" in bare.stdout
+    assert verdict_of(Stored.read(root)).text in bare.stdout
+    assert "no page written: it needs" in bare.stdout
+    assert "pip install 'tfmq-export[report]'" in bare.stdout
+    assert named.returncode == 2  # a page asked for by name is not left out
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "page.html").is_file()
+
+
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
 
 
@@ -117,9 +180,14 @@ def test_what_diffusers_draws_alone_says_what_it_needs(drawing: Bundle, option: 
     assert "this command needs torch, which only '[compile]' installs" in done.stderr
 
 
-def test_the_list_is_that_of_the_package() -> None:
-    wanted = (ROOT.parent / "pyproject.toml").read_text("utf-8").partition("\ncompile = [")[2].partition("\n]")[0]
-    names = {"PIL": "pillow", "yaml": "pyyaml", "ml_dtypes": "ml-dtypes", "onnx_ir": "onnx-ir"}
+def test_the_lists_are_those_of_the_package() -> None:
+    extras = tomllib.loads((ROOT.parent / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    names, carried = {"PIL": "pillow", "yaml": "pyyaml"}, {"ml_dtypes"}  # which onnx brings
 
-    for package in COMPILING:
-        assert f'"{names.get(package, package).replace("_", "-")}>=' in wanted
+    assert {names.get(each, each).replace("_", "-") for each in COMPILING} <= _packages(extras["compile"])
+    for extra, packages in EXTRAS.items():
+        assert {names.get(each, each).replace("_", "-") for each in packages - carried} == _packages(extras[extra])
+
+
+def _packages(requirements: list[str]) -> set[str]:
+    return {requirement.partition(">=")[0] for requirement in requirements}

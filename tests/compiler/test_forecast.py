@@ -1,6 +1,6 @@
 """What a run will take is known before it: sizes nearly to the byte, stages by the titles they run under."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +41,18 @@ def test_a_forecast_names_the_stages_that_run_and_the_size_of_the_file(preset: s
         sum(made.seconds.values()) - sum(made.seconds[title] for title in titles[: titles.index("Forecasting") + 1])
     )
     assert expected.sizes.model == pytest.approx(made.bundle.model.stat().st_size, abs=20_000)  # of text
+
+
+def test_a_dry_run_counts_what_it_went_through_itself(tmp_path: Path) -> None:
+    expected = foresee(build_dit(), tmp_path / "out", CONFIG)
+
+    titles = [stage.title for stage in expected.done]
+    assert titles[0] == "Loading"
+    assert {"Capturing the graph", "Asking the engine", "Forecasting"} <= set(titles)  # timed calls are in the last
+    assert all(stage.memory_bytes > 0 for stage in expected.done)
+    assert expected.seconds == pytest.approx(sum(stage.seconds for stage in (*expected.done, *expected.stages)))
+    assert expected.to_json()["stages"][: len(titles)] == [asdict(stage) for stage in expected.done]  # type: ignore[index]
+    assert not expected.by_title.keys() & set(titles)  # what is still to come
 
 
 def test_what_a_recipe_decides_is_not_forecast_again(model: Captured) -> None:

@@ -85,6 +85,56 @@ def test_prompts_that_do_not_fit_are_named(prompts: dict[str, torch.Tensor], say
         denoiser_of(sd3(), FLOW, PromptSet(prompts), Sampling(3), where="model")
 
 
+def labelled_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), layers_per_block=1,
+        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=8, attention_head_dim=8, num_class_embeds=10,
+    )  # fmt: skip
+
+
+WORDS = {"encoder_hidden_states": torch.randn(3, 6, 8)}
+
+
+def test_a_prompt_and_a_class_label_go_in_together() -> None:
+    prompts = PromptSet(
+        {**WORDS, "class_labels": torch.tensor([3, 9, 0])},
+        {"encoder_hidden_states": torch.zeros(6, 8), "class_labels": torch.tensor(5)},
+        guidance_scale=3.0,
+    )
+
+    denoiser = denoiser_of(labelled_unet(), DDPM, prompts, Sampling(3), where="model")
+
+    assert list(denoiser.example_inputs) == ["sample", "timestep", "encoder_hidden_states", "class_labels"]
+    assert denoiser.conditioning["class_labels"].tolist() == [3, 9, 0]
+    assert denoiser.unconditional["class_labels"].item() == 5
+    assert denoiser.sampler(denoiser.module_denoise(), denoiser.noise(2, 0), denoiser.prompts(2)).shape == (2, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ({}, r"takes a class label beside its prompt; add class_labels \[prompts\], whole numbers from 0 to 9"),
+        ({"class_labels": torch.tensor([0.0, 1.0, 2.0])}, "of torch.float32; give whole numbers from 0 to 9"),
+        ({"class_labels": torch.tensor([[0], [1], [2]])}, r"\[3, 1\] of torch.int64; give whole numbers"),
+        ({"class_labels": torch.tensor([0, 1, 10])}, "give whole numbers from 0 to 9"),
+    ],
+)
+def test_labels_that_are_none_are_refused_with_what_to_give(labels: dict[str, torch.Tensor], says: str) -> None:
+    with pytest.raises(LoadError, match=says):
+        denoiser_of(labelled_unet(), DDPM, PromptSet({**WORDS, **labels}), Sampling(3), where="model")
+
+
+@pytest.mark.parametrize("channels", [7, 9])
+def test_a_model_that_takes_a_picture_too_is_sent_to_its_pipeline(channels: int) -> None:
+    model = UNet2DConditionModel(
+        sample_size=8, in_channels=channels, out_channels=4, block_out_channels=(32,), layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), cross_attention_dim=8,
+    )  # fmt: skip
+
+    with pytest.raises(LoadError, match=rf"takes {channels} channels and predicts 4; .*with --pipeline FOLDER"):
+        denoiser_of(model, DDPM, PromptSet(WORDS), Sampling(3), where="model")
+
+
 def test_extra_conditions_of_a_unet_are_refused() -> None:
     model = UNet2DConditionModel(
         sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,14 +108,34 @@ def test_guidance_of_a_model_without_conditioning_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "kind"),
     [
-        ({"_class_name": "CMStochasticIterativeScheduler", "num_train_timesteps": 40}, "has no noise schedule that"),
-        ({"_class_name": "EDMEulerScheduler", "num_train_timesteps": 1000}, "has no noise schedule that"),
+        (
+            {"_class_name": "CMStochasticIterativeScheduler", "num_train_timesteps": 40},
+            "CMStochasticIterativeScheduler",
+        ),
+        ({"_class_name": "EDMEulerScheduler", "num_train_timesteps": 1000}, "EDMEulerScheduler"),
         (
             {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "linear", "timestep_type": "continuous"},
-            "has no noise schedule that",
+            "EulerDiscreteScheduler",
         ),
+    ],
+)
+def test_a_model_whose_schedule_is_none_of_noise_keeps_its_own(
+    folder: Path, tmp_path: Path, config: dict[str, object], kind: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model/scheduler_config.json").write_text(json.dumps(config))
+    given = source(tmp_path / "model", tmp_path, {NAME: PROMPTS}, None)
+
+    assert load(given).sampler_info.kind == kind
+    with pytest.raises(ConfigError, match="has no noise schedule that DDIMScheduler can walk"):
+        load(replace(given, scheduler="ddim"))
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
         (
             {
                 "_class_name": "DDIMScheduler",

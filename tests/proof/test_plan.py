@@ -2,7 +2,7 @@ import pytest
 from nets.handwritten import probe
 from torch import Tensor, nn
 
-from tfmq_export.proof.plan import FEW_IMAGES, FEWEST, TOGETHER, USUAL_IMAGES, Cost, measured_cost, plan_of
+from tfmq_export.proof.plan import FEW_IMAGES, FEWEST, STEPPING, TOGETHER, USUAL_IMAGES, Cost, measured_cost, plan_of
 
 SMALL = Cost(row=0.01, rows=1, calls=50)
 STABLE_DIFFUSION = Cost(row=6, rows=2, calls=20)
@@ -35,6 +35,14 @@ def test_what_was_asked_for_is_drawn_whatever_it_takes() -> None:
     plan = plan_of(STABLE_DIFFUSION, 3, 1)
 
     assert (plan.images, plan.timesteps) == (3, FEWEST)
+
+
+def test_the_turns_that_time_a_call_are_counted() -> None:
+    small, large = (Cost(row, rows=1, calls=1).stages(1, 1)[STEPPING] for row in (0.01, 100.0))
+
+    drawn = 0.6 * (1 + 2 * (1 + 3))  # one image, and both halves at one timestep and three extremes
+    assert small == pytest.approx(0.01 * (drawn + 2 * 1.6 * (2 + 7)))
+    assert large == pytest.approx(100 * (drawn + 2 * 1.6 * (2 + 1)))  # no round begins after ten seconds
 
 
 def test_a_schedule_of_one_step_is_compared_whole() -> None:

@@ -11,9 +11,10 @@ from standins.reported_bundle import KEPT, LOST, reported_bundle
 
 from tfmq_export.bundle.manifest import write_manifest
 from tfmq_export.errors import LoadError
-from tfmq_export.report.bundle_page import page_of, tiles_of, verdict_of, write_page
+from tfmq_export.report.bundle_page import page_of, write_page
 from tfmq_export.report.facts import Facts
 from tfmq_export.report.speed import Speed
+from tfmq_export.report.verdict import tiles_of, verdict_of
 
 LARGEST = 3_000_000
 

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from tfmq_export.bench.job import Job
-from tfmq_export.bench.peers import nncf_quantize, quantize_static
 from tfmq_export.bench.workshop import Workshop
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import ConfigError, DependencyError
@@ -56,6 +55,8 @@ def _float(workshop: Workshop, threads: int, *, backend: str, precision: str = "
 
 
 def _quantize_static(workshop: Workshop, threads: int) -> Job:
+    from tfmq_export.bench.peers import quantize_static  # which needs torch: the graph does, too
+
     path = workshop.folder / "quantize_static" / "model.onnx"
     if not path.exists():
         quantize_static(workshop.float_graph, path, workshop.rows)
@@ -63,6 +64,8 @@ def _quantize_static(workshop: Workshop, threads: int) -> Job:
 
 
 def _nncf(workshop: Workshop, threads: int, *, transformer: bool, precision: str = "f32") -> Job:
+    from tfmq_export.bench.peers import nncf_quantize
+
     path = workshop.folder / ("nncf-transformer" if transformer else "nncf") / "model.xml"
     if not path.exists():
         nncf_quantize(workshop.float_graph, path, workshop.rows, transformer=transformer)

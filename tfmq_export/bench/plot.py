@@ -13,13 +13,13 @@ FORMATS = (".png", ".pdf", ".svg")
 OURS, BASE, OTHER = "#2b6cb0", "#4a5568", "#a0aec0"
 
 
-def require_format(path: Path | None) -> None:
+def require_format(path: Path) -> None:
     """Refuse a file of another format, before anything is measured.
 
     Raises:
         ConfigError: names those there are.
     """
-    if path is not None and path.suffix.lower() not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"--plot {path}: the name says the format; end it in {', '.join(FORMATS)}")
 
 

@@ -7,17 +7,21 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tfmq_export.bench.candidates import Candidate
 from tfmq_export.bench.lockstep import Worker
 from tfmq_export.bench.report import BenchReport, Missing, Row, Setting, setting_title
-from tfmq_export.bench.workshop import CALIBRATION_SEED, Model, Workshop
+from tfmq_export.bench.workshop import CALIBRATION_SEED, Workshop
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import BuildError, ConfigError, TfmqError
 from tfmq_export.limits import MOST_IMAGES, MOST_THREADS
 from tfmq_export.progress import Progress
 from tfmq_export.runtime.measure.benchmark import speedups, take_turns
 from tfmq_export.runtime.runner import one_line
+
+if TYPE_CHECKING:
+    from tfmq_export.bench.float_model import Model
 
 WARMUP = 3
 
@@ -51,7 +55,7 @@ class Plan:
 
 def bench(
     bundles: Sequence[Bundle],
-    model: Model | None,
+    model: "Model | None",
     candidates: Sequence[Candidate],
     plan: Plan,
     progress: Progress,

@@ -1,59 +1,27 @@
 """What candidates need, made once per batch size: inputs, the float graph, calls to calibrate on and to judge on."""
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.bench.job import PREDICTION, Job, SamplingJob
-from tfmq_export.bench.peers import Rows, batches_of, export_float
+from tfmq_export.bench.job import Job, SamplingJob
 from tfmq_export.bundle.manifest import Bundle
-from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.capture.program import capture
-from tfmq_export.errors import ConfigError, RecipeError
-from tfmq_export.models.load import Source, load
-from tfmq_export.passes.base import run_passes
-from tfmq_export.passes.finish.strip_qdq import StripQdq
-from tfmq_export.passes.graph import import_graph
-from tfmq_export.passes.graph_file import save_graph
-from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate
+from tfmq_export.errors import ConfigError, DependencyError
 from tfmq_export.runtime.graph_file import read_model
 from tfmq_export.runtime.sampler import schedule_of
 from tfmq_export.runtime.self_test import FILE as SELF_TEST
 
-T = TypeVar("T")
-IMAGES = 4
-"""Trajectories that peers are calibrated with, and as many to judge on."""
+if TYPE_CHECKING:
+    from tfmq_export.bench.float_model import Model
+    from tfmq_export.bench.peers import Rows
+
 CALIBRATION_SEED = 0
-CALIBRATION_ROWS = 32
-"""Calls that peers are calibrated with, spread over the schedule."""
-HELD_OUT_STEPS = 16
-"""Timesteps that predictions are judged at, likewise."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """The float model behind the bundles, loaded when something asks for it."""
-
-    source: Source
-
-    @cached_property
-    def denoiser(self) -> Denoiser:
-        return load(self.source)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return capture(self.denoiser).fingerprint
-
-    def require_origin_of(self, bundle: Bundle) -> None:
-        """Raise RecipeError if the bundle was compiled from another model."""
-        if self.fingerprint != bundle.manifest.fingerprint:
-            raise RecipeError(f"{bundle.root} was not compiled from {self.source.path}; give the model it came from")
+"""Of the trajectories that peers are calibrated with."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +37,7 @@ class Workshop:
     """
 
     bundle: Bundle
-    model: Model | None
+    model: "Model | None"
     folder: Path
     batch: int
     sampling: bool
@@ -87,7 +55,7 @@ class Workshop:
         return self.batch * (2 if self.sampling and self.guidance_scale != 1 else 1)
 
     @property
-    def denoiser(self) -> Denoiser:
+    def given(self) -> "Model":
         """The float model.
 
         Raises:
@@ -95,7 +63,7 @@ class Workshop:
         """
         if self.model is None:
             raise ConfigError("needs the model the bundle came from: --against MODEL")
-        return self.model.denoiser
+        return self.model
 
     @cached_property
     def inputs(self) -> Path:
@@ -121,30 +89,24 @@ class Workshop:
     def float_graph(self) -> Path:
         """The model as torch exports it, for calls of this size."""
         path = self.folder / "float" / "model.onnx"
-        export_float(self.denoiser, path, self.rows_per_call)
+        self.given.export(path, self.rows_per_call)
         return path
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> "Rows":
         """Recorded calls of the model, evenly over the schedule."""
-        steps = self._recorded(CALIBRATION_SEED)
-        return spread([call for step in steps for call in batches_of(step, self.rows_per_call)], CALIBRATION_ROWS)
+        return self.given.rows(self.rows_per_call)
 
     @cached_property
     def held_out(self) -> Path | None:
         """Recorded calls with the float model's predictions, a file for each timestep as ``Job`` says."""
         if self.held_out_seed is None:
             return None
-        steps = spread(self._recorded(self.held_out_seed), HELD_OUT_STEPS)
         folder = self.folder / "held_out"
         folder.mkdir(parents=True)
-        for place, step in enumerate(steps):
-            np.savez(folder / f"{place:04}.npz", **held_out_calls(step, self.rows_per_call))  # type: ignore[arg-type]
+        for place, arrays in enumerate(self.given.held_out(self.held_out_seed, self.rows_per_call)):
+            np.savez(folder / f"{place:04}.npz", **arrays)  # type: ignore[arg-type]
         return folder
-
-    def _recorded(self, seed: int) -> Sequence[CalibrationStep]:
-        images = -(-IMAGES // self.rows_per_call) * self.rows_per_call
-        return calibrate(self.denoiser, images=images, seed=seed, progress=lambda done, total: None)
 
     def job(self, kind: str, path: Path, threads: int, **settings: Any) -> Job:
         """A job on this workshop's inputs."""
@@ -164,22 +126,31 @@ class Workshop:
 
     def graph_job(self, path: Path, threads: int, backend: str, precision: str = "f32") -> Job:
         """A job on a graph that takes the module's inputs."""
-        scalar = self.denoiser.example_inputs[self.denoiser.timestep].ndim == 0
+        scalar = self.given.scalar_timestep
         return self.job("graph", path, threads, backend=backend, precision=precision, scalar_timestep=scalar)
 
     def torch_job(self, kind: str, threads: int) -> Job:
         """A job on the module itself."""
-        if self.model is None:
-            raise ConfigError("needs the model the bundle came from: --against MODEL")
-        source = self.model.source
-        return self.job(kind, source.path, threads, source=_plain(source))
+        source = self.given.fields()
+        return self.job(kind, Path(source["path"]), threads, source=source)
 
     def float_twin(self, bundle: Bundle) -> Path:
         """The bundle with its graph computed in floating point: everything else is as in the bundle.
 
         Raises:
             ConfigError: its grids are part of the graph.
+            DependencyError: what rewrites graphs is not installed.
         """
+        try:
+            from tfmq_export.passes.base import run_passes
+            from tfmq_export.passes.finish.strip_qdq import StripQdq
+            from tfmq_export.passes.graph import import_graph
+            from tfmq_export.passes.graph_file import save_graph
+        except ModuleNotFoundError as error:  # a host that only runs bundles
+            raise DependencyError(
+                f"it is made with {error.name}, which is not installed; pip install 'tfmq-export[bench]', or compile "
+                "with --preset fp32 and give both bundles"
+            ) from error
         if any(item.name == "LowerTimestepGrids" and item.changed for item in bundle.manifest.passes):
             raise ConfigError("it has none, because its grids per timestep are part of the graph")
         if (folder := self._twins.get(bundle.root)) is not None:
@@ -209,21 +180,3 @@ class Workshop:
             kind = self.bundle.manifest.sampler.kind
             raise ConfigError(f"{self.bundle.root}: sampled with {kind}; whole runs are timed with linear ones only")
         return SamplingJob(str(self.bundle.root.absolute()), self.guidance_scale)
-
-
-def held_out_calls(step: CalibrationStep, batch: int) -> dict[str, NDArray[Any]]:
-    """One timestep of a trajectory as calls of this size, beside what the float model predicts."""
-    calls = batches_of(step, batch)
-    arrays = {name: np.stack([call[name] for call in calls]) for name in step.inputs}
-    return {**arrays, PREDICTION: step.prediction[: len(calls) * batch].numpy()}
-
-
-def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most so many, evenly over all, the first and the last among them."""
-    kept = np.unique(np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int))
-    return [items[index] for index in kept]
-
-
-def _plain(source: Source) -> dict[str, Any]:
-    """Its fields as JSON takes them, valid from any working directory."""
-    return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in asdict(source).items()}

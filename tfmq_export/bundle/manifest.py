@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle.arrays import read_arrays
 from tfmq_export.bundle.call import CallInfo
+from tfmq_export.bundle.decoder import DecoderInfo
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.recipe.plain import build, read_json
@@ -213,6 +214,7 @@ class Manifest:
         engines: Built from the bundle's graphs.
         parts: Output channels of each node that a layer became, for layers computed in parts, by the layer's name.
         call: Where the model was recorded in its pipeline, how it is called there.
+        decoder: What makes pictures of its latents, where the bundle brings it.
     """
 
     version: str
@@ -238,6 +240,7 @@ class Manifest:
     engines: tuple[EngineInfo, ...] = ()
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     call: CallInfo | None = None
+    decoder: DecoderInfo | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from tfmq_export.cli.options import (
     source_of,
     write_figures,
 )
-from tfmq_export.errors import ConfigError
+from tfmq_export.errors import ConfigError, DependencyError
 
 if TYPE_CHECKING:
     from tfmq_export.bench.report import BenchReport
@@ -62,24 +62,30 @@ def bench(
 ) -> None:
     """Compare the speed of bundles with baselines. Each candidate runs in a process of its own; they take turns."""
     from tfmq_export.bench.candidates import baselines_named, candidates_of
-    from tfmq_export.bench.plot import require_format, save_bars
     from tfmq_export.bench.report import BenchReport
     from tfmq_export.bench.run import Plan
     from tfmq_export.bench.run import bench as run_bench
-    from tfmq_export.bench.workshop import Model
     from tfmq_export.bundle.manifest import open_bundle
 
     require_folder_of(json, plot)
-    require_format(plot)
+    if plot is not None:
+        from tfmq_export.bench.plot import require_format, save_bars
+
+        require_format(plot)
     opened = [open_bundle(folder) for folder in bundles]
     plan = Plan(
         _numbers("--threads", threads), _numbers("--batch", batch), rounds, seconds or math.inf, sampling, accuracy
     )
-    model = (
-        None
-        if against is None
-        else Model(source_of(opened[0], against, factory, variant=variant, lora=lora, pipeline=pipeline))
-    )
+    model = None
+    if against is not None:
+        try:
+            from tfmq_export.bench.float_model import Model
+        except ModuleNotFoundError as error:
+            raise DependencyError(
+                f"--against {against}: the float model runs in torch, which is not installed ({error.name}); leave it "
+                "out, or pip install 'tfmq-export[compile]'"
+            ) from error
+        model = Model(source_of(opened[0], against, factory, variant=variant, lora=lora, pipeline=pipeline))
     names = baselines_named(baselines, model=model is not None)
     candidates = candidates_of(opened, [word.strip() for word in backends.split(",")], names)
 

@@ -48,8 +48,14 @@ COMPILING = frozenset(
     | {"PIL", "safetensors", "torch", "yaml"}
 )
 """What a host that only runs bundles does not have."""
-EXTRAS = {"triton": "serve"}
-"""What brings a command's packages, where it is less than what compiles."""
+EXTRAS: Mapping[str, frozenset[str]] = {
+    "serve": frozenset({"ml_dtypes", "onnx"}),
+    "bench": frozenset({"PIL", "matplotlib", "ml_dtypes", "onnx", "onnx_graphsurgeon"}),
+    "report": frozenset({"PIL", "jinja2", "matplotlib", "safetensors"}),
+}
+"""What brings some of them, where it is less than what compiles."""
+SERVED_BY = {"triton": "serve", "bench": "bench", "report": "report"}
+"""Whose extra a command's packages are in."""
 
 
 def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -66,9 +72,7 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             package = (error.name or "").partition(".")[0]
             if package not in COMPILING:
                 raise
-            extra = EXTRAS.get(command.__name__, "compile")
-            way = f"pip install 'tfmq-export[{extra}]'"
-            fail(DependencyError(f"this command needs {package}, which only '[{extra}]' installs; {way}"))
+            fail(DependencyError(f"this command needs {package}, {brought(package, command.__name__)}"))
         except OSError as error:  # a disk that is full or gone; anything else of ours is a TfmqError already
             fail(OutputError(f"{error.filename or 'output'}: {error.strerror or error}"))
         except KeyboardInterrupt:
@@ -76,6 +80,14 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped
+
+
+def brought(package: str, command: str) -> str:
+    """What installs a package that a command lacks, behind its name."""
+    extra = SERVED_BY.get(command, "compile")
+    if package not in EXTRAS.get(extra, ()):
+        extra = "compile"
+    return f"which only '[{extra}]' installs; pip install 'tfmq-export[{extra}]'"
 
 
 def fail(error: TfmqError) -> None:

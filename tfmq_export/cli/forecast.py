@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def show_forecast(expected: "Forecast", root: Path) -> None:
     """The forecast for people, stage by stage."""
-    rows = [(stage.title, seconds(stage.seconds), size(stage.memory_bytes)) for stage in expected.stages]
+    rows = [(stage.title, seconds(stage.seconds), size(stage.memory_bytes)) for stage in expected.all_stages]
     rows.append(("in all", seconds(expected.seconds), f"{size(expected.peak_bytes)} at most"))
     table(f"{root}: what it would take", rows, ("stage", "time", "memory"))
     proof, sizes = expected.proof, expected.sizes

@@ -20,7 +20,9 @@ PANELS: Mapping[str, str] = {
     ),
     **dict.fromkeys(("tib", "les", "pts", "pts_lowering", "estimator", "cpus", "attention"), "Method"),
     **dict.fromkeys(("validation_images", "budget", "host", "allow_precision_loss", "accuracy"), "Proof"),
-    **dict.fromkeys(("output", "components", "triton", "dump_dir", "plot", "json", "resume", "dry_run"), "Output"),
+    **dict.fromkeys(
+        ("output", "components", "decoder", "triton", "dump_dir", "plot", "json", "resume", "dry_run"), "Output"
+    ),
     **dict.fromkeys(("quiet", "verbose"), "Output"),
 }
 """By the name of the parameter; ``min_...`` and ``max_...`` of a metric belong to the proof, all else stands alone."""

@@ -65,6 +65,7 @@ def sample(
     from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.bundle.write import replaced_file
     from tfmq_export.errors import ConfigError
+    from tfmq_export.runtime.decode import decodes
     from tfmq_export.runtime.measure.compare import called, is_picture
     from tfmq_export.runtime.picture import PER_ROW, png, strip
     from tfmq_export.runtime.sampler import schedule_of
@@ -75,11 +76,11 @@ def sample(
     opened = open_bundle(bundle)
     (sample,) = opened.manifest.input("sample")
     recorded = opened.manifest.call is not None
-    if not recorded and not is_picture((None, *sample.shape)):
+    if not recorded and not is_picture((None, *sample.shape)) and not decodes(opened, sample.shape):
         what = called((None, *sample.shape))
         raise ConfigError(
-            f"{bundle}: draws {what} {list(sample.shape)}, not pictures; compile the folder of its pipeline, whose VAE "
-            "then goes into the bundle, or draw in Python (docs/sampling.md)"
+            f"{bundle}: draws {what} {list(sample.shape)}, not pictures, and has no decoder for them; compile the "
+            "folder of its pipeline, whose VAE then goes into the bundle, or draw in Python (docs/sampling.md)"
         )
     if against is not None and (image, scheduler, steps) != (None, None, None):
         raise ConfigError("--against draws as the bundle was compiled; leave out --image, --scheduler and --steps")
@@ -120,12 +121,13 @@ def _in_numpy(
     """Pictures in 0..1, [N, C, H, W], where the bundle's own scheduler needs no torch."""
     import numpy as np
 
+    from tfmq_export.runtime.decode import looked_at
     from tfmq_export.runtime.draw import drawn, stored_prompts
     from tfmq_export.runtime.loaded import load
-    from tfmq_export.runtime.measure.compare import as_pictures
 
     size = tuple(side or 1 for side in shape)
     noise = np.random.default_rng(seed).standard_normal(size, np.float32)
     prompts = stored_prompts(bundle, len(noise))
     with load(bundle.root, threads=threads) as loaded, progress.stage("Sampling") as step:
-        return as_pictures(drawn(loaded, noise, schedule, prompts, progress=step))
+        images = drawn(loaded, noise, schedule, prompts, progress=step)
+    return looked_at(bundle, images, threads=threads)

@@ -20,7 +20,7 @@ FLAGS = {
     **dict.fromkeys(("estimator", "cpus", "attention"), "method"),
     **dict.fromkeys(("device", "max_memory", "calibration_images", "validation_images", "budget", "seed"), ""),
     **dict.fromkeys(("min_psnr", "min_ssim", "min_sqnr", "min_guidance", "max_lpips"), "thresholds"),
-    **dict.fromkeys(("allow_precision_loss", "tables", "class_tables", "prologue", "components"), ""),
+    **dict.fromkeys(("allow_precision_loss", "tables", "class_tables", "prologue", "components", "decoder"), ""),
 }
 """The table of the configuration that an option belongs to, in the order of ``--help``; "" is the configuration's own.
 Every other setting is reached by ``--config``."""

@@ -130,7 +130,7 @@ def compile_auto(  # noqa: PLR0913  # what the chain has in hand
         lowered = lower(made, asked, dump_dir=dump_dir, progress=progress)
         shutil.rmtree(root)  # an earlier choice
         with progress.stage(WRITING):
-            bundle = write(lowered, root, asked.components)
+            bundle = write(lowered, root, asked.components, decoder=asked.decoder)
         last = attempt == TRIES
         misses, said = _measured(bundle, model.denoiser, goal, plan, misses)
         if said:

@@ -1,7 +1,7 @@
 """The chain, on one screen: capture, quantize, lower, write, prove."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -10,7 +10,7 @@ from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.bundle.write import replaced_folder
 from tfmq_export.capture.device import find_device
 from tfmq_export.compiler.auto import compile_auto
-from tfmq_export.compiler.forecast import Forecast, forecast, refuse_what_cannot_fit
+from tfmq_export.compiler.forecast import Expected, Forecast, forecast, refuse_what_cannot_fit
 from tfmq_export.compiler.forms import Captured
 from tfmq_export.compiler.making import WRITING, Making, Stage, Stopwatch
 from tfmq_export.compiler.on_engine import require_engine_takes
@@ -99,7 +99,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
     _refuse_early(config, root)
     given = None if recipe is None else recipe_as_asked(recipe, config)
     kept = checkpoint_of(root)
-    denoiser = load_model(_with_code(model, draw), config.components, stages)
+    denoiser = load_model(_with_code(model, draw), config.components, stages, decoder=config.decoder)
     require_measurable(denoiser, config.thresholds)
     with sole_run(root), replaced_folder(root) as partial, evidence_kept(partial, root):
         captured, expected = capture(denoiser, stages), None
@@ -129,7 +129,7 @@ def compile_model(  # noqa: PLR0913  # options of the one public entry, by keywo
                 made = reuse(captured, given, config)
             lowered = lower(made, config, dump_dir=dump_dir, progress=stages)
             with stages.stage(WRITING):
-                bundle = write(lowered, partial, config.components)
+                bundle = write(lowered, partial, config.components, decoder=config.decoder)
             plan = None if expected is None else expected.proof
             validation = prove(made, bundle, config, plan=plan, making=making, progress=stages)
     shutil.rmtree(kept, ignore_errors=True)  # only now is its work safe
@@ -150,22 +150,23 @@ def foresee(
         OutputError: it would fill the disk.
         LoadError, ConfigError, DependencyError, TargetError, ExportError, RecipeError: as ``compile_model``.
     """
-    config, root, progress = config or CompileConfig(), Path(output), progress or Silent()
+    config, root, stages = config or CompileConfig(), Path(output), Stopwatch(progress or Silent())
     if config.auto:
         raise ConfigError("--auto compiles until its goal is met, so nobody knows how often; leave out --dry-run")
     _refuse_early(config, root)
     given = None if recipe is None else recipe_as_asked(recipe, config)
-    denoiser = load_model(model, config.components, progress)
+    denoiser = load_model(model, config.components, stages, decoder=config.decoder)
     require_measurable(denoiser, config.thresholds)
-    captured = capture(denoiser, progress)
+    captured = capture(denoiser, stages)
     if given is not None:
         reuse(captured, given, config)
     else:
-        _ask_engine(captured, config, progress)
-    with progress.stage("Forecasting"):
+        _ask_engine(captured, config, stages)
+    with stages.stage("Forecasting"):
         expected = forecast(captured, config, quantized=given is not None)
     refuse_what_cannot_fit(expected, root)
-    return expected
+    done = tuple(Expected(each.title, each.seconds, each.peak_memory_bytes or 0) for each in stages.stages)
+    return replace(expected, done=done)
 
 
 def _with_code(model: Model | nn.Module, draw: Draw | None) -> Model:

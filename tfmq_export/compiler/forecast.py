@@ -54,6 +54,7 @@ class Forecast:
         spilled: Bytes of activations that wait in the temporary folder.
         proof: How much will be compared.
         images: Whose trajectories are recorded; 0 where nothing is quantized.
+        done: What a dry run went through itself, as it was: loading, capturing, asking the engine, timing calls.
     """
 
     stages: tuple[Expected, ...]
@@ -61,20 +62,26 @@ class Forecast:
     spilled: int
     proof: ProofPlan
     images: int
+    done: tuple[Expected, ...] = ()
+
+    @property
+    def all_stages(self) -> tuple[Expected, ...]:
+        """In order, those that are done in front."""
+        return (*self.done, *self.stages)
 
     @property
     def seconds(self) -> float:
         """Of all stages."""
-        return sum(stage.seconds for stage in self.stages)
+        return sum(stage.seconds for stage in self.all_stages)
 
     @property
     def peak_bytes(self) -> int:
         """Memory at the worst stage."""
-        return max(stage.memory_bytes for stage in self.stages)
+        return max(stage.memory_bytes for stage in self.all_stages)
 
     @property
     def by_title(self) -> dict[str, float]:
-        """Seconds of each stage."""
+        """Seconds of each stage that is still to come."""
         return {stage.title: stage.seconds for stage in self.stages}
 
     @property
@@ -99,7 +106,7 @@ class Forecast:
             "temporary_bytes": self.spilled,
             "calibration_images": self.images,
             "proof": asdict(self.proof),
-            "stages": [asdict(stage) for stage in self.stages],
+            "stages": [asdict(stage) for stage in self.all_stages],
         }
 
 

@@ -13,11 +13,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from tfmq_export.bundle.decoder import FOLDER, LATENTS, PICTURES
 from tfmq_export.bundle.pipeline_folder import find_components, read_index
 from tfmq_export.capture.program import quiet_logger
 from tfmq_export.config import Components
@@ -96,6 +98,19 @@ def write_onnx_components(source: Path, root: Path) -> None:
             shutil.copyfile(part.config, folder / "config.json")
 
 
+def write_vae_decoder(vae: nn.Module, config: Path, folder: Path) -> None:
+    """Write the graph of a VAE's decoder alone.
+
+    Args:
+        config: Written beside the graph.
+    Raises:
+        ExportError: it cannot be captured.
+    """
+    folder.mkdir()
+    _export(_decoder(vae, config), folder / "model.onnx")
+    shutil.copyfile(config, folder / "config.json")
+
+
 def check_components(source: Path | None, components: Components) -> None:
     """Raise now, not after an hour of quantizing, if a pipeline's components cannot join the bundle.
 
@@ -143,13 +158,18 @@ def _vae(folder: Path) -> dict[str, Part]:
     vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
     vae.eval().float()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    latents = torch.randn(2, vae.config.latent_channels, 8, 8)
     pixels = torch.randn(2, vae.config.in_channels, 8 * factor, 8 * factor)
     config = folder / "config.json"
     return {
-        "vae_decoder": Part(_Decode(vae), {"latent_sample": latents}, ("sample",), (2, 3), config),
+        FOLDER: _decoder(vae, config),
         "vae_encoder": Part(_Encode(vae), {"sample": pixels}, ("latent_parameters",), (2, 3), config),
     }
+
+
+def _decoder(vae: nn.Module, config: Path) -> Part:
+    settings: Any = vae.config  # of diffusers, which torch's types do not know
+    latents = torch.randn(2, settings.latent_channels, 8, 8)
+    return Part(_Decode(vae.eval().float()), {LATENTS: latents}, (PICTURES,), (2, 3), config)
 
 
 def _export(part: Part, path: Path) -> None:

@@ -17,6 +17,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from tfmq_export.bundle.manifest import Bundle
@@ -29,6 +31,7 @@ from tfmq_export.capture.pages import release_pages
 from tfmq_export.capture.program import program_on
 from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.compiler.correct import correct
+from tfmq_export.compiler.decoder import find_decoder
 from tfmq_export.compiler.forms import Captured, Lowered, Observed, Quantized
 from tfmq_export.compiler.intervals import measure_intervals
 from tfmq_export.compiler.making import QUANTIZING, RECORDING, REWRITING, WEIGHING, Making
@@ -62,8 +65,10 @@ from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.report.bundle_page import write_page
 from tfmq_export.report.card import write_card
 from tfmq_export.report.facts import Facts
+from tfmq_export.runtime.decode import decodes, looked_at
 from tfmq_export.runtime.engines.tensorrt.building.files import add_engines_in_place
 from tfmq_export.runtime.engines.tensorrt.building.lint import lint_model, raise_if_any
+from tfmq_export.runtime.picture import PER_ROW
 from tfmq_export.target import find_target
 
 __all__ = ["capture", "load_model", "lower", "observe", "prove", "quantize", "reuse", "write"]
@@ -75,11 +80,14 @@ PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "nu
 SILENT = Silent()
 
 
-def load_model(model: Model, components: Components = "none", progress: Progress = SILENT) -> Denoiser:
+def load_model(
+    model: Model, components: Components = "none", progress: Progress = SILENT, *, decoder: bool = False
+) -> Denoiser:
     """Load a model of any form.
 
     Args:
         components: What a pipeline's other components will have to become: refused now where they cannot.
+        decoder: Whether its VAE's decoder will be written as ONNX, likewise.
     Raises:
         LoadError, ConfigError: the model or a component cannot be used.
     """
@@ -89,6 +97,8 @@ def load_model(model: Model, components: Components = "none", progress: Progress
         else:
             denoiser = load(model if isinstance(model, Source) else Source(Path(model)))
         check_components(denoiser.pipeline, components)
+        if decoder and components != "none":
+            find_decoder(denoiser)
         return denoiser
 
 
@@ -300,13 +310,23 @@ def _write_proof(made: Quantized, bundle: Bundle, validation: Validation, making
         errors = validation.temporal
         row = TemporalRow(made.recipe.tib.source, errors.cosine, errors.mismatch)
         save_temporal(bundle.root / "tfmq" / "temporal.png", made.denoiser.timesteps.values, [row])
-    save_comparison(bundle.root / "tfmq" / "samples.png", validation.reference_images, validation.images)
-    pictures = pictures_of(validation.reference_images, validation.images, validation.states)
+    reference, compiled = _as_pictures(bundle, validation)
+    save_comparison(bundle.root / "tfmq" / "samples.png", reference, compiled)
+    pictures = pictures_of(reference, compiled, validation.states)
     if pictures is not None:
         pictures.save(bundle.root)
     facts = Facts.read(bundle.root)
     write_page(facts)
     write_card(facts)
+
+
+def _as_pictures(bundle: Bundle, validation: Validation) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What both models drew, to be looked at: latents are decoded where the bundle brings a decoder."""
+    both = validation.reference_images, validation.images
+    if not decodes(bundle, both[0].shape[1:]):
+        return both
+    first, second = (looked_at(bundle, batch[:PER_ROW]) for batch in both)
+    return first, second
 
 
 def _provenance(denoiser: Denoiser, config: CompileConfig, plan: QuantPlan) -> dict[str, str]:

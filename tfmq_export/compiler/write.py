@@ -24,6 +24,7 @@ from tfmq_export.bundle.manifest import (
 )
 from tfmq_export.bundle.pipeline_folder import add_components
 from tfmq_export.capture.denoiser import Denoiser, row_shape
+from tfmq_export.compiler.decoder import find_decoder, write_decoder
 from tfmq_export.compiler.forms import Lowered
 from tfmq_export.compiler.onnx_components import write_onnx_components
 from tfmq_export.config import Components
@@ -38,12 +39,13 @@ from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.runtime.engines.onnxruntime.runner import version as ort_version
 
 
-def write(lowered: Lowered, root: Path, components: Components = "link") -> Bundle:
+def write(lowered: Lowered, root: Path, components: Components = "link", *, decoder: bool = True) -> Bundle:
     """Write everything but the proof into a folder.
 
     Args:
         root: New, or empty.
         components: What happens to the other components of a pipeline folder.
+        decoder: Whether the decoder of its VAE is written as ONNX, where they join the bundle.
     """
     denoiser, recipe = lowered.made.denoiser, lowered.made.recipe
     root.mkdir(parents=True, exist_ok=True)
@@ -59,11 +61,14 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
     if denoiser.scheduler_config is not None:
         (root / "scheduler").mkdir()
         _write_json(root / "scheduler" / "scheduler_config.json", denoiser.scheduler_config)
+    decoding = None
     if denoiser.pipeline is not None and components != "none":
         kind, link = denoiser.sampler_info.kind, components != "copy"
         add_components(denoiser.pipeline, root, denoiser.component, kind, link=link)
         if components == "onnx":
             write_onnx_components(denoiser.pipeline, root)
+        vae = find_decoder(denoiser) if decoder else None
+        decoding = None if vae is None else write_decoder(vae, root)
     save_recipe(recipe, root / "tfmq")
     if isinstance(denoiser.sampler, DiffusersSampler) and denoiser.sampler_info.kind != "DDIMScheduler":
         walk = linear_walk(denoiser.sampler)
@@ -97,6 +102,7 @@ def write(lowered: Lowered, root: Path, components: Components = "link") -> Bund
         prologue=None if lowered.prologue is None else lowered.prologue.info,
         tables=lowered.tables,
         call=denoiser.call,
+        decoder=decoding,
         parts={name: sizes for report in lowered.reports for name, sizes in report.parts.items()},
     )
     write_manifest(root, manifest)

@@ -14,7 +14,7 @@ from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.errors import LoadError, first_line
 from tfmq_export.limits import LARGEST_SIDE
 from tfmq_export.models import flat_modules
-from tfmq_export.models.prompts import PromptSet, effective_scale, fitted
+from tfmq_export.models.prompts import PromptSet, effective_scale, fitted, labelled
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
 from tfmq_export.models.single_precision import in_single_precision
 from tfmq_export.models.walk import DiffusersSampler, require_finite_walk
@@ -154,6 +154,14 @@ def _flatten(
             if config.get(option) is not None:
                 raise LoadError(f"{where}: models with {option} need their extra inputs named; use --factory")
         text = {"encoder_hidden_states": ("prompts", "tokens", config["cross_attention_dim"])}
+        if config.get("num_class_embeds"):
+            prompts, with_labels = labelled(prompts, config["num_class_embeds"], where)
+            found = fitted(prompts, text, where)
+            return flat_modules.LabelledAttention(model), replace(
+                found,
+                examples={**found.examples, **with_labels.examples},
+                unconditional={**found.unconditional, **with_labels.unconditional},
+            )
         return flat_modules.CrossAttention(model), fitted(prompts, text, where)
     if isinstance(model, diffusers.SD3Transformer2DModel):
         shapes: dict[str, tuple[object, ...]] = {
@@ -168,10 +176,9 @@ def _flatten(
         return flat_modules.ClassTransformer(model), PromptSet(labels, {"class_labels": torch.tensor(classes)}, scale)
     if config.get("class_embed_type") not in (None, "timestep", "identity"):
         raise LoadError(f"{where}: class_embed_type {config['class_embed_type']!r} is none that diffusers knows")
-    labelled = bool(config.get("num_class_embeds"))
-    if given := sorted({*prompts.examples, *prompts.unconditional} - ({"class_labels"} if labelled else set())):
+    classes = config.get("num_class_embeds")
+    if given := sorted({*prompts.examples, *prompts.unconditional} - ({"class_labels"} if classes else set())):
         raise LoadError(f"{where}: {type(model).__name__} takes no conditioning of this kind, got {', '.join(given)}")
-    if labelled:
-        labels = {"class_labels": torch.arange(config["num_class_embeds"])}
-        return flat_modules.ClassConditional(model), replace(prompts, examples=labels)
+    if classes:
+        return flat_modules.ClassConditional(model), replace(prompts, examples={"class_labels": torch.arange(classes)})
     return flat_modules.Unconditional(model), prompts

@@ -39,6 +39,17 @@ class CrossAttention(nn.Module):
         return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
+class LabelledAttention(nn.Module):
+    """A U-Net that attends to a prompt and takes a class label, such as the level of noise of an upscaler."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, class_labels: Tensor) -> Tensor:
+        return self.model(sample, timestep, encoder_hidden_states, class_labels, return_dict=False)[0]
+
+
 class ClassTransformer(nn.Module):
     """A DiT, which takes a class label."""
 

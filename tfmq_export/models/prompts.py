@@ -19,6 +19,7 @@ from tfmq_export.errors import ConfigError, LoadError, first_line
 
 UNCONDITIONAL = ".unconditional"
 """Behind an input's name in a file: its "no prompt" value."""
+LABELS = "class_labels"
 OF_PIPELINES = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
 """What diffusers' pipelines call an input, and its name."""
 
@@ -83,6 +84,36 @@ def fitted(prompts: PromptSet, shapes: Mapping[str, tuple[object, ...]], where: 
         examples[name] = _finite(name, given.float(), where)
     unconditional = {name: _null(name, value, examples[name], where) for name, value in prompts.unconditional.items()}
     return replace(prompts, examples=examples, unconditional=unconditional)
+
+
+def labelled(prompts: PromptSet, classes: int, where: str) -> tuple[PromptSet, PromptSet]:
+    """The class labels that were given beside prompts, and the prompts without them.
+
+    Args:
+        classes: How many there are.
+    Raises:
+        LoadError: none were given, or they are no labels.
+    """
+    found = []
+    for group, shape in ((prompts.examples, "[prompts]"), (prompts.unconditional, "[]")):
+        value = group.get(LABELS)
+        if value is None:
+            continue
+        whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if not whole or value.ndim != shape.count("prompts") or not ((value >= 0) & (value < classes)).all():
+            raise LoadError(
+                f"{where}: {LABELS} are {list(value.shape)} of {value.dtype}; give whole numbers from 0 to "
+                f"{classes - 1}, {shape}"
+            )
+        found.append(value.long())
+    if LABELS not in prompts.examples or not found:
+        raise LoadError(
+            f"{where}: the model takes a class label beside its prompt; add {LABELS} [prompts], whole numbers from 0 "
+            f"to {classes - 1}, to the file of --conditioning, and {LABELS}{UNCONDITIONAL} [] where it is guided"
+        )
+    others = [{k: v for k, v in group.items() if k != LABELS} for group in (prompts.examples, prompts.unconditional)]
+    labels = PromptSet({LABELS: found[0]}, {LABELS: found[1]} if len(found) > 1 else {})
+    return replace(prompts, examples=others[0], unconditional=others[1]), labels
 
 
 def read_prompts(path: Path, guidance_scale: float | None) -> PromptSet:

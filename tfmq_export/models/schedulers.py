@@ -39,14 +39,14 @@ def choose_scheduler(config: Mapping[str, Any], choice: str | None, where: str) 
     Args:
         config: Of the scheduler the model came with: the noise schedule it was trained on.
         choice: A key of ``NAMED``; "own" for the class that ``config`` names; the path of another
-            scheduler_config.json; None for DDIM, or "own" where the model was trained by flow matching, which DDIM
-            cannot walk.
+            scheduler_config.json; None for DDIM, or "own" where DDIM cannot walk what the model was trained on:
+            flow matching, and schedules that are no noise schedule (consistency models, EDM).
     Raises:
         ConfigError: no such scheduler, or one that does not walk this model's schedule.
     """
     own = str(config.get("_class_name", "DDIMScheduler"))
     if choice is None:
-        choice = OWN if _flows(own, config) else "ddim"
+        choice = "ddim" if not _flows(own, config) and _has_noise_schedule(own, config) else OWN
     if choice == OWN:
         return _build(own, config, where)
     if choice in NAMED:

@@ -27,6 +27,7 @@ from tfmq_export.proof.served import bundle_denoise
 from tfmq_export.proof.validate import as_images
 from tfmq_export.ptq.walk.calibration import record
 from tfmq_export.recipe.plain import read_json
+from tfmq_export.runtime.decode import decodes, looked_at
 from tfmq_export.runtime.loaded import load as load_bundle
 from tfmq_export.runtime.measure.compare import as_pictures
 
@@ -81,7 +82,7 @@ def draw(bundle: Bundle, request: Request, progress: Progress) -> NDArray[np.flo
         else:
             start = torch.from_numpy(load_picture(request.start, shape) * 2 - 1).expand_as(noise)
             result = sampler.from_images(denoise, start, noise, prompts, strength=request.strength)
-    return as_pictures(result.numpy())
+    return looked_at(bundle, result.numpy(), threads=request.threads)
 
 
 def draw_in_pipeline(bundle: Bundle, request: Request, progress: Progress) -> NDArray[np.float32]:
@@ -129,6 +130,8 @@ def draw_against(bundle: Bundle, source: Source, request: Request, progress: Pro
     with load_bundle(bundle.root, threads=request.threads) as loaded, progress.stage("Sampling the bundle") as step:
         _, compiled = record(model, bundle_denoise(loaded), runs, step)
     above, below, _ = as_images(reference, compiled)
+    if decodes(bundle, above.shape[1:]):
+        above, below = (looked_at(bundle, batch, threads=request.threads) for batch in (above, below))
     return [("full precision", above), ("compiled", below)]
 
 

@@ -92,7 +92,8 @@ def _untrained(denoiser: Denoiser, images: Tensor) -> str:
         return ""
     return (
         f"the float model looks untrained: noise put on its own images correlates with what it predicts by {best:.2f} "
-        "(a trained one has 0.9); are these the right weights, and is this its scheduler?"
+        "(a trained one has 0.9); are these the right weights, and is this its scheduler? Where they are untrained on "
+        "purpose, ask for less"
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from tfmq_export.capture.denoiser import Denoiser, SeededSampler
 from tfmq_export.proof.kernels import BOTH_HALVES, EXTREME, TIMESTEPS
+from tfmq_export.proof.speed import ROUNDS, SECONDS, WARM_UP
 
 USUAL_IMAGES = 16
 USUAL_SECONDS = 30 * 60.0
@@ -84,10 +85,12 @@ class Cost:
         again = 0 if few == images else few
         kernels = len(BOTH_HALVES) * (min(TIMESTEPS, self.calls) + EXTREME) * self.row
         lock_step = len(BOTH_HALVES) * timesteps * self.row
+        turn = len(BOTH_HALVES) * self.row * (1 + SERVED)
+        timed = WARM_UP * turn + min(ROUNDS * turn, max(SECONDS, turn))
         return {
             SAMPLING: images * self.image(),
             SERVING: images * self.image() * SERVED,
-            STEPPING: (images + again) * self.image() * SERVED + kernels * SERVED,
+            STEPPING: (images + again) * self.image() * SERVED + kernels * SERVED + timed,
             DEFINING: few * self.image() * DEFINED + kernels * DEFINED,
             AGREEING: lock_step * (DEFINED + 2 * SIMULATED),
         }

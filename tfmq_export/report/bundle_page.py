@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,44 +12,16 @@ from tfmq_export.report.facts import Facts
 from tfmq_export.report.images import EXACT_SIDE, rows_of
 from tfmq_export.report.layers import Layer
 from tfmq_export.report.measured import Guidance
-from tfmq_export.report.numbers import LOST_WORDS, POOR, PROMPT_LOST, decibels, short, size
+from tfmq_export.report.numbers import LOST_WORDS, PROMPT_LOST, decibels, short
 from tfmq_export.report.plots import feature_errors, guidance_kept, over_timesteps
 from tfmq_export.report.render import render
+from tfmq_export.report.verdict import tiles_of, verdict_of
 from tfmq_export.runtime.measure.compare import Metric
-
-NAME = "report.html"
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A figure at the top; an empty value was not measured.
-
-    Attributes:
-        note: Its baseline, in words.
-    """
-
-    label: str
-    value: str
-    unit: str
-    note: str
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What to think of the bundle.
-
-    Attributes:
-        state: "passed", "warned" or "failed".
-    """
-
-    state: str
-    word: str
-    text: str
 
 
 def write_page(facts: Facts, path: Path | None = None) -> Path:
     """Write the page, by default into the bundle; says where."""
-    path = path or facts.bundle.root / "tfmq" / NAME
+    path = path or facts.page
     with replaced_file(path) as partial:
         partial.write_text(page_of(facts), "utf-8")
     return path
@@ -75,61 +46,7 @@ def page_of(facts: Facts) -> str:
 def notebook_of(facts: Facts) -> str:
     """The top of the page, for the output of a notebook's cell."""
     given = {"facts": facts, "verdict": verdict_of(facts), "tiles": tiles_of(facts), **_images(facts)}
-    return render("notebook.html", path=facts.bundle.root / "tfmq" / NAME, **given)
-
-
-def verdict_of(facts: Facts) -> Verdict:
-    """In one sentence."""
-    measured = facts.measured
-    checks = f"{sum(check.passed for check in measured.checks)} of {len(measured.checks)} checks passed"
-    if not all(check.passed for check in measured.checks):
-        return Verdict("failed", "Failed.", f"Only {checks}.")
-    asked = [layer for layer in facts.layers if layer.info.activation_bits]
-    integer = sum(layer.state == "integer" for layer in asked)
-    runs = f"{integer} of {len(asked)} quantized layers run in integers" if asked else "nothing is quantized"
-    if measured.lost:
-        return Verdict("warned", "Not all integers.", f"{checks}; {runs}.")
-    if facts.psnr is not None and facts.psnr < POOR:
-        return Verdict("warned", f"Poor {facts.drawn}.", f"{checks}, but they are not the same ones any more.")
-    kept = 1.0 if measured.guidance is None else float(measured.guidance.kept.mean())
-    if kept < PROMPT_LOST:
-        return Verdict("warned", "The prompt is lost.", f"{checks}, but {kept:.2f} of the guidance is left.")
-    return Verdict("passed", "Passed.", f"{checks}; {runs}, by the engine's own account.")
-
-
-def tiles_of(facts: Facts) -> tuple[Tile, ...]:
-    """The figures that decide, each with its baseline."""
-    manifest, measured = facts.bundle.manifest, facts.measured
-    widths = sorted({(x.weight_bits, x.activation_bits) for x in manifest.layers if x.weight_bits})
-    bits = " + ".join(f"W{weights}" + (f"A{inputs}" if inputs else "") for weights, inputs in widths) or "float"
-    return (
-        _images_tile(facts),
-        Tile("Bits", bits, "", "of weights and activations; full precision has 32"),
-        Tile("Size", size(facts.file_bytes), "", f"{facts.size_share:.2f} of {size(manifest.weight_bytes)} in fp32"),
-        Tile("In integers", f"{measured.integer_share * 100:.1f}", "%", "of the multiply-accumulates; none in fp32"),
-        _speed_tile(facts),
-    )
-
-
-def _images_tile(facts: Facts) -> Tile:
-    values = facts.measured.values.get(Metric.IMAGE_PSNR, ())
-    others = facts.measured.mean(Metric.OTHER_PICTURES)
-    lpips = facts.measured.mean(Metric.IMAGE_LPIPS)
-    what = facts.drawn
-    note = f"mean PSNR of {len(values)} {what} against full precision"
-    if lpips is not None:
-        note += f", ST-LPIPS {short(lpips)}"
-    if others is not None:
-        note += f"; two different {what} have {others:.1f} dB"
-    return Tile(what.capitalize(), "" if facts.psnr is None else short(facts.psnr), "dB", note)
-
-
-def _speed_tile(facts: Facts) -> Tile:
-    speed = facts.speed or facts.measured.speed
-    if speed is None:
-        return Tile("Speed", "", "", "tfmq-bench measures it; tfmq-report --bench shows it here")
-    note = f"of {speed.base}; {short(speed.milliseconds)} ms a {speed.unit}, {speed.setting}, {speed.processor}"
-    return Tile("Speed", f"{speed.times:.2f}", "x", note)
+    return render("notebook.html", path=facts.page, **given)
 
 
 def _links(facts: Facts) -> list[tuple[str, str]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from tfmq_export.report.bundle_page import tiles_of, verdict_of
 from tfmq_export.report.facts import Facts
 from tfmq_export.report.render import render
+from tfmq_export.report.verdict import tiles_of, verdict_of
 from tfmq_export.runtime.measure.compare import Metric
 
 NAME = "README.md"

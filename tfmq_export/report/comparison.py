@@ -9,12 +9,12 @@ import numpy as np
 
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.errors import ConfigError
-from tfmq_export.report.bundle_page import NAME, Tile, Verdict, verdict_of
 from tfmq_export.report.facts import Facts
 from tfmq_export.report.images import EXACT_SIDE, Film, Row, data_url
 from tfmq_export.report.numbers import decibels, short, size
 from tfmq_export.report.pareto import Point, pareto
 from tfmq_export.report.render import render
+from tfmq_export.report.verdict import Tile, Verdict, verdict_of
 from tfmq_export.runtime.measure.compare import Metric
 
 
@@ -158,7 +158,7 @@ def _psnr(facts: Facts) -> tuple[float, float, float]:
 
 
 def _link(facts: Facts, folder: Path) -> str:
-    page = facts.bundle.root.absolute() / "tfmq" / NAME
+    page = facts.page.absolute()
     return Path(os.path.relpath(page, folder)).as_posix() if page.exists() else ""
 
 

@@ -9,6 +9,7 @@ from tfmq_export.errors import AccuracyError, ConfigError
 from tfmq_export.runtime.measure.compare import (
     Comparison,
     Direction,
+    Metric,
     Report,
     Threshold,
     as_pictures,
@@ -138,3 +139,14 @@ def test_a_failed_report_names_what_was_missed() -> None:
     with pytest.raises(AccuracyError, match=r"^ssim 0\.5, asked >= 0\.9; "):
         report.raise_if_failed()
     Report((), report.verdicts[:1]).raise_if_failed()
+
+
+def test_it_says_which_options_would_let_it_through() -> None:
+    psnr, lpips = Threshold(Metric.IMAGE_PSNR, 18), Threshold(Metric.IMAGE_LPIPS, 0.1, Direction.AT_MOST)
+    missed = psnr.judge(14.876), lpips.judge(0.2312)
+
+    with pytest.raises(AccuracyError, match=r", or ask for less: --min-psnr 14\.87 --max-lpips 0\.24$"):
+        Report((), missed).raise_if_failed()
+    with pytest.raises(AccuracyError, match=r", or ask for less$"):  # no number lets NaN through
+        Report((), (psnr.judge(float("nan")),)).raise_if_failed()
+    assert Threshold(psnr.metric, 14.87).judge(14.876).passed
