@@ -76,22 +76,26 @@ def cut_of(arguments: Mapping[LeafPath, Any], numbers: Sequence[float]) -> Cut |
 
 def cut_rows(arguments: Mapping[LeafPath, Any], cut: Cut) -> list[dict[LeafPath, Any]]:
     """A call as calls of prompts of one length each, without padding; the mask is its type alone."""
-    mask = arguments[cut.mask]
-    lengths = [int(length) for length in mask.sum(1).tolist()]
+    lengths = arguments[cut.mask].sum(1).tolist()
     starts = [row for row, length in enumerate(lengths) if row == 0 or length != lengths[row - 1]]
     parts = [slice(start, end) for start, end in zip(starts, [*starts[1:], len(lengths)], strict=True)]
-    return [
-        {path: _cut(path, value, cut, part, lengths[part.start], len(lengths)) for path, value in arguments.items()}
-        for part in parts
-    ]
+    return [_cut(arguments, cut, part) for part in parts]
 
 
-def _cut(path: LeafPath, value: Any, cut: Cut, part: slice, length: int, rows: int) -> Any:
-    if path == cut.mask:
-        return value.dtype
-    if path == cut.tokens:
-        return value[part, :length]
-    return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
+def cut_prompts(arguments: Mapping[LeafPath, Any], cut: Cut) -> list[dict[LeafPath, Any]]:
+    """The same as calls of one prompt each."""
+    return [_cut(arguments, cut, slice(row, row + 1)) for row in range(len(arguments[cut.mask]))]
+
+
+def _cut(arguments: Mapping[LeafPath, Any], cut: Cut, part: slice) -> dict[LeafPath, Any]:
+    """Rows of one length."""
+    mask = arguments[cut.mask]
+    found = {
+        path: value[part] if isinstance(value, Tensor) and value.ndim and len(value) == len(mask) else value
+        for path, value in arguments.items()
+    }
+    length = int(mask[part.start].sum())
+    return {**found, cut.mask: mask.dtype, cut.tokens: found[cut.tokens][:, :length]}
 
 
 def _is_of(value: Any, mask: Tensor) -> bool:

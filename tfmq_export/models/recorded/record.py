@@ -28,7 +28,7 @@ from tfmq_export.models.recorded.calls import (
     same,
     signature_of,
 )
-from tfmq_export.models.recorded.lengths import Cut, NumbersRead, cut_of, cut_rows
+from tfmq_export.models.recorded.lengths import Cut, NumbersRead, cut_of, cut_prompts, cut_rows
 from tfmq_export.models.recorded.roles import RecordedRun
 
 CLOSE = 1e-3
@@ -79,7 +79,7 @@ class Recorder:
                 cut = self._cut(kept, spec, read.numbers, answer)
             if lists:
                 arguments, spec = leaves_of(tree_unflatten(list(kept.values()), spec), lists)
-            rows = each_row(arguments, lists) if lists else each_prompt(kept, cut) if cut else [kept]
+            rows = each_row(arguments, lists) if lists else cut_prompts(kept, cut) if cut else [kept]
             calls.extend(rows)
             specs.extend([spec] * len(rows))
             return answer
@@ -88,12 +88,13 @@ class Recorder:
             drawn_by(self.draw, seeds, False, self.where)
         self._require_called(calls)
         _require_one_form(calls, specs, self.where)
-        return RecordedRun(0 if lists or cut else images, tuple(calls), specs[0], answers.first, lists, cut)
+        together = 0 if (lists or cut) and images > 1 else images  # rows are calls of their own
+        return RecordedRun(together, tuple(calls), specs[0], answers.first, lists, cut)
 
     @torch.no_grad()
     def _cut(self, call: Mapping[LeafPath, Any], spec: Any, numbers: Sequence[float], answer: Any) -> Cut | None:
         """How prompts are cut, if that changes nothing."""
-        cut = cut_of(call, numbers) if numbers and isinstance(answer, Tensor | tuple | dict) else None
+        cut = cut_of(call, numbers) if numbers else None
         if cut is None:
             return None
         found = []
@@ -131,20 +132,6 @@ class Recorder:
             raise LoadError(
                 f"{self.where}: drew an image without calling the model; return the module that draw() uses"
             )
-
-
-def each_prompt(call: Mapping[LeafPath, Any], cut: Cut) -> list[dict[LeafPath, Any]]:
-    """A call as calls of a row each, their prompts without padding."""
-    parts = cut_rows(call, cut)
-    return [
-        {
-            path: value[row : row + 1] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
-            for path, value in part.items()
-        }
-        for part in parts
-        for rows in [len(part[cut.tokens])]
-        for row in range(rows)
-    ]
 
 
 class _Enough(BaseException):
