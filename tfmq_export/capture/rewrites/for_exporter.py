@@ -97,7 +97,7 @@ def _give_one_head(graph: fx.Graph, node: fx.Node) -> None:
 def _widen_places(graph: fx.Graph, node: fx.Node) -> None:
     """Index with 64-bit numbers."""
     places: list[Any] = []
-    given: Any = node.args[1]
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs["indices"]
     for place in given:
         if isinstance(place, fx.Node) and _value(place).dtype == torch.int32:
             with graph.inserting_before(node), _value(place).fake_mode:
@@ -107,7 +107,7 @@ def _widen_places(graph: fx.Graph, node: fx.Node) -> None:
             places.append(wide)
         else:
             places.append(place)
-    node.args = (node.args[0], places)
+    node.args, node.kwargs = (node.args[0], places), {}
 
 
 def _value(node: Any) -> Any:
