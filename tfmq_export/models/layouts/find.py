@@ -5,7 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from tfmq_export.bundle.pipeline_folder import INDEX
+from tfmq_export.bundle.pipeline_folder import INDEX, is_pipeline, read_index
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.layouts import foreign, latent_diffusion, pixel_diffusion, single_transformers, states
 from tfmq_export.models.layouts.folders import NAME, ModelFolder, find_folder, is_model_folder, snapshot_of, weights_of
@@ -13,6 +13,17 @@ from tfmq_export.models.layouts.tensor_file import State, is_safetensors, read_p
 
 PACKED = "tfmq-export model"
 """The format that ``tfmq-pack`` writes, which names itself."""
+BESIDE = (
+    "vae",
+    "vqvae",
+    "text_encoder",
+    "tokenizer",
+    "scheduler",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)
+"""How the names begin of what a pipeline has beside its denoiser."""
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -78,6 +89,9 @@ def find_layout(path: Path, variant: str | None = None) -> Layout:
 
 def _in_folder(path: Path, variant: str | None) -> Layout:
     root = snapshot_of(path)
+    whole = root.absolute().parent
+    if is_pipeline(whole) and root.name.startswith(BESIDE) and root.name in read_index(whole):
+        raise LoadError(f"{path}: the {root.name} of a pipeline, not its denoiser; give the pipeline's folder, {whole}")
     foreign.refuse_folder(root)
     if not is_model_folder(root):
         single = [each for each in sorted(root.iterdir()) if each.suffix in WEIGHTS and each.is_file()]
