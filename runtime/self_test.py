@@ -139,7 +139,8 @@ def require_host(bundle: Bundle, found: HostCheck | None) -> None:
         PrecisionError: the prediction is too far from the stored one; names the host, the distance and the way out.
     """
     if found is None:
-        if adds_in_16_bits() and find_target(bundle.manifest.target).saturates:
+        integers = any(layer.activation_bits for layer in bundle.manifest.layers)
+        if integers and adds_in_16_bits() and find_target(bundle.manifest.target).saturates:
             _log.warning(
                 "%s: written by an older version, without a self-test; this CPU has no VNNI, so its integers may be "
                 "wrong; compile it again",

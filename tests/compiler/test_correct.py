@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler
 from nets.handwritten import build_dit
 from nets.onnx_graphs import normal
 from nets.tiny_model import tiny_folder
+from nets.tiny_pipelines import stable_diffusion
 
-from tfmq_export.compiler.correct import CORRECTING, cannot_correct, will_correct
+from tfmq_export.compiler.correct import CORRECTING, how_predictions_are_used, will_correct
 from tfmq_export.compiler.forecast import forecast
 from tfmq_export.compiler.forms import Captured, Quantized
 from tfmq_export.compiler.steps import capture, lower, quantize, write
@@ -20,13 +22,14 @@ from tfmq_export.models.walk import DiffusersSampler
 from tfmq_export.proof.agreement import LockStep
 from tfmq_export.proof.simulate import Simulation
 from tfmq_export.ptq.walk.calibration import calibrate
+from tfmq_export.ptq.walk.row_sum import RowSum
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.correction import IDENTITY, Correction
 from tfmq_export.runtime.loaded import load
 from tfmq_export.target import find_target
 
 ORT = find_target("ort-cpu")
-CONFIG = CompileConfig(preset="w4a6", effort="fast", calibration_images=2)
+CONFIG = CompileConfig(preset="w4a6", effort="fast", calibration_images=4)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def with_correction(made: Quantized) -> Quantized:
 def test_the_recipe_says_what_became_of_its_correction(made: Quantized) -> None:
     said = made.recipe.provenance["correction"]
 
-    assert "2 held-out images gain" in said
+    assert "8 held-out images gain" in said
     assert said.startswith("none: ") == (made.recipe.correction is None)
     if made.recipe.correction is not None:
         assert said.startswith(f"{made.recipe.correction.corrected} of 3 timesteps")
@@ -118,15 +121,36 @@ def test_rows_that_change_nothing_change_nothing(made: Quantized) -> None:
 
 def test_what_cannot_be_corrected_is_said(model: Captured) -> None:
     own = capture(build_dit())
-    assert "own code" in cannot_correct(own.denoiser, own.program)
+    assert "own code" in str(how_predictions_are_used(own.denoiser, own.program))
 
     sampler = model.denoiser.sampler
     assert isinstance(sampler, DiffusersSampler)
     heun = choose_scheduler(scheduler_config(sampler.scheduler), "heun", "here")
     again = replace(sampler, scheduler=heun)
     twice = replace(model.denoiser, sampler=again, timesteps=again.timesteps)
-    assert "visits a timestep twice" in cannot_correct(twice, model.program)
-    assert cannot_correct(model.denoiser, model.program) == ""
+    assert "visits a timestep twice" in str(how_predictions_are_used(twice, model.program))
+    assert how_predictions_are_used(model.denoiser, model.program) == sampler.used
+
+
+def test_a_guided_pipeline_is_corrected_as_it_sums_its_rows(tmp_path: Path) -> None:
+    root = stable_diffusion(tmp_path / "sd", DDIMScheduler(clip_sample=False))
+    model = capture(Source(root, steps=3, guidance_scale=4.0))
+
+    assert will_correct(model.denoiser, model.program, CONFIG)
+    used = how_predictions_are_used(model.denoiser, model.program)
+    assert isinstance(used, RowSum)
+    assert used.weights == pytest.approx((-3.0, 4.0), abs=5e-3)
+    made = quantize(model, CONFIG)
+    assert "8 held-out images gain" in made.recipe.provenance["correction"]
+
+
+def test_a_few_images_are_no_fit(model: Captured) -> None:
+    few = CONFIG.model_copy(update={"calibration_images": 3})
+
+    said = quantize(model, few).recipe.provenance["correction"]
+
+    assert said == "none: it is fitted on as many images as are calibrated on, 3, and needs 4"
+    assert not will_correct(model.denoiser, model.program, few)
 
 
 def test_a_target_of_integers_alone_goes_without(model: Captured) -> None:

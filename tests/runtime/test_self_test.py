@@ -1,6 +1,7 @@
 """A bundle asks the host that opens it for the prediction it brings along, and serves nothing where that is another."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -9,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from standins.small_bundle import SHAPE, Parts, small_bundle
 
-from tfmq_export.bundle.manifest import Bundle, open_bundle
+from tfmq_export.bundle.manifest import Bundle, LayerInfo, open_bundle
 from tfmq_export.errors import ConfigError, LoadError, PrecisionError
 from tfmq_export.runtime import load, self_test
 from tfmq_export.runtime.engines.onnxruntime.runner import OrtRunner, version
@@ -257,6 +258,9 @@ def test_a_bundle_without_one_is_served(tmp_path: Path) -> None:
         assert loaded.check_host() is None
 
 
+IN_INTEGERS = LayerInfo("conv", "conv_in", "conv", 1, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("target", "narrow", "warned"), [("ort-cpu", True, True), ("ort-cpu", False, False), ("tensorrt", True, False)]
 )
@@ -269,7 +273,7 @@ def test_where_nobody_knows_a_warning_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(self_test, "adds_in_16_bits", lambda: narrow)
-    bundle = small_bundle(tmp_path / "bundle", Parts(target=target))
+    bundle = small_bundle(tmp_path / "bundle", Parts(target=target), layers=(IN_INTEGERS,))
 
     load(bundle.root, threads=1)
 
@@ -278,6 +282,17 @@ def test_where_nobody_knows_a_warning_says_so(
     assert all(message.startswith(str(bundle.root)) for message in said)
     caplog.clear()
     load(bundle.root, threads=1, self_test=False)
+    assert not caplog.messages
+
+
+def test_where_all_is_in_floating_point_there_is_nothing_to_warn_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(self_test, "adds_in_16_bits", lambda: True)
+    pinned = replace(IN_INTEGERS, activation_bits=0, reason="pinned")
+
+    load(small_bundle(tmp_path / "bundle", layers=(pinned,)).root, threads=1)
+
     assert not caplog.messages
 
 

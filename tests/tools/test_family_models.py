@@ -49,7 +49,7 @@ def test_names_are_unique_and_safe_in_file_names() -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(each, id=each.name, marks=() if each.name in QUICK else pytest.mark.slow)
+        pytest.param(each, id=each.name, marks=() if each.name in QUICK else pytest.mark.families)
         for each in FAMILIES
         if each not in other.FAMILIES  # test_family_models_other.py draws those
     ],

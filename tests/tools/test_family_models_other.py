@@ -24,7 +24,7 @@ PROMPT, OTHER_PROMPT = "a photo of a cat", "two blue dogs, oil on canvas"
 
 
 def quick(names: list[str]) -> list[object]:
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.families) for name in names]
 
 
 def family_of(name: str) -> Family:

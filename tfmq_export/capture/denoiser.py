@@ -148,6 +148,15 @@ class Denoiser:
         prompts = {name: value[:count] for name, value in self.prompts(images).items()}
         return (lambda denoise: sampler(denoise, noise, prompts),)
 
+    def run_together(self, images: int, seed: int) -> Run:
+        """The images of ``runs`` in one run, however many they are."""
+        sampler = self.sampler
+        if isinstance(sampler, SeededSampler):
+            (seeds,) = seeds_of(seed, images, images)
+            return partial(sampler.draw, seeds=seeds)
+        (run,) = self.runs(images, seed)
+        return run
+
     def noise(self, images: int, seed: int) -> Tensor:
         """Starting noise, [images, ...]; the same for a seed on every machine."""
         shape = self.example_inputs[self.sample].shape[1:]

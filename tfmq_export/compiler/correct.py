@@ -3,10 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tfmq_export.capture.denoiser import Denoise, Denoiser, SeededSampler, first_tensor
+from tfmq_export.capture.denoiser import Denoiser, SeededSampler, first_tensor
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.capture.rows import elements_for_one
 from tfmq_export.compiler.plan import calibration_images
@@ -15,15 +14,17 @@ from tfmq_export.models.walk import DiffusersSampler
 from tfmq_export.progress import Progress
 from tfmq_export.proof.simulate import Simulation
 from tfmq_export.ptq.walk.block_runner import ROWS, VALUES
-from tfmq_export.ptq.walk.closed_loop import ClosedLoop, fit_in_closed_loop
+from tfmq_export.ptq.walk.closed_loop import ClosedLoop, Drawing, Used, fit_in_closed_loop
+from tfmq_export.ptq.walk.row_sum import row_sum
 from tfmq_export.recipe.adapt import adapt
 from tfmq_export.recipe.correction import Correction
 from tfmq_export.recipe.recipe import QuantRecipe
 from tfmq_export.target import find_target
 
 CORRECTING = "Correcting the predictions"
-HELD_OUT = 8  # images that decide
+HELD_OUT = 16  # images that decide, at most
 FITTED = 16  # images at most: three numbers per channel and timestep need no more
+LEAST = 4  # images; what two or three have in common is mostly chance
 OTHER_SEED = 2  # beside the seeds of calibration and proof
 
 
@@ -43,7 +44,7 @@ class Trajectories:
     def of(cls, config: CompileConfig) -> "Trajectories":
         """As many to fit on as are calibrated on, within bounds."""
         fitted = min(FITTED, calibration_images(config))
-        return cls(fitted, min(HELD_OUT, fitted))
+        return cls(fitted, min(HELD_OUT, 2 * fitted))
 
     @property
     def images(self) -> int:
@@ -60,18 +61,18 @@ def correct(
     """
     if not config.method.closed_loop or not recipe.layers:
         return recipe
-    reason = _why_not(denoiser, program, config)
-    if reason:
-        return _noted(recipe, f"none: {reason}")
-    sampler = denoiser.sampler
-    assert isinstance(sampler, DiffusersSampler)  # else there was a reason
+    used = _how_used(denoiser, program, config)
+    if isinstance(used, str):
+        return _noted(recipe, f"none: {used}")
     target, drawn = find_target(config.target), Trajectories.of(config)
     simulation = Simulation(program, adapt(recipe, target), integer_bias=target.integer_bias)
-    (run,) = denoiser.runs(drawn.images, config.seed + OTHER_SEED)
+
+    def quantized(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
+        return simulation(denoiser.inputs(sample, timestep, conditioning))
+
+    run = denoiser.run_together(drawn.images, config.seed + OTHER_SEED)
     with progress.stage(CORRECTING) as step:
-        found = fit_in_closed_loop(
-            denoiser, _in_pieces(denoiser, simulation), run, sampler.used, fitted=drawn.fitted, progress=step
-        )
+        found = fit_in_closed_loop(denoiser, quantized, Drawing(run, used, drawn.fitted, _rows(program)), step)
     if not found.holds:
         return _noted(recipe, f"none: {_gained(found)}, and that is no gain to keep")
     correction = Correction(found.rows.numpy(), target.quantized_outputs)
@@ -81,30 +82,34 @@ def correct(
 
 def will_correct(denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig) -> bool:
     """Whether a correction will be fitted."""
-    return config.method.closed_loop and not _why_not(denoiser, program, config)
+    return config.method.closed_loop and not isinstance(_how_used(denoiser, program, config), str)
 
 
-def cannot_correct(denoiser: Denoiser, program: DiffusionProgram) -> str:
-    """Why predictions cannot be corrected; empty where they can."""
+def how_predictions_are_used(denoiser: Denoiser, program: DiffusionProgram) -> Used | str:
+    """What the sampler steps with, of the rows of a call; or why its predictions cannot be corrected."""
     sampler = denoiser.sampler
     if not program.features:
         return "the model has no table of timesteps that could hold it"
-    if isinstance(sampler, SeededSampler):
-        return "its sampler draws images on its own, and a fit needs all of them at the same step"
-    if not isinstance(sampler, DiffusersSampler):
-        return "its sampler is its own code, whose guidance is not known"
-    if len(sampler.walk) != len(denoiser.timesteps):
-        return "its sampler visits a timestep twice, and a row has one correction"
     if not _alike(denoiser, program):
         return "its prediction is not shaped like the sample, channels first"
-    return ""
+    if isinstance(sampler, DiffusersSampler):
+        once = len(sampler.walk) == len(denoiser.timesteps)
+        return sampler.used if once else "its sampler visits a timestep twice, and a row has one correction"
+    if not isinstance(sampler, SeededSampler):
+        return "its sampler is its own code, whose guidance is not known"
+    if sampler.together < 2:
+        return "its sampler draws one image at a time, and a fit needs all of them at the same step"
+    return row_sum(denoiser, OTHER_SEED)
 
 
-def _why_not(denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig) -> str:
-    """Why there will be no correction, by target or model; empty where one is fitted."""
+def _how_used(denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig) -> Used | str:
+    """The same for a target and so many images."""
     if find_target(config.target).integers_only:
         return f"{config.target} computes in integers alone, and a correction is a factor in floating point"
-    return cannot_correct(denoiser, program)
+    fitted = Trajectories.of(config).fitted
+    if fitted < LEAST:
+        return f"it is fitted on as many images as are calibrated on, {fitted}, and needs {LEAST}"
+    return how_predictions_are_used(denoiser, program)
 
 
 def _alike(denoiser: Denoiser, program: DiffusionProgram) -> bool:
@@ -115,27 +120,14 @@ def _alike(denoiser: Denoiser, program: DiffusionProgram) -> bool:
     return sample.ndim > 3 and prediction.shape[1:] == sample.shape[1:]
 
 
-def _in_pieces(denoiser: Denoiser, simulation: Simulation) -> Denoise:
-    """Fake-quant as a sampler calls it, a few rows at a time: many rows of a large model do not fit in memory."""
-    shaped = [node for node in simulation.program.module.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
-    together = max(1, min(ROWS, VALUES // max(elements_for_one(node) for node in shaped)))
-
-    def denoise(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
-        inputs = denoiser.inputs(sample, timestep, conditioning)
-        return torch.cat(
-            [
-                simulation(
-                    {name: value[start : start + together] if value.ndim else value for name, value in inputs.items()}
-                )
-                for start in range(0, len(sample), together)
-            ]
-        )
-
-    return denoise
+def _rows(program: DiffusionProgram) -> int:
+    """Of one call, so that a large model fits in memory."""
+    shaped = [node for node in program.module.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    return max(1, min(ROWS, VALUES // max(elements_for_one(node) for node in shaped)))
 
 
 def _gained(found: ClosedLoop) -> str:
-    return f"{len(found.gain)} held-out images gain {float(found.gain.mean()):.2f} dB"
+    return f"{len(found.gain)} held-out images gain {float(found.gain.mean()):.2f} +- {found.uncertainty:.2f} dB"
 
 
 def _noted(recipe: QuantRecipe, said: str) -> QuantRecipe:

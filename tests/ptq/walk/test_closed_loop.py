@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tfmq_export.capture.denoiser import Conditioning, Denoise, Denoiser, Description
 from tfmq_export.models.factory import describe
 from tfmq_export.ptq.correction import corrected
-from tfmq_export.ptq.walk.closed_loop import ClosedLoop, fit_in_closed_loop
+from tfmq_export.ptq.walk.closed_loop import ClosedLoop, Drawing, fit_in_closed_loop
 
 STEPS = [40, 30, 20, 10]
 IMAGES, FITTED = 12, 8
@@ -39,7 +39,11 @@ def subject() -> Denoiser:
     return describe(Pull(), Description(example, sampler, STEPS), steps=None, source="Pull")
 
 
-def fit(quantize: Callable[[Tensor, Tensor, int], Tensor], denoise_seen: list[Tensor] | None = None) -> ClosedLoop:
+def fit(
+    quantize: Callable[[Tensor, Tensor, int], Tensor],
+    denoise_seen: list[Tensor] | None = None,
+    rows: int = IMAGES,
+) -> ClosedLoop:
     """Fit against a network whose prediction is ``quantize(prediction, sample, timestep)``."""
     denoiser = subject()
     plain = denoiser.module_denoise()
@@ -49,8 +53,8 @@ def fit(quantize: Callable[[Tensor, Tensor, int], Tensor], denoise_seen: list[Te
             denoise_seen.append(sample)
         return quantize(plain(sample, timestep), sample, int(timestep))
 
-    (run,) = denoiser.runs(IMAGES, 0)
-    return fit_in_closed_loop(denoiser, quantized, run, lambda rows: rows, fitted=FITTED, progress=silent)
+    drawing = Drawing(denoiser.run_together(IMAGES, 0), lambda rows: rows, FITTED, rows)
+    return fit_in_closed_loop(denoiser, quantized, drawing, silent)
 
 
 def noise(like: Tensor, seed: int) -> Tensor:
@@ -112,3 +116,13 @@ def test_a_mean_gain_below_the_bound_is_luck() -> None:
     assert found.holds
     assert not replace(found, gain=torch.full_like(found.gain, 0.1)).holds
     assert not replace(found, kept=0).holds
+
+
+def test_rows_that_are_computed_in_parts_give_the_same_fit() -> None:
+    def distort(e: Tensor, x: Tensor, t: int) -> Tensor:
+        return 0.8 * e + 0.1 * x
+
+    whole, parts = fit(distort), fit(distort, rows=5)  # 12 images: the last part is smaller
+
+    torch.testing.assert_close(parts.rows, whole.rows)
+    torch.testing.assert_close(parts.gain, whole.gain, atol=1e-3, rtol=0)
