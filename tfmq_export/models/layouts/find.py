@@ -1,5 +1,6 @@
 """What a path holds, told by names and headers, before anything is loaded."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +25,8 @@ BESIDE = (
     "image_encoder",
 )
 """How the names begin of what a pipeline has beside its denoiser."""
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.ckpt)(?<!\.safetensors)")
+"""A model as the Hub names it: its owner, and the model."""
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -71,8 +74,7 @@ def find_layout(path: Path, variant: str | None = None) -> Layout:
         ConfigError: a variant that is not there.
     """
     if not path.exists():
-        dangling = path.is_symlink()
-        raise LoadError(f"{path}: {'a link that leads nowhere' if dangling else 'no such file or folder'}")
+        raise LoadError(f"{path}: {_absent(path)}")
     index = states.INDEX.fullmatch(path.name)
     if path.is_file() and (path.name in (INDEX, "config.json") or index):
         path = path.parent  # the description of a folder stands for the folder
@@ -85,6 +87,17 @@ def find_layout(path: Path, variant: str | None = None) -> Layout:
         files, found = weights_of(component, named["before"] or named["after"])
         return Layout(Kind.FOLDER, component, folder=ModelFolder(component, component, files, found, None))
     return _in_file(path, variant)
+
+
+def _absent(path: Path) -> str:
+    """What to say of a path that leads to nothing."""
+    if path.is_symlink():
+        return "a link that leads nowhere"
+    if HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+        return (
+            f"no such folder; of the Hub nothing is fetched: `hf download {path} --local-dir FOLDER`, and give FOLDER"
+        )
+    return "no such file or folder"
 
 
 def _in_folder(path: Path, variant: str | None) -> Layout:
