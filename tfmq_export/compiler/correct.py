@@ -61,7 +61,7 @@ def correct(
     """
     if not config.method.closed_loop or not recipe.layers:
         return recipe
-    used = _how_used(denoiser, program, config)
+    used = _why_not(denoiser, program, config) or how_rows_are_used(denoiser)
     if isinstance(used, str):
         return _noted(recipe, f"none: {used}")
     target, drawn = find_target(config.target), Trajectories.of(config)
@@ -81,12 +81,12 @@ def correct(
 
 
 def will_correct(denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig) -> bool:
-    """Whether a correction will be fitted."""
-    return config.method.closed_loop and not isinstance(_how_used(denoiser, program, config), str)
+    """Whether a correction will be fitted, as far as is known before a pipeline's sampler is asked."""
+    return config.method.closed_loop and not _why_not(denoiser, program, config)
 
 
-def how_predictions_are_used(denoiser: Denoiser, program: DiffusionProgram) -> Used | str:
-    """What the sampler steps with, of the rows of a call; or why its predictions cannot be corrected."""
+def cannot_correct(denoiser: Denoiser, program: DiffusionProgram) -> str:
+    """Why predictions cannot be corrected; empty where they can."""
     sampler = denoiser.sampler
     if not program.features:
         return "the model has no table of timesteps that could hold it"
@@ -94,22 +94,28 @@ def how_predictions_are_used(denoiser: Denoiser, program: DiffusionProgram) -> U
         return "its prediction is not shaped like the sample, channels first"
     if isinstance(sampler, DiffusersSampler):
         once = len(sampler.walk) == len(denoiser.timesteps)
-        return sampler.used if once else "its sampler visits a timestep twice, and a row has one correction"
+        return "" if once else "its sampler visits a timestep twice, and a row has one correction"
     if not isinstance(sampler, SeededSampler):
         return "its sampler is its own code, whose guidance is not known"
     if sampler.together < 2:
         return "its sampler draws one image at a time, and a fit needs all of them at the same step"
-    return row_sum(denoiser, OTHER_SEED)
+    return ""
 
 
-def _how_used(denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig) -> Used | str:
-    """The same for a target and so many images."""
+def how_rows_are_used(denoiser: Denoiser) -> Used | str:
+    """The prediction that a step is taken with, of the rows of a call; or why that is not known."""
+    sampler = denoiser.sampler
+    return sampler.used if isinstance(sampler, DiffusersSampler) else row_sum(denoiser, OTHER_SEED)
+
+
+def _why_not(denoiser: Denoiser, program: DiffusionProgram, config: CompileConfig) -> str:
+    """Why there will be no correction, by target, images or model; empty where one is fitted."""
     if find_target(config.target).integers_only:
         return f"{config.target} computes in integers alone, and a correction is a factor in floating point"
     fitted = Trajectories.of(config).fitted
     if fitted < LEAST:
         return f"it is fitted on as many images as are calibrated on, {fitted}, and needs {LEAST}"
-    return how_predictions_are_used(denoiser, program)
+    return cannot_correct(denoiser, program)
 
 
 def _alike(denoiser: Denoiser, program: DiffusionProgram) -> bool:
