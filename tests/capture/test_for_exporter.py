@@ -45,6 +45,7 @@ def one_head(h: Tensor, *mask: Tensor, **options: object) -> Tensor:
         lambda h, w: one_head(h, torch.ones(8, 8).tril()),
         lambda h, w: one_head(h, attn_mask=h.mean(1)),
         lambda h, w: one_head(h, is_causal=True, scale=0.5),
+        lambda h, w: h + w.reshape(4, 4)[(h.mean((1, 2, 3)) > 0).to(torch.int32)][:, :, None, None],
     ],
     ids=[
         "squeeze",
@@ -56,6 +57,7 @@ def one_head(h: Tensor, *mask: Tensor, **options: object) -> Tensor:
         "with a mask",
         "with a mask for each row",
         "causal",
+        "places of 32 bits",
     ],
 )
 def test_a_graph_loads_and_computes_what_pytorch_does(middle: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -39,17 +39,12 @@ def literal_batch(h: Tensor, t: Tensor) -> Tensor:
     return h.reshape(2, 3, 8, 8)  # here: literal_batch
 
 
-def counted_batch(h: Tensor, t: Tensor) -> Tensor:
-    return h * torch.ones(len(h), 1, 1, 1)  # here: counted_batch
-
-
 CAUSES = {
     branch: ("Could not guard on data-dependent", "replace data-dependent Python control flow"),
     key: ("unhashable", "a number that data or sizes decide cannot be a key"),
     leaves_torch: (".numpy()", "has to run on tensors without data"),
     unsupported: ("ONNX has no form for prims.bessel_j0", "compute it with operators that ONNX has"),
     literal_batch: ("fixes the batch size", "use x.shape[0]"),
-    counted_batch: ("fixes the batch size", "use x.shape[0]"),
 }
 
 

@@ -1,7 +1,9 @@
 """How a model's own ``forward`` is called, as the manifest tells it."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,8 @@ class LeafInfo:
         fold: Rows of the value for each row of the sample; 0 where it has no such axis.
         axis: Where these rows are.
         constant: Of a constant, ``fingerprint_of`` its value.
+        listed: Whether it is a list with a tensor for each row; those of one shape are rows of one batch.
+        counts: Of a mask of a prompt's tokens, which the graph takes without padding: the input with the tokens.
     """
 
     path: tuple[str | int, ...]
@@ -32,6 +36,8 @@ class LeafInfo:
     fold: int = 0
     axis: int = 0
     constant: str = ""
+    listed: bool = False
+    counts: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,17 @@ class CallInfo:
     rows_per_image: int = 0
     calls_per_step: int = 1
     together: int = 1
+
+
+def of_one_shape(lists: Sequence[Sequence[Any]]) -> list[slice]:
+    """Which neighbouring rows can be computed together: those of one shape in every list.
+
+    Args:
+        lists: A tensor for each row, [...].
+    """
+    shapes = [tuple(tuple(value.shape) for value in row) for row in zip(*lists, strict=True)]
+    starts = [row for row, shape in enumerate(shapes) if row == 0 or shape != shapes[row - 1]]
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(shapes)], strict=True)]
 
 
 def fingerprint_of(value: object) -> str:

@@ -17,8 +17,13 @@ class _Watch(logging.Handler):
         self.place = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self.place and str(record.msg).startswith("set_replacement"):
+        if not self.place and str(record.msg).startswith("set_replacement %s = ") and _is_number(record.args):
             self.place = innermost(traceback.extract_stack())
+
+
+def _is_number(args: object) -> bool:
+    """Whether torch put a number, and not another size, in the place of a size."""
+    return isinstance(args, tuple) and str(args[1]).isdigit()
 
 
 def where_fixed(export: Callable[[], object]) -> str:

@@ -5,12 +5,13 @@ import hashlib
 import logging
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -39,6 +40,7 @@ from tfmq_export.capture.rewrites.for_exporter import as_the_exporter_takes_it
 from tfmq_export.capture.rewrites.truth_values import spell_truth_choices
 from tfmq_export.capture.rows import varies
 from tfmq_export.capture.small_numbers import hidden_numbers
+from tfmq_export.capture.traced import FixedBatchError, fixed_batch, traced, traced_row_by_row
 from tfmq_export.capture.untouched import left_as_it_was
 from tfmq_export.errors import ExportError, first_line
 
@@ -100,7 +102,6 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
         name: SAMPLE if name == denoiser.sample else TIMESTEP if name == denoiser.timestep else CONDITIONING
         for name in denoiser.example_inputs
     }
-    _check_batch(module, denoiser)
     depends = dependences(module.graph, roles)
     refuse_half_numbers(module.graph, depends, denoiser.source)
     operations, left_float = classify(find_operations(module.graph, depends), depends)
@@ -156,6 +157,21 @@ def evaluate(
 
 
 def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
+    """Capture and lower a batch; where the module fixes its size, one row, which is computed for each of a batch."""
+    try:
+        return _export_batch(denoiser)
+    except ExportError as error:
+        logger.info("%s: %s; capturing one row", denoiser.source, first_line(error))
+        try:
+            return _lower(denoiser, traced_row_by_row)
+        except ExportError as other:
+            logger.info("%s", first_line(other))
+            if isinstance(error, FixedBatchError):
+                raise _fixed_batch(denoiser, error) from other
+            raise error from other  # the first reason is what the user can change
+
+
+def _export_batch(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     """Capture and lower; with more help where the module needs it.
 
     ``torch.export`` finds out that two inputs have one batch where they meet. Where they do not, as when the batch of
@@ -168,6 +184,8 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
         if len(_batch_symbols(program, denoiser)) <= 1:
             return program
         logger.info("%s: inputs with batches of their own; capturing again with one batch", denoiser.source)
+    except FixedBatchError:
+        raise
     except ExportError as error:
         logger.info("%s: %s; capturing again behind a first call", denoiser.source, first_line(error))
     try:
@@ -181,7 +199,7 @@ def _export(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
         return program
 
 
-def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
+def _lower(denoiser: Denoiser, trace: Callable[[Denoiser], ExportedProgram] = traced) -> torch.onnx.ONNXProgram:
     """Capture and lower in one go.
 
     The exporter renames nodes when it decomposes the captured program, so the analysis must read the
@@ -191,7 +209,8 @@ def _lower(denoiser: Denoiser) -> torch.onnx.ONNXProgram:
     try:
         with warnings.catch_warnings(), torch.no_grad(), quiet_logger("torch.onnx"), left_as_it_was(denoiser.module):
             warnings.simplefilter("ignore")
-            exported = _traced(denoiser)
+            exported = trace(denoiser)
+            _check_batch(exported, denoiser)
             exported = spell_complex(exported, denoiser.source)
             as_the_exporter_takes_it(exported.graph_module)
             spell_truth_choices(exported.graph_module)
@@ -251,15 +270,6 @@ def _one_batch(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _traced(denoiser: Denoiser) -> torch.export.ExportedProgram:
-    inputs = dict(denoiser.example_inputs)
-    dynamic = {
-        name: dict.fromkeys((0, *denoiser.ragged.get(name, ())), torch.export.Dim.AUTO) if value.ndim else None
-        for name, value in inputs.items()
-    }
-    return torch.export.export(denoiser.module, (), inputs, dynamic_shapes=dynamic, strict=False)
 
 
 def _keep_prediction(module: fx.GraphModule) -> None:
@@ -343,21 +353,24 @@ def quiet_logger(logger_name: str) -> Iterator[None]:
         noisy.setLevel(before)
 
 
-def _check_batch(module: fx.GraphModule, denoiser: Denoiser) -> None:
-    samples = [node for node in module.graph.find_nodes(op="placeholder") if node.name == denoiser.sample]
+def _check_batch(exported: ExportedProgram, denoiser: Denoiser) -> None:
+    samples = [node for node in exported.graph.find_nodes(op="placeholder") if node.name == denoiser.sample]
     if not samples or not samples[0].users:
         raise ExportError(f"{denoiser.source}: forward() does not use its argument {denoiser.sample!r}")
-    (output,) = module.graph.find_nodes(op="output")
-    for node in (samples[0], output.args[0]):
-        shape = node.meta["val"].shape
-        if not shape or isinstance(shape[0], int):
-            with warnings.catch_warnings(), torch.no_grad(), left_as_it_was(denoiser.module):
-                warnings.simplefilter("ignore")
-                place = where_fixed(lambda: _traced(denoiser))
-            raise ExportError(
-                f"{denoiser.source}: forward() fixes the batch size ({place or f'{node.name} has {list(shape)}'}); "
-                "use x.shape[0] where a literal, len(...) or int(...) stands for the batch"
-            )
+    fixed = fixed_batch(exported, denoiser.sample)
+    if fixed is not None:
+        raise FixedBatchError(f"{fixed.name} has {list(fixed.meta['val'].shape)}")
+
+
+def _fixed_batch(denoiser: Denoiser, error: FixedBatchError) -> ExportError:
+    """With the line that fixes it."""
+    with warnings.catch_warnings(), torch.no_grad(), left_as_it_was(denoiser.module):
+        warnings.simplefilter("ignore")
+        place = where_fixed(lambda: traced(denoiser))
+    return ExportError(
+        f"{denoiser.source}: forward() fixes the batch size ({place or error}); "
+        "use x.shape[0] where a literal, len(...) or int(...) stands for the batch"
+    )
 
 
 def _fingerprint(module: fx.GraphModule, exported: torch.export.ExportedProgram) -> str:

@@ -89,12 +89,19 @@ def _restored_set(held: set[Any], before: set[Any]) -> Undo:
     return undo
 
 
+def files_of(module: nn.Module) -> set[str]:
+    """Names of the loaded Python modules that the classes of a module and of its parts come from, libraries apart."""
+    return {kind.__module__ for kind in _own_classes(module) if kind.__module__ in sys.modules}
+
+
+def _own_classes(module: nn.Module) -> set[type]:
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__ if kind is not object}
+    return {kind for kind in kinds if not kind.__module__.startswith(LIBRARIES)}
+
+
 def _namespaces(module: nn.Module) -> Iterator[dict[str, Any]]:
     """Where the module's own classes and files keep functions."""
-    kinds = {kind for part in module.modules() for kind in type(part).__mro__ if kind is not object}
-    own = {kind for kind in kinds if not kind.__module__.startswith(LIBRARIES)}
-    files = {kind.__module__ for kind in own}
-    for space in (*own, *(sys.modules[name] for name in files if name in sys.modules)):
+    for space in (*_own_classes(module), *(sys.modules[name] for name in files_of(module))):
         yield {name: value for name, value in vars(space).items() if not name.startswith("__")}
 
 

@@ -9,7 +9,7 @@ needs torch and diffusers, as the pipelines do: ``tfmq_export.runtime`` is what 
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tfmq_export.bundle.call import LeafInfo, LeafPath, fingerprint_of, written
+from tfmq_export.bundle.call import LeafInfo, LeafPath, fingerprint_of, of_one_shape, written
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.recipe.plain import read_json
 from tfmq_export.recipe.timesteps import timestep_vector
@@ -66,6 +66,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         # Without a recorded call the arguments are called like the inputs.
         plain = tuple(LeafInfo((info.name,), info.name, 1) for info in manifest.inputs)
         self._leaves = {leaf.path: leaf for leaf in (plain if manifest.call is None else manifest.call.leaves)}
+        self._lists = [leaf.input for leaf in self._leaves.values() if leaf.listed]
         self._arguments = inspect.signature(model.forward)
         self.register_to_config(**config)
 
@@ -132,7 +133,8 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
             return_dict: False gives a tuple with the prediction alone.
             named: The same by name; conditioning is [N, ...].
         Returns:
-            The prediction, [N, C, H, W], on the sample's device and in its type, in the output class of the model.
+            The prediction, [N, C, H, W], on the sample's device and in its type, in the output class of the model; a
+            list with a tensor for each row where the model takes such lists.
         Raises:
             TimestepError: the timestep is not in the bundle's table.
             ConfigError: an argument that the compiled graph does not have, or another shape than it was compiled for.
@@ -140,6 +142,38 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         given = self._arguments.bind(None, *args, **named).arguments
         given.pop("self")
         values = self._inputs(given)
+        lists = [*self._lists, *self._cut(values)]
+        parts = [self._predict(part) for part in (_batches(values, lists) if lists else [values])]
+        found = torch.cat(parts) if len(parts) > 1 else parts[0]
+        answer: Any = list(found.unbind(0)) if self._lists else found
+        if not return_dict:
+            return (answer,)
+        if self.loaded.bundle.manifest.component == "unet":
+            return UNet2DConditionOutput(sample=answer)
+        return Transformer2DModelOutput(sample=answer)
+
+    def _cut(self, values: dict[str, Any]) -> list[str]:
+        """Make lists of prompts without padding, by the masks among the values, which go; their names.
+
+        Raises:
+            ConfigError: the tokens of a mask do not come first.
+        """
+        found = []
+        for path, leaf in self._leaves.items():
+            mask = values.pop(written(path), None) if leaf.counts else None
+            if mask is None:
+                continue
+            lengths = [int(length) for length in mask.sum(1).tolist()]
+            if not all(bool(row[:length].all()) for row, length in zip(mask, lengths, strict=True)):
+                raise ConfigError(
+                    f"{self.loaded.bundle.root}: {written(path)}: padding stands between tokens; pad behind "
+                    "them, or use the PyTorch model"
+                )
+            values[leaf.counts] = [row[:length] for row, length in zip(values[leaf.counts], lengths, strict=True)]
+            found.append(leaf.counts)
+        return found
+
+    def _predict(self, values: dict[str, Any]) -> Tensor:
         sample, timestep = values.pop(self._sample), values.pop(self._timestep, None)
         rows = len(sample)
         prediction = self.loaded(
@@ -147,12 +181,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
             timestep_vector(_one_for_each(torch.as_tensor(timestep), rows).numpy(force=True)),
             **{name: _array(self._by_row(name, value, rows), self._dtypes[name]) for name, value in values.items()},
         )
-        found = torch.from_numpy(np.asarray(prediction)).to(sample.device, sample.dtype)
-        if not return_dict:
-            return (found,)
-        if self.loaded.bundle.manifest.component == "unet":
-            return UNet2DConditionOutput(sample=found)
-        return Transformer2DModelOutput(sample=found)
+        return torch.from_numpy(np.asarray(prediction)).to(sample.device, sample.dtype)
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
@@ -179,11 +208,12 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
             ConfigError: an argument that the compiled graph does not have, or another constant than it was made with.
         """
         found = {}
-        for path, value in _values(given, ()):
+        whole = {path for path, leaf in self._leaves.items() if leaf.listed}
+        for path, value in _values(given, (), whole):
             leaf = self._leaves.get(path)
-            if leaf is not None and leaf.input:
+            if leaf is not None and (leaf.input or leaf.counts):
                 if value is not None:
-                    found[leaf.input] = value
+                    found[leaf.input or written(path)] = value
             elif leaf is None and value is not None:
                 raise ConfigError(
                     f"{self.loaded.bundle.root}: cannot honour {written(path)}: the compiled graph has no such input; "
@@ -207,14 +237,29 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         return tensor.expand(rows, *tensor.shape[1:]) if one_for_all else tensor
 
 
-def _values(value: Any, path: LeafPath) -> Iterator[tuple[LeafPath, Any]]:
-    """The values inside nested arguments, by their paths."""
-    if isinstance(value, Mapping):
+def _batches(values: Mapping[str, Any], lists: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Inputs of one shape each: neighbouring rows of the lists, and what belongs to them of the other values."""
+    rows = [values[name] for name in lists]
+    for part in of_one_shape(rows):
+        yield {name: _part(value, part, len(rows[0]), listed=name in lists) for name, value in values.items()}
+
+
+def _part(value: Any, part: slice, count: int, *, listed: bool) -> Any:
+    if listed:
+        return torch.stack(list(value[part]))
+    return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+
+
+def _values(value: Any, path: LeafPath, whole: Collection[LeafPath]) -> Iterator[tuple[LeafPath, Any]]:
+    """The values inside nested arguments, by their paths; ``whole`` is not looked into."""
+    if path in whole:
+        yield path, value
+    elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _values(inner, (*path, key))
+            yield from _values(inner, (*path, key), whole)
     elif isinstance(value, list | tuple):
         for key, inner in enumerate(value):
-            yield from _values(inner, (*path, key))
+            yield from _values(inner, (*path, key), whole)
     else:
         yield path, value
 

@@ -74,7 +74,7 @@ def test_the_flat_module_computes_what_the_call_computes(recorded: tuple[Nested,
 
     def reply(*args: Any, **named: Any) -> Any:
         answer = Nested.forward(net, *args, **named)
-        calls.append((plan.flat(args, named), answer["sample"]))
+        calls.append((*plan.flat(args, named), answer["sample"]))
         return answer
 
     with answering(net, reply):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_export.errors import LoadError
-from tfmq_export.models.recorded.calls import CallPlan, signature_of
-from tfmq_export.models.recorded.record import Recorder, call_info
+from tfmq_export.models.recorded.calls import CallPlan, flat_module, signature_of
+from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_info
 from tfmq_export.models.recorded.roles import RecordedRun, plan_of
 
 STEPS = (30.0, 20.0, 10.0)
@@ -67,7 +67,7 @@ def test_rows_may_lie_behind_another_axis() -> None:
     plan = planned(rows_behind_layers)
     leaf = plan.inputs["states"]
     states = noise(3, 9, 2, 5)
-    flat = plan.flat((torch.ones(2, 4), torch.ones(2)), {"states": states})
+    (flat,) = plan.flat((torch.ones(2, 4), torch.ones(2)), {"states": states})
 
     assert (leaf.axis, leaf.fold) == (1, 1)
     assert flat["states"].shape == (2, 3, 5)
@@ -95,7 +95,7 @@ def one_for_all(net: Model, images: int, seed: int) -> Tensor:
 
 def test_one_row_for_all_and_a_timestep_for_each_token_become_rows() -> None:
     plan = planned(one_for_all)
-    flat = plan.flat((torch.ones(3, 6, 4), torch.full((3, 6), 7.0)), {"text": torch.ones(1, 5)})
+    (flat,) = plan.flat((torch.ones(3, 6, 4), torch.full((3, 6), 7.0)), {"text": torch.ones(1, 5)})
 
     assert (flat["text"].shape, flat["t"].tolist()) == ((3, 5), [7.0, 7.0, 7.0])
     assert plan.call(flat).arguments["t"].shape == (3, 6)
@@ -114,7 +114,7 @@ def test_plain_values_are_constants_and_a_number_that_changes_is_the_timestep() 
         "rest['mode']": "linear",
         "rest['scale']": 0.5,
     }
-    assert plan.flat((torch.ones(2, 4), 5.0), {"mode": "linear", "scale": 0.5})["t"].shape == ()
+    assert plan.flat((torch.ones(2, 4), 5.0), {"mode": "linear", "scale": 0.5})[0]["t"].shape == ()
 
 
 def a_list_for_each_image(net: Model, images: int, seed: int) -> Tensor:
@@ -125,23 +125,72 @@ def a_list_for_each_image(net: Model, images: int, seed: int) -> Tensor:
 
 
 class Looping(nn.Module):
-    """Takes a tensor for each image, as Z-Image does."""
+    """Takes a tensor and a text of any length for each image, and returns a list, as Z-Image does."""
 
-    def forward(self, x: list[Tensor], t: Tensor) -> list[Tensor]:
-        return [each * 0.5 for each in x]
+    def forward(self, x: list[Tensor], t: Tensor, text: list[Tensor]) -> tuple[list[Tensor]]:
+        return ([each * 0.5 + t[at] + text[at].sum() for at, each in enumerate(x)],)
 
 
-def test_samples_in_a_list_are_refused() -> None:
+def drawn_from_lists(net: nn.Module, images: int, seed: int) -> Tensor:
+    """With guidance: the second half of each list has another text, of another length."""
+    x, texts = noise(images, seed, 2, 4), [noise(5 + seed + at, seed + 50, 3) for at in range(images)]
+    for step in STEPS:
+        both = net(list(x.repeat(2, 1, 1)), torch.full((2 * images,), step), texts + [torch.ones(2, 3)] * images)[0]
+        x = torch.stack(both[images:]) + 2 * (torch.stack(both[:images]) - torch.stack(both[images:]))
+    return x
+
+
+def test_a_list_with_a_tensor_for_each_image_is_a_batch() -> None:
     net = Looping()
+    recorder = Recorder(net, lambda seeds, pictures: drawn_from_lists(net, len(seeds), seeds[0]), "model")
+    runs = [recorder.run([0], images=1), recorder.run([1, 2], images=2)]
+    plan = plan_of(signature_of(net), runs, "model")
+    x, texts = [torch.zeros(2, 4)] * 3, [torch.ones(3, 3), torch.ones(3, 3), torch.ones(8, 3)]
+    batches = plan.flat((x, torch.arange(3.0), texts), {})
+
+    assert (plan.sample, plan.timestep, plan.lists) == ("x", "t", {"x", "text"})
+    assert plan.inputs["text"].ragged == (1,)
+    assert [[tuple(value.shape) for value in each.values()] for each in batches] == [
+        [(2, 2, 4), (2,), (2, 3, 3)],  # rows of one length together
+        [(1, 2, 4), (1,), (1, 8, 3)],
+    ]
+    assert batches[1]["t"] == 2
+    assert torch.equal(flat_module(net, plan)(**batches[0]), torch.stack(net(x[:2], torch.arange(2.0), texts[:2])[0]))
+    assert [leaf.path for leaf in call_info(plan, runs, together=1).leaves if leaf.listed] == [("x",), ("text",)]
+
+
+def test_a_sampler_of_lists_is_answered_with_lists() -> None:
+    net = Looping()
+    recorder = Recorder(net, lambda seeds, pictures: drawn_from_lists(net, len(seeds), seeds[0]), "model")
+    runs = [recorder.run([0], images=1), recorder.run([1], images=1)]
+    plan = plan_of(signature_of(net), runs, "model")
+    shapes = {"x": (2, 4), "t": (), "text": (None, 3)}
+    sampler = RecordedSampler(net, plan, runs[0].answer, recorder.draw, 1, shapes, "model")
+    flat = flat_module(net, plan)
+
+    drawn = sampler.draw(lambda x, t, **rest: flat(x, t, **rest), [4])
+
+    assert torch.equal(drawn, drawn_from_lists(net, 1, 4))
+
+
+class OneTensor(nn.Module):
+    """Takes its sample in a list, and returns no list."""
+
+    def forward(self, x: list[Tensor], t: Tensor) -> Tensor:
+        return x[0][None] * 0.5
+
+
+def test_a_sample_in_a_list_of_something_else_is_refused() -> None:
+    net = OneTensor()
 
     def draw(seeds: Any, pictures: bool) -> Tensor:
         x = noise(1, seeds[0], 2, 4)
         for step in STEPS:
-            x = net([x[0]], torch.full((1,), step))[0][None]
+            x = net([x[0]], torch.full((1,), step))
         return x
 
     recorder = Recorder(net, draw, "model")
-    with pytest.raises(LoadError, match=r"takes its samples in a list, one tensor for each image \(x\[0\]\)"):
+    with pytest.raises(LoadError, match=r"takes its sample in a list \(x\[0\]\), and does not return as many"):
         plan_of(signature_of(net), [recorder.run([0], images=1), recorder.run([1], images=1)], "model")
 
 

@@ -2,8 +2,8 @@
 
 ``squeeze(dim)`` of an axis that is longer than 1 changes nothing in PyTorch, and one number stands for all axes of a
 convolution or a pooling. The exporter writes both down as they are, and the graph does not load. What is filled with
-one number in the type of another value has nothing to do with that value: a weight made so is still a weight. And
-attention without an axis of heads has one head.
+one number in the type of another value has nothing to do with that value: a weight made so is still a weight.
+Attention without an axis of heads has one head. And ONNX knows places in a table as 64-bit numbers alone.
 """
 
 from collections.abc import Mapping
@@ -48,6 +48,8 @@ def as_the_exporter_takes_it(module: fx.GraphModule) -> None:
             node.kwargs = {"dtype": value.dtype, "device": value.device}
         elif node.target is aten.scaled_dot_product_attention.default and node.args[0].meta["val"].ndim == 3:
             _give_one_head(module.graph, node)
+        elif node.target is aten.index.Tensor:
+            _widen_places(module.graph, node)
         elif node.target in SPATIAL:
             count, places = SPATIAL[node.target]
             node.args = tuple(
@@ -90,6 +92,22 @@ def _give_one_head(graph: fx.Graph, node: fx.Node) -> None:
         found = emit(aten.squeeze.dim, emit(node.target, *args, **options), 1)
     node.replace_all_uses_with(found)
     graph.erase_node(node)
+
+
+def _widen_places(graph: fx.Graph, node: fx.Node) -> None:
+    """Index with 64-bit numbers."""
+    places: list[Any] = []
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs["indices"]
+    for place in given:
+        if isinstance(place, fx.Node) and _value(place).dtype == torch.int32:
+            with graph.inserting_before(node), _value(place).fake_mode:
+                wide: fx.Node = graph.call_function(aten._to_copy.default, (place,), {"dtype": torch.int64})
+                wide.meta |= node.meta
+                wide.meta["val"] = aten._to_copy.default(_value(place), dtype=torch.int64)
+            places.append(wide)
+        else:
+            places.append(place)
+    node.args, node.kwargs = (node.args[0], places), {}
 
 
 def _value(node: Any) -> Any:

@@ -1,17 +1,19 @@
 """Calls of a module as flat tensors by name, and back: the one place that knows how arguments are nested."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_leaves, tree_unflatten
 
-from tfmq_export.bundle.call import LeafPath, written
+from tfmq_export.bundle.call import LeafPath, of_one_shape, written
 from tfmq_export.errors import LoadError
+from tfmq_export.models.recorded.lengths import Cut, SizeRead, cut_rows
 
 Forward = Callable[..., Any]
 
@@ -27,6 +29,9 @@ class Leaf:
         ragged: Axes of the flat input, behind the rows, whose size is another one from call to call.
         repeated: Further axes that a timestep is repeated over, [N, *repeated].
         value: Of a constant.
+        listed: Whether it is a list with a tensor for each row.
+        counts: Of a mask that is all ones, for prompts without padding: name of the input with the tokens. Its value
+            is its type.
     """
 
     path: LeafPath
@@ -36,6 +41,8 @@ class Leaf:
     ragged: tuple[int, ...] = ()
     repeated: tuple[int, ...] = ()
     value: Any = None
+    listed: bool = False
+    counts: str = ""
 
     @property
     def place(self) -> str:
@@ -66,19 +73,38 @@ class CallPlan:
         """The leaves that are inputs, by name."""
         return {leaf.name: leaf for leaf in self.leaves if leaf.name is not None}
 
-    def flat(self, args: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Tensor]:
+    @property
+    def lists(self) -> frozenset[str]:
+        """Arguments that are lists with a tensor for each row."""
+        return frozenset(str(leaf.path[0]) for leaf in self.leaves if leaf.listed)
+
+    def flat(self, args: Sequence[Any], named: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """The inputs of one call, one row per row of the sample: [N, ...], and [] for a timestep that is one number.
+
+        Where a model takes lists, neighbouring rows of one shape are a batch; else there is one.
 
         Raises:
             LoadError: the call is another one than those recorded.
         """
-        arguments, spec = flattened(self.signature, args, named)
+        arguments, spec = flattened(self.signature, args, named, self.lists)
         if spec != self.spec:
             before = _names(leaf.path for leaf in self.leaves)
             raise LoadError(
                 f"the model is called with {_names(arguments)} this time, before with {before}; a graph takes one form"
             )
-        return self.flat_values(arguments)
+        return [self.flat_values(part) for part in self.batches(arguments)]
+
+    @property
+    def cut(self) -> Cut | None:
+        """The mask that prompts are cut by."""
+        mask = next((leaf for leaf in self.leaves if leaf.counts), None)
+        return None if mask is None else Cut(mask.path, self.inputs[mask.counts].path)
+
+    def batches(self, arguments: Mapping[LeafPath, Any]) -> list[dict[LeafPath, Any]]:
+        """The values of a call as calls of one shape each, by path."""
+        if self.cut is not None:
+            return cut_rows(arguments, self.cut)
+        return batches(arguments, self.lists)
 
     def flat_values(self, arguments: Mapping[LeafPath, Any]) -> dict[str, Tensor]:
         """The same of a recorded call, by path."""
@@ -103,7 +129,11 @@ class CallPlan:
         """
         constants = held or {}
         values = [
-            constants.get(leaf.path, leaf.value) if leaf.name is None else _folded(leaf, flat[leaf.name])
+            flat[leaf.counts].new_ones(flat[leaf.counts].shape[:2], dtype=leaf.value)
+            if leaf.counts
+            else constants.get(leaf.path, leaf.value)
+            if leaf.name is None
+            else _folded(leaf, flat[leaf.name])
             for leaf in self.leaves
         ]
         return inspect.BoundArguments(self.signature, tree_unflatten(values, self.spec))
@@ -121,10 +151,14 @@ class FlatModule(nn.Module):
             self.register_buffer(self._held[leaf.path], leaf.value, persistent=False)
 
     def forward(self, *args: Tensor, **named: Tensor) -> Any:
-        """What the model returns."""
+        """What the model returns; a list with a tensor for each row as one tensor."""
         flat = {**dict(zip(self.plan.inputs, args, strict=False)), **named}
         bound = self.plan.call(flat, {path: getattr(self, buffer) for path, buffer in self._held.items()})
-        return forward_of(self.model)(*bound.args, **bound.kwargs)
+        cut = next((leaf.counts for leaf in self.plan.leaves if leaf.counts), "")
+        with SizeRead(flat[cut].shape[1]) if cut else contextlib.nullcontext():
+            answer = forward_of(self.model)(*bound.args, **bound.kwargs)
+        rows = listed_answer(answer) if self.plan.lists else None
+        return answer if rows is None else torch.stack(rows)
 
 
 def flat_module(model: nn.Module, plan: CallPlan) -> FlatModule:
@@ -163,11 +197,62 @@ def signature_of(module: nn.Module) -> inspect.Signature:
 
 
 def flattened(
-    signature: inspect.Signature, args: Sequence[Any], named: Mapping[str, Any]
+    signature: inspect.Signature, args: Sequence[Any], named: Mapping[str, Any], lists: Collection[str] = ()
 ) -> tuple[dict[LeafPath, Any], TreeSpec]:
-    """The values inside the arguments of a call by their paths, in order, and how they are nested."""
-    leaves, spec = tree_flatten_with_path(dict(signature.bind(*args, **named).arguments))
+    """The values inside the arguments of a call by their paths, in order, and how they are nested.
+
+    Args:
+        lists: Arguments that are one value each, for ``batches``.
+    """
+    return leaves_of(signature.bind(*args, **named).arguments, lists)
+
+
+def leaves_of(arguments: Mapping[str, Any], lists: Collection[str] = ()) -> tuple[dict[LeafPath, Any], TreeSpec]:
+    """The same of arguments by name."""
+    whole = [arguments[name] for name in lists if name in arguments]
+    leaves, spec = tree_flatten_with_path(dict(arguments), is_leaf=lambda value: any(value is x for x in whole))
     return {tuple(_key(each) for each in path): value for path, value in leaves}, spec
+
+
+def batches(arguments: Mapping[LeafPath, Any], lists: Collection[str]) -> list[dict[LeafPath, Any]]:
+    """The values of a call whose lists have a tensor for each row, as calls with tensors, [N, ...], of one shape each.
+
+    Args:
+        arguments: From ``flattened``.
+    """
+    if not lists:
+        return [dict(arguments)]
+    return [_rows(arguments, lists, part) for part in of_one_shape([arguments[name,] for name in lists])]
+
+
+def each_row(arguments: Mapping[LeafPath, Any], lists: Collection[str]) -> list[dict[LeafPath, Any]]:
+    """The same as calls of one row each."""
+    count = len(arguments[min(lists),])
+    return [_rows(arguments, lists, slice(row, row + 1)) for row in range(count)]
+
+
+def _rows(arguments: Mapping[LeafPath, Any], lists: Collection[str], part: slice) -> dict[LeafPath, Any]:
+    count = len(arguments[min(lists),])
+    found = {}
+    for path, value in arguments.items():
+        if path[0] in lists:
+            found[path] = torch.stack(list(value[part]))
+        else:
+            of_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+            found[path] = value[part] if of_rows else value
+    return found
+
+
+def listed_answer(answer: Any) -> list[Tensor] | None:
+    """The list of tensors that a model returns for its prediction, one for each row; None if it returns a tensor."""
+    leaves = tree_leaves(answer, is_leaf=is_list)
+    found: Any = next((leaf for leaf in leaves if is_list(leaf) or isinstance(leaf, Tensor)), None)
+    return list(found) if is_list(found) else None
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value is a list of tensors."""
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(each, Tensor) for each in value)
 
 
 def _key(step: Any) -> str | int:
@@ -202,7 +287,9 @@ def _unfolded(leaf: Leaf, value: Tensor, rows: int, *, timestep: bool) -> Tensor
     return value.expand(rows, *value.shape[1:]) if len(value) == 1 else value
 
 
-def _folded(leaf: Leaf, value: Tensor) -> Tensor:
+def _folded(leaf: Leaf, value: Tensor) -> Tensor | list[Tensor]:
+    if leaf.listed:
+        return list(value.unbind(0))
     if leaf.repeated:
         return value.reshape(-1, *[1] * len(leaf.repeated)).expand(-1, *leaf.repeated)
     if leaf.fold > 1:

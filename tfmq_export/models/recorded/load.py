@@ -260,7 +260,7 @@ def _usual_length_first(recorder: Recorder, plan: CallPlan, requests: Sequence[R
         return ()
     lengths = [
         tuple(tuple(plan.flat_values(first)[name].shape[1:]) for name, leaf in plan.inputs.items() if leaf.ragged)
-        for first in (recorder.first_call([number]) for number in range(len(requests)))
+        for first in (recorder.first_call([number], plan) for number in range(len(requests)))
     ]
     often = Counter(lengths)
     return tuple(requests[place] for place in sorted(range(len(requests)), key=lambda at: -often[lengths[at]]))

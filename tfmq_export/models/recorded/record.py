@@ -1,6 +1,8 @@
 """Recording a model in the code that draws with it, and drawing with something else in its place."""
 
 import contextlib
+import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +16,23 @@ from tfmq_export.bundle.call import CallInfo, LeafInfo, LeafPath, fingerprint_of
 from tfmq_export.capture.denoiser import Denoise, first_tensor
 from tfmq_export.capture.place import theirs
 from tfmq_export.errors import LoadError, TfmqError
-from tfmq_export.models.recorded.calls import CallPlan, answering, flattened, forward_of, same, signature_of
+from tfmq_export.models.recorded.calls import (
+    CallPlan,
+    answering,
+    each_row,
+    flattened,
+    forward_of,
+    is_list,
+    leaves_of,
+    listed_answer,
+    same,
+    signature_of,
+)
+from tfmq_export.models.recorded.lengths import Cut, NumbersRead, cut_of, cut_prompts, cut_rows
 from tfmq_export.models.recorded.roles import RecordedRun
 
+CLOSE = 1e-3
+"""Of a prediction: what computing with padding may change by rounding."""
 DrawSeeds = Callable[[Sequence[int], bool], Tensor]
 """``draw(seeds, pictures) -> images``: with the model inside, one image for each seed, [N, ...]."""
 
@@ -45,27 +61,57 @@ class Recorder:
         Raises:
             LoadError: the model is never called, or the code raises.
         """
-        signature, compute = signature_of(self.module), forward_of(self.module)
+        signature, answers = signature_of(self.module), Answers(forward_of(self.module))
         calls: list[Mapping[LeafPath, Any]] = []
         specs: list[Any] = []
-        answers = Answers(compute)
+        lists: frozenset[str] = frozenset()
+        cut: Cut | None = None
 
         def reply(*args: Any, **named: Any) -> Any:
+            nonlocal lists, cut
             arguments, spec = flattened(signature, args, named)
             before = calls[-1] if calls else {}
-            calls.append({path: _kept(value, before.get(path)) for path, value in arguments.items()})
-            specs.append(spec)
-            return answers(*args, **named)
+            kept = {path: _kept(value, before.get(path)) for path, value in arguments.items()}
+            with NumbersRead() as read:
+                answer = answers(*args, **named)
+            if not calls:
+                lists = lists_of_rows(kept, answer)
+                cut = self._cut(kept, spec, read.numbers, answer)
+            if lists:
+                arguments, spec = leaves_of(tree_unflatten(list(kept.values()), spec), lists)
+            rows = each_row(arguments, lists) if lists else cut_prompts(kept, cut) if cut else [kept]
+            calls.extend(rows)
+            specs.extend([spec] * len(rows))
+            return answer
 
         with answering(self.module, reply):
             drawn_by(self.draw, seeds, False, self.where)
         self._require_called(calls)
         _require_one_form(calls, specs, self.where)
-        return RecordedRun(images, tuple(calls), specs[0], answers.first)
+        together = 0 if (lists or cut) and images > 1 else images  # rows are calls of their own
+        return RecordedRun(together, tuple(calls), specs[0], answers.first, lists, cut)
 
-    def first_call(self, seeds: Sequence[int]) -> Mapping[LeafPath, Any]:
+    @torch.no_grad()
+    def _cut(self, call: Mapping[LeafPath, Any], spec: Any, numbers: Sequence[float], answer: Any) -> Cut | None:
+        """How prompts are cut, if that changes nothing."""
+        cut = cut_of(call, numbers) if numbers else None
+        if cut is None:
+            return None
+        found = []
+        for part in cut_rows(call, cut):
+            mask = torch.ones(part[cut.tokens].shape[:2], dtype=part[cut.mask])
+            given = tree_unflatten([mask if path == cut.mask else value for path, value in part.items()], spec)
+            bound = inspect.BoundArguments(signature_of(self.module), given)
+            found.append(first_tensor(forward_of(self.module)(*bound.args, **bound.kwargs)))
+        wanted = first_tensor(answer)
+        alike = torch.allclose(torch.cat(found), wanted, rtol=CLOSE, atol=CLOSE * float(wanted.abs().max()))
+        return cut if alike else None
+
+    def first_call(self, seeds: Sequence[int], plan: CallPlan) -> Mapping[LeafPath, Any]:
         """The arguments of the first call of a run, which ends there: what prompts cost, and no more.
 
+        Args:
+            plan: How the model is called; the first rows of one shape are what is given.
         Raises:
             LoadError: the model is never called, or the code raises.
         """
@@ -73,7 +119,7 @@ class Recorder:
         found: dict[LeafPath, Any] = {}
 
         def reply(*args: Any, **named: Any) -> Any:
-            found.update(flattened(signature, args, named)[0])
+            found.update(plan.batches(flattened(signature, args, named, plan.lists)[0])[0])
             raise _Enough
 
         with answering(self.module, reply), contextlib.suppress(_Enough):
@@ -92,6 +138,23 @@ class _Enough(BaseException):
     """Ends a run at the model's first call; no code that catches exceptions takes it for one of its own."""
 
 
+def lists_of_rows(call: Mapping[LeafPath, Any], answer: Any) -> frozenset[str]:
+    """Arguments that are lists with a tensor for each row.
+
+    A model that returns its prediction as a list takes lists as long: a tensor for each image or half of guidance.
+
+    Args:
+        call: As recorded.
+        answer: What the model returned.
+    """
+    returned = listed_answer(answer)
+    if returned is None:
+        return frozenset()
+    lengths = Counter(path[0] for path in call if len(path) == 2 and isinstance(path[1], int))
+    others = {path[0] for path, value in call.items() if len(path) != 2 or not isinstance(value, Tensor)}
+    return frozenset(str(name) for name, count in lengths.items() if count == len(returned) and name not in others)
+
+
 class Answers:
     """The first answer is the model's own, the others are noise of its size and form."""
 
@@ -106,7 +169,8 @@ class Answers:
             self.first = self._compute(*args, **named)
             first_tensor(self.first)  # refuses where there is none
             return self.first
-        like = first_tensor(self.first)
+        rows = listed_answer(self.first)
+        like = first_tensor(self.first) if rows is None else torch.stack(rows)
         noise = torch.randn(like.shape, generator=self._noise)
         return answer_with(self.first, (noise * like.float().std(correction=0).cpu()).to(like.device))
 
@@ -116,11 +180,13 @@ def answer_with(form: Any, prediction: Tensor) -> Any:
 
     Args:
         form: What the model returns.
+        prediction: [N, ...]; where the form is a list with a tensor for each row, of any number of rows.
     """
-    leaves, spec = tree_flatten(form)
-    place = next(number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    kept = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    kept[place] = prediction.to(leaves[place].dtype)
+    leaves, spec = tree_flatten(form, is_leaf=is_list)
+    place = next(number for number, leaf in enumerate(leaves) if is_list(leaf) or isinstance(leaf, Tensor))
+    kept = [None if is_list(leaf) or isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    found = leaves[place]
+    kept[place] = list(prediction.to(found[0].dtype).unbind(0)) if is_list(found) else prediction.to(found.dtype)
     return tree_unflatten(kept, spec)
 
 
@@ -154,10 +220,12 @@ class RecordedSampler:
         """
 
         def reply(*args: Any, **named: Any) -> Any:
-            flat = self.plan.flat(args, named)
-            self._require_shapes(flat)
-            sample, timestep = flat.pop(self.plan.sample), flat.pop(self.plan.timestep)
-            return answer_with(self.answer, denoise(sample, timestep, **flat))
+            predictions = []
+            for flat in self.plan.flat(args, named):
+                self._require_shapes(flat)
+                sample, timestep = flat.pop(self.plan.sample), flat.pop(self.plan.timestep)
+                predictions.append(denoise(sample, timestep, **flat))
+            return answer_with(self.answer, torch.cat(predictions) if len(predictions) > 1 else predictions[0])
 
         with answering(self.module, reply):
             return drawn_by(self.code, seeds, pictures, self.where)
@@ -198,9 +266,11 @@ def call_info(plan: CallPlan, runs: Sequence[RecordedRun], together: int) -> Cal
         together: How many images may be drawn in one run.
     """
     leaves = tuple(
-        LeafInfo(leaf.path, constant=_fingerprint(leaf.value))
+        LeafInfo(leaf.path, counts=leaf.counts)
+        if leaf.counts
+        else LeafInfo(leaf.path, constant=_fingerprint(leaf.value))
         if leaf.name is None
-        else LeafInfo(leaf.path, leaf.name, leaf.fold, leaf.axis)
+        else LeafInfo(leaf.path, leaf.name, leaf.fold, leaf.axis, listed=leaf.listed)
         for leaf in plan.leaves
     )
     sample, timestep = plan.inputs[plan.sample].path, plan.inputs[plan.timestep].path

@@ -10,7 +10,7 @@ import keyword
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec
 from tfmq_export.bundle.call import LeafPath
 from tfmq_export.errors import LoadError
 from tfmq_export.models.recorded.calls import CallPlan, Leaf, same
+from tfmq_export.models.recorded.lengths import Cut
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "noise_labels", "c_noise")
 """What models call it; asked only where several arguments behave alike, or a run is a single call."""
@@ -33,12 +34,16 @@ class RecordedRun:
         calls: Arguments of each call by path, in order.
         spec: How they are nested.
         answer: What the model returned at the first one.
+        lists: Arguments that are lists with a tensor for each row; then each row is a call.
+        cut: How prompts are cut to their length; then each row is a call too.
     """
 
     images: int
     calls: tuple[Mapping[LeafPath, Any], ...]
     spec: TreeSpec
     answer: Any = None
+    lists: frozenset[str] = frozenset()
+    cut: Cut | None = None
 
 
 def plan_of(signature: inspect.Signature, runs: Sequence[RecordedRun], where: str) -> CallPlan:
@@ -60,13 +65,20 @@ def plan_of(signature: inspect.Signature, runs: Sequence[RecordedRun], where: st
     sample = _sample(values, timestep, where)
     if any(isinstance(key, int) for key in sample):
         raise LoadError(
-            f"{where}: the model takes its samples in a list, one tensor for each image ({Leaf(sample).place}), and "
-            "loops over them; a graph takes them as a batch"
+            f"{where}: the model takes its sample in a list ({Leaf(sample).place}), and does not return as many "
+            "tensors in a list; a graph takes a batch, one row for each image"
         )
     rows = [run.calls[0][sample].shape[0] for run in runs]
     told = (sample, timestep)
     names = _names([path for path, found in values.items() if path in told or found.is_input or found.is_given(rows)])
-    leaves = tuple(_leaf(found, names.get(path), rows, path == timestep, where) for path, found in values.items())
+    leaves = tuple(
+        replace(
+            _leaf(found, names.get(path), rows, path == timestep, where),
+            listed=path[0] in first.lists,
+            counts=names[first.cut.tokens] if first.cut and path == first.cut.mask else "",
+        )
+        for path, found in values.items()
+    )
     return CallPlan(signature, first.spec, leaves, names[sample], names[timestep])
 
 
