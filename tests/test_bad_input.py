@@ -23,10 +23,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nets.tiny_model import tiny_folder
 from standins.commands import run
+from standins.reported_bundle import reported_bundle
 from standins.small_bundle import small_bundle
 
 from tfmq_export.bundle.arrays import read_arrays
 from tfmq_export.bundle.manifest import open_bundle
+from tfmq_export.bundle.pictures import Pictures
 from tfmq_export.config import load_config
 from tfmq_export.errors import ConfigError, LoadError, TfmqError
 from tfmq_export.gate import make_golden, read_gate, read_golden, write_golden
@@ -36,6 +38,9 @@ from tfmq_export.models.prompts import read_prompts
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
 from tfmq_export.proof.pictures import load_picture
 from tfmq_export.recipe.io import load_recipe
+from tfmq_export.report.speed import read_bench, speed_of
+from tfmq_export.report.stored import Stored
+from tfmq_export.report.verdict import tiles_of, verdict_of
 from tfmq_export.runtime.sampler import DdimSchedule
 
 Alter = Callable[[dict[str, Any]], object]
@@ -57,6 +62,7 @@ NO_JSON_OBJECT = {
 READERS: dict[str, Callable[[Path], object]] = {
     "tfmq/manifest.json": lambda path: open_bundle(path.parents[1]),
     "tfmq/recipe.json": load_recipe,
+    "bench.json": read_bench,
     "emoji32.golden.json": read_golden,
     "scheduler_config.json": read_object,
     "own/scheduler_config.json": lambda path: choose_scheduler({}, str(path), "model"),
@@ -367,15 +373,79 @@ def test_damaged_arrays_are_read_or_refused(tmp_path: Path, damage: list[tuple[f
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = small_bundle(tmp_path_factory.mktemp("small") / "out").root
     write_golden(make_golden(open_bundle(root)), root / "small.golden.json")
+    measured = reported_bundle(tmp_path_factory.mktemp("reported") / "toy").report
+    shutil.copyfile(measured, root / "tfmq/report.json")
+    (root / "bench.json").write_text(json.dumps(BENCH))
     return root
+
+
+BENCH = {
+    "about": {"processor": "a CPU"},
+    "unit": "call",
+    "settings": [
+        {
+            "threads": 1,
+            "batch": 1,
+            "baseline": "twin",
+            "candidates": {"w8a8 ort-cpu": {"seconds": {"median": 0.01}, "speedup": 2.0}},
+        }
+    ],
+}
+
+
+def figures_of(root: Path) -> object:
+    """What is shown of a bundle's report."""
+    stored = Stored.read(root)
+    return verdict_of(stored), tiles_of(stored)
+
+
+def test_what_is_altered_below_is_read_before(whole: Path) -> None:
+    assert figures_of(whole)
+    assert speed_of(open_bundle(whole), read_bench(whole / "bench.json")) is not None
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda arrays: arrays.pop("calls"),
+        lambda arrays: arrays.update(compiled=arrays["compiled"].astype(np.float32)),
+        lambda arrays: arrays.update(compiled=arrays["compiled"][:, :4]),
+        lambda arrays: arrays.update(reference=arrays["reference"][0]),
+        lambda arrays: arrays.update(calls=arrays["calls"][:1]),
+    ],
+    ids=["one lacks", "floats", "another size", "no batch", "other calls"],
+)
+def test_pictures_that_do_not_fit_are_refused(alter: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
+    root = reported_bundle(tmp_path / "toy").root
+    arrays = read_arrays(root / "tfmq/pictures.npz")
+    assert Pictures.load(root) is not None
+    alter(arrays)
+    np.savez(root / "tfmq/pictures.npz", **arrays)
+
+    with pytest.raises(LoadError, match=r"pictures\.npz: no pictures of two models \("):
+        Pictures.load(root)
+
+
+def test_pictures_that_are_cut_short_are_refused(tmp_path: Path) -> None:
+    root = reported_bundle(tmp_path / "toy").root
+    path = root / "tfmq/pictures.npz"
+    path.write_bytes(path.read_bytes()[:200])
+
+    with pytest.raises(LoadError, match=r"pictures\.npz: no pictures of two models .*; compile the model again"):
+        Pictures.load(root)
 
 
 @quickly
 @given(data=st.data(), value=plain)
 @pytest.mark.parametrize(
     ("name", "read"),
-    [("tfmq/manifest.json", lambda path: open_bundle(path.parents[1])), ("small.golden.json", read_golden)],
-    ids=["manifest", "golden"],
+    [
+        ("tfmq/manifest.json", lambda path: open_bundle(path.parents[1])),
+        ("small.golden.json", read_golden),
+        ("tfmq/report.json", lambda path: figures_of(path.parents[1])),
+        ("bench.json", lambda path: speed_of(open_bundle(path.parent), read_bench(path))),
+    ],
+    ids=["manifest", "golden", "report", "benchmark"],
 )
 def test_any_value_in_any_place_is_read_or_refused(
     whole: Path, tmp_path: Path, name: str, read: Callable[[Path], object], data: st.DataObject, value: object

@@ -234,6 +234,11 @@ OTHERS = frozenset(
 @cache
 def options() -> frozenset[str]:
     """Of our commands, of our tools and of our pytest plugin."""
-    ours = {option for name in commands() for parameter in command(name).params for option in parameter.opts}
+    ours = {
+        option
+        for name in commands()
+        for parameter in command(name).params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     files = [*(ROOT / "tools").glob("*.py"), ROOT / "tfmq_export" / "gate" / "plugin.py"]
     return frozenset(ours.union(*(re.findall(r'"(--[\w-]+)"', path.read_text("utf-8")) for path in files)))

@@ -1,5 +1,7 @@
 """What the terminal shows: names as they are."""
 
+from pathlib import Path
+
 import pytest
 from standins.commands import run
 
@@ -11,6 +13,19 @@ def test_brackets_in_a_name_are_no_markup(capsys: pytest.CaptureFixture[str]) ->
     table("of [bold]", [("attn1[qk]", "[red]1")])
 
     assert capsys.readouterr().out.split() == ["of", "[bold]", "attn1[qk]", "[red]1"]
+
+
+def test_a_folder_that_was_deleted_is_named_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+    done = run("export", tmp_path / "model.pt", "-o", tmp_path / "out")
+
+    assert done.exit_code == 2
+    assert "the folder that this shell is in was deleted; cd to one that is there" in done.stderr
 
 
 @pytest.mark.parametrize(

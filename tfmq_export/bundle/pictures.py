@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.errors import LoadError
+from tfmq_export.bundle.arrays import read_arrays
+from tfmq_export.errors import ConfigError, LoadError, TfmqError
 
 NAME = "pictures.npz"
 
@@ -30,6 +31,16 @@ class Pictures:
     compiled_states: NDArray[np.uint8]
     calls: NDArray[np.int64]
 
+    def __post_init__(self) -> None:
+        ends, states = (self.reference, self.compiled), (self.reference_states, self.compiled_states)
+        for pair, rank in ((ends, 4), (states, 5)):
+            if pair[0].shape != pair[1].shape or any(
+                each.dtype != np.uint8 or each.ndim != rank or each.shape[-1] not in (1, 3) for each in pair
+            ):
+                raise ConfigError(f"shapes {[list(each.shape) for each in pair]}, {pair[0].dtype} and {pair[1].dtype}")
+        if self.calls.dtype.kind not in "iu" or self.calls.shape != states[0].shape[:1]:
+            raise ConfigError(f"{len(states[0])} states of calls {list(self.calls.shape)}")
+
     def save(self, root: Path) -> None:
         """Write them into a bundle."""
         arrays = {name: getattr(self, name) for name in self.__slots__}
@@ -46,7 +57,7 @@ class Pictures:
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(**{name: arrays[name] for name in cls.__slots__})
-        except (OSError, ValueError, KeyError) as error:
-            raise LoadError(f"{path}: not readable ({error!r}); compile the model again") from error
+            arrays: dict[str, Any] = dict(read_arrays(path))
+            return cls(**{name: arrays[name] for name in cls.__slots__})
+        except (KeyError, TfmqError) as error:
+            raise LoadError(f"{path}: no pictures of two models ({error}); compile the model again") from error

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from tfmq_export.errors import DependencyError, OutputError, TfmqError
+from tfmq_export.errors import ConfigError, DependencyError, OutputError, TfmqError
 from tfmq_export.progress import Step
 from tfmq_export.report.numbers import seconds as as_time
 
@@ -65,6 +66,7 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         signal.signal(signal.SIGTERM, _terminate)
         try:
+            _require_folder()
             command(*args, **kwargs)
         except TfmqError as error:
             fail(error)
@@ -80,6 +82,14 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped
+
+
+def _require_folder() -> None:
+    """Refuse a shell whose folder was deleted: libraries end the process there, with words about themselves."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the folder that this shell is in was deleted; cd to one that is there") from error
 
 
 def brought(package: str, command: str) -> str:

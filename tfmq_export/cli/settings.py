@@ -65,7 +65,8 @@ def _option(name: str) -> Any:
     flag = f"--{name.replace('_', '-')}"
     help_text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}."
     if kind is bool:
-        return Annotated[bool | None, typer.Option(flag, help=help_text)]
+        both = f"{flag}/--no-{flag[2:]}" if default else flag  # what is on can be left out, what is off be asked for
+        return Annotated[bool | None, typer.Option(both, help=help_text)]
     choices = get_args(kind) if get_origin(kind) is Literal else NAMED.get(name)
     shown = None if choices is None else "|".join(choices)
     plain = kind if kind in (int, float) else str

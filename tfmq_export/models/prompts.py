@@ -79,7 +79,8 @@ def fitted(prompts: PromptSet, shapes: Mapping[str, tuple[object, ...]], where: 
             got = "none" if given is None else str(list(given.shape))
             raise LoadError(
                 f"{where}: calibration needs real prompt embeddings, {name} [{', '.join(map(str, shape))}], "
-                f"got {got}; give a safetensors file with --conditioning"
+                f"got {got}; give the folder of its pipeline, which embeds prompts, or a safetensors file with "
+                "--conditioning"
             )
         examples[name] = _finite(name, given.float(), where)
     unconditional = {name: _null(name, value, examples[name], where) for name, value in prompts.unconditional.items()}

@@ -1,6 +1,5 @@
 """``OUT/tfmq/report.json``, read back as plain data."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -9,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfmq_export.bundle.manifest import Bundle
-from tfmq_export.errors import LoadError
+from tfmq_export.errors import LoadError, first_line
+from tfmq_export.recipe.plain import read_json
 from tfmq_export.report.speed import Speed, speed_in_proof
 
 
@@ -132,18 +132,19 @@ class Measured:
         """
         path = bundle.report
         try:
-            return cls._of(json.loads(path.read_text("utf-8")))
+            return cls._of(read_json(path))
         except FileNotFoundError:
             raise LoadError(f"{path}: the bundle has no report; compile the model again") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LoadError(f"{path}: not a readable report ({error!r}); compile the model again") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise LoadError(f"{path}: not a readable report ({said}); compile the model again") from error
 
     @classmethod
     def _of(cls, found: Mapping[str, Any]) -> Self:
         precision = found["precision"]
         return cls(
             checks=tuple(
-                Check(x["metric"], float(x["value"]), x["direction"], float(x["threshold"]), x["passed"])
+                Check(x["metric"], float(x["value"]), x["direction"], float(x["threshold"]), _truth(x["passed"]))
                 for x in found["verdicts"]
             ),
             values={x["metric"]: tuple(float(value) for value in x["values"]) for x in found["comparisons"]},
@@ -164,6 +165,12 @@ class Measured:
             command=found.get("command", ""),
             speed=None if found.get("speed") is None else speed_in_proof(found["speed"], found["host"]["processor"]),
         )
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"true or false, not {str(value)[:20]!r}")
+    return value
 
 
 def _guidance(found: Mapping[str, Any] | None) -> Guidance | None:

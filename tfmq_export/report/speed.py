@@ -1,13 +1,13 @@
 """Speed, as ``tfmq-bench --json`` measured it; compiling a bundle times a few calls, against PyTorch alone."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tfmq_export.bundle.manifest import Bundle
-from tfmq_export.errors import LoadError
+from tfmq_export.errors import LoadError, first_line
+from tfmq_export.recipe.plain import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,14 @@ def read_bench(path: Path) -> Mapping[str, Any]:
         LoadError: no such file, or no benchmark.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
-        if not isinstance(found, dict) or not found["settings"]:
+        found = read_json(path)
+        settings = found.get("settings")
+        if not isinstance(settings, list) or not settings or not isinstance(settings[0], dict):
             raise ValueError("no settings")
-    except (OSError, ValueError, KeyError) as error:
-        raise LoadError(f"{path}: no readable benchmark ({error}); write one with `tfmq-bench OUT --json`") from error
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"{path}: no readable benchmark ({first_line(error)}); write one with `tfmq-bench OUT --json`"
+        ) from error
     return found
 
 
@@ -62,9 +65,10 @@ def speed_of(bundle: Bundle, bench: Mapping[str, Any]) -> Speed | None:
     Raises:
         LoadError: the benchmark lacks a figure.
     """
-    setting, short = bench["settings"][0], f"{bundle.manifest.preset} {bundle.manifest.target}"
+    short = f"{bundle.manifest.preset} {bundle.manifest.target}"
     names = (f"{short} ({bundle.root.absolute().name})", short)  # with the folder where two share preset and target
     try:
+        setting = bench["settings"][0]
         row = next((setting["candidates"][name] for name in names if name in setting["candidates"]), None)
         if row is None:
             return None
@@ -76,8 +80,10 @@ def speed_of(bundle: Bundle, bench: Mapping[str, Any]) -> Speed | None:
             setting=_setting(int(setting["batch"]), int(setting["threads"])),
             processor=str(bench["about"]["processor"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise LoadError(f"the benchmark lacks {error}; write it again with `tfmq-bench OUT --json`") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise LoadError(
+            f"the benchmark lacks a figure ({first_line(error)}); write it again with `tfmq-bench OUT --json`"
+        ) from error
 
 
 def _setting(batch: int, threads: int) -> str:

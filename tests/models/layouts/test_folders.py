@@ -53,6 +53,33 @@ def test_several_variants_are_named_until_one_is_chosen(tmp_path: Path) -> None:
         load(Source(folder, steps=2, variant="bf16"))
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "scheduler"])
+def test_a_part_beside_the_denoiser_is_answered_with_the_folder_that_was_meant(part: str, tmp_path: Path) -> None:
+    (tmp_path / "sd" / part).mkdir(parents=True)
+    (tmp_path / "sd/model_index.json").write_text(json.dumps({part: ["diffusers", "Any"]}))
+
+    with pytest.raises(LoadError, match=rf"the {part} of a pipeline, .* folder, {tmp_path / 'sd'}$"):
+        find_layout(tmp_path / "sd" / part)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("someone/some-model-v1.5", r"no such folder; .* `hf download someone/some-model-v1\.5 --local-dir FOLDER`"),
+        ("someone/model.safetensors", r"no such file or folder$"),
+        ("here/model", r"no such file or folder$"),
+    ],
+)
+def test_a_name_of_the_hub_is_answered_with_how_to_get_it(
+    path: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(LoadError, match=f"^{path}: {says}"):
+        find_layout(Path(path))
+
+
 def test_plain_weights_come_before_variants(tmp_path: Path) -> None:
     folder = model_folder(tmp_path)
     nn.Module.half(attention_unet()).save_pretrained(folder, variant="fp16")

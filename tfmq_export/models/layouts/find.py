@@ -1,11 +1,12 @@
 """What a path holds, told by names and headers, before anything is loaded."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from tfmq_export.bundle.pipeline_folder import INDEX
+from tfmq_export.bundle.pipeline_folder import INDEX, is_pipeline, read_index
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.layouts import foreign, latent_diffusion, pixel_diffusion, single_transformers, states
 from tfmq_export.models.layouts.folders import NAME, ModelFolder, find_folder, is_model_folder, snapshot_of, weights_of
@@ -13,6 +14,19 @@ from tfmq_export.models.layouts.tensor_file import State, is_safetensors, read_p
 
 PACKED = "tfmq-export model"
 """The format that ``tfmq-pack`` writes, which names itself."""
+BESIDE = (
+    "vae",
+    "vqvae",
+    "text_encoder",
+    "tokenizer",
+    "scheduler",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)
+"""How the names begin of what a pipeline has beside its denoiser."""
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.ckpt)(?<!\.safetensors)")
+"""A model as the Hub names it: its owner, and the model."""
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -60,8 +74,7 @@ def find_layout(path: Path, variant: str | None = None) -> Layout:
         ConfigError: a variant that is not there.
     """
     if not path.exists():
-        dangling = path.is_symlink()
-        raise LoadError(f"{path}: {'a link that leads nowhere' if dangling else 'no such file or folder'}")
+        raise LoadError(f"{path}: {_absent(path)}")
     index = states.INDEX.fullmatch(path.name)
     if path.is_file() and (path.name in (INDEX, "config.json") or index):
         path = path.parent  # the description of a folder stands for the folder
@@ -76,8 +89,22 @@ def find_layout(path: Path, variant: str | None = None) -> Layout:
     return _in_file(path, variant)
 
 
+def _absent(path: Path) -> str:
+    """What to say of a path that leads to nothing."""
+    if path.is_symlink():
+        return "a link that leads nowhere"
+    if HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+        return (
+            f"no such folder; of the Hub nothing is fetched: `hf download {path} --local-dir FOLDER`, and give FOLDER"
+        )
+    return "no such file or folder"
+
+
 def _in_folder(path: Path, variant: str | None) -> Layout:
     root = snapshot_of(path)
+    whole = root.absolute().parent
+    if is_pipeline(whole) and root.name.startswith(BESIDE) and root.name in read_index(whole):
+        raise LoadError(f"{path}: the {root.name} of a pipeline, not its denoiser; give the pipeline's folder, {whole}")
     foreign.refuse_folder(root)
     if not is_model_folder(root):
         single = [each for each in sorted(root.iterdir()) if each.suffix in WEIGHTS and each.is_file()]

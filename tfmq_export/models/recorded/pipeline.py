@@ -145,7 +145,8 @@ def denoiser_name(root: Path) -> str:
 def missing_parts(root: Path) -> tuple[str, ...]:
     """What a pipeline's class needs and its index does not list: such a folder holds a denoiser, and no pipeline."""
     index = read_index(root)
-    found = getattr(diffusers, str(index.get("_class_name")), None)
+    with quiet_loading():  # which imports the class's own libraries
+        found = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         return ()
     known: Any = found

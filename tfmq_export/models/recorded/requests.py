@@ -32,7 +32,9 @@ def read_requests(path: Path) -> tuple[Request, ...]:
         ConfigError: a picture is missing.
     """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]  # editors put a mark in front
+    except UnicodeDecodeError as error:
+        raise LoadError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8, one prompt a line") from error
     except (OSError, ValueError) as error:
         raise LoadError(
             f"{path}: not a readable list of prompts: {first_line(error)}; give one prompt a line"
