@@ -41,9 +41,6 @@ SLOW = (
     "ddpm-learned-variance",
     "animatediff",
     "svd",
-    "qwen-image",  # prompts of several lengths
-    "z-image-base",  # lists with a tensor for each image
-    "lumina2",  # prompts that its forward cuts
 )
 UNGUIDED = ("flux-dev", "ddpm", "ddpm-flat", "ddpm-learned-variance", "svd")
 """Distilled, without a prompt; or whose halves differ in the sample as well."""
