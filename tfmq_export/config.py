@@ -178,6 +178,11 @@ class Method(BaseModel):
         description="how attention's products q k^T and p v compute; auto: in integers where the target gains from it",
     )
     error_feedback: bool = Field(True, description="round with GPTQ's error feedback; off: to the nearest integers")
+    asymmetric_feedback: bool = Field(
+        False,
+        description="hold each layer to its result in the full-precision network, whose inputs do not err (GPTAQ); "
+        "with error feedback",
+    )
     cpus: Literal["any", "vnni"] = Field(
         "any",
         description="CPUs where integer kernels are exact: any, or with VNNI alone (larger weights, wrong elsewhere)",

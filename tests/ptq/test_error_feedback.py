@@ -21,6 +21,7 @@ from tfmq_export.ptq.walk.effort import RoundingSchedule, find_effort
 from tfmq_export.ptq.walk.quantize import quantize
 from tfmq_export.ptq.weights import nearest_codes, per_output, search_weight_scale
 from tfmq_export.recipe.grid import QuantSpec
+from tfmq_export.recipe.recipe import WEIGHT_REACH
 from tfmq_export.runtime.measure.compare import sqnr_db
 
 SPEC = QuantSpec(4, axis=0)
@@ -262,3 +263,70 @@ def test_the_noise_is_that_of_the_grid_the_layer_has(monkeypatch: pytest.MonkeyP
     assert len(found) == len(expected)
     for noise in found:  # blocks are walked in another order than layers are listed
         assert any(noise.shape == each.shape and np.allclose(noise, each, rtol=1e-3) for each in expected)
+
+
+# -- asymmetric calibration ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(6, 5, bias=False), nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.Conv2d(4, 6, 3, groups=2, bias=False)],
+    ids=["linear", "conv", "grouped"],
+)
+def test_the_aimed_weight_answers_inputs_that_err_as_the_true_ones_are_answered(layer: Any) -> None:
+    layer.requires_grad_(requires_grad=False)
+    shape = (200, 6) if isinstance(layer, nn.Linear) else (8, 4, 9, 9)
+    true, noise = normal(*shape), normal(*shape, seed=1)
+    neighbour = true.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+    x = 0.7 * true + 0.2 * neighbour + 0.1 * noise  # each channel fades, and leaks into its neighbour
+    wanted = layer(true)
+    products = InputProducts(node_of(layer, x), layer.weight, getattr(layer, "groups", 1), 0, asymmetric=True)
+    products.add(x, EVERYTHING, true)
+    pieces = products.pieces(torch.zeros(shape[1]))
+
+    plain = float((layer(x) - wanted).square().mean())
+    layer.weight.copy_(products.aimed(layer.weight, pieces))
+    aimed = float((layer(x) - wanted).square().mean())
+
+    assert aimed < 0.25 * plain
+    layer.weight.add_(0.02 * normal(*layer.weight.shape, seed=2))  # nothing near it is better
+    assert float((layer(x) - wanted).square().mean()) > aimed
+
+
+def test_inputs_that_do_not_err_leave_the_weight_where_it_is() -> None:
+    linear, x = nn.Linear(6, 5).requires_grad_(requires_grad=False), normal(100, 6)
+    products = InputProducts(node_of(linear, x), linear.weight, 1, 0, asymmetric=True)
+    products.add(x, EVERYTHING, x)
+
+    assert torch.equal(products.aimed(linear.weight, products.pieces(torch.zeros(6))), linear.weight)
+
+
+def test_codes_of_an_aimed_weight_stay_within_reach_of_the_weight() -> None:
+    weight, x = normal(8, 16), normal(300, 16, seed=1)
+    scale = search_weight_scale(weight, SPEC)
+    pieces = [(x.mT @ x)[None]]
+
+    codes = feedback_codes(weight, scale, SPEC, pieces, aimed=3 * weight)
+
+    assert (codes - (weight / per_output(scale, weight)).clamp(SPEC.qmin, SPEC.qmax)).abs().max() <= WEIGHT_REACH
+    assert not torch.equal(codes, feedback_codes(weight, scale, SPEC, pieces))
+
+
+def test_layers_behind_quantized_ones_are_told_how_far_their_inputs_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[float] = []
+    aimed = InputProducts.aimed
+
+    def noting(self: InputProducts, weight: Tensor, pieces: list[Tensor]) -> Tensor:
+        found = aimed(self, weight, pieces)
+        moves.append(float((found - weight).norm() / weight.norm()))
+        return found
+
+    monkeypatch.setattr(InputProducts, "aimed", noting)
+    method = Method(les="off", pts="off", split_skips=False, asymmetric_feedback=True)
+
+    made = quantized("film_unet", 4, 8, method)
+
+    assert len(moves) == len(made.recipe.layers)
+    assert moves[0] == 0  # the sample is what it is in either network
+    assert all(0 < move < 0.5 for move in moves[1:] if move)
+    assert sum(move > 0 for move in moves) > len(moves) // 2  # the layers of a block are quantized together

@@ -4,6 +4,11 @@
 
 in closed form, layer by layer, without a gradient step. Learned rounding starts from it and goes on with what
 the layers of a block do together.
+
+Inputs of a quantized network err already. Asymmetric calibration (GPTAQ, 2504.02692) holds a layer to what it gives in
+the full-precision network instead, whose inputs are ``x'``:
+
+    min || x W^ - x' W ||^2      by rounding  W + W D H^-1 ,        D = sum (x' - x)^T x
 """
 
 import math
@@ -37,9 +42,10 @@ class InputProducts:
         node: The layer in its graph.
         weight: [out, in / groups, ...].
         seed: Of the positions to look at.
+        asymmetric: Whether ``D`` is summed up as well.
     """
 
-    def __init__(self, node: fx.Node, weight: Tensor, groups: int, seed: int) -> None:
+    def __init__(self, node: fx.Node, weight: Tensor, groups: int, seed: int, *, asymmetric: bool = False) -> None:
         kernel = weight.shape[2:]
         self._window = Window.of(node, weight)
         self._groups = groups
@@ -49,20 +55,25 @@ class InputProducts:
         self._sums = [
             torch.zeros(groups, len(piece), len(piece), dtype=torch.float32, device=weight.device) for piece in pieces
         ]
+        self._drifts = [torch.zeros_like(total) for total in self._sums] if asymmetric else []
         self._count = 0
         self.wanted = min(SAMPLES, SAMPLES_PER_WEIGHT * len(pieces[0]))
         """Positions to look at in all; more do not tell more, however large the picture."""
 
-    def add(self, x: Tensor, most: int) -> None:
+    def add(self, x: Tensor, most: int, true: Tensor | None = None) -> None:
         """Look at a batch of inputs.
 
         Args:
             most: Positions to look at.
+            true: Of the full-precision network, shaped like ``x``; for asymmetric calibration.
         """
-        for rows in self._rows(x, most):
-            by_group = rows.float().transpose(0, 1)  # [groups, positions, in / groups]
-            for total, part in zip(self._sums, torch.split(by_group, self._width, -1), strict=True):
+        for rows, *true_rows in self._rows([x] if true is None else [x, true], most):
+            parts = self._split(rows)
+            for total, part in zip(self._sums, parts, strict=True):
                 _add_squares(total, part)
+            for others in true_rows:
+                for drift, part, off in zip(self._drifts, parts, self._split(others - rows), strict=True):
+                    drift.baddbmm_(off.mT, part)
             self._count += len(rows)
 
     def pieces(self, noise: Tensor) -> list[Tensor]:
@@ -78,22 +89,39 @@ class InputProducts:
             for total, part in zip(self._sums, torch.split(diagonal, self._width, -1), strict=True)
         ]
 
-    def _rows(self, x: Tensor, most: int) -> Iterator[Tensor]:
-        """Inputs at some positions, [n, groups, in / groups], a slice at a time."""
+    def aimed(self, weight: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+        """The weight that gives most nearly, on these inputs, what ``weight`` gives in the full-precision network.
+
+        Args:
+            weight: [out, in / groups, ...].
+            pieces: Of ``pieces``, finite.
+        """
+        rows = weight.double().reshape(self._groups, len(weight) // self._groups, -1)
+        moved = [
+            torch.linalg.solve(_damped(piece.double(), DAMPING), drift.double().mT @ part.mT).mT
+            for part, piece, drift in zip(torch.split(rows, self._width, -1), pieces, self._drifts, strict=True)
+        ]
+        return weight + torch.cat(moved, -1).reshape(weight.shape).to(weight)
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Pieces of [groups, n, width] from [n, groups, in / groups]."""
+        return torch.split(rows.float().transpose(0, 1), self._width, -1)
+
+    def _rows(self, values: Sequence[Tensor], most: int) -> Iterator[tuple[Tensor, ...]]:
+        """Values at the same positions, each [n, groups, in / groups], a slice at a time."""
         if self._window is None:
-            opened = x.reshape(-1, x.shape[-1])
-            sizes: Sequence[int] = opened.shape[:1]
+            opened = [x.reshape(-1, x.shape[-1]) for x in values]
+            sizes: Sequence[int] = opened[0].shape[:1]
         else:
-            opened = self._window.open(x)
-            sizes = opened.shape[: x.ndim - 1]
+            opened = [self._window.open(x) for x in values]
+            sizes = opened[0].shape[: values[0].ndim - 1]
         count = math.prod(sizes)
         if count <= most:
             picks = torch.unravel_index(torch.arange(count), tuple(sizes))
         else:
             picks = tuple(torch.randint(size, (most,), generator=self._generator) for size in sizes)
-        for part in zip(*(torch.split(pick.to(x.device), SLICE) for pick in picks), strict=True):
-            rows = opened[part]
-            yield rows.reshape(len(rows), self._groups, -1)
+        for part in zip(*(torch.split(pick.to(values[0].device), SLICE) for pick in picks), strict=True):
+            yield tuple(x[part].reshape(len(part[0]), self._groups, -1) for x in opened)
 
 
 def _add_squares(total: Tensor, rows: Tensor) -> None:
@@ -109,7 +137,12 @@ def _add_squares(total: Tensor, rows: Tensor) -> None:
 
 
 def feedback_codes(
-    weight: Tensor, scale: Tensor, spec: QuantSpec, pieces: Sequence[Tensor], pairs: Pairs | None = None
+    weight: Tensor,
+    scale: Tensor,
+    spec: QuantSpec,
+    pieces: Sequence[Tensor],
+    pairs: Pairs | None = None,
+    aimed: Tensor | None = None,
 ) -> Tensor:
     """Round a weight so that its errors cancel on the layer's inputs; integers as float, shaped like ``weight``.
 
@@ -118,28 +151,36 @@ def feedback_codes(
         scale: [out].
         pieces: ``InputProducts.pieces``, finite.
         pairs: What the codes must keep; what a pair cannot hold, later weights make up for.
+        aimed: What to round in the place of the weight, in whose reach the codes stay all the same.
     """
     groups, widths = len(pieces[0]), [piece.shape[-1] for piece in pieces]
-    rows = (weight / per_output(scale, weight)).reshape(groups, len(weight) // groups, -1)
+    near, rows = (
+        [
+            torch.split(row, widths, 1)
+            for row in (value / per_output(scale, weight)).reshape(groups, len(weight) // groups, -1)
+        ]
+        for value in (weight, weight if aimed is None else aimed)
+    )
     held = [None] * len(widths) if pairs is None else pairs.split(widths)
     codes = [
-        torch.cat([_round_columns(*each, spec) for each in zip(group, alone, held, strict=True)], 1)
-        for group, *alone in zip((torch.split(row, widths, 1) for row in rows), *pieces, strict=True)
+        torch.cat([_round_columns(*each, spec) for each in zip(group, around, alone, held, strict=True)], 1)
+        for group, around, *alone in zip(rows, near, *pieces, strict=True)
     ]
     return torch.stack(codes).reshape(weight.shape)
 
 
-def _round_columns(steps: Tensor, products: Tensor, pairs: Pairs | None, spec: QuantSpec) -> Tensor:
+def _round_columns(steps: Tensor, near: Tensor, products: Tensor, pairs: Pairs | None, spec: QuantSpec) -> Tensor:
     """Column by column, those with the largest inputs first, while there are others to make up for them.
 
     Args:
-        steps: The weight in steps of its grid, [out, n].
+        steps: What is rounded, in steps of the weight's grid, [out, n].
+        near: The weight, likewise.
         products: [n, n].
     """
     order = products.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(products[order][:, order]).to(steps.dtype)
     left, codes = steps[:, order], torch.empty_like(steps)
-    near = left if pairs is None else pairs.within(steps)[:, order]
+    near = (near if pairs is None else pairs.within(near))[:, order]
     lowest = (near - WEIGHT_REACH).ceil().clamp(spec.qmin, spec.qmax)
     highest = (near + WEIGHT_REACH).floor().clamp(spec.qmin, spec.qmax)
     if pairs is not None:  # a weight that is its own neighbour
@@ -178,14 +219,17 @@ def _beside(other: Tensor, rounded: Tensor) -> Tensor:
 
 def _inverse_factor(products: Tensor) -> Tensor:
     """Upper Cholesky factor of the damped inverse, float64."""
-    wide = products.double()
-    diagonal = wide.diagonal()
-    mean = diagonal.mean()
-    damping = DAMPING * mean if mean > 0 else torch.ones_like(mean)
+    wide, share = products.double(), DAMPING
     while True:  # finite products are positive once they are damped enough
-        damped = wide + torch.diag(damping.expand(len(wide)))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(_damped(wide, share))
         if not failed:
             factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
             return factor
-        damping = 10 * damping
+        share *= 10
+
+
+def _damped(products: Tensor, share: float) -> Tensor:
+    """Products with a share of their mean square added to each, [..., n, n]; of inputs that are all zero, ones."""
+    mean = products.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    added = share * torch.where(mean > 0, mean, torch.ones_like(mean) / DAMPING)
+    return products + torch.diag_embed(added.expand(products.shape[:-1]))

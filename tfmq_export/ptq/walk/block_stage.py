@@ -1,6 +1,6 @@
 """What is decided inside one block, idea by idea in the papers' order."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -185,15 +185,17 @@ class BlockStage:
                 share = -(-VALUES_PER_STEP * len(own) // self._rows_of_a_step)
                 per_timestep[step].append(observe(own, share, sampler))
 
-        def watching(draft: Draft, steps: Tensor) -> LayerRule:
+        def watching(draft: Draft, steps: Tensor, unquantized: Mapping[str, Tensor]) -> LayerRule:
             def rule(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
                 x = draft.scale_input(operands[0])
                 if draft.input_spec is not None and firsts[input_key(draft)] == draft.op.name:
                     look(inputs, input_key(draft), by_sample(x, draft.op, len(steps)), steps)
                 shifted = draft.shift_back(x)
                 if draft.op.name in input_products:
-                    products = input_products[draft.op.name]
-                    products.add(shifted, -(-products.wanted * len(steps) // len(self.given.rows)))
+                    products, true = input_products[draft.op.name], unquantized.get(draft.op.name)
+                    if true is not None:
+                        true = draft.shift_back(draft.scale_input(true))
+                    products.add(shifted, -(-products.wanted * len(steps) // len(self.given.rows)), true)
                 y = compute(shifted, draft.weight)
                 if draft.output_spec is not None:
                     look(outputs, output_key(draft), by_sample(y, draft.op, len(steps)), steps)
@@ -204,7 +206,8 @@ class BlockStage:
         with torch.no_grad():
             for picks in self.given.chunks(self.runner):
                 steps = self.given.rows.steps[picks]
-                rules = {draft.op.name: watching(draft, steps) for draft in drafts}
+                unquantized = self._true_inputs(input_products, picks) if self.method.asymmetric_feedback else {}
+                rules = {draft.op.name: watching(draft, steps, unquantized) for draft in drafts}
                 self.runner(self.given.read(self.runner, picks), rules | product_rules(self.products))
         return tuple(
             replace(
@@ -219,13 +222,29 @@ class BlockStage:
             for draft in drafts
         )
 
+    def _true_inputs(self, layers: Iterable[str], picks: Tensor) -> dict[str, Tensor]:
+        """What layers of the block read in the full-precision network."""
+        read: dict[str, Tensor] = {}
+
+        def noting(name: str) -> LayerRule:
+            def rule(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
+                read[name] = operands[0]
+                return compute(*operands)
+
+            return rule
+
+        self.runner(self.wanted.read(self.runner, picks), {name: noting(name) for name in layers})
+        return read
+
     def _input_products(self, drafts: Sequence[Draft]) -> dict[str, InputProducts]:
         """What error feedback needs to know of each layer, before anything was seen."""
         if not self.method.error_feedback:
             return {}
-        seed = self.generator.initial_seed()
+        seed, asymmetric = self.generator.initial_seed(), self.method.asymmetric_feedback
         return {
-            draft.op.name: InputProducts(self.runner.node(draft.op.name), draft.plain, draft.op.groups, seed)
+            draft.op.name: InputProducts(
+                self.runner.node(draft.op.name), draft.plain, draft.op.groups, seed, asymmetric=asymmetric
+            )
             for draft in drafts
         }
 
@@ -240,7 +259,8 @@ class BlockStage:
         pieces = input_products.pieces(step.square() / 12)  # what rounding adds to a value, on average
         if not all(piece.isfinite().all() for piece in pieces):
             raise CalibrationError(f"{draft.op.path}: the squares of its inputs overflow float32")
-        codes = feedback_codes(draft.weight, draft.scale, draft.weight_spec, pieces, draft.pairs)
+        aimed = input_products.aimed(draft.weight, pieces) if self.method.asymmetric_feedback else None
+        codes = feedback_codes(draft.weight, draft.scale, draft.weight_spec, pieces, draft.pairs, aimed)
         return replace(draft, codes=codes)
 
     @property

@@ -84,7 +84,7 @@ def quantizing(  # what a forecast has in hand
     for block, alive in zip(blocks, _alive(blocks, nodes), strict=True):
         between = 2 * alive * rows * FLOAT
         watched = sum(_watched(shapes[name]) for name in block.layers) * min(rows, WATCHED) * FLOAT
-        inside = _inside(block, nodes, plan) + sum(_sums(shapes[name]) for name in block.layers)
+        inside = _inside(block, nodes, plan) + sum(_sums(shapes[name], plan) for name in block.layers)
         held = max(held, int(min(between, 2 * ceiling) + min(watched, ceiling)) + inside)
         spilled = max(spilled, int(max(0, between - 2 * ceiling) + max(0, watched - ceiling)))
     return Work(seconds, held, spilled)
@@ -105,7 +105,8 @@ def _layer_seconds(shape: Sequence[int], op: Operation, plan: QuantPlan, speed: 
     if plan.method.error_feedback:
         widths = list(_widths(wide))
         samples = min(SAMPLES, SAMPLES_PER_WEIGHT * widths[0])
-        macs += op.groups * sum(GRAM * samples * width**2 / 2 + FACTORING * width**3 for width in widths)
+        sums = 3 if plan.method.asymmetric_feedback else 1  # of one triangle; drifts have two
+        macs += op.groups * sum(sums * GRAM * samples * width**2 / 2 + FACTORING * width**3 for width in widths)
         macs += sum(out * width**2 / 2 for width in widths)
         values += FEEDBACK * weights
     if plan.method.les not in ("off", "smoothquant"):
@@ -122,10 +123,10 @@ def _widths(wide: int) -> Iterator[int]:
         yield min(WIDEST, wide - start)
 
 
-def _sums(shape: Sequence[int]) -> int:
+def _sums(shape: Sequence[int], plan: QuantPlan) -> int:
     """Bytes of what error feedback knows of a layer, its largest piece factored in float64."""
     widths = list(_widths(math.prod(shape[1:])))
-    return FLOAT * sum(width**2 for width in widths)
+    return FLOAT * sum(width**2 for width in widths) * (2 if plan.method.asymmetric_feedback else 1)
 
 
 def _watched(shape: Sequence[int]) -> int:
