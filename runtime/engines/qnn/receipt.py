@@ -13,8 +13,8 @@ from typing import Any
 
 from tfmq_export.bundle.manifest import Bundle, LayerInfo
 from tfmq_export.recipe.names import layer_named, node_name
-from tfmq_export.runtime.engines.qnn.library import PROVIDER, USUAL_CHIP, library
-from tfmq_export.runtime.engines.qnn.session import SessionRequest, open_session
+from tfmq_export.runtime.engines.qnn.library import USUAL_CHIP, library
+from tfmq_export.runtime.engines.qnn.session import SessionRequest, nodes_left, open_session
 from tfmq_export.runtime.graph_file import read_model
 from tfmq_export.runtime.measure.receipt import LayerReceipt, Receipt, total_macs
 
@@ -98,9 +98,7 @@ def account_of(path: Path, *, chip: str = USUAL_CHIP, batch: int = 1) -> Account
 
 def account_in(folder: Path, session: Any) -> Account:
     """What a session says that wrote its trace into a folder."""
-    parts = session.get_provider_graph_assignment_info()
-    left = [node for part in parts if part.ep_name != PROVIDER for node in part.get_nodes()]
-    return read_account(folder, [(node.name, node.op_type) for node in left])
+    return read_account(folder, nodes_left(session))
 
 
 def read_account(folder: Path, left: Iterable[tuple[str, str]]) -> Account:

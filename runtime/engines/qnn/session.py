@@ -1,7 +1,7 @@
 """Sessions that run on the NPU alone: where the provider leaves a node to the CPU, there is none."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from tfmq_export.errors import BuildError
 from tfmq_export.runtime.engines.onnxruntime.runner import engine_errors
-from tfmq_export.runtime.engines.qnn.library import USUAL_CHIP, Library, chip_number
+from tfmq_export.runtime.engines.qnn.library import PROVIDER, USUAL_CHIP, Library, chip_number
 from tfmq_export.runtime.runner import one_line
 
 _NUMBERS = {
@@ -25,6 +25,8 @@ Inputs = Mapping[str, tuple[tuple[int | str, ...], np.dtype[Any]]]
 
 LEFT_OUT = ("DoubleQDQPairsRemover",)
 """Joins a grid of 16 bits and one of 8 behind it to the second: a layer that reads 16 and writes 8 is no kernel."""
+
+NAMED = 3  # nodes in a message
 
 _FATAL_ONLY = 4  # whatever matters is raised as an exception
 
@@ -52,8 +54,38 @@ def open_session(library: Library, graph: Path, request: SessionRequest) -> Any:
     """Compile a graph, or load one that was compiled.
 
     Raises:
-        BuildError: with the provider's own words.
+        BuildError: with the provider's own words, and the nodes that it leaves to the CPU.
     """
+    try:
+        return _session(library, graph, request)
+    except engine_errors() as error:
+        raise BuildError(
+            f"{graph}: onnxruntime-qnn refuses this graph for {request.chip}: "
+            f"{_left_to_cpu(library, graph, request) or one_line(error)}; a bundle of another target must be compiled "
+            "again with --target qnn, and where it has this target, --preset w8a16 leaves least to the CPU"
+        ) from error
+
+
+def nodes_left(session: Any) -> list[tuple[str, str]]:
+    """Name and kind of the nodes that a session leaves to the CPU."""
+    parts = session.get_provider_graph_assignment_info()
+    return [(node.name, node.op_type) for part in parts if part.ep_name != PROVIDER for node in part.get_nodes()]
+
+
+def _left_to_cpu(library: Library, graph: Path, request: SessionRequest) -> str:
+    """Why a session that forbids the CPU could not be made, in words; empty where that is not the reason."""
+    if not request.strict:
+        return ""
+    try:
+        left = nodes_left(_session(library, graph, replace(request, strict=False, context=None, trace=None)))
+    except engine_errors():
+        return ""
+    named = ", ".join(f"{name or 'a node'} ({kind})" for name, kind in left[:NAMED])
+    more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+    return f"it leaves to the CPU {named}{more}" if left else ""
+
+
+def _session(library: Library, graph: Path, request: SessionRequest) -> Any:
     options = library.onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     for name, size in request.sizes.items():
@@ -75,15 +107,9 @@ def open_session(library: Library, graph: Path, request: SessionRequest) -> Any:
         options.add_session_config_entry("ep.context_file_path", str(request.context))
         options.add_session_config_entry("ep.context_embed_mode", "1")
     options.add_provider_for_devices(list(library.devices), provider)
-    try:
-        return library.onnxruntime.InferenceSession(
-            str(graph), options, enable_fallback=0, disabled_optimizers=list(LEFT_OUT)
-        )
-    except engine_errors() as error:
-        raise BuildError(
-            f"{graph}: onnxruntime-qnn refuses this graph for {request.chip}: {one_line(error)}; "
-            "compile it again for target qnn"
-        ) from error
+    return library.onnxruntime.InferenceSession(
+        str(graph), options, enable_fallback=0, disabled_optimizers=list(LEFT_OUT)
+    )
 
 
 def interface_of(library: Library, graph: Path) -> tuple[Inputs, tuple[str, ...]]:
