@@ -21,7 +21,7 @@ from standins.tiny_bundle import TIMESTEPS
 from torch import Tensor, nn
 
 from tfmq_export.bench.candidates import Candidate, candidates_of
-from tfmq_export.bench.float_model import Model, held_out_calls, spread
+from tfmq_export.bench.float_model import Model, held_out_calls
 from tfmq_export.bench.job import PREDICTION, Job, Ready, Turn
 from tfmq_export.bench.plot import save_bars
 from tfmq_export.bench.report import ACCURACY, COSTS, LATENCY, BenchReport, Row, Setting
@@ -34,7 +34,7 @@ from tfmq_export.errors import ConfigError
 from tfmq_export.models.factory import describe
 from tfmq_export.models.load import Source
 from tfmq_export.progress import Silent
-from tfmq_export.ptq.walk.calibration import CalibrationStep
+from tfmq_export.ptq.walk.calibration import CalibrationStep, evenly
 from tfmq_export.runtime.measure.benchmark import Timing
 from tfmq_export.runtime.measure.machine import adds_in_16_bits
 
@@ -110,8 +110,8 @@ def test_calls_are_of_another_trajectory_than_any_calibration(tiny_bundle: Calla
     assert sample.reshape(4, 3, 8, 8).tolist() == model.denoiser.noise(4, 2).tolist()
     assert timestep.tolist() == [[750, 750]] * 2
     assert not np.array_equal(sample[0], workshop.rows[0]["sample"])
-    assert spread(range(50), 3) == [0, 24, 49]
-    assert spread([1, 2], 3) == [1, 2]
+    assert list(evenly(range(50), 3)) == [0, 24, 49]
+    assert list(evenly([1, 2], 3)) == [1, 2]
 
 
 def test_accuracy_needs_the_model(tiny_bundle: Callable[..., Path]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,8 @@ from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.program import capture
 from tfmq_export.errors import RecipeError
 from tfmq_export.models.load import Source, load
-from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate
+from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate, evenly
 
-T = TypeVar("T")
 IMAGES = 4
 """Trajectories that peers are calibrated with, and as many to judge on."""
 CALIBRATION_ROWS = 32
@@ -59,11 +58,11 @@ class Model:
     def rows(self, batch: int) -> Rows:
         """Recorded calls to calibrate peers on, evenly over the schedule."""
         steps = self._recorded(CALIBRATION_SEED, batch)
-        return spread([call for step in steps for call in batches_of(step, batch)], CALIBRATION_ROWS)
+        return evenly([call for step in steps for call in batches_of(step, batch)], CALIBRATION_ROWS)
 
     def held_out(self, seed: int, batch: int) -> Sequence[dict[str, NDArray[Any]]]:
         """Recorded calls with their predictions, for some timesteps evenly over the schedule; as ``Job`` says."""
-        return [held_out_calls(step, batch) for step in spread(self._recorded(seed, batch), HELD_OUT_STEPS)]
+        return [held_out_calls(step, batch) for step in evenly(self._recorded(seed, batch), HELD_OUT_STEPS)]
 
     def fields(self) -> dict[str, Any]:
         """Of its source, as JSON takes them, valid from any working directory."""
@@ -80,9 +79,3 @@ def held_out_calls(step: CalibrationStep, batch: int) -> dict[str, NDArray[Any]]
     calls = batches_of(step, batch)
     arrays = {name: np.stack([call[name] for call in calls]) for name in step.inputs}
     return {**arrays, PREDICTION: step.prediction[: len(calls) * batch].numpy()}
-
-
-def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most so many, evenly over all, the first and the last among them."""
-    kept = np.unique(np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int))
-    return [items[index] for index in kept]

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from tfmq_export.capture.denoiser import Denoiser, SeededSampler, first_tensor
 from tfmq_export.capture.program import DiffusionProgram
-from tfmq_export.capture.rows import elements_for_one
 from tfmq_export.compiler.plan import calibration_images
 from tfmq_export.config import CompileConfig
 from tfmq_export.models.walk import DiffusersSampler
 from tfmq_export.progress import Progress
 from tfmq_export.proof.simulate import Simulation
-from tfmq_export.ptq.walk.block_runner import ROWS, VALUES
+from tfmq_export.ptq.walk.block_runner import rows_at_once
 from tfmq_export.ptq.walk.closed_loop import ClosedLoop, Drawing, Used, fit_in_closed_loop
 from tfmq_export.ptq.walk.row_sum import row_sum
 from tfmq_export.recipe.adapt import adapt
@@ -70,9 +69,9 @@ def correct(
     def quantized(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
         return simulation(denoiser.inputs(sample, timestep, conditioning))
 
-    run = denoiser.run_together(drawn.images, config.seed + OTHER_SEED)
+    run, rows = denoiser.run_together(drawn.images, config.seed + OTHER_SEED), rows_at_once(program.module.graph.nodes)
     with progress.stage(CORRECTING) as step:
-        found = fit_in_closed_loop(denoiser, quantized, Drawing(run, used, drawn.fitted, _rows(program)), step)
+        found = fit_in_closed_loop(denoiser, quantized, Drawing(run, used, drawn.fitted, rows), step)
     if not found.holds:
         return _noted(recipe, f"none: {_gained(found)}, and that is no gain to keep")
     correction = Correction(found.rows.numpy(), target.quantized_outputs)
@@ -124,12 +123,6 @@ def _alike(denoiser: Denoiser, program: DiffusionProgram) -> bool:
     prediction = first_tensor([node.meta["val"] for node in output.all_input_nodes])
     sample = denoiser.example_inputs[denoiser.sample]
     return sample.ndim > 3 and prediction.shape[1:] == sample.shape[1:]
-
-
-def _rows(program: DiffusionProgram) -> int:
-    """Of one call, so that a large model fits in memory."""
-    shaped = [node for node in program.module.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
-    return max(1, min(ROWS, VALUES // max(elements_for_one(node) for node in shaped)))
 
 
 def _gained(found: ClosedLoop) -> str:

@@ -31,7 +31,7 @@ from tfmq_export.models.recorded.pipeline import (
     require_requests,
     without_lists,
 )
-from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_info, image_of
+from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_info, image_of, is_close
 from tfmq_export.models.recorded.requests import Request, own_prompts
 from tfmq_export.models.recorded.roles import RecordedRun, plan_of
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
@@ -43,8 +43,6 @@ Draw = Callable[[int], Any]
 """The user's own sampler: ``draw(seed) -> image``, with the module inside."""
 TELLING = 3
 """Steps of a run that shows what changes from call to call."""
-CLOSE = 1e-3
-"""Of a prediction: what another batch size may change by rounding."""
 EXAMPLES = 8
 """Rows of conditioning to keep as examples."""
 MANY_STEPS = "DDPMScheduler"
@@ -326,8 +324,7 @@ def _rows_are_independent(module: nn.Module, inputs: Mapping[str, Tensor]) -> bo
         first_tensor(module(**{name: value[row : row + 1] if value.ndim else value for name, value in inputs.items()}))
         for row in range(2)
     ]
-    alone = torch.cat(rows)
-    return both.shape == alone.shape and torch.allclose(both, alone, rtol=CLOSE, atol=CLOSE * float(alone.abs().max()))
+    return is_close(both, torch.cat(rows))
 
 
 def _shapes(inputs: Mapping[str, Tensor]) -> list[torch.Size]:

@@ -32,7 +32,7 @@ from tfmq_export.models.recorded.lengths import Cut, NumbersRead, cut_of, cut_pr
 from tfmq_export.models.recorded.roles import RecordedRun
 
 CLOSE = 1e-3
-"""Of a prediction: what computing with padding may change by rounding."""
+"""Of a prediction: what another batch size, or computing without padding, may change by rounding."""
 DrawSeeds = Callable[[Sequence[int], bool], Tensor]
 """``draw(seeds, pictures) -> images``: with the model inside, one image for each seed, [N, ...]."""
 
@@ -103,9 +103,7 @@ class Recorder:
             given = tree_unflatten([mask if path == cut.mask else value for path, value in part.items()], spec)
             bound = inspect.BoundArguments(signature_of(self.module), given)
             found.append(first_tensor(forward_of(self.module)(*bound.args, **bound.kwargs)))
-        wanted = first_tensor(answer)
-        alike = torch.allclose(torch.cat(found), wanted, rtol=CLOSE, atol=CLOSE * float(wanted.abs().max()))
-        return cut if alike else None
+        return cut if is_close(torch.cat(found), first_tensor(answer)) else None
 
     def first_call(self, seeds: Sequence[int], plan: CallPlan) -> Mapping[LeafPath, Any]:
         """The arguments of the first call of a run, which ends there: what prompts cost, and no more.
@@ -132,6 +130,12 @@ class Recorder:
             raise LoadError(
                 f"{self.where}: drew an image without calling the model; return the module that draw() uses"
             )
+
+
+def is_close(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two predictions are the same but for rounding."""
+    limit = CLOSE * float(wanted.abs().max())
+    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=CLOSE, atol=limit)
 
 
 class _Enough(BaseException):

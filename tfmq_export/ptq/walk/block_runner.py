@@ -1,6 +1,6 @@
 """Running one block of the captured graph on rows of cached activations."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +46,7 @@ class BlockRunner:
     @property
     def rows_at_once(self) -> int:
         """Rows of one call on a CPU: more values than its caches hold are no faster, and fill the memory."""
-        shapes = [node for node in self._nodes if isinstance(node.meta.get("val"), Tensor)]
-        largest = max((elements_for_one(node) for node in shapes), default=1)
-        return max(1, min(ROWS, VALUES // largest))
+        return rows_at_once(self._nodes)
 
     def node(self, name: str) -> fx.Node:
         """One of the block's nodes."""
@@ -78,6 +76,12 @@ class BlockRunner:
             for spent in self._spent[node]:
                 env.pop(spent, None)
         return {node.name: _by_sample(env[node], count) for node in self._writes}
+
+
+def rows_at_once(nodes: Iterable[fx.Node]) -> int:
+    """Rows of one call of some nodes: as many as their largest tensor allows, at least one."""
+    shaped = [node for node in nodes if isinstance(node.meta.get("val"), Tensor)]
+    return max(1, min(ROWS, VALUES // max((elements_for_one(node) for node in shaped), default=1)))
 
 
 def _spent(nodes: Sequence[fx.Node], writes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -1,6 +1,6 @@
 """What is decided inside one block, idea by idea in the papers' order."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -206,7 +206,7 @@ class BlockStage:
         with torch.no_grad():
             for picks in self.given.chunks(self.runner):
                 steps = self.given.rows.steps[picks]
-                unquantized = self._true_inputs(input_products, picks) if self.method.asymmetric_feedback else {}
+                unquantized = self._true_inputs(input_products, picks)
                 rules = {draft.op.name: watching(draft, steps, unquantized) for draft in drafts}
                 self.runner(self.given.read(self.runner, picks), rules | product_rules(self.products))
         return tuple(
@@ -222,8 +222,10 @@ class BlockStage:
             for draft in drafts
         )
 
-    def _true_inputs(self, layers: Iterable[str], picks: Tensor) -> dict[str, Tensor]:
-        """What layers of the block read in the full-precision network."""
+    def _true_inputs(self, layers: Collection[str], picks: Tensor) -> dict[str, Tensor]:
+        """What layers of the block read in the full-precision network; nothing where nobody asks."""
+        if not self.method.asymmetric_feedback or not layers:
+            return {}
         read: dict[str, Tensor] = {}
 
         def noting(name: str) -> LayerRule:

@@ -6,7 +6,7 @@ batch for every step: T^2). With guidance the conditional and unconditional halv
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tfmq_export.capture.denoiser import Denoise, Denoiser, Run
 from tfmq_export.errors import CalibrationError
 from tfmq_export.progress import Step
 
+T = TypeVar("T")
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples fall evenly between 0 and 1
 
 
@@ -47,11 +48,11 @@ class CalibrationRows:
         return len(self.steps)
 
 
-def evenly(calls: Sequence[CalibrationStep], count: int) -> tuple[CalibrationStep, ...]:
-    """So many of the calls; the first and the last among them."""
-    if count >= len(calls):
-        return tuple(calls)
-    return tuple(calls[int(place)] for place in np.linspace(0, len(calls) - 1, count).round())
+def evenly(items: Sequence[T], most: int) -> tuple[T, ...]:
+    """So many of all, such as of the calls of a trajectory; the first and the last among them."""
+    if most >= len(items):
+        return tuple(items)
+    return tuple(items[int(place)] for place in np.linspace(0, len(items) - 1, most).round())
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.capture.rows import elements_for_one
 from tfmq_export.capture.speed import Speed
 from tfmq_export.ptq.error_feedback import PANEL, SAMPLES, SAMPLES_PER_WEIGHT, WIDEST
-from tfmq_export.ptq.walk.block_runner import ROWS, VALUES
+from tfmq_export.ptq.walk.block_runner import rows_at_once
 from tfmq_export.ptq.walk.calibrated_model import QuantPlan
 from tfmq_export.ptq.walk.input_watch import ROWS as WATCHED
 from tfmq_export.ptq.walk.input_watch import TOKENS
@@ -151,7 +151,7 @@ def _inside(block: Block, nodes: dict[str, fx.Node], plan: QuantPlan) -> int:
     if _learned_rows(plan):
         return 2 * FLOAT * plan.effort.rounding.batch * sum(sizes)
     largest = max(sizes, default=1)
-    return LIVE * FLOAT * largest * max(1, min(ROWS, VALUES // max(1, largest)))
+    return LIVE * FLOAT * largest * rows_at_once(nodes[name] for name in block.nodes)
 
 
 LIVE = 6  # values of the largest size that fake-quant of one layer holds at once
