@@ -220,10 +220,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
                     "leave it out, or use the PyTorch model"
                 )
             elif leaf is not None and path != ("return_dict",) and fingerprint_of(_plain(value)) != leaf.constant:
-                raise ConfigError(
-                    f"{self.loaded.bundle.root}: {written(path)} is another one than the graph was compiled with, "
-                    "which holds it as a constant; compile for this size and these settings, or use the PyTorch model"
-                )
+                raise ConfigError(f"{self.loaded.bundle.root}: {written(path)} {_other_constant(leaf)}")
         return found
 
     def _by_row(self, name: str, value: Any, rows: int) -> Tensor:
@@ -262,6 +259,18 @@ def _values(value: Any, path: LeafPath, whole: Collection[LeafPath]) -> Iterator
             yield from _values(inner, (*path, key), whole)
     else:
         yield path, value
+
+
+def _other_constant(leaf: LeafInfo) -> str:
+    if leaf.constant == fingerprint_of(None):
+        return (
+            "was not given when the graph was compiled, which has no place for it; if it masks the padding of prompts, "
+            "draw prompts of one length together or one image at a time, else use the PyTorch model"
+        )
+    return (
+        "is another one than the graph was compiled with, which holds it as a constant; compile for this size and "
+        "these settings, or use the PyTorch model"
+    )
 
 
 def _plain(value: Any) -> Any:
