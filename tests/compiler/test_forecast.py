@@ -4,21 +4,29 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
+from diffusers import DDIMScheduler
 from nets.handwritten import build_dit
+from nets.tiny_pipelines import stable_diffusion
+from onnx import numpy_helper
 
 from tfmq_export.compiler import forecast as forecasting
 from tfmq_export.compiler.chain import compile_model, foresee
+from tfmq_export.compiler.component_sizes import components_bytes
+from tfmq_export.compiler.decoder import find_decoder, write_decoder
 from tfmq_export.compiler.forecast import forecast, refuse_what_cannot_fit
 from tfmq_export.compiler.forms import Captured
 from tfmq_export.compiler.steps import capture
 from tfmq_export.config import CompileConfig, Thresholds
 from tfmq_export.errors import OutputError
+from tfmq_export.models.load import Source, load
 from tfmq_export.proof.plan import Cost
 
 CONFIG = CompileConfig(
     effort="fast", calibration_images=1, validation_images=1, thresholds=Thresholds(psnr=-100, sqnr=-100)
 )
+PARTS = ("vae", "text_encoder", "tokenizer")
 COST = Cost(row=0.1, rows=2, calls=10)
 
 
@@ -53,6 +61,23 @@ def test_a_dry_run_counts_what_it_went_through_itself(tmp_path: Path) -> None:
     assert expected.seconds == pytest.approx(sum(stage.seconds for stage in (*expected.done, *expected.stages)))
     assert expected.to_json()["stages"][: len(titles)] == [asdict(stage) for stage in expected.done]  # type: ignore[index]
     assert not expected.by_title.keys() & set(titles)  # what is still to come
+
+
+def test_the_other_components_of_a_pipeline_are_counted_as_they_will_be_written(tmp_path: Path) -> None:
+    source = stable_diffusion(tmp_path / "sd", DDIMScheduler())
+    denoiser = load(Source(source, steps=2))
+    vae = find_decoder(denoiser)
+    assert vae is not None
+    (tmp_path / "out").mkdir()
+    write_decoder(vae, tmp_path / "out")
+    graph = onnx.load(tmp_path / "out" / "vae_decoder" / "model.onnx").graph
+    written = sum(numpy_helper.to_array(value).nbytes for value in graph.initializer)
+    files = [path for path in source.rglob("*") if path.is_file() and path.relative_to(source).parts[0] in PARTS]
+
+    assert components_bytes(denoiser, "link", decoder=True) == pytest.approx(written, rel=0.02)
+    assert components_bytes(denoiser, "link", decoder=False) == components_bytes(denoiser, "none", decoder=True) == 0
+    assert components_bytes(denoiser, "copy", decoder=False) == sum(path.stat().st_size for path in files)
+    assert components_bytes(denoiser, "onnx", decoder=True) > components_bytes(denoiser, "link", decoder=True)
 
 
 def test_what_a_recipe_decides_is_not_forecast_again(model: Captured) -> None:

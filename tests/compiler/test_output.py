@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tfmq_export.compiler.output import evidence_kept, failed_of, sole_run
+from tfmq_export.compiler.output import evidence_kept, failed_of, require_writable, sole_run
 from tfmq_export.errors import AccuracyError, ConfigError, OutputError
 
 HOLDS = """
@@ -97,3 +97,13 @@ def test_other_errors_leave_no_evidence(tmp_path: Path) -> None:
         raise ConfigError("wrong")
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_told_without_writing(tmp_path: Path) -> None:
+    require_writable(tmp_path / "not" / "yet" / "there")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file: no folder; choose another -o"):
+        require_writable(tmp_path / "file" / "out")
+    with pytest.raises(OutputError, match=r"/proc/sys: cannot be written; choose another -o"):  # not even by root
+        require_writable(Path("/proc/sys/out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

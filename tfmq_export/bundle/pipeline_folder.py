@@ -77,13 +77,15 @@ def add_components(source: Path, root: Path, component: str, scheduler: str, *, 
     (root / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _take(folder: Path, target: Path, *, link: bool) -> None:
-    """Every file of a folder but pickled twins of safetensors."""
+def files_taken(folder: Path) -> list[Path]:
+    """Every file of a component's folder but pickled twins of safetensors."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     safe = any(path.suffix == ".safetensors" for path in files)
-    for path in files:
-        if safe and path.suffix in PICKLES:
-            continue
+    return [path for path in files if not (safe and path.suffix in PICKLES)]
+
+
+def _take(folder: Path, target: Path, *, link: bool) -> None:
+    for path in files_taken(folder):
         place = target / path.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         # Caches of downloaded models are links to blobs: the blob is what is linked.

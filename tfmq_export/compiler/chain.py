@@ -14,7 +14,7 @@ from tfmq_export.compiler.forecast import Expected, Forecast, forecast, refuse_w
 from tfmq_export.compiler.forms import Captured
 from tfmq_export.compiler.making import WRITING, Making, Stage, Stopwatch
 from tfmq_export.compiler.on_engine import require_engine_takes
-from tfmq_export.compiler.output import evidence_kept, sole_run
+from tfmq_export.compiler.output import evidence_kept, require_writable, sole_run
 from tfmq_export.compiler.settings import check_settings, recipe_as_asked
 from tfmq_export.compiler.steps import Model, capture, load_model, lower, prove, quantize, reuse, write
 from tfmq_export.config import CompileConfig, find_preset
@@ -147,13 +147,14 @@ def foresee(
     """What ``compile_model`` with these arguments would take: the model is loaded and captured, and nothing written.
 
     Raises:
-        OutputError: it would fill the disk.
+        OutputError: it would fill the disk, or cannot be written.
         LoadError, ConfigError, DependencyError, TargetError, ExportError, RecipeError: as ``compile_model``.
     """
     config, root, stages = config or CompileConfig(), Path(output), Stopwatch(progress or Silent())
     if config.auto:
         raise ConfigError("--auto compiles until its goal is met, so nobody knows how often; leave out --dry-run")
     _refuse_early(config, root)
+    require_writable(root)
     given = None if recipe is None else recipe_as_asked(recipe, config)
     denoiser = load_model(model, config.components, stages, decoder=config.decoder)
     require_measurable(denoiser, config.thresholds)

@@ -13,6 +13,7 @@ from tfmq_export.capture.speed import Speed, measured_speed
 from tfmq_export.compiler.correct import CORRECTING, Trajectories, will_correct
 from tfmq_export.compiler.forms import Captured
 from tfmq_export.compiler.making import QUANTIZING, RECORDING, REWRITING, WEIGHING, WRITING
+from tfmq_export.compiler.output import nearest_folder
 from tfmq_export.compiler.plan import calibration_images, machine_memory, plan_for
 from tfmq_export.compiler.sizes import Sizes, sizes_of
 from tfmq_export.config import CompileConfig
@@ -156,8 +157,7 @@ def refuse_what_cannot_fit(expected: Forecast, root: Path) -> None:
     Raises:
         OutputError: the bundle, or activations beyond ``max_memory``, are larger than what is free.
     """
-    folder = next(parent for parent in root.absolute().parents if parent.exists())
-    places = [(folder, expected.sizes.output, "the bundle", "choose another -o")]
+    places = [(nearest_folder(root), expected.sizes.output, "the bundle", "choose another -o")]
     places.append(
         (
             Path(tempfile.gettempdir()),

@@ -19,6 +19,22 @@ def failed_of(root: Path) -> Path:
     return root.with_name(f"{root.name}.failed")
 
 
+def nearest_folder(root: Path) -> Path:
+    """The folder above an output that is there already."""
+    return next(parent for parent in root.absolute().parents if parent.exists())
+
+
+def require_writable(root: Path) -> None:
+    """Refuse an output that a run could not write, without writing.
+
+    Raises:
+        OutputError: its place is no folder, or cannot be written.
+    """
+    folder = nearest_folder(root)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: {'cannot be written' if folder.is_dir() else 'no folder'}; choose another -o")
+
+
 @contextmanager
 def sole_run(root: Path) -> Iterator[None]:
     """Keep other runs away from an output, and clear what killed ones left beside it.

@@ -10,6 +10,7 @@ from tfmq_export.capture.blocks import Block, constant_nodes
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.capture.rows import elements_for_one
+from tfmq_export.compiler.component_sizes import components_bytes
 from tfmq_export.config import CompileConfig
 from tfmq_export.ptq.walk.calibrated_model import QuantPlan
 
@@ -28,6 +29,7 @@ class Sizes:
     Attributes:
         model: Of the graph's files, tables included.
         recipe: Of what a later run can start from.
+        components: Of a pipeline's other components, where they are copied or written as ONNX.
         call: Of the inputs and the prediction of one row, as calibration records them.
         weights: Numbers in the layers that are quantized, or all where none is.
         layers: To be quantized.
@@ -35,6 +37,7 @@ class Sizes:
 
     model: int
     recipe: int
+    components: int
     call: int
     weights: int
     layers: int
@@ -42,7 +45,7 @@ class Sizes:
     @property
     def output(self) -> int:
         """All files of the bundle together."""
-        return self.model + self.recipe + BESIDES
+        return self.model + self.recipe + self.components + BESIDES
 
 
 def sizes_of(
@@ -76,6 +79,7 @@ def sizes_of(
     return Sizes(
         model=codes + grids + other * FLOAT + rows * ROW_BYTES[config.tables] + text,
         recipe=(codes if plan.weight_bits else 0) + grids + rows * FLOAT,
+        components=components_bytes(denoiser, config.components, decoder=config.decoder),
         call=inputs + sample.numel() * FLOAT,
         weights=sum(weights.values()) or other,
         layers=len(layers) if plan.weight_bits else 0,
