@@ -13,6 +13,7 @@ from tfmq_export.passes.finish.name_outputs import NameOutputs
 from tfmq_export.passes.lower.affine import SpellAffine
 from tfmq_export.passes.lower.attention import LowerAttention
 from tfmq_export.passes.lower.average_group_norm import AverageGroupNorm
+from tfmq_export.passes.lower.einsum import EinsumAsTranspose
 from tfmq_export.passes.lower.group_norm import LowerGroupNorm
 from tfmq_export.passes.lower.linear_as_gemm import LinearAsGemm
 from tfmq_export.passes.lower.merge_positions_late import MergePositionsLate
@@ -63,6 +64,7 @@ def passes_for(  # what a graph depends on, by keyword
         choose_form(layer, target, pts_lowering)  # refuses a layer that can take none before anything runs
     return [
         FoldConstants(),
+        EinsumAsTranspose(),
         SplitSkips(recipe.splits),
         BindRecipe(recipe),
         TabulateTib(recipe.tib, timestep, sample),

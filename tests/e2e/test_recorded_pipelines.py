@@ -27,16 +27,12 @@ STEPS = 3
 PROMPTS = ("a red fox asleep in fresh snow", "two men on a beach")
 BY_NAME = {family.name: family for family in FAMILIES}
 QUICK = ("sd15",)
-SLOW = (
-    "sdxl",
-    "sd3",
+SLOW = ("sdxl", "sd3", "sd-controlnet", "flux-dev", "ddpm")
+SELDOM = (
     "sd-inpainting",
     "sd-img2img",
     "instruct-pix2pix",
-    "sd-controlnet",
-    "flux-dev",
     "dit",
-    "ddpm",
     "ddpm-flat",
     "ddpm-learned-variance",
     "animatediff",
@@ -45,6 +41,11 @@ SLOW = (
     "qwen-image",
     "z-image-base",
 )
+MARKED = [
+    *QUICK,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+    *(pytest.param(name, marks=pytest.mark.families) for name in SELDOM),
+]
 UNGUIDED = ("flux-dev", "ddpm", "ddpm-flat", "ddpm-learned-variance", "svd")
 """Distilled, without a prompt; or whose halves differ in the sample as well."""
 ONE_AT_A_TIME = ("qwen-image",)
@@ -64,7 +65,7 @@ def written(name: str, folder: Path) -> tuple[Path, Path | None]:
     return root, prompts
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", MARKED)
 def test_a_stock_pipeline_draws_the_same_with_the_compiled_denoiser(name: str, tmp_path: Path) -> None:
     root, prompts = written(name, tmp_path)
     config = CompileConfig(preset="fp32", validation_images=2, thresholds=Thresholds(psnr=35, sqnr=35))

@@ -21,7 +21,7 @@ def map_net(channels: int = 8, height: int = 4, width: int = 3) -> Net:
         node("Transpose", "linear.weight", "linear.transposed", perm=[1, 0]),
         node("MatMul", "tokens linear.transposed", "linear.product"),
         node("Add", "linear.product linear.bias", "linear"),
-        node("Transpose", "linear", "turned", perm=[0, 2, 1]),
+        node("Einsum", "linear", "turned", equation="nlc->ncl"),
         node("Reshape", "turned apart", "restored"),
         node("Add", "restored map", "residual"),
     ]

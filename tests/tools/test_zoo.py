@@ -23,10 +23,10 @@ def test_a_few_modules_are_what_pytorch_makes_of_them() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["ort-cpu", "openvino"])
 def test_many_modules_are_what_pytorch_makes_of_them(target: str) -> None:
-    count = zoo.held(range(100, 130), target)
+    count = zoo.held(range(100, 115), target)
 
     assert not count.failed
-    assert count.right > 25
+    assert count.right > 12
 
 
 @pytest.mark.slow
