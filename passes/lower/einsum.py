@@ -36,7 +36,7 @@ def _sites(graph: gs.Graph) -> list[tuple[gs.Node, list[int]]]:
     found = []
     for node in graph.nodes:
         if node.op == "Einsum" and len(node.inputs) == 1:
-            permutation = _permutation(node.attrs["equation"])
+            permutation = _permutation(str(node.attrs["equation"]))
             if permutation is not None:
                 found.append((node, permutation))
     return found

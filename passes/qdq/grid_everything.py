@@ -8,8 +8,9 @@ already, so what they write is read through a second grid, which changes the typ
 than half a 16-bit step. The intervals come from outside: measured on the model's own trajectory.
 
 Some operations leave no choice. What only moves numbers keeps the grid of its input; a sigmoid, a softmax and a tanh
-have the grid of their whole range; a norm takes a scale of 8 bits and a bias of 32; a convolution of each channel with
-one number, as ``SpellAffine`` makes it, has that number for its scale.
+have the grid of their whole range; a norm takes a scale of 8 bits and a bias of 32; a linear layer that stays off the
+recipe, such as a modulation, takes weights of 8 bits; a convolution of each channel with one number, as ``SpellAffine``
+makes it, has that number for its scale.
 """
 
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ MOVES = frozenset(
 WHOLE_RANGE = {"Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 PLAIN_CONSTANTS = frozenset({"Resize", "Pad", "Clip", "Equal"})
 """Operations whose constants are parameters: sizes, limits, what is compared with."""
-AFFINE_CODE = 127
+LARGEST_CODE = 127  # of a weight
 NORMS = frozenset({"InstanceNormalization", "LayerNormalization"})
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
@@ -137,8 +138,8 @@ class _Work:
 
     def read_grids(self, node: gs.Node) -> None:
         """Let a node read 16-bit grids; a layer reads its own already."""
-        if node.op == "Conv" and isinstance(node.inputs[1], gs.Constant):
-            self._read_affine(node)
+        if node.op in ("Conv", "Gemm") and isinstance(node.inputs[1], gs.Constant):
+            self._read_multiplier(node)
             return
         for position, value in enumerate(node.inputs):
             if isinstance(value, gs.Constant):
@@ -153,25 +154,33 @@ class _Work:
                 else:
                     node.inputs[position] = self._twin(value)
 
-    def _read_affine(self, node: gs.Node) -> None:
-        """A convolution with one number for each channel: its code is 127, its scale the number's."""
+    def _read_multiplier(self, node: gs.Node) -> None:
+        """A product with stored numbers that is no layer: 8 bits for each channel of its result, the bias in 32.
+
+        A convolution with one number for each channel rounds nothing: its code is 127, its scale the number's.
+        """
         x, weight = node.inputs[:2]
-        gain = np.asarray(constant_values(weight), np.float64)
-        channels = len(gain)
-        if gain.size != channels:
+        values = np.asarray(constant_values(weight), np.float64)
+        axis = 0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1
+        channels = values.shape[axis]
+        if node.op == "Conv" and values.size != channels:
             raise PreconditionError(f"{node.name}: computes in floating point, and nothing does here; quantize it")
+        if any(node.attrs.get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
+            raise PreconditionError(f"{node.name}: a Gemm with factors has no lowering here")
         if x.inputs and x.inputs[0].op == "DequantizeLinear" and _is_wide(x):
             self.grids.setdefault(x.name, _grid_of(x.inputs[0]))
         else:
             x = self._twin(x)
-        step = np.abs(gain.reshape(-1)) / AFFINE_CODE
+        step = np.abs(np.moveaxis(values, axis, 0).reshape(channels, -1)).max(1) / LARGEST_CODE
         scale = np.where(step > 0, step, 1.0).astype(np.float32)
-        codes = (np.sign(gain) * AFFINE_CODE).astype(np.int8)
+        steps = scale.astype(np.float64).reshape([-1 if place == axis else 1 for place in range(values.ndim)])
+        codes = np.round(values / steps).clip(-LARGEST_CODE, LARGEST_CODE).astype(np.int8)
         node.inputs[0] = x
-        node.inputs[1] = self._dequantized(weight.name, codes, scale, np.zeros(channels, np.int8), axis=0)
+        node.inputs[1] = self._dequantized(weight.name, codes, scale, np.zeros(channels, np.int8), axis=axis)
         if len(node.inputs) > 2:
             sums = (self.grids[x.name].scale * scale).astype(np.float32)
-            start = np.round(np.asarray(constant_values(node.inputs[2]), np.float64) / sums.astype(np.float64))
+            bias = np.asarray(constant_values(node.inputs[2]), np.float64).reshape(-1)
+            start = np.round(bias / sums.astype(np.float64))
             limits = np.iinfo(np.int32)
             stored = start.clip(limits.min, limits.max).astype(np.int32)
             no_offset = np.zeros(channels, np.int32)

@@ -2,14 +2,17 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import shapes
+import torch
 from standins.commands import run
 
 from tfmq_export.bundle.manifest import open_bundle
 from tfmq_export.compiler.chain import Compiled, compile_model
 from tfmq_export.compiler.settings import check_settings
+from tfmq_export.compiler.steps import capture
 from tfmq_export.config import CompileConfig, LayerPins, Method, Thresholds
 from tfmq_export.errors import TargetError
 from tfmq_export.runtime import load
@@ -50,6 +53,18 @@ def test_the_whole_network_is_on_the_npu_in_integers(compiled: Compiled) -> None
         assert realized == asked > 0
     wide = compiled.bundle.manifest.preset == "w4a16"
     assert compiled.validation.report[Metric.LOCK_STEP].lowest > (55 if wide else 30)
+
+
+@needs_qnn
+def test_a_transformer_that_puts_its_patches_back_by_einsum_is_on_the_npu(tmp_path: Path) -> None:
+    model = shapes.build("dit", "tiny", steps=2)
+    einsum = [x for x in capture(model).program.module.graph.nodes if x.target is torch.ops.aten.einsum.default]
+
+    done = compile_model(model, tmp_path / "dit", config_of("w8a8"))
+
+    assert len(einsum) == 1
+    assert (done.validation.receipt.lost, done.validation.receipt.strays) == ((), ())
+    assert done.validation.report[Metric.LOCK_STEP].lowest > 35
 
 
 @needs_qnn

@@ -103,6 +103,28 @@ def test_an_affine_of_each_channel_is_exact_in_eight_bits() -> None:
     np.testing.assert_array_equal(sums, (read * scale).astype(np.float32))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_linear_layer_off_the_recipe_has_weights_of_eight_bits_for_each_channel(turned: bool) -> None:
+    weight, bias = normal(1, 5, 36) * np.float32([[1], [10], [0.1], [0], [1]]), normal(2, 5)
+    constants = {"weight": weight if turned else weight.T.copy(), "bias": bias}
+    nodes = [node("Flatten", "x", "rows"), node("Gemm", "rows weight bias", "y", transB=int(turned))]
+    model = net(nodes, constants, ("n", 5))
+
+    graph = gridded(model)
+
+    (gemm,) = [each for each in graph.nodes if each.op == "Gemm"]
+    codes, scale, zero_point = (value.values for value in gemm.inputs[1].inputs[0].inputs)
+    stored, sums, _ = (value.values for value in gemm.inputs[2].inputs[0].inputs)
+    assert (codes.dtype, zero_point.dtype, stored.dtype) == (np.int8, np.int8, np.int32)
+    kept = codes * scale[:, None] if turned else codes * scale
+    np.testing.assert_allclose(kept, constants["weight"], atol=0.51 * scale.max())
+    read = gemm.inputs[0].inputs[0].inputs[1].values
+    np.testing.assert_array_equal(sums, (read * scale).astype(np.float32))
+    (wanted,), (found,) = infer(model, {"x": X}), infer(graph, {"x": X})
+    half_steps = 0.51 * scale * np.abs(X).reshape(len(X), -1).sum(1, keepdims=True)  # of each weight; then 16 bits
+    assert (np.abs(found - wanted) <= half_steps + 1e-3 * np.abs(wanted).max()).all()
+
+
 def test_results_of_eight_bits_are_read_without_a_rounding() -> None:
     narrow = {"s": np.float32(0.05), "z": np.uint8(100)}
     nodes = [
@@ -132,13 +154,18 @@ def test_zero_and_both_ends_are_numbers_of_a_grid() -> None:
     ("nodes", "constants", "reason"),
     [
         ([node("Conv", "x w", "y", kernel_shape=[3, 3])], {"w": normal(1, 4, 4, 3, 3)}, "quantize it"),
+        (
+            [node("Flatten", "x", "rows"), node("Gemm", "rows w", "y", alpha=0.5)],
+            {"w": normal(1, 36, 5)},
+            "a Gemm with factors",
+        ),
         ([node("MatMul", "x w", "y")], {"w": normal(1, 3, 3)}, "needs 8 bits"),
         ([node("Add", "x w", "y")], {"w": np.float32([-3e38])}, "no grid of 16 bits resolves"),
     ],
 )
 def test_what_has_no_lowering_is_refused(nodes: list, constants: dict, reason: str) -> None:
     with pytest.raises(PreconditionError, match=reason):
-        gridded(net(nodes, constants, ("n", 4, "h", "w")))
+        gridded(net(nodes, constants, ("n", "m") if nodes[-1].op_type == "Gemm" else ("n", 4, "h", "w")))
 
 
 def test_what_moves_numbers_to_a_grid_has_it_on_both_sides() -> None:
