@@ -128,6 +128,7 @@ class _Work:
         grids: Of each value that a 16-bit grid was laid over, by the name of its dequantized twin.
         twins: That twin of a value on another grid, or none.
         gridded: Names of the values.
+        multipliers: Names of the products with stored numbers that are no layers.
     """
 
     graph: gs.Graph
@@ -135,6 +136,7 @@ class _Work:
     grids: dict[str, WideGrid] = field(default_factory=dict)
     twins: dict[str, gs.Tensor] = field(default_factory=dict)
     gridded: list[str] = field(default_factory=list)
+    multipliers: set[str] = field(default_factory=set)
 
     def read_grids(self, node: gs.Node) -> None:
         """Let a node read 16-bit grids; a layer reads its own already."""
@@ -159,6 +161,7 @@ class _Work:
 
         A convolution with one number for each channel rounds nothing: its code is 127, its scale the number's.
         """
+        self.multipliers.add(node.name)
         x, weight = node.inputs[:2]
         values = np.asarray(constant_values(weight), np.float64)
         axis = 0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1
@@ -199,7 +202,9 @@ class _Work:
                 # What moves numbers has one grid on both sides: the reader's, here.
                 moved = variable(f"{value.name}.before", np.float32, node.inputs[0].shape)
                 node.inputs[0] = self._quantize(node.inputs[0], moved, wanted, moved.name)
-            if own and not given_out and (_is_layer(node) or (wanted is not None and node.op not in WHOLE_RANGE)):
+            # What reads 16 bits writes 16; a layer that is next may want 8 of them.
+            layer = _is_layer(node) and node.name not in self.multipliers
+            if own and not given_out and (layer or (wanted is not None and node.op not in WHOLE_RANGE)):
                 continue
             self._lay_over(node, value)
 

@@ -103,6 +103,22 @@ def test_an_affine_of_each_channel_is_exact_in_eight_bits() -> None:
     np.testing.assert_array_equal(sums, (read * scale).astype(np.float32))
 
 
+def test_an_affine_in_front_of_a_layer_of_eight_bits_writes_sixteen() -> None:
+    constants = {"gain": normal(1, 4, 1, 1, 1), "start": normal(2, 4), "s": np.float32(0.05), "z": np.uint8(100)}
+    nodes = [
+        node("Conv", "x gain start", "affine", group=4, kernel_shape=[1, 1]),
+        node("QuantizeLinear", "affine s z", "q"),
+        node("DequantizeLinear", "q s z", "y"),
+    ]
+    graph = gridded(net(nodes, constants))
+
+    (conv,) = [each for each in graph.nodes if each.op == "Conv"]
+    (first,) = conv.outputs[0].outputs
+    assert (first.op, first.inputs[2].values.dtype) == ("QuantizeLinear", np.uint16)
+    (second,) = first.outputs[0].outputs[0].outputs[0].outputs
+    assert (second.op, second.inputs[2].values.dtype) == ("QuantizeLinear", np.uint8)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_linear_layer_off_the_recipe_has_weights_of_eight_bits_for_each_channel(turned: bool) -> None:
     weight, bias = normal(1, 5, 36) * np.float32([[1], [10], [0.1], [0], [1]]), normal(2, 5)
