@@ -107,8 +107,9 @@ class GridEverything(Pass):
         work = _Work(graph, self.intervals)
         for node in list(graph.nodes):
             if node.op not in _QUANTIZERS:
+                layer = _is_layer(node)  # as the recipe made it: a product off the recipe looks like one once it read
                 work.read_grids(node)
-                work.write_grids(node)
+                work.write_grids(node, layer=layer)
         return Changes(tuple(work.gridded))
 
     def ensures(self, graph: gs.Graph) -> None:
@@ -128,7 +129,6 @@ class _Work:
         grids: Of each value that a 16-bit grid was laid over, by the name of its dequantized twin.
         twins: That twin of a value on another grid, or none.
         gridded: Names of the values.
-        multipliers: Names of the products with stored numbers that are no layers.
     """
 
     graph: gs.Graph
@@ -136,7 +136,6 @@ class _Work:
     grids: dict[str, WideGrid] = field(default_factory=dict)
     twins: dict[str, gs.Tensor] = field(default_factory=dict)
     gridded: list[str] = field(default_factory=list)
-    multipliers: set[str] = field(default_factory=set)
 
     def read_grids(self, node: gs.Node) -> None:
         """Let a node read 16-bit grids; a layer reads its own already."""
@@ -161,7 +160,6 @@ class _Work:
 
         A convolution with one number for each channel rounds nothing: its code is 127, its scale the number's.
         """
-        self.multipliers.add(node.name)
         x, weight = node.inputs[:2]
         values = np.asarray(constant_values(weight), np.float64)
         axis = 0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1
@@ -189,8 +187,12 @@ class _Work:
             no_offset = np.zeros(channels, np.int32)
             node.inputs[2] = self._dequantized(node.inputs[2].name, stored, sums, no_offset, axis=0)
 
-    def write_grids(self, node: gs.Node) -> None:
-        """Quantize what a node computes, where its readers do not."""
+    def write_grids(self, node: gs.Node, *, layer: bool) -> None:
+        """Quantize what a node computes, where its readers do not.
+
+        Args:
+            layer: Whether it writes the recipe's grid; what else reads 16 bits writes 16, whoever comes next.
+        """
         for value in list(node.outputs):
             if value.name not in self.intervals:
                 continue
@@ -202,8 +204,6 @@ class _Work:
                 # What moves numbers has one grid on both sides: the reader's, here.
                 moved = variable(f"{value.name}.before", np.float32, node.inputs[0].shape)
                 node.inputs[0] = self._quantize(node.inputs[0], moved, wanted, moved.name)
-            # What reads 16 bits writes 16; a layer that is next may want 8 of them.
-            layer = _is_layer(node) and node.name not in self.multipliers
             if own and not given_out and (layer or (wanted is not None and node.op not in WHOLE_RANGE)):
                 continue
             self._lay_over(node, value)

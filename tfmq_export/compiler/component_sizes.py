@@ -1,7 +1,6 @@
 """How much disk a pipeline's other components take in its bundle."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import safe_open
@@ -40,11 +39,11 @@ def components_bytes(denoiser: Denoiser, components: Components, *, decoder: boo
     return total if vae is None else total + _as_floats(vae, DECODER)
 
 
-def _as_floats(folder: Path, beginnings: Iterable[str] = ("",)) -> int:
+def _as_floats(folder: Path, beginnings: tuple[str, ...] = ("",)) -> int:
     """Bytes of a component's tensors in float32; those in several files, as with variants, count once."""
     numbers: dict[str, int] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "np") as file:
             for name in file.keys():  # noqa: SIM118  # not a mapping
                 numbers[name] = math.prod(file.get_slice(name).get_shape())
-    return FLOAT * sum(count for name, count in numbers.items() if name.startswith(tuple(beginnings)))
+    return FLOAT * sum(count for name, count in numbers.items() if name.startswith(beginnings))
