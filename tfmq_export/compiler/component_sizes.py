@@ -3,13 +3,12 @@
 import math
 from pathlib import Path
 
-from safetensors import safe_open
-
 from tfmq_export.bundle.pipeline_folder import files_taken, find_components, is_pipeline
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.compiler.decoder import find_decoder
 from tfmq_export.compiler.onnx_components import EXPORTED
 from tfmq_export.config import Components
+from tfmq_export.models.layouts.tensor_file import StoredTensors
 
 FLOAT = 4  # bytes: graphs are written in float32, whatever the checkpoint has
 DECODER = ("decoder.", "post_quant_conv.")
@@ -23,7 +22,7 @@ def components_bytes(denoiser: Denoiser, components: Components, *, decoder: boo
         components: What happens to the other components of a pipeline folder.
         decoder: Whether the decoder of its VAE is written as ONNX.
     Raises:
-        LoadError: a component is missing.
+        LoadError: a component is missing, or its weights cannot be read.
     """
     source = denoiser.pipeline
     if source is None or components == "none" or not is_pipeline(source):
@@ -41,9 +40,6 @@ def components_bytes(denoiser: Denoiser, components: Components, *, decoder: boo
 
 def _as_floats(folder: Path, beginnings: tuple[str, ...] = ("",)) -> int:
     """Bytes of a component's tensors in float32; those in several files, as with variants, count once."""
-    numbers: dict[str, int] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118  # not a mapping
-                numbers[name] = math.prod(file.get_slice(name).get_shape())
-    return FLOAT * sum(count for name, count in numbers.items() if name.startswith(beginnings))
+    files = tuple(sorted(folder.glob("*.safetensors")))
+    shapes = StoredTensors(folder, files).shapes if files else {}
+    return FLOAT * sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(beginnings))
