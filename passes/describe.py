@@ -1,6 +1,6 @@
 """What viewers such as Netron show of a graph: which layer of the model a node is, and where the file comes from.
 
-Names stay those of the captured graph, because recipes and receipts find layers by them.
+Names say it as well (``capture/readable_names.py``), with ``_`` for every dot; here is the path as the model has it.
 """
 
 from collections.abc import Mapping

@@ -306,7 +306,7 @@ def too_large_pairs(folder: Path) -> None:
         (no_document, r"recipe\.json: no such file; --recipe takes a bundle or its tfmq/ folder"),
         pytest.param(no_arrays, r"recipe\.safetensors: no such file"),
         (lambda folder: (folder / "recipe.json").write_text("[]"), "not a readable recipe"),
-        (edit(lambda d: d.update(schema=1)), "recipe schema 1, this version reads 3"),
+        (edit(lambda d: d.update(schema=1)), "recipe schema 1, this version reads 4; quantize"),
         (edit(lambda d: d.pop("layers")), "not a readable recipe"),
         (edit(lambda d: d["layers"][0].update(name="conv2d_77")), "not a readable recipe"),
         (edit(lambda d: d["layers"][0].update(kind="conv3d")), "unknown kind of layer"),

@@ -33,6 +33,7 @@ from tfmq_export.capture.device import device_of
 from tfmq_export.capture.fixed_batch import where_fixed
 from tfmq_export.capture.half_numbers import refuse_half_numbers
 from tfmq_export.capture.macs import count_macs
+from tfmq_export.capture.readable_names import readable_names, rename_values, with_names
 from tfmq_export.capture.refusal import refusal
 from tfmq_export.capture.rewrites.batch_of_sample import take_batch_from_sample
 from tfmq_export.capture.rewrites.circular_padding import spell_circular_padding
@@ -43,6 +44,7 @@ from tfmq_export.capture.small_numbers import hidden_numbers
 from tfmq_export.capture.traced import FixedBatchError, fixed_batch, traced, traced_row_by_row
 from tfmq_export.capture.untouched import left_as_it_was
 from tfmq_export.errors import ExportError, first_line
+from tfmq_export.recipe.names import scores_name
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -117,7 +119,9 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     fingerprint = _fingerprint(module, exported)
     _free_of_strides(module)
     logger.info("captured %d nodes, %d operations to quantize", len(module.graph.nodes), len(operations))
-    return DiffusionProgram(program, module, operations, left_float, features, macs, roles, fingerprint, attention)
+    return _named_after_modules(
+        DiffusionProgram(program, module, operations, left_float, features, macs, roles, fingerprint, attention)
+    )
 
 
 def program_on(program: DiffusionProgram, device: torch.device) -> DiffusionProgram:
@@ -339,6 +343,36 @@ def _free_of_strides(module: fx.GraphModule) -> None:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
     module.recompile()
+
+
+def _named_after_modules(program: DiffusionProgram) -> DiffusionProgram:
+    """Behind the fingerprint as well: what was hashed under the capture's own names stays the same model."""
+    graph, module = program.onnx.model.graph, program.module
+    taken = {str(value.name) for node in graph for value in node.outputs} | {*graph.initializers}
+    layers = {op.name for op in (*program.operations, *(op for op, _ in program.left_float))}
+    wanted = readable_names(module.graph, layers, taken)
+    # What the exporter folded is named already, as a weight.
+    renamed, names = with_names(
+        module.graph, {old: new for old, new in wanted.items() if old not in graph.initializers}
+    )
+    rename_values(graph, names)
+
+    def named(op: Operation) -> Operation:
+        bias = None if op.bias is None else names[op.bias]
+        return replace(op, name=names[op.name], input=names[op.input], weight=names[op.weight], bias=bias)
+
+    def named_product(product: AttentionProduct) -> AttentionProduct:
+        source = names[product.source]
+        return replace(product, source=source, name=source if product.name == product.source else scores_name(source))
+
+    return replace(
+        program,
+        module=fx.GraphModule(module, renamed),
+        operations=tuple(named(op) for op in program.operations),
+        left_float=tuple((named(op), reason) for op, reason in program.left_float),
+        features=tuple(replace(item, name=names[item.name]) for item in program.features),
+        attention=tuple(named_product(product) for product in program.attention),
+    )
 
 
 @contextmanager

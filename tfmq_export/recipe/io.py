@@ -27,7 +27,7 @@ from tfmq_export.recipe.recipe import (
 from tfmq_export.recipe.stored_layer import StoredLayer
 from tfmq_export.recipe.timesteps import TimestepSet
 
-SCHEMA = 3
+SCHEMA = 4
 STORED = ("name", "path", "kind", "macs", "reason", "chosen")
 Arrays = dict[str, NDArray[Any]]
 CORRECTION = "prediction:correction"  # no value of a graph has a colon in its name
@@ -72,7 +72,9 @@ def load_recipe(path: Path) -> QuantRecipe:
         document = read_json(folder / "recipe.json")
         arrays = load_file(folder / "recipe.safetensors")
         if document["schema"] != SCHEMA:
-            raise RecipeError(f"{folder}: recipe schema {document['schema']}, this version reads {SCHEMA}")
+            raise RecipeError(
+                f"recipe schema {document['schema']}, this version reads {SCHEMA}; quantize the model again"
+            )
         timesteps = TimestepSet(tuple(document["timesteps"]["values"]), document["timesteps"]["real"])
         return QuantRecipe(
             fingerprint=build(str, document["fingerprint"], "fingerprint"),

@@ -343,7 +343,7 @@ def test_a_quantized_temporal_block_is_resumed_too(tmp_path: Path, tib: str, tia
 def test_grids_of_a_recipe_are_positive_and_codes_are_integers() -> None:
     recipe = quantize(subject_of("edm"), PLAN, silent)
 
-    assert {split.name for split in recipe.splits} == {"conv1d_2"}
+    assert {split.name for split in recipe.splits} == {"leave"}
     assert [layer.name for layer in recipe.layers] == [op.name for op in subject_of("edm").program.operations]
     for layer in recipe.layers:
         assert isinstance(layer.input, QParams)
