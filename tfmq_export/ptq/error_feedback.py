@@ -76,6 +76,15 @@ class InputProducts:
                     drift.baddbmm_(off.mT, part)
             self._count += len(rows)
 
+    def scale(self, factor: Tensor) -> None:
+        """Take the inputs for multiplied by a factor per channel, [in], in place."""
+        kernel = 1 if self._window is None else math.prod(self._window.kernel)
+        places = factor.reshape(self._groups, -1).repeat_interleave(kernel, 1)
+        parts = torch.split(places, self._width, -1)
+        for sums in (self._sums, self._drifts):
+            for total, part in zip(sums, parts, strict=False):  # no drifts where nobody asked for them
+                total.mul_(part[:, :, None]).mul_(part[:, None])
+
     def pieces(self, noise: Tensor) -> list[Tensor]:
         """``H`` of the inputs on their grid, [groups, n, n] for each piece.
 

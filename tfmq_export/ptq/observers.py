@@ -38,6 +38,43 @@ class Observation:
             raise CalibrationError("the model produced NaN or infinity on its own trajectory; check the checkpoint")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelObservation:
+    """What one tensor showed, channel by channel.
+
+    Attributes:
+        low: Smallest value of each channel, [C].
+        high: Largest, [C].
+        values: A sample of the values, [N].
+        channels: Where they were seen, int64 [N].
+    """
+
+    low: Tensor
+    high: Tensor
+    values: Tensor
+    channels: Tensor
+
+    def scaled(self, factor: Tensor | None) -> Observation:
+        """Of the tensor whose channels are multiplied by a positive factor, [C]; None is 1."""
+        if factor is None:
+            return Observation(float(self.low.min()), float(self.high.max()), self.values)
+        own = factor.to(self.low)
+        return Observation(
+            float((self.low * own).min()), float((self.high * own).max()), self.values * own[self.channels]
+        )
+
+
+def observe_channels(x: Tensor, axis: int, keep: int, generator: torch.Generator) -> ChannelObservation:
+    """Look at one tensor, whose channels lie on ``axis``, and remember ``keep`` of its values."""
+    axis %= x.ndim
+    others = tuple(other for other in range(x.ndim) if other != axis)
+    picks = torch.randint(x.numel(), (keep,), generator=generator)
+    channels = torch.unravel_index(picks, x.shape)[axis]
+    values = x.reshape(-1)[picks.to(x.device)]
+    low, high, values = (part.float().cpu() for part in (x.amin(others), x.amax(others), values))
+    return ChannelObservation(low, high, values, channels)
+
+
 def observe(x: Tensor, keep: int, generator: torch.Generator) -> Observation:
     """Look at one tensor and remember ``keep`` of its values."""
     low, high = x.aminmax()
@@ -49,6 +86,16 @@ def merge(parts: Sequence[Observation]) -> Observation:
     """One observation over several steps."""
     return Observation(
         min(part.low for part in parts), max(part.high for part in parts), torch.cat([part.values for part in parts])
+    )
+
+
+def merge_channels(parts: Sequence[ChannelObservation]) -> ChannelObservation:
+    """One observation over several steps."""
+    return ChannelObservation(
+        torch.stack([part.low for part in parts]).amin(0),
+        torch.stack([part.high for part in parts]).amax(0),
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.channels for part in parts]),
     )
 
 

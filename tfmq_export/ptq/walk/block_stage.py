@@ -23,20 +23,20 @@ from tfmq_export.ptq.error_feedback import InputProducts, feedback_codes
 from tfmq_export.ptq.fake_quant import Grid
 from tfmq_export.ptq.finite_set import calibrate_finite_set
 from tfmq_export.ptq.learned_steps import learn_steps
-from tfmq_export.ptq.observers import Observation, merge, min_max, observe
+from tfmq_export.ptq.observers import Observation, min_max
 from tfmq_export.ptq.power_of_two import channel_errors, least_error_exponents, vote_exponents
 from tfmq_export.ptq.reconstruct import learn_rounding
 from tfmq_export.ptq.walk.block_runner import BlockRunner, Compute, LayerRule
 from tfmq_export.ptq.walk.draft import Draft, decided_grids, input_key, output_key, quantized_rules, with_nearest_codes
 from tfmq_export.ptq.walk.effort import Effort
-from tfmq_export.ptq.walk.flow import Flow, draw_rows
-from tfmq_export.ptq.walk.input_watch import InputWatch, by_sample
+from tfmq_export.ptq.walk.flow import Flow, Rules, draw_rows
+from tfmq_export.ptq.walk.input_watch import InputWatch
 from tfmq_export.ptq.walk.learning import Batch, Draw
+from tfmq_export.ptq.walk.look import Look
 from tfmq_export.ptq.weights import SHRINK_STEPS
 from tfmq_export.recipe.grid import QuantSpec
 from tfmq_export.recipe.pairs import SAFE_WEIGHT_BITS
 
-VALUES_PER_STEP = 512  # remembered of each activation at each timestep
 CONTAINER_BITS = 8
 FEEDBACK_PULL = 0.5  # of the soft weights at the start, from codes whose errors cancel towards the float weights
 STEP_LEARNING_RATE = 2e-3
@@ -57,7 +57,8 @@ class BlockStage:
         runner: The block.
         wanted: The full-precision network's activations, up to the block.
         given: The quantized network's.
-        inputs: What its layers see in the full-precision network.
+        inputs: Windows of what its layers read.
+        watch: Rules that note these while the quantized network passes; none where the full-precision one did.
         unnormalized: Values that carry the residual stream; PTS looks at their readers.
         generator: Random rows; seeded for this block alone.
         products: Of attention, on their grids.
@@ -67,6 +68,7 @@ class BlockStage:
     wanted: Flow
     given: Flow
     inputs: InputWatch
+    watch: Rules
     method: Method
     effort: Effort
     unnormalized: frozenset[str]
@@ -75,11 +77,11 @@ class BlockStage:
 
     def run(self, drafts: Sequence[Draft], progress: Step) -> tuple[Draft, ...]:
         """Quantize all layers of the block."""
+        input_products = self._input_products(drafts)
+        look = self._look(drafts, input_products)
         drafts = tuple(part for group in by_input(drafts).values() for part in self._scale(group))
         candidates = SHRINK_STEPS if self.method.weight_range == "search" else 1
-        drafts = tuple(with_nearest_codes(draft, candidates) for draft in drafts)
-        input_products = self._input_products(drafts)
-        drafts = self._lay_grids(drafts, input_products)
+        drafts = tuple(self._on_grids(with_nearest_codes(draft, candidates), look) for draft in drafts)
         drafts = tuple(self._feed_back(draft, input_products.pop(draft.op.name, None)) for draft in drafts)
         if self.method.reconstruct and self.effort.rounding.iterations:
             drafts = self._round(drafts, progress)
@@ -165,61 +167,28 @@ class BlockStage:
 
     # -- grids --------------------------------------------------------------------------------
 
-    def _lay_grids(self, drafts: Sequence[Draft], input_products: Mapping[str, InputProducts]) -> tuple[Draft, ...]:
-        """Observe every activation of the block where the quantized network feeds it.
+    @torch.no_grad()
+    def _look(self, drafts: Sequence[Draft], input_products: Mapping[str, InputProducts]) -> Look:
+        """Run the block once as it is, where the quantized network feeds it.
 
         Args:
             input_products: By layer; summed up on the way.
         """
-        timesteps = self.given.rows.timesteps
-        inputs: dict[str, list[list[Observation]]] = {}
-        outputs: dict[str, list[list[Observation]]] = {}
-        sampler = torch.Generator().manual_seed(self.generator.initial_seed())
-        firsts = {input_key(draft): draft.op.name for draft in reversed(drafts)}
+        rows = self.given.rows
+        look = Look(drafts, input_products, rows, self.generator.initial_seed())
+        attention = product_rules(self.products)
+        for picks in self.given.chunks(self.runner):
+            original = self._true_inputs(input_products, picks)
+            rules = look.rules(rows.steps[picks], original, self.watch(picks))
+            self.runner(self.given.read(self.runner, picks), rules | attention)
+        return look
 
-        def look(into: dict[str, list[list[Observation]]], key: str, x: Tensor, steps: Tensor) -> None:
-            per_timestep = into.setdefault(key, [[] for _ in range(timesteps)])
-            rows = x.reshape(len(steps), -1)
-            for step in sorted(set(steps.tolist())):
-                own = rows[(steps == step).to(x.device)]
-                share = -(-VALUES_PER_STEP * len(own) // self._rows_of_a_step)
-                per_timestep[step].append(observe(own, share, sampler))
-
-        def watching(draft: Draft, steps: Tensor, unquantized: Mapping[str, Tensor]) -> LayerRule:
-            def rule(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
-                x = draft.scale_input(operands[0])
-                if draft.input_spec is not None and firsts[input_key(draft)] == draft.op.name:
-                    look(inputs, input_key(draft), by_sample(x, draft.op, len(steps)), steps)
-                shifted = draft.shift_back(x)
-                if draft.op.name in input_products:
-                    products, true = input_products[draft.op.name], unquantized.get(draft.op.name)
-                    if true is not None:
-                        true = draft.shift_back(draft.scale_input(true))
-                    products.add(shifted, -(-products.wanted * len(steps) // len(self.given.rows)), true)
-                y = compute(shifted, draft.weight)
-                if draft.output_spec is not None:
-                    look(outputs, output_key(draft), by_sample(y, draft.op, len(steps)), steps)
-                return y
-
-            return rule
-
-        with torch.no_grad():
-            for picks in self.given.chunks(self.runner):
-                steps = self.given.rows.steps[picks]
-                unquantized = self._true_inputs(input_products, picks)
-                rules = {draft.op.name: watching(draft, steps, unquantized) for draft in drafts}
-                self.runner(self.given.read(self.runner, picks), rules | product_rules(self.products))
-        return tuple(
-            replace(
-                draft,
-                input=None
-                if draft.input_spec is None
-                else self._grid(inputs[input_key(draft)], draft.input_spec, draft.is_temporal),
-                output=None
-                if draft.output_spec is None
-                else self._grid(outputs[output_key(draft)], draft.output_spec, draft.is_temporal),
-            )
-            for draft in drafts
+    def _on_grids(self, draft: Draft, look: Look) -> Draft:
+        x, y = draft.input_spec, draft.output_spec
+        return replace(
+            draft,
+            input=None if x is None else self._grid(look.input(draft), x, draft.is_temporal),
+            output=None if y is None else self._grid(look.output(draft), y, draft.is_temporal),
         )
 
     def _true_inputs(self, layers: Collection[str], picks: Tensor) -> dict[str, Tensor]:
@@ -254,6 +223,8 @@ class BlockStage:
         if input_products is None:
             return draft
         assert draft.scale is not None
+        if draft.tau is not None:
+            input_products.scale(1 / draft.tau)
         step = draft.scale.new_zeros(()) if draft.input is None else draft.input.scale.square().mean().sqrt()
         step = step.expand(draft.plain.shape[1] * draft.op.groups)
         if draft.exponent is not None:
@@ -265,15 +236,10 @@ class BlockStage:
         codes = feedback_codes(draft.weight, draft.scale, draft.weight_spec, pieces, draft.pairs, aimed)
         return replace(draft, codes=codes)
 
-    @property
-    def _rows_of_a_step(self) -> int:
-        return -(-len(self.given.rows) // self.given.rows.timesteps)
-
-    def _grid(self, observations: Sequence[Sequence[Observation]], spec: QuantSpec, is_temporal: bool) -> Grid:
-        merged = [merge(seen) if seen else None for seen in observations]
+    def _grid(self, observations: Sequence[Observation | None], spec: QuantSpec, is_temporal: bool) -> Grid:
         # Several codes resolve the ranges of all timesteps already.
         per_timestep = spec.codes == 1 and (self.method.fsc == "all" or (is_temporal and self.method.fsc == "tib"))
-        grid = calibrate_finite_set(merged, spec, self.method.estimator, per_timestep=per_timestep)
+        grid = calibrate_finite_set(observations, spec, self.method.estimator, per_timestep=per_timestep)
         return grid.on(self.runner.device)
 
     # -- what is learned on the block's output ------------------------------------------------

@@ -43,6 +43,15 @@ class QuantPlan:
     max_memory: int | None = None
     widths: Mapping[str, Widths] = field(default_factory=dict)
 
+    @property
+    def follows_original(self) -> bool:
+        """Whether blocks are held to what the full-precision network computes, which then is walked beside."""
+        method, effort = self.method, self.effort
+        learned = (method.reconstruct and effort.rounding.iterations) or (
+            method.learned_steps and effort.step_iterations
+        )
+        return bool(learned) or method.asymmetric_feedback
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibratedModel:

@@ -24,8 +24,9 @@ from tfmq_export.ptq.walk.input_watch import TOKENS
 from tfmq_export.ptq.walk.input_watch import VALUES as WATCHED_VALUES
 
 FLOAT = 4  # bytes
-PASSES = 3.3
-"""Of all rows: full precision, observing, fake-quant; fake-quant touches every value a few times more."""
+PASSES = 2.3
+"""Of all rows: observing and fake-quant, which touches every value a few times more."""
+ORIGINAL = 1.0  # pass more, where blocks are held to the full-precision network
 TUNED = 3.6  # passes of all rows around the learning of steps, which counts errors before and after
 LEARNING = 5.2  # of a row's forward pass: fake-quant, forward and backward, the step
 
@@ -76,17 +77,19 @@ def quantizing(  # what a forecast has in hand
     layers = {op.name: op for op in program.operations}
     nodes = {node.name: node for node in graph.nodes}
     shapes = {name: tuple(nodes[op.weight].meta["val"].shape) for name, op in layers.items()}
-    passes = PASSES + (TUNED if plan.method.learned_steps and plan.effort.step_iterations else 0.0)
+    passes = PASSES + (ORIGINAL if plan.follows_original else 0.0)
+    passes += TUNED if plan.method.learned_steps and plan.effort.step_iterations else 0.0
     seconds = row * (passes * rows + LEARNING * _learned_rows(plan))
     seconds += sum(_layer_seconds(shapes[name], op, plan, speed) for name, op in layers.items())
+    flows = 2 if plan.follows_original else 1
     ceiling = math.inf if plan.max_memory is None else plan.max_memory // 3
     held = spilled = 0
     for block, alive in zip(blocks, _alive(blocks, nodes), strict=True):
-        between = 2 * alive * rows * FLOAT
+        between = flows * alive * rows * FLOAT
         watched = sum(_watched(shapes[name]) for name in block.layers) * min(rows, WATCHED) * FLOAT
         inside = _inside(block, nodes, plan) + sum(_sums(shapes[name], plan) for name in block.layers)
-        held = max(held, int(min(between, 2 * ceiling) + min(watched, ceiling)) + inside)
-        spilled = max(spilled, int(max(0, between - 2 * ceiling) + max(0, watched - ceiling)))
+        held = max(held, int(min(between, flows * ceiling) + min(watched, ceiling)) + inside)
+        spilled = max(spilled, int(max(0, between - flows * ceiling) + max(0, watched - ceiling)))
     return Work(seconds, held, spilled)
 
 

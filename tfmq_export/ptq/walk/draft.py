@@ -90,14 +90,18 @@ class Draft:
         assert self.scale is not None
         return self.codes * per_output(self.scale, self.codes)
 
+    @property
+    def input_factor(self) -> Tensor | None:
+        """``1 / (tau 2^d)``, float64 [in]; None is 1."""
+        tau, exponent = (None if each is None else each.double() for each in (self.tau, self.exponent))
+        if tau is None:
+            return None if exponent is None else torch.exp2(-exponent)
+        return 1 / tau if exponent is None else 1 / tau / torch.exp2(exponent.to(tau.device))
+
     def scale_input(self, x: Tensor) -> Tensor:
         """``x / (tau 2^d)``: what the grid is laid over."""
-        if self.tau is None and self.exponent is None:
-            return x
-        factor = x.new_ones(()) if self.tau is None else 1 / self.tau.double()
-        if self.exponent is not None:
-            factor = factor / torch.exp2(self.exponent.to(x.device).double())
-        return x * on_channels(factor.to(x.dtype), x, channel_axis(self.op.kind))
+        factor = self.input_factor
+        return x if factor is None else x * on_channels(factor.to(x), x, channel_axis(self.op.kind))
 
     def shift_back(self, x: Tensor) -> Tensor:
         """``x 2^d``: what the integers of the weight take over in the graph."""

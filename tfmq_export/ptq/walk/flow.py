@@ -15,6 +15,11 @@ Rules = Callable[[Tensor], Mapping[str, LayerRule]]
 """Rules for the layers of a block, given the rows of a batch."""
 
 
+def nothing(picks: Tensor) -> Mapping[str, LayerRule]:
+    """Layers as they are."""
+    return {}
+
+
 class Flow:
     """One network, walked block by block.
 

@@ -1,7 +1,8 @@
 """From a recorded trajectory to a recipe: one walk over the blocks.
 
 For each block, in forward order: equivalent scaling, power-of-two exponents, activation grids, rounding,
-learned steps. Full-precision and quantized activations travel side by side, so no prefix is run twice.
+learned steps. Quantized activations travel from block to block, beside them full-precision ones where something is
+learned from those, so no prefix is run twice.
 """
 
 import logging
@@ -35,7 +36,7 @@ from tfmq_export.ptq.walk.block_stage import BlockStage
 from tfmq_export.ptq.walk.calibrated_model import CalibratedModel, QuantPlan
 from tfmq_export.ptq.walk.checkpoint import Checkpoint
 from tfmq_export.ptq.walk.draft import Draft, quantized_rules
-from tfmq_export.ptq.walk.flow import Flow
+from tfmq_export.ptq.walk.flow import Flow, nothing
 from tfmq_export.ptq.walk.input_watch import InputWatch
 from tfmq_export.ptq.walk.widths import FLOAT, Widths
 from tfmq_export.recipe.grid import WIDE, QuantSpec
@@ -159,7 +160,7 @@ def _served(quantized: TibRecipe, model: CalibratedModel, plan: QuantPlan) -> Ti
 
 
 class Walk:
-    """The two networks side by side, at the same block.
+    """The quantized network at a block; beside it the full-precision one, where blocks are held to that.
 
     Args:
         served: Temporal features as the quantized network will see them.
@@ -196,7 +197,8 @@ class Walk:
         products = self._attention_grids(index, runner)
         scaled = [draft for draft in drafts if draft.input_spec is not None] if kept is None and self._scales else ()
         with closing(InputWatch(self._wanted.rows, scaled, runner, self._ceiling, self._seed(index))) as inputs:
-            self._wanted.advance(runner, inputs.rules)
+            if self._plan.follows_original:
+                self._wanted.advance(runner, inputs.rules)
             decided = kept if kept is not None else self._decide(index, runner, inputs, drafts, products, progress)
         attention = product_rules(products)
         self._given.advance(runner, lambda picks: attention | quantized_rules(decided, self._given.rows.steps[picks]))
@@ -229,8 +231,11 @@ class Walk:
     ) -> tuple[Draft, ...]:
         generator = torch.Generator().manual_seed(self._seed(index))
         stream = _residual_stream(self._program.module.graph, runner.block)
-        method, effort = self._plan.method, self._plan.effort
-        stage = BlockStage(runner, self._wanted, self._given, inputs, method, effort, stream, generator, products)
+        plan = self._plan
+        watch = nothing if plan.follows_original else inputs.rules
+        stage = BlockStage(
+            runner, self._wanted, self._given, inputs, watch, plan.method, plan.effort, stream, generator, products
+        )
         return stage.run(drafts, progress) if drafts else ()
 
     def forget(self, later: Iterable[Block]) -> None:
