@@ -330,3 +330,27 @@ def test_layers_behind_quantized_ones_are_told_how_far_their_inputs_are_off(monk
     assert moves[0] == 0  # the sample is what it is in either network
     assert all(0 < move < 0.5 for move in moves[1:] if move)
     assert sum(move > 0 for move in moves) > len(moves) // 2  # the layers of a block are quantized together
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 4, 3, groups=2, padding=1), nn.Linear(6, 4)], ids=["conv", "linear"])
+def test_products_are_scaled_after_they_were_summed(layer: nn.Conv2d | nn.Linear, asymmetric: bool) -> None:
+    shape = (3, 6, 5, 5) if isinstance(layer, nn.Conv2d) else (3, 5, 6)
+    x, true = normal(*shape), normal(*shape, seed=1)
+    factor = torch.tensor([0.25, 3.0, 1.0, 0.5, 10.0, 2.0])
+    along = factor[:, None, None] if isinstance(layer, nn.Conv2d) else factor
+    late, early = (
+        InputProducts(node_of(layer, x), layer.weight.detach(), getattr(layer, "groups", 1), 0, asymmetric=asymmetric)
+        for _ in range(2)
+    )
+    early.add(x * along, EVERYTHING, true * along if asymmetric else None)
+
+    late.add(x, EVERYTHING, true if asymmetric else None)
+    late.scale(factor)
+
+    noise = torch.rand(6, generator=torch.Generator().manual_seed(2))
+    for ours, wanted in zip(late.pieces(noise), early.pieces(noise), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-3)
+    if asymmetric:
+        aimed = [products.aimed(layer.weight.detach(), products.pieces(noise)) for products in (late, early)]
+        torch.testing.assert_close(*aimed, rtol=1e-4, atol=1e-4)

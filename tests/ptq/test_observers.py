@@ -10,7 +10,15 @@ from onnx import helper
 from tfmq_export.config import Method
 from tfmq_export.errors import CalibrationError
 from tfmq_export.ptq.fake_quant import Grid, fake_quantize
-from tfmq_export.ptq.observers import ESTIMATORS, Observation, activation_grid, merge, observe
+from tfmq_export.ptq.observers import (
+    ESTIMATORS,
+    Observation,
+    activation_grid,
+    merge,
+    merge_channels,
+    observe,
+    observe_channels,
+)
 from tfmq_export.recipe.grid import QuantSpec
 
 
@@ -147,3 +155,29 @@ def test_a_signed_grid_is_centred_on_zero_and_as_fine_as_the_values_allow(estima
     kept = fake_quantize(values, grid.scale, grid.zero_point, grid.spec)
     assert (kept - values).square().mean() < 0.02 * values.square().mean()
     assert kept.min() < -0.9 * values.min().abs().clamp_max(grid.scale * 127)  # both halves are used
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((3, 1, 5, 4, 4), 2), ((3, 7, 5), -1)])
+def test_channels_are_scaled_after_they_were_seen(shape: tuple[int, ...], axis: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    factor = torch.tensor([0.3, 1.7, 0.01, 40.0, 1.0], dtype=torch.float64)
+    along = [1] * len(shape)
+    along[axis] = 5
+    scaled = x * factor.float().reshape(along)
+
+    late = observe_channels(x, axis, 60, torch.Generator().manual_seed(1)).scaled(factor)
+
+    early = observe(scaled, 60, torch.Generator().manual_seed(1))
+    assert (late.low, late.high) == (early.low, early.high)
+    assert torch.equal(late.values, early.values)
+
+
+def test_channels_seen_in_parts_are_seen_as_one() -> None:
+    parts = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    factor = torch.tensor([2.0, 0.5, 8.0])
+
+    merged = merge_channels([observe_channels(part, 1, 5, torch.Generator()) for part in parts]).scaled(factor)
+
+    whole = torch.cat(parts) * factor[:, None]
+    assert (merged.low, merged.high) == (float(whole.min()), float(whole.max()))
+    assert len(merged.values) == 15
