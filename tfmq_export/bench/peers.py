@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
 from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.capture.program import quiet_logger
+from tfmq_export.capture.quiet import quiet_logger
 from tfmq_export.ptq.walk.calibration import CalibrationStep
 
 Rows = Sequence[dict[str, NDArray[np.generic]]]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tfmq_export.bundle.decoder import FOLDER, LATENTS, PICTURES
 from tfmq_export.bundle.pipeline_folder import find_components, read_index
-from tfmq_export.capture.program import quiet_logger
+from tfmq_export.capture.quiet import quiet_logger
 from tfmq_export.config import Components
 from tfmq_export.errors import ConfigError, DependencyError, ExportError, first_line
 

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import init_empty_weights
 from torch import nn
 
-from tfmq_export.capture.program import quiet_logger
+from tfmq_export.capture.quiet import quiet_logger
 from tfmq_export.errors import LoadError, first_line
 from tfmq_export.models.diffusers_model import class_of
 from tfmq_export.models.layouts.descriptions import read_scheduler_beside

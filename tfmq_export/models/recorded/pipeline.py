@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tfmq_export.bundle.pipeline_folder import find_components, read_index
-from tfmq_export.capture.program import quiet_logger
+from tfmq_export.capture.quiet import quiet_logger
 from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.models.layouts.folders import DENOISERS
 from tfmq_export.models.recorded.memory import remember_encoders
