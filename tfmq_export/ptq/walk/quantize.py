@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from tfmq_export.capture.blocks import Block, find_blocks
-from tfmq_export.capture.dependences import LAYOUT, SAMPLE, Operation, dependences
+from tfmq_export.capture.dependences import LAYOUT, Operation, dependences
 from tfmq_export.capture.device import device_of, has_room
 from tfmq_export.capture.pages import release_pages
 from tfmq_export.capture.program import DiffusionProgram
@@ -35,6 +35,7 @@ from tfmq_export.ptq.walk.block_runner import BlockRunner
 from tfmq_export.ptq.walk.block_stage import BlockStage
 from tfmq_export.ptq.walk.calibrated_model import CalibratedModel, QuantPlan
 from tfmq_export.ptq.walk.checkpoint import Checkpoint
+from tfmq_export.ptq.walk.codes import CODE_BITS, PLAIN, Codes, codes_of
 from tfmq_export.ptq.walk.draft import Draft, quantized_rules
 from tfmq_export.ptq.walk.flow import Flow, nothing
 from tfmq_export.ptq.walk.input_watch import InputWatch
@@ -48,11 +49,6 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 PRESET = Widths(None, None, "")
-BOUNDARY_BITS = 8
-OUTPUT_BITS = 8
-# Codes that add up to the sample and to the noise prediction, which no step of the sampler averages away.
-FIRST_CODES = {"input": 8, "output": 1}
-LAST_CODES = {"input": 4, "output": 16}
 # Values pass these unchanged in kind: what reads a resized or concatenated residual stream reads the stream.
 CARRIERS = LAYOUT | {aten.cat.default, aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default}
 CARRIERS |= {aten.constant_pad_nd.default, aten.pad.default, aten._upsample_nearest_exact2d.vec}
@@ -256,41 +252,37 @@ def _features(program: DiffusionProgram, tib: TibRecipe) -> dict[str, Tensor]:
 
 
 def _drafts(program: DiffusionProgram, plan: QuantPlan) -> list[Draft]:
-    on_sample = [op.name for op in program.operations if SAMPLE in op.roles]
-    codes = {on_sample[0]: FIRST_CODES, on_sample[-1]: LAST_CODES} if on_sample else {}
+    codes = codes_of(program)
     asked = {op.name: plan.widths.get(op.name, PRESET) for op in program.operations}
     return [
-        _draft(program, op, plan, codes.get(op.name), asked[op.name])
+        _draft(program, op, plan, codes.get(op.name, PLAIN), asked[op.name])
         for op in program.operations
         if not asked[op.name].is_float
     ]
 
 
-def _draft(
-    program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Mapping[str, int] | None, asked: Widths
-) -> Draft:
+def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Codes, asked: Widths) -> Draft:
     """A layer at its plan's widths.
 
     Args:
-        codes: Of a boundary layer, the first or last on the sample's way.
         asked: What goes before the plan.
     """
-    weight_bits = asked.weights or (BOUNDARY_BITS if codes else plan.weight_bits)
-    activation_bits = (BOUNDARY_BITS if codes else plan.activation_bits) if asked.inputs is None else asked.inputs
+    weight_bits = asked.weights or (CODE_BITS if codes.at_8_bits else plan.weight_bits)
+    activation_bits = codes.input_bits(plan.activation_bits) if asked.inputs is None else asked.inputs
     if activation_bits == FLOAT:
         draft = Draft.fresh(program, op, QuantSpec(weight_bits, signed=True, axis=0), None)
         return replace(draft, why=asked.why, in_float=asked.in_float)
-    # Several codes are more channels of one convolution; other layers make do with one.
-    stacks = codes if codes and op.kind == "conv" and op.groups == 1 else {"input": 1, "output": 1}
+    # Several codes are more channels of one convolution with 8-bit weights; other layers make do with one.
+    stacks = codes if op.kind == "conv" and op.groups == 1 and weight_bits == CODE_BITS else PLAIN
     output = None
     if op.kind in plan.quantized_outputs:
         # The engine's container, not the preset's choice: 8 bits, or 16 where the input has as many. A linear layer
         # at the boundary cannot stack codes, and what writes linear results as integers has kernels for 16 bits.
-        if codes and op.kind == "linear":
+        if codes.at_8_bits and op.kind == "linear":
             activation_bits = WIDE
         wide = activation_bits == WIDE
-        output = QuantSpec(WIDE if wide else OUTPUT_BITS, signed=False, codes=1 if wide else stacks["output"])
-    grid = QuantSpec(activation_bits, signed=False, codes=1 if activation_bits == WIDE else stacks["input"])
+        output = QuantSpec(WIDE if wide else CODE_BITS, signed=False, codes=1 if wide else stacks.output)
+    grid = QuantSpec(activation_bits, signed=False, codes=1 if activation_bits == WIDE else stacks.input)
     needs_pairs = weight_bits > SAFE_WEIGHT_BITS and activation_bits > SAFE_INPUT_BITS
     pair_sum = PAIR_SUM if needs_pairs and plan.method.cpus == "any" else None
     weight = QuantSpec(weight_bits, signed=True, axis=0, pair_sum=pair_sum)
