@@ -51,8 +51,7 @@ def ends(measured: Survey) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def compiled(measured: Survey, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    smallest, largest = ends(measured)
-    size = smallest + (largest - smallest) // 2
+    size, _ = ends(measured)  # what is pinned to floating point leaves room for some of 8 bits
     pins = {"head": LayerPins(inputs=8), "blocks.1.mlp.2": LayerPins(inputs="float")}
     asked = config(size=size, tables="fp32", layers=pins)
     made = compile_model(FACTORIES["dit"](), tmp_path_factory.mktemp("auto") / "out", asked)

@@ -11,8 +11,10 @@ from tfmq_export.search.choices import Choice, Picks, Site, total
 from tfmq_export.target import Target
 
 IN_FLOAT = "--auto keeps it in floating point: integers would add too much error, and bits would take too much room"
-INTEGER_NODES, STORED_NODES = 1000, 350
-"""Bytes that the nodes and small constants of a layer take in a graph, in integers and from stored weights."""
+INTEGER_NODES, STORED_NODES = 640, 280
+INTEGER_NAMES, STORED_NAMES = 42, 8
+"""Bytes that the nodes and small constants of a layer take in a graph, in integers and from stored weights, and how
+often they have its name in theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +132,16 @@ def integer_bytes(layer: LayerRecipe, target: Target) -> int:
     outputs, copies = len(layer.weight_codes), 1 if layer.output is None else layer.output.spec.codes
     packed = target.packed_weights and layer.weight.spec.bits <= 4
     codes = math.ceil(layer.weight_codes.size * (0.5 if packed else 1)) * layer.input.spec.codes * copies
+    nodes = INTEGER_NODES + INTEGER_NAMES * len(layer.name)
     factors = 4 * layer.weight_codes.shape[1] * layer.groups if layer.les_scale is not None else 0
-    return codes + (13 if target.integer_bias else 5) * outputs * copies + factors + INTEGER_NODES
+    return codes + (13 if target.integer_bias else 5) * outputs * copies + factors + nodes
 
 
 def stored_bytes(layer: LayerRecipe) -> int:
     """What the same layer takes where it computes in floating point from stored weights."""
     outputs, packed = len(layer.weight_codes), layer.weight.spec.bits <= 4
-    return math.ceil(layer.weight_codes.size * (0.5 if packed else 1)) + 8 * outputs + STORED_NODES
+    nodes = STORED_NODES + STORED_NAMES * len(layer.name)
+    return math.ceil(layer.weight_codes.size * (0.5 if packed else 1)) + 8 * outputs + nodes
 
 
 def widths_of(sites: Sequence[LayerSite], picks: Picks, pins: Mapping[str, Widths]) -> dict[str, Widths]:
