@@ -3,13 +3,15 @@
     python tools/sensitivity.py MODEL [--preset w8a8] [--effort fast] [--images 16] [--json FILE]
     python tools/sensitivity.py MODEL --recipe BUNDLE
     python tools/sensitivity.py MODEL --estimates 60
+    python tools/sensitivity.py MODEL --output-codes
 
 First table: PSNR of images from the same noise when only one part of the recipe is in force. Second table: the
 layers whose quantization alone costs the noise prediction most, over the recorded trajectory.
 Runs PyTorch fake-quant, so a row needs no graph.
 
 With ``--estimates N``, in place of both: what ``--auto`` estimates of every part of every layer, against running the
-network with N of them quantized.
+network with N of them quantized. With ``--output-codes``: what a second 8-bit code for the output of each convolution
+would take from the prediction's error, those first that gain most for their multiply-accumulates.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from tfmq_export.proof.validate import as_images
 from tfmq_export.ptq.image_gain import weights_from
 from tfmq_export.ptq.walk.calibration import CalibrationStep, calibrate, record
 from tfmq_export.recipe.io import load_recipe
-from tfmq_export.recipe.recipe import QuantRecipe
+from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
 from tfmq_export.runtime.measure.compare import psnr, sqnr_db
 from tfmq_export.search.sensitivity import Batch, part_errors, relative_to, run_error, weighted_batches, whole_error
 
@@ -51,13 +53,17 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=12)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--estimates", type=int, metavar="N", help="check the estimates of --auto on N parts")
+    parser.add_argument("--output-codes", action="store_true", help="what a second code of each output would gain")
     args = parser.parse_args()
 
     denoiser = load(Source(args.model, steps=args.steps))
     program, recipe, recorded, weights = _subject(denoiser, args)
-    if args.estimates:
+    if args.estimates or args.output_codes:
         batches = relative_to(weighted_batches(denoiser, program, recorded, weights), program, recipe)
-        _check_estimates(program, recipe, batches, args.estimates)
+        if args.estimates:
+            _check_estimates(program, recipe, batches, args.estimates)
+        else:
+            _gains_of_codes(program, recipe, batches, args.top)
         return
     print(f"{recipe.preset} on {denoiser.source}: PSNR over {args.images} images, dB")
     parts = _images_by_part(denoiser, program, recipe, args.images)
@@ -69,9 +75,35 @@ def main() -> None:
         args.json.write_text(json.dumps({"parts": parts, "layers": layers}, indent=1) + "\n")
 
 
+def _gains_of_codes(program: DiffusionProgram, recipe: QuantRecipe, batches: Sequence[Batch], top: int) -> None:
+    """Each output's error with one code, of which two leave a quarter, against what the layer costs."""
+    asked = _parts(recipe)
+    found = part_errors(program, asked, batches, _quiet)
+    errors = {(layer.name, part): error for (layer, part), error in zip(asked, found, strict=True)}
+    free = [layer for layer in recipe.layers if layer.output is not None and layer is not recipe.layers[-1]]
+    for layer in free:
+        assert layer.output is not None
+        errors[layer.name, "output"] *= layer.output.spec.codes**2
+    whole = sum(errors.values())
+    shares = {part: sum(error for (_, its), error in errors.items() if its == part) / whole for part in PARTS}
+    print("of the error with one code: " + ", ".join(f"{part}s {share:.2f}" for part, share in shares.items()))
+    free.sort(key=lambda layer: -errors[layer.name, "output"] / layer.macs)
+    macs = gain = 0.0
+    for layer in free[:top]:
+        macs += layer.macs / recipe.macs
+        gain += 0.75 * errors[layer.name, "output"] / whole
+        print(
+            f"  {layer.path:44} {100 * macs:5.1f} % of the MACs so far {10 * np.log10(1 - gain):6.2f} dB of the error"
+        )
+
+
+def _parts(recipe: QuantRecipe) -> list[tuple[LayerRecipe, str]]:
+    return [(layer, part) for layer in recipe.layers for part in PARTS if part != "output" or layer.output is not None]
+
+
 def _check_estimates(program: DiffusionProgram, recipe: QuantRecipe, batches: Sequence[Batch], count: int) -> None:
     """Estimates of the parts' errors against what the network does, and their sum against the whole recipe's."""
-    asked = [(layer, part) for layer in recipe.layers for part in PARTS if part != "output" or layer.output is not None]
+    asked = _parts(recipe)
     start = time.perf_counter()
     found = np.array(part_errors(program, asked, batches, _quiet))
     print(f"{len(asked)} parts estimated in {time.perf_counter() - start:.1f} s")
