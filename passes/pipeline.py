@@ -85,13 +85,15 @@ def passes_for(  # what a graph depends on, by keyword
         *([StoreWeights(recipe)] if recipe.stored else []),
         OffsetInputs(recipe, target),
         *([] if target.zero_points else [FoldZeroPoints(recipe, target)]),
-        FoldRescales(recipe),  # behind QuantizeWeights: integers stay, their scales take the factors
+        StackOutputCodes(recipe, target.integer_bias),
+        # Behind QuantizeWeights: integers stay, their scales take the factors. Behind StackOutputCodes: what is on a
+        # grid takes none.
+        FoldRescales(recipe),
         # Behind FoldRescales, which looks for sigmoids and affines.
         *([LowerSilu()] if target.polynomial_tanh else []),
         *([SpellAffine()] if target.integers_only else []),
         *([AverageGroupNorm()] if target.channels_last else []),
-        StackOutputCodes(recipe, target.integer_bias),
-        # Behind StackOutputCodes, whose sum is the prediction; in front of HalfPrecision.
+        # The prediction is what StackOutputCodes sums up; in front of HalfPrecision.
         *([CorrectPrediction(recipe, sample)] if recipe.correction is not None else []),
         MergeConstants(codes=not target.integers_only),
         NameOutputs(OUTPUT),

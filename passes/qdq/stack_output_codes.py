@@ -52,8 +52,8 @@ class StackOutputCodes(RecipePass):
                 raise PreconditionError(f"{layer.path}: run QuantizeWeights first")
             if not all(isinstance(value, gs.Constant) for value in node.inputs[1].inputs[0].inputs):
                 raise PreconditionError(f"{layer.path}: a packed or shifted weight cannot be stacked")
-            if any(reader.op == "QuantizeLinear" for reader in node.outputs[0].outputs):
-                raise PreconditionError(f"{layer.path}: its output is quantized already")
+            if node.outputs[0].name == _raw(layer):
+                raise PreconditionError(f"{layer.path}: its output is stacked already")
 
     def apply(self, graph: gs.Graph) -> Changes:
         nodes = {layer.name: node for layer, node in bound_nodes(graph, self.recipe)}
@@ -91,7 +91,7 @@ def _stack(graph: gs.Graph, layer: LayerRecipe, output: QParams, node: gs.Node, 
         real_bias = store_bias(graph, layer, codes, f"{prefix}.bias")
     _tile_weight(node.inputs[1].inputs[0], copies)
     node.inputs = [*node.inputs[:2], real_bias]
-    raw, stack = variable(f"{prefix}.raw", np.float32), variable(f"{prefix}.codes", np.uint8)
+    raw, stack = variable(_raw(layer), np.float32), variable(f"{prefix}.codes", np.uint8)
     real = variable(f"{prefix}.dequantized", np.float32)
     node.outputs = [raw]
     grid = [constant(f"{prefix}.scale", output.scale), constant(f"{prefix}.zero_point", np.array(0, np.uint8))]
@@ -103,6 +103,11 @@ def _stack(graph: gs.Graph, layer: LayerRecipe, output: QParams, node: gs.Node, 
         gs.Node("Split", f"{prefix}.split", {"axis": 1, "num_outputs": copies}, [real], parts),
         gs.Node("Sum", f"{layer.name}{OUTPUT_SUM}", inputs=[*parts, start], outputs=[result]),
     ]
+
+
+def _raw(layer: LayerRecipe) -> str:
+    """What the stacked copies compute."""
+    return f"{layer.name}.output.raw"
 
 
 def _bias(layer: LayerRecipe, node: gs.Node) -> NDArray[np.float64]:

@@ -23,6 +23,7 @@ from tfmq_export.passes.graph_file import save_graph
 from tfmq_export.passes.qdq.insert_qdq import InsertQdq
 from tfmq_export.passes.qdq.quantize_weights import QuantizeWeights
 from tfmq_export.passes.qdq.stack_output_codes import StackOutputCodes, staggered_bias
+from tfmq_export.passes.scaling.fold_rescales import FoldRescales
 from tfmq_export.passes.scaling.rescale_inputs import RescaleInputs
 from tfmq_export.recipe.grid import QParams, QuantSpec
 from tfmq_export.recipe.recipe import LayerRecipe, QuantRecipe
@@ -271,7 +272,7 @@ def test_float_weights_are_refused() -> None:
 def test_second_run_is_refused() -> None:
     layer = stacked_layer(FOUR_CODES)
 
-    with pytest.raises(PreconditionError, match=r"net.conv2d: its output is quantized already"):
+    with pytest.raises(PreconditionError, match=r"net.conv2d: its output is stacked already"):
         run_passes(stacked(layer, None), [StackOutputCodes(recipe_with([layer]))])
 
 
@@ -289,3 +290,32 @@ def test_a_float_output_breaks_the_promise() -> None:
 
     with pytest.raises(PostconditionError, match=r"net.conv2d: its stacked output is not quantized"):
         StackOutputCodes(recipe).ensures(before_stacking(recipe, None))
+
+
+def test_what_reads_a_stacked_value_may_quantize_it_and_scale_it() -> None:
+    # The reader's factor stays where it is: the value lies on its grid, whose channels have one step.
+    first = stacked_layer(output_grid(0.02, 255, 2), out=4)
+    tau = np.float32([0.5, 1.0, 2.0, 4.0])
+    second = replace(layer_recipe("conv2d_1", "conv", normal(3, 3, 4, 3, 3), INPUT, None), les_scale=tau)
+    recipe = recipe_with([first, second])
+    weights = {"w": normal(0, 4, 4, 3, 3), "v": normal(3, 3, 4, 3, 3) / tau[:, None, None]}
+    nodes = [node("Conv", "x w", "conv2d", pads=[1] * 4), node("Conv", "conv2d v", "conv2d_1", pads=[1] * 4)]
+    graph = graph_of(build(nodes, {"x": ("n", 4, *SIZE)}, {"conv2d_1": ("n", 3, *SIZE)}, weights))
+    run_passes(graph, [BindRecipe(recipe), RescaleInputs(recipe), InsertQdq(recipe, ORT_CPU)])
+    run_passes(graph, [QuantizeWeights(recipe, ORT_CPU), StackOutputCodes(recipe)])
+    x = normal(2, 2, 4, *SIZE)
+    before = infer(graph, {"x": x})[0]
+
+    (report,) = run_passes(graph, [FoldRescales(recipe)])
+
+    assert report.skipped == (("conv2d.rescale", "conv2d comes from Sum"),)
+    np.testing.assert_array_equal(infer(graph, {"x": x})[0], before)
+    codes = output_codes(accumulated(first, None, x), first.output)  # type: ignore[arg-type]
+    assert codes.max() > 300
+    read = (codes - 255) * np.float32(0.02) / tau[:, None, None]
+    integers = np.clip(np.rint(read / INPUT.scale) + INPUT.zero_point, 0, 255) - INPUT.zero_point
+    sums = torch.nn.functional.conv2d(
+        torch.from_numpy(integers).double(), torch.from_numpy(second.weight_codes).double(), padding=1
+    ).numpy()
+    wanted = sums * (INPUT.scale.astype(np.float64) * second.weight.scale)[:, None, None]
+    np.testing.assert_allclose(before, wanted, atol=0.05 * np.abs(wanted).max())
