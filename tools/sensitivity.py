@@ -87,10 +87,11 @@ def _gains_of_codes(program: DiffusionProgram, recipe: QuantRecipe, batches: Seq
     whole = sum(errors.values())
     shares = {part: sum(error for (_, its), error in errors.items() if its == part) / whole for part in PARTS}
     print("of the error with one code: " + ", ".join(f"{part}s {share:.2f}" for part, share in shares.items()))
-    free.sort(key=lambda layer: -errors[layer.name, "output"] / layer.macs)
+    cost = {layer.name: layer.macs * layer.input.spec.codes / recipe.macs for layer in free}  # of a second copy
+    free.sort(key=lambda layer: -errors[layer.name, "output"] / cost[layer.name])
     macs = gain = 0.0
     for layer in free[:top]:
-        macs += layer.macs / recipe.macs
+        macs += cost[layer.name]
         gain += 0.75 * errors[layer.name, "output"] / whole
         print(
             f"  {layer.path:44} {100 * macs:5.1f} % of the MACs so far {10 * np.log10(1 - gain):6.2f} dB of the error"

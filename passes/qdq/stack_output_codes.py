@@ -3,8 +3,9 @@
     clip(round(y / s), 0, 255 K)  ==  sum_k clip(round((y - 255 k s) / s), 0, 255)        k < K
 
 An engine that fuses convolutions only with an 8-bit result gives 256 levels; for the noise prediction
-that is the largest error of the whole network. So the layer computes its output K times, with biases
-staggered by 255 steps: where one copy saturates the next one starts, and their sum has 255 K + 1 levels.
+that is the largest error of the whole network, and for a few layers inside the next one. So the layer
+computes its output K times, with biases staggered by 255 steps: where one copy saturates the next one starts,
+and their sum has 255 K + 1 levels.
 """
 
 from dataclasses import dataclass

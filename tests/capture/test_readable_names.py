@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from tfmq_export.capture.float_graph import float_graph
 from tfmq_export.capture.program import DiffusionProgram, capture
+from tfmq_export.errors import ExportError
 
 
 class Named(nn.Module):
@@ -88,3 +89,46 @@ def test_the_fingerprint_is_that_of_the_graph_as_it_was_captured(monkeypatch: py
     monkeypatch.setattr("tfmq_export.capture.program.readable_names", lambda *_: {})
 
     assert capture(probe(Named())).fingerprint == plain
+
+
+class Parted(nn.Module):
+    """Modules whose parameters, or whose own names, are what passes append and begin names with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ls, self.a, self.node_a = Scale(), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.embed = nn.Linear(1, 3)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.node_a(self.a(self.ls(sample)) + self.embed(timestep.float()[:, None])[:, :, None, None])
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((3, 1, 1), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_no_name_is_that_of_a_module_whose_parameters_a_pass_could_hit() -> None:
+    program = capture(probe(Parted()))
+
+    assert {op.path: op.name for op in program.operations} == {"a": "a", "node_a": "_node_a"}
+    assert "ls_1" in {node.name for node in computed(program)}  # "ls.scale" would be its grid's scale, and is a weight
+
+
+def test_an_argument_with_a_name_of_pythons_own_is_refused() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.embed = nn.Conv2d(3, 3, 1), nn.Linear(1, 3)
+
+        def forward(self, input: Tensor, timestep: Tensor) -> Tensor:  # noqa: A002
+            return self.conv(input) + self.embed(timestep.float()[:, None])[:, :, None, None]
+
+    inputs = {"input": torch.randn(2, 3, 8, 8), "timestep": torch.tensor([3, 1])}
+
+    with pytest.raises(ExportError, match="an argument 'input', which is a name of Python's own"):
+        capture(probe(Asks(), sample="input", example_inputs=inputs))

@@ -77,7 +77,8 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     """Capture a model with a dynamic batch axis and analyse the graph.
 
     Raises:
-        ExportError: torch.export cannot trace the module, or its batch axis is fixed.
+        ExportError: torch.export cannot trace the module, its batch axis is fixed, or an argument has a name that a
+            graph cannot have.
     """
     program = lowered(denoiser)
     exported = program.exported_program
@@ -86,6 +87,7 @@ def capture(denoiser: Denoiser) -> DiffusionProgram:
     if not isinstance(module, fx.GraphModule):
         raise ExportError("torch.export returned no graph module; this torch version is not supported")
     _keep_prediction(module)
+    _refuse_lost_names(module, denoiser)
     roles = {
         name: SAMPLE if name == denoiser.sample else TIMESTEP if name == denoiser.timestep else CONDITIONING
         for name in denoiser.example_inputs
@@ -157,6 +159,16 @@ def _keep_prediction(module: fx.GraphModule) -> None:
     graph.set_codegen(fx.graph.CodeGen())  # inputs and output are flat now
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def _refuse_lost_names(module: fx.GraphModule, denoiser: Denoiser) -> None:
+    kept = {node.name for node in module.graph.find_nodes(op="placeholder")}
+    for name in denoiser.example_inputs:
+        if name not in kept:
+            raise ExportError(
+                f"{denoiser.source}: forward() has an argument {name!r}, which is a name of Python's own that a "
+                "captured graph cannot have; rename it, or wrap the module in one that calls it otherwise"
+            )
 
 
 def _optimize(program: torch.onnx.ONNXProgram, names: Iterable[str]) -> dict[str, str]:

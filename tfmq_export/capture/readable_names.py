@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from tfmq_export.capture.dependences import module_stack
-from tfmq_export.recipe.names import node_name
+from tfmq_export.recipe.names import is_node_name, node_name
 
 
 def readable_names(graph: fx.Graph, layers: Collection[str], taken: Collection[str]) -> dict[str, str]:
@@ -27,7 +27,7 @@ def readable_names(graph: fx.Graph, layers: Collection[str], taken: Collection[s
     nodes = [node for node in graph.nodes if node.op == "call_function" and module_stack(node)]
     issued = Counter(_path(node) for node in nodes)
     layered = Counter(_path(node) for node in nodes if node.name in layers)
-    used = {*taken, *(node.name for node in graph.nodes)} - {node.name for node in nodes}
+    used = {*_with_parts(taken), *(node.name for node in graph.nodes)} - {node.name for node in nodes}
     names: dict[str, str] = {}
     for node in nodes:
         path = _path(node)
@@ -65,7 +65,7 @@ def rename_values(graph: ir.Graph, names: Mapping[str, str]) -> None:
 def _path(node: fx.Node) -> str:
     """Of the module, as a part of a name."""
     path = "".join(letter if letter.isalnum() else "_" for letter in module_stack(node)[-1][0])
-    return f"_{path}" if path[0].isdigit() else path
+    return f"_{path}" if path[0].isdigit() or is_node_name(path) else path
 
 
 def _operation(node: fx.Node) -> str:
@@ -76,3 +76,9 @@ def _operation(node: fx.Node) -> str:
 def _unused(name: str, used: Collection[str]) -> str:
     numbered = (f"{name}_{number}" for number in itertools.count(1))
     return next(each for each in itertools.chain([name], numbered) if each not in used)
+
+
+def _with_parts(taken: Collection[str]) -> set[str]:
+    """Names, and those that have a parameter beside weight and bias: passes append to names, such as ``.scale``."""
+    parts = (name.rpartition(".") for name in taken)
+    return {*taken, *(module for module, _, part in parts if module and part not in ("weight", "bias"))}

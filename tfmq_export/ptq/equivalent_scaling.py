@@ -3,7 +3,7 @@
     Y = (X / tau) (tau W)        tau > 0, one per input channel
 
 moves range from activations to weights where that costs less. ``tau`` is learned layer by layer on
-full-precision inputs, at some places of each (``ptq/windows.py``), from where ``ptq/analytic_scaling.py`` put it. The
+the layer's inputs, at some places of each (``ptq/windows.py``), from where ``ptq/analytic_scaling.py`` put it. The
 calibration rows already hold more samples of the timesteps that matter more, so the default weights all rows alike; DMQ
 (section 3.3) weights each timestep's loss instead (``adaptive``).
 """

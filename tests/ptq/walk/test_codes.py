@@ -1,41 +1,17 @@
 """Which layers take several codes, and what that does to a recipe."""
 
 import pytest
-import torch
 from nets.handwritten import probe
+from nets.shortcut_net import Shortcuts
 from torch import Tensor, nn
 
 from tfmq_export.capture.program import DiffusionProgram, capture
 from tfmq_export.config import Method
 from tfmq_export.ptq.walk.calibrated_model import QuantPlan, prepare
 from tfmq_export.ptq.walk.calibration import calibrate
-from tfmq_export.ptq.walk.codes import FINE, FIRST, LAST, codes_of
+from tfmq_export.ptq.walk.codes import EXTRA_MACS, FINE, FIRST, LAST, codes_of
 from tfmq_export.ptq.walk.effort import EFFORTS
 from tfmq_export.ptq.walk.quantize import quantize
-
-
-class Shortcuts(nn.Module):
-    """1 x 1 convolutions at the sample's size and below it, a wide one, and others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv_in = nn.Conv2d(3, 16, 3, padding=1)
-        self.down = nn.Conv2d(16, 64, 3, stride=2, padding=1)
-        self.below = nn.Conv2d(64, 64, 1)
-        self.body = nn.Conv2d(64, 64, 3, padding=1)
-        self.embed = nn.Linear(1, 64)
-        self.up = nn.ConvTranspose2d(64, 64, 2, stride=2)
-        self.wide = nn.Conv2d(64, 64, 1)
-        self.grouped = nn.Conv2d(64, 8, 1, groups=8)
-        self.shortcut = nn.Conv2d(16, 8, 1)
-        self.conv_out = nn.Conv2d(8, 3, 3, padding=1)
-
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        x = self.conv_in(sample)
-        h = self.below(self.down(x)) + self.embed(timestep.float()[:, None])[:, :, None, None]
-        h = self.wide(self.up(self.body(h).relu()))
-        return self.conv_out(self.shortcut(x) + self.grouped(h))
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +42,31 @@ def test_a_fine_layer_has_8_bits_in_every_preset(program: DiffusionProgram, weig
 def test_bits_of_an_input_are_no_fewer_than_the_presets() -> None:
     assert (FINE.input_bits(6), FINE.input_bits(16)) == (8, 16)
     assert FIRST.input_bits(16) == 8  # of each of several codes
+
+
+class Pointwise(nn.Module):
+    """One size from end to end, as in latent transformers of convolutions: every layer is 1 x 1, none is expensive."""
+
+    def __init__(self, depth: int = 128) -> None:
+        super().__init__()
+        self.enter, self.embed, self.leave = nn.Conv2d(3, 8, 1), nn.Linear(1, 8), nn.Conv2d(8, 3, 1)
+        self.body = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(depth))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        h = self.enter(sample) + self.embed(timestep.float()[:, None])[:, :, None, None]
+        for layer in self.body:
+            h = h + layer(h.relu())
+        return self.leave(h)
+
+
+def test_of_many_cheap_layers_the_last_take_codes_as_far_as_the_room_goes() -> None:
+    program = capture(probe(Pointwise()))
+
+    codes = codes_of(program)
+
+    layers = {op.name: op for op in program.operations}
+    fine = [name for name, found in codes.items() if found == FINE]
+    first = codes["enter"]
+    added = sum(layers[name].macs for name in fine) + (first.output - 1) * first.input * layers["enter"].macs
+    assert 0 < added <= EXTRA_MACS * program.macs
+    assert set(fine) == {f"body_{number}" for number in range(128 - len(fine), 128)}

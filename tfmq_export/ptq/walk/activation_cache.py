@@ -59,6 +59,7 @@ class ActivationCache:
         self._ceiling = ceiling
         self._held: dict[str, Tensor | _OnDisk] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._written = 0
 
     def __enter__(self) -> Self:
         return self
@@ -87,7 +88,7 @@ class ActivationCache:
     def write(self, name: str, start: int, rows: Tensor) -> None:
         """Store some rows of a value; its first rows decide where all of them live."""
         if name not in self._held:
-            self._held[name] = self._room(name, rows[0])
+            self._held[name] = self._room(rows[0])
         held = self._held[name]
         if isinstance(held, Tensor):
             held[start : start + len(rows)] = rows
@@ -111,7 +112,7 @@ class ActivationCache:
             if isinstance(held, _OnDisk):
                 held.close()
 
-    def _room(self, name: str, row: Tensor) -> Tensor | _OnDisk:
+    def _room(self, row: Tensor) -> Tensor | _OnDisk:
         needed = self.rows * row.numel() * row.element_size()
         if has_room(self._device, needed):
             return row.new_empty((self.rows, *row.shape), device=self._device)
@@ -120,4 +121,5 @@ class ActivationCache:
             return row.new_empty((self.rows, *row.shape))
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="tfmq-export-")
-        return _OnDisk(Path(self._folder.name) / f"{len(self._held)}-{name}", self.rows, row)
+        self._written += 1
+        return _OnDisk(Path(self._folder.name) / str(self._written), self.rows, row)  # names may be too long for files

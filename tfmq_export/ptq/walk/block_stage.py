@@ -237,7 +237,7 @@ class BlockStage:
         return replace(draft, codes=codes)
 
     def _grid(self, observations: Sequence[Observation | None], spec: QuantSpec, is_temporal: bool) -> Grid:
-        # Several codes resolve the ranges of all timesteps already.
+        # Several codes are one grid: their layers are copies of one another for all timesteps.
         per_timestep = spec.codes == 1 and (self.method.fsc == "all" or (is_temporal and self.method.fsc == "tib"))
         grid = calibrate_finite_set(observations, spec, self.method.estimator, per_timestep=per_timestep)
         return grid.on(self.runner.device)

@@ -24,7 +24,7 @@ class QuantPlan:
     Attributes:
         preset: Its name.
         weight_bits: 0 leaves every layer in floating point.
-        activation_bits: Of layer inputs. First and last layer always take 8.
+        activation_bits: Of layer inputs. Some layers take 8 all the same (``walk/codes.py``).
         method: Which ideas are in force.
         effort: How long they may take.
         quantized_outputs: Kinds of layer whose output the target wants on a grid.
@@ -50,7 +50,7 @@ class QuantPlan:
         learned = (method.reconstruct and effort.rounding.iterations) or (
             method.learned_steps and effort.step_iterations
         )
-        return bool(learned) or method.asymmetric_feedback
+        return bool(learned) or (method.error_feedback and method.asymmetric_feedback)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

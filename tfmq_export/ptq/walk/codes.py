@@ -4,7 +4,7 @@ Several codes are more channels of one convolution (``passes/qdq/offset_inputs.p
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -12,8 +12,8 @@ from tfmq_export.capture.dependences import SAMPLE, Operation
 from tfmq_export.capture.program import DiffusionProgram
 
 CODE_BITS = 8
-MOST_MACS = 0.01
-"""Share of the model's multiply-accumulates that a layer with several codes of its own may have."""
+EXTRA_MACS = 0.04
+"""Share of the model's multiply-accumulates that second codes of outputs may add, all layers together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +46,24 @@ past all that follows, and nothing averages it."""
 
 
 def codes_of(program: DiffusionProgram) -> Mapping[str, Codes]:
-    """The layers that take several codes, by the value they compute.
+    """The layers that take several codes, by the value they compute; of fine ones the last, as many as are cheap.
 
     Args:
         program: With its skip concatenations split.
     """
-    nodes = {node.name: node for node in program.module.graph.nodes}
     on_sample = [op for op in program.operations if SAMPLE in op.roles]
     if not on_sample:
         return {}
+    first, *between, last = on_sample if len(on_sample) > 1 else [*on_sample, *on_sample]
+    nodes = {node.name: node for node in program.module.graph.nodes}
     size = next(_size(nodes[name]) for name, role in program.roles.items() if role == SAMPLE)
-    found = {op.name: FINE for op in on_sample if _is_cheap(op, program) and _is_pointwise(op, nodes, size)}
-    return found | {on_sample[0].name: FIRST, on_sample[-1].name: LAST}
-
-
-def _is_cheap(op: Operation, program: DiffusionProgram) -> bool:
-    return op.macs <= MOST_MACS * program.macs
+    room = EXTRA_MACS * program.macs - FIRST.input * first.macs
+    found = {first.name: FIRST if room >= 0 else replace(FIRST, output=1), last.name: LAST}
+    for op in reversed(between):
+        if op.macs <= room and _is_pointwise(op, nodes, size):
+            found[op.name] = FINE
+            room -= op.macs
+    return found
 
 
 def _is_pointwise(op: Operation, nodes: Mapping[str, fx.Node], size: tuple[object, ...]) -> bool:

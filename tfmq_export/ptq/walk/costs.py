@@ -26,7 +26,7 @@ from tfmq_export.ptq.walk.input_watch import VALUES as WATCHED_VALUES
 FLOAT = 4  # bytes
 PASSES = 2.3
 """Of all rows: observing and fake-quant, which touches every value a few times more."""
-ORIGINAL = 1.0  # pass more, where blocks are held to the full-precision network
+ORIGINAL = 1.0  # pass more, where blocks are held to the full-precision network; one more to see what layers read there
 TUNED = 3.6  # passes of all rows around the learning of steps, which counts errors before and after
 LEARNING = 5.2  # of a row's forward pass: fake-quant, forward and backward, the step
 
@@ -77,12 +77,12 @@ def quantizing(  # what a forecast has in hand
     layers = {op.name: op for op in program.operations}
     nodes = {node.name: node for node in graph.nodes}
     shapes = {name: tuple(nodes[op.weight].meta["val"].shape) for name, op in layers.items()}
-    passes = PASSES + (ORIGINAL if plan.follows_original else 0.0)
+    passes = PASSES + ORIGINAL * (plan.follows_original + (plan.follows_original and plan.method.asymmetric_feedback))
     passes += TUNED if plan.method.learned_steps and plan.effort.step_iterations else 0.0
     seconds = row * (passes * rows + LEARNING * _learned_rows(plan))
     seconds += sum(_layer_seconds(shapes[name], op, plan, speed) for name, op in layers.items())
     flows = 2 if plan.follows_original else 1
-    ceiling = math.inf if plan.max_memory is None else plan.max_memory // 3
+    ceiling = math.inf if plan.max_memory is None else plan.max_memory // (flows + 1)
     held = spilled = 0
     for block, alive in zip(blocks, _alive(blocks, nodes), strict=True):
         between = flows * alive * rows * FLOAT

@@ -1,4 +1,5 @@
-"""What the layers of a block see in the full-precision network, noted at some places while it passes through."""
+"""What the layers of a block see, noted at some places while rows pass: those of the full-precision network, or of the
+quantized one where it alone is walked."""
 
 import math
 from collections.abc import Mapping, Sequence

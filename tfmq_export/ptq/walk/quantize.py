@@ -167,8 +167,9 @@ class Walk:
         program, device = model.program, device_of(model.program.module)
         rows = replace(model.rows, inputs={name: _near(value, device) for name, value in model.rows.inputs.items()})
         self._program, self._plan = program, plan
-        # Full-precision activations, quantized ones, and the inputs inside one block.
-        self._ceiling = None if plan.max_memory is None else plan.max_memory // 3
+        # Full-precision activations where they are followed, quantized ones, and the inputs inside one block.
+        shares = 3 if plan.follows_original else 2
+        self._ceiling = None if plan.max_memory is None else plan.max_memory // shares
         features = [{} if inside else _features(program, tib) for tib in (model.exact, served)]
         self._served = frozenset(features[1])
         self._wanted, self._given = (
@@ -272,8 +273,9 @@ def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Cod
     if activation_bits == FLOAT:
         draft = Draft.fresh(program, op, QuantSpec(weight_bits, signed=True, axis=0), None)
         return replace(draft, why=asked.why, in_float=asked.in_float)
-    # Several codes are more channels of one convolution with 8-bit weights; other layers make do with one.
-    stacks = codes if op.kind == "conv" and op.groups == 1 and weight_bits == CODE_BITS else PLAIN
+    # Several codes are more channels of one convolution; other layers make do with one. Inside the network they pay
+    # only where the weights are not narrow, as when somebody pins them.
+    stacks = codes if op.kind == "conv" and op.groups == 1 and (weight_bits == CODE_BITS or codes.input > 1) else PLAIN
     output = None
     if op.kind in plan.quantized_outputs:
         # The engine's container, not the preset's choice: 8 bits, or 16 where the input has as many. A linear layer
