@@ -11,7 +11,7 @@ import onnx_ir as ir
 from torch import fx
 from torch.fx.node import map_arg
 
-from tfmq_export.capture.dependences import module_stack
+from tfmq_export.capture.dependences import module_path, module_stack
 from tfmq_export.recipe.names import is_node_name, node_name
 
 
@@ -64,7 +64,7 @@ def rename_values(graph: ir.Graph, names: Mapping[str, str]) -> None:
 
 def _path(node: fx.Node) -> str:
     """Of the module, as a part of a name."""
-    path = "".join(letter if letter.isalnum() else "_" for letter in module_stack(node)[-1][0])
+    path = "".join(letter if letter.isalnum() else "_" for letter in module_path(node))
     return f"_{path}" if path[0].isdigit() or is_node_name(path) else path
 
 

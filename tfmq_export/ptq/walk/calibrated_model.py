@@ -50,7 +50,22 @@ class QuantPlan:
         learned = (method.reconstruct and effort.rounding.iterations) or (
             method.learned_steps and effort.step_iterations
         )
-        return bool(learned) or (method.error_feedback and method.asymmetric_feedback)
+        return bool(learned) or self.reads_original
+
+    @property
+    def reads_original(self) -> bool:
+        """Whether layers are told what they would read in the full-precision network."""
+        return self.method.error_feedback and self.method.asymmetric_feedback
+
+    @property
+    def flows(self) -> int:
+        """Networks that are walked: the quantized one, and the full-precision one where it is followed."""
+        return 2 if self.follows_original else 1
+
+    @property
+    def ceiling(self) -> int | None:
+        """Bytes in memory of each cache: one for the activations of each network, one for the inputs inside a block."""
+        return None if self.max_memory is None else self.max_memory // (self.flows + 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -77,19 +77,18 @@ def quantizing(  # what a forecast has in hand
     layers = {op.name: op for op in program.operations}
     nodes = {node.name: node for node in graph.nodes}
     shapes = {name: tuple(nodes[op.weight].meta["val"].shape) for name, op in layers.items()}
-    passes = PASSES + ORIGINAL * (plan.follows_original + (plan.follows_original and plan.method.asymmetric_feedback))
+    passes = PASSES + ORIGINAL * (plan.follows_original + plan.reads_original)
     passes += TUNED if plan.method.learned_steps and plan.effort.step_iterations else 0.0
     seconds = row * (passes * rows + LEARNING * _learned_rows(plan))
     seconds += sum(_layer_seconds(shapes[name], op, plan, speed) for name, op in layers.items())
-    flows = 2 if plan.follows_original else 1
-    ceiling = math.inf if plan.max_memory is None else plan.max_memory // (flows + 1)
+    ceiling = math.inf if plan.ceiling is None else plan.ceiling
     held = spilled = 0
     for block, alive in zip(blocks, _alive(blocks, nodes), strict=True):
-        between = flows * alive * rows * FLOAT
+        between = plan.flows * alive * rows * FLOAT
         watched = sum(_watched(shapes[name]) for name in block.layers) * min(rows, WATCHED) * FLOAT
         inside = _inside(block, nodes, plan) + sum(_sums(shapes[name], plan) for name in block.layers)
-        held = max(held, int(min(between, flows * ceiling) + min(watched, ceiling)) + inside)
-        spilled = max(spilled, int(max(0, between - flows * ceiling) + max(0, watched - ceiling)))
+        held = max(held, int(min(between, plan.flows * ceiling) + min(watched, ceiling)) + inside)
+        spilled = max(spilled, int(max(0, between - plan.flows * ceiling) + max(0, watched - ceiling)))
     return Work(seconds, held, spilled)
 
 

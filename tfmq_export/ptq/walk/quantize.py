@@ -167,13 +167,10 @@ class Walk:
         program, device = model.program, device_of(model.program.module)
         rows = replace(model.rows, inputs={name: _near(value, device) for name, value in model.rows.inputs.items()})
         self._program, self._plan = program, plan
-        # Full-precision activations where they are followed, quantized ones, and the inputs inside one block.
-        shares = 3 if plan.follows_original else 2
-        self._ceiling = None if plan.max_memory is None else plan.max_memory // shares
         features = [{} if inside else _features(program, tib) for tib in (model.exact, served)]
         self._served = frozenset(features[1])
         self._wanted, self._given = (
-            Flow(rows, values, ActivationCache(len(rows), self._ceiling, device), device) for values in features
+            Flow(rows, values, ActivationCache(len(rows), plan.ceiling, device), device) for values in features
         )
         self._integer_attention = plan.method.attention == "integer"
 
@@ -193,7 +190,7 @@ class Walk:
         runner = BlockRunner(self._program.module, block)
         products = self._attention_grids(index, runner)
         scaled = [draft for draft in drafts if draft.input_spec is not None] if kept is None and self._scales else ()
-        with closing(InputWatch(self._wanted.rows, scaled, runner, self._ceiling, self._seed(index))) as inputs:
+        with closing(InputWatch(self._wanted.rows, scaled, runner, self._plan.ceiling, self._seed(index))) as inputs:
             if self._plan.follows_original:
                 self._wanted.advance(runner, inputs.rules)
             decided = kept if kept is not None else self._decide(index, runner, inputs, drafts, products, progress)
