@@ -167,7 +167,7 @@ def _refuse_lost_names(module: fx.GraphModule, denoiser: Denoiser) -> None:
         if name not in kept:
             raise ExportError(
                 f"{denoiser.source}: forward() has an argument {name!r}, which is a name of Python's own that a "
-                "captured graph cannot have; rename it, or wrap the module in one that calls it otherwise"
+                "captured graph cannot have; rename it, or return (module, draw) in place of a Description"
             )
 
 

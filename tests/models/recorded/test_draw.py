@@ -85,6 +85,20 @@ def test_a_sampler_draws_the_same_through_the_recording(draw: Callable[[nn.Modul
     assert capture(denoiser).operations
 
 
+class NamedAsPythonDoes(Net):
+    def forward(self, input: Tensor, type: Tensor) -> Tensor:  # type: ignore[override]  # noqa: A002
+        return super().forward(input, type)
+
+
+def test_arguments_may_have_names_of_pythons_own() -> None:
+    torch.manual_seed(0)
+    net = NamedAsPythonDoes()
+    denoiser = denoiser_from_draw(net, lambda seed: of_numbers(net, seed), None, "net")
+
+    assert (denoiser.sample, denoiser.timestep) == ("input_", "type_")
+    assert [operation.path for operation in capture(denoiser).operations] == ["mix"]
+
+
 def test_a_second_draw_of_a_seed_is_the_same_and_the_module_is_left_as_it_was() -> None:
     net, code = built(by_keyword)
     before = code(3)

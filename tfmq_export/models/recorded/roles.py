@@ -5,6 +5,7 @@ most values along a run the first is the sample. All else is conditioning: it be
 is computed outside at every step.
 """
 
+import builtins
 import inspect
 import keyword
 import re
@@ -212,7 +213,10 @@ def _timestep_leaf(found: _Values, name: str, rows: Sequence[int]) -> Leaf:
 
 
 def _names(paths: Sequence[LeafPath]) -> dict[LeafPath, str]:
-    """A short name for each input that no other has: the last word of its path, with the positions behind it."""
+    """A short name for each input that no other has: the last word of its path, with the positions behind it.
+
+    No name of Python's own (``input``, ``type``): a captured graph would call it otherwise.
+    """
     short = {path: _name(_last_word(path)) for path in paths}
     often = Counter(short.values())
     return {path: name if often[name] == 1 else _name(path) for path, name in short.items()}
@@ -225,7 +229,7 @@ def _last_word(path: LeafPath) -> LeafPath:
 
 def _name(path: LeafPath) -> str:
     name = re.sub(r"\W", "_", "_".join(str(key) for key in path))
-    return f"{name}_" if keyword.iskeyword(name) or name[:1].isdigit() else name
+    return f"{name}_" if keyword.iskeyword(name) or hasattr(builtins, name) or name[:1].isdigit() else name
 
 
 def _one_number(value: Any) -> bool:
