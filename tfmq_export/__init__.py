@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tfmq_export.integrations.diffusers import CompiledDenoiser
     from tfmq_export.integrations.notebook import NotebookProgress
     from tfmq_export.models.load import Source
+    from tfmq_export.models.recorded.roles import Drawing
     from tfmq_export.runtime.loaded import load
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "CompileConfig",
     "CompiledDenoiser",
     "Description",
+    "Drawing",
     "NotebookProgress",
     "Source",
     "__version__",
@@ -43,6 +45,7 @@ _OFFERED: Mapping[str, str] = {
     "CompileConfig": "tfmq_export.config",
     "CompiledDenoiser": "tfmq_export.integrations.diffusers",
     "Description": "tfmq_export.capture.denoiser",
+    "Drawing": "tfmq_export.models.recorded.roles",
     "NotebookProgress": "tfmq_export.integrations.notebook",
     "Source": "tfmq_export.models.load",
     "compile": "tfmq_export.compiler.chain:compile_model",

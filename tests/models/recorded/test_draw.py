@@ -12,6 +12,7 @@ from tfmq_export.capture.program import capture
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.recorded.load import denoiser_from_draw
 from tfmq_export.models.recorded.record import image_of
+from tfmq_export.models.recorded.roles import Drawing
 from tfmq_export.ptq.walk.calibration import record
 
 LEVELS = (3.0, 2.0, 1.0)
@@ -97,6 +98,16 @@ def test_arguments_may_have_names_of_pythons_own() -> None:
 
     assert (denoiser.sample, denoiser.timestep) == ("input_", "type_")
     assert [operation.path for operation in capture(denoiser).operations] == ["mix"]
+
+
+def test_a_drawing_names_the_arguments() -> None:
+    net, code = built(by_keyword)
+
+    denoiser = denoiser_from_draw(net, Drawing(code, sample="x", timestep="t"), None, "net")
+
+    assert (denoiser.sample, denoiser.timestep) == ("x", "t")
+    with pytest.raises(ConfigError, match="net: x is no timestep: one number in each call"):
+        denoiser_from_draw(net, Drawing(code, timestep="x"), None, "net")
 
 
 def test_a_second_draw_of_a_seed_is_the_same_and_the_module_is_left_as_it_was() -> None:

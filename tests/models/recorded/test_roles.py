@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq_export.errors import LoadError
+from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.recorded.calls import CallPlan, flat_module, signature_of
 from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_info
-from tfmq_export.models.recorded.roles import RecordedRun, plan_of
+from tfmq_export.models.recorded.roles import Drawing, RecordedRun, plan_of
 
 STEPS = (30.0, 20.0, 10.0)
 Model = Callable[..., Tensor]
@@ -227,3 +227,37 @@ def a_table_that_changes(net: Model, images: int, seed: int) -> Tensor:
 def test_what_no_graph_can_take_is_refused(draw: Callable[[Model, int, int], Any], message: str) -> None:
     with pytest.raises(LoadError, match=message):
         planned(draw)
+
+
+def two_of_each(net: Model, images: int, seed: int) -> Tensor:
+    """A picture beside the sample changes at every step, and so does a second number."""
+    x, beside = noise(images, seed, 4), noise(images, seed + 50, 4)
+    for step in STEPS:
+        now = torch.full((images,), step)
+        beside = net(beside, t=now, state={"x": x, "t": now / 2})
+        x = x - 0.1 * beside
+    return x
+
+
+def test_a_drawing_says_which_is_the_sample_and_which_the_timestep() -> None:
+    def told(named: Drawing | None) -> tuple[str, str]:
+        plan = plan_of(signature_of(Any3()), recorded(two_of_each), "model", named)
+        return plan.inputs[plan.sample].place, plan.inputs[plan.timestep].place
+
+    assert told(None) == ("hidden", "t")
+    assert told(Drawing(print, sample="x")) == ("rest['state']['x']", "t")
+    assert told(Drawing(print, timestep="rest['state']['t']")) == ("hidden", "rest['state']['t']")
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (Drawing(print, sample="z"), r"without an argument 'z'; it is called with hidden, t, rest\['state'\]\['x'\]"),
+        (Drawing(print, timestep="t"), r"'t' is one of t, rest\['state'\]\['t'\]; name it as it stands here"),
+        (Drawing(print, timestep="x"), r"rest\['state'\]\['x'\] is no timestep: one number in each call"),
+        (Drawing(print, sample="rest['state']['t']"), r"rest\['state'\]\['t'\] is no noisy sample"),
+    ],
+)
+def test_a_drawing_that_names_what_cannot_be_is_refused(named: Drawing, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_of(signature_of(Any3()), recorded(two_of_each), "model", named)

@@ -33,7 +33,7 @@ from tfmq_export.models.recorded.pipeline import (
 )
 from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_info, image_of, is_close
 from tfmq_export.models.recorded.requests import Request, own_prompts
-from tfmq_export.models.recorded.roles import RecordedRun, plan_of
+from tfmq_export.models.recorded.roles import Drawing, RecordedRun, plan_of
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
 from tfmq_export.models.single_precision import in_single_precision
 from tfmq_export.models.walk import LEARNED
@@ -52,6 +52,8 @@ MANY_STEPS = "DDPMScheduler"
 def denoiser_from_draw(module: nn.Module, draw: Draw, steps: int | None, where: str) -> Denoiser:
     """Record a module in the user's own sampler.
 
+    Args:
+        draw: A ``Drawing`` tells sample and timestep itself.
     Raises:
         LoadError: the sampler raises, never calls the module, or calls it in a way that no graph can take.
         ConfigError: ``steps`` is not what the sampler does; or the seed says nothing.
@@ -69,7 +71,7 @@ def denoiser_from_draw(module: nn.Module, draw: Draw, steps: int | None, where: 
 
     recorder = Recorder(module, code, where)
     runs = [recorder.run([seed]) for seed in (0, 0, 1)]
-    plan = plan_of(signature_of(module), runs[1:], where)
+    plan = plan_of(signature_of(module), runs[1:], where, draw if isinstance(draw, Drawing) else None)
     _require_seeded(plan, runs, where)
     denoiser = _denoiser(recorder, plan, runs[1:], runs[1], together=1)
     visited = len(denoiser.timesteps)

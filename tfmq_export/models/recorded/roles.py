@@ -10,7 +10,7 @@ import inspect
 import keyword
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,30 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from tfmq_export.bundle.call import LeafPath
-from tfmq_export.errors import LoadError
+from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.recorded.calls import CallPlan, Leaf, same
 from tfmq_export.models.recorded.lengths import Cut
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "noise_labels", "c_noise")
 """What models call it; asked only where several arguments behave alike, or a run is a single call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A sampler, ``draw(seed) -> image``, that says what is what among the arguments of its model.
+
+    Attributes:
+        draw: With the module inside.
+        sample: The noisy sample, by the name of the argument, or as ``extra['x']`` where it is inside one.
+        timestep: Likewise. None leaves it to how the values behave from call to call.
+    """
+
+    draw: Callable[[int], Any]
+    sample: str | None = None
+    timestep: str | None = None
+
+    def __call__(self, seed: int) -> Any:
+        return self.draw(seed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,13 +65,17 @@ class RecordedRun:
     cut: Cut | None = None
 
 
-def plan_of(signature: inspect.Signature, runs: Sequence[RecordedRun], where: str) -> CallPlan:
+def plan_of(
+    signature: inspect.Signature, runs: Sequence[RecordedRun], where: str, named: Drawing | None = None
+) -> CallPlan:
     """Tell the roles of all arguments.
 
     Args:
         runs: Of the same pipeline; the roles of what depends on prompt and number of images show between them.
+        named: Roles that the user told.
     Raises:
         LoadError: the calls differ in form, or no argument behaves as a sample or as a timestep does.
+        ConfigError: no argument has the name that it was told by.
     """
     first, *others = runs
     if any(run.spec != first.spec for run in others):
@@ -62,8 +84,10 @@ def plan_of(signature: inspect.Signature, runs: Sequence[RecordedRun], where: st
             "number of images; a graph cannot take them"
         )
     values = {path: _Values(path, runs) for path in first.calls[0]}
-    timestep = _timestep(values, where)
-    sample = _sample(values, timestep, where)
+    asked = (None, None) if named is None else (named.timestep, named.sample)
+    given = [None if name is None else _by_name(name, values, where) for name in asked]
+    timestep = _timestep(values, where, given[0])
+    sample = _sample(values, timestep, where, given[1])
     if any(isinstance(key, int) for key in sample):
         raise LoadError(
             f"{where}: the model takes its sample in a list ({Leaf(sample).place}), and does not return as many "
@@ -133,8 +157,22 @@ class _Values:
         return len(kept)
 
 
-def _timestep(values: Mapping[LeafPath, _Values], where: str) -> LeafPath:
+def _by_name(name: str, values: Mapping[LeafPath, _Values], where: str) -> LeafPath:
+    found = [path for path in values if name in (Leaf(path).place, path[-1])]
+    if len(found) == 1:
+        return found[0]
+    places = ", ".join(Leaf(path).place for path in found or values)
+    if found:
+        raise ConfigError(f"{where}: {name!r} is one of {places}; name it as it stands here")
+    raise ConfigError(f"{where}: the model is called without an argument {name!r}; it is called with {places}")
+
+
+def _timestep(values: Mapping[LeafPath, _Values], where: str, given: LeafPath | None) -> LeafPath:
     numbers = [path for path, found in values.items() if found.is_one_number]
+    if given is not None:
+        if given not in numbers:
+            raise ConfigError(f"{where}: {Leaf(given).place} is no timestep: one number in each call")
+        return given
     found = [path for path in numbers if values[path].changes_within] or [
         path for path in numbers if path[-1] in TIMESTEP_NAMES
     ]
@@ -147,12 +185,16 @@ def _timestep(values: Mapping[LeafPath, _Values], where: str) -> LeafPath:
     return (named or found)[0]
 
 
-def _sample(values: Mapping[LeafPath, _Values], timestep: LeafPath, where: str) -> LeafPath:
+def _sample(values: Mapping[LeafPath, _Values], timestep: LeafPath, where: str, given: LeafPath | None) -> LeafPath:
     floats = [
         path
         for path, found in values.items()
         if path != timestep and found.is_tensor and found.first.is_floating_point() and found.first.ndim > 1
     ]
+    if given is not None:
+        if given not in floats:
+            raise ConfigError(f"{where}: {Leaf(given).place} is no noisy sample: floating-point numbers, [N, ...]")
+        return given
     counts = {path: values[path].distinct for path in floats if values[path].changes_within}
     most = max(counts.values(), default=0)
     found = [path for path, count in counts.items() if count == most]
