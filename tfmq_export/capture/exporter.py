@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,7 @@ def _settle_lengths(program: torch.onnx.ONNXProgram, denoiser: Denoiser) -> None
     The analysis and the walk over the blocks then see one size that varies, the batch.
     """
     assert program.exported_program is not None
+    symbols: dict[Any, torch.SymInt] = {}  # all of them first: two inputs may share a length
     for node in program.exported_program.graph.find_nodes(op="placeholder"):
         for axis in denoiser.ragged.get(node.name, ()):
             size = node.meta["val"].shape[axis]
@@ -117,10 +119,12 @@ def _settle_lengths(program: torch.onnx.ONNXProgram, denoiser: Denoiser) -> None
                     f"{denoiser.source}: prompts differ in length, but forward() fixes axis {axis} of {node.name} to "
                     f"{size}; give --prompts that are all encoded to one length"
                 )
-            shapes, symbol = size.node.shape_env, size.node.expr
-            shapes.replacements[symbol] = symbol.subs(symbol, size.node.hint)
-            shapes._replacements_version_counter += 1  # what was asked before is asked again
-            shapes._update_version_counter()
+            symbols[size.node.expr] = size
+    for symbol, size in symbols.items():
+        shapes = size.node.shape_env
+        shapes.replacements[symbol] = symbol.subs(symbol, size.node.hint)
+        shapes._replacements_version_counter += 1  # what was asked before is asked again
+        shapes._update_version_counter()
 
 
 def _batch_symbols(program: torch.onnx.ONNXProgram, denoiser: Denoiser) -> set[object]:

@@ -1,5 +1,6 @@
 """Prompts that a model cuts by their mask are cut before it is called, where that changes nothing."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,3 +102,31 @@ def test_its_graph_takes_any_batch_and_any_length() -> None:
     (found,) = session.run(None, {name: value.numpy() for name, value in many.items()})
 
     np.testing.assert_allclose(found, flat(**many)[0].detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+class Masked(nn.Module):
+    """A prompt and its mask, which have one length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        mean = (text * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        return self.layer(x + mean[:, None]) * t[:, None, None]
+
+
+def test_a_prompt_and_its_mask_may_have_any_length_together() -> None:
+    net = Masked().eval()
+    inputs = {"x": torch.randn(2, 3, 4), "t": torch.tensor([30.0, 10.0]), "text": torch.randn(2, 5, 4)}
+    inputs["mask"] = torch.ones(2, 5)
+    given = {"text": inputs["text"], "mask": inputs["mask"]}
+    described = probe(net, timesteps=[30.0, 10.0], example_inputs=inputs, sample="x", timestep="t", conditioning=given)
+    program = capture(replace(described, ragged={"text": (1,), "mask": (1,)}))
+    session = onnxruntime.InferenceSession(program.onnx.model_proto.SerializeToString())
+    longer = {**inputs, "text": torch.randn(2, 7, 4), "mask": torch.ones(2, 7)}
+
+    (found,) = session.run(None, {name: value.numpy() for name, value in longer.items()})
+
+    np.testing.assert_allclose(found, net(**longer).detach().numpy(), rtol=1e-4, atol=1e-4)
