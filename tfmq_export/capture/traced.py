@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from tfmq_export.capture.denoiser import Denoiser, first_tensor
 from tfmq_export.capture.kept_sizes import sizes_kept
 from tfmq_export.capture.over_rows import over_rows
+from tfmq_export.capture.torch_transformers import transformers_spelled_out
 from tfmq_export.errors import ExportError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def _exported(
         name: dict.fromkeys((*axes, *ragged.get(name, ())), torch.export.Dim.AUTO) if value.ndim else None
         for name, value in inputs.items()
     }
-    return torch.export.export(module, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
+    with transformers_spelled_out():
+        return torch.export.export(module, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
 
 
 def _require_equal(denoiser: Denoiser, module: nn.Module) -> None:
