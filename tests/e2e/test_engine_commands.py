@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from nets.handwritten import build_dit
 from nets.tiny_model import tiny_folder
 from standins.commands import run
+from torch import Tensor, nn
 from typer.testing import Result
 
 from tfmq_export.bundle.manifest import open_bundle
@@ -67,6 +69,7 @@ def test_build_makes_an_engine_for_each_list_of_gpus(exported: tuple[Path, Resul
         (["--sm", "nine"], "--sm 'nine': give compute capabilities"),
         (["--sm", "90"], "compute capability 90 is none of those it builds for"),
         (["--batch", "8,1"], "batch '8,1': give smallest, usual and largest"),
+        (["--tokens", "9,1"], "tokens '9,1': give smallest, usual and largest"),
         (["--sm", "89", "--tensorrt"], "leave --sm out"),
         (["--timing-cache", "cache"], "keeps no timing cache"),
     ],
@@ -111,6 +114,41 @@ def test_a_bundle_in_two_graphs_gets_an_engine_for_each(tmp_path: Path) -> None:
     layers = {row.layer.name for each in built for row in each.receipt.rows}
     assert layers == {layer.name for layer in bundle.manifest.layers}
     bundle.verify()
+
+
+class Prompted(nn.Module):
+    """Reads the mean of a prompt of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.text, self.time = nn.Linear(4, 32), nn.Linear(16, 32), nn.Linear(1, 32)
+        self.leave = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        seen = self.text(text).mean(1, keepdim=True) + self.time(t[:, None])[:, None]
+        return self.leave((self.enter(x) + seen).relu())
+
+
+def drawn(net: nn.Module, seed: int) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    x, text = torch.randn(1, 8, 4, generator=random), torch.randn(1, 5 + seed % 2, 16, generator=random)
+    for t in (1.0, 0.5):
+        x = x - 0.1 * net(x, torch.tensor([t]), text)
+    return x
+
+
+def test_an_engine_takes_prompts_of_any_length_in_its_profile(tmp_path: Path) -> None:
+    net, out = Prompted(), tmp_path / "out"
+    config = CompileConfig(target="tensorrt-rtx", effort="fast", thresholds=Thresholds(psnr=-100, sqnr=-100))
+
+    compile_model(net, out, config, draw=lambda seed: drawn(net, seed))
+    result = run("build", out, "--sm", "89", "--tokens", "1,6,40", "-q")
+
+    assert result.exit_code == 0, result.output
+    (engine,) = open_bundle(out).manifest.engines
+    assert engine.profiles[0]["text"] == ((1, 1, 16), (2, 6, 16), (8, 40, 16))
+    assert engine.profiles[0]["x"] == ((1, 8, 4), (2, 8, 4), (8, 8, 4))
 
 
 @pytest.mark.gpu

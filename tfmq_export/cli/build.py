@@ -32,6 +32,13 @@ Batch = Annotated[
         show_default="1,2,8",
     ),
 ]
+Tokens = Annotated[
+    str | None,
+    typer.Option(
+        help="Smallest, usual and largest length of a prompt, where a graph takes prompts of any length.",
+        show_default="1,77,512",
+    ),
+]
 
 
 @reports_errors
@@ -39,6 +46,7 @@ def build(
     bundle: BundleFolder,
     sm: Sm = None,
     batch: Batch = None,
+    tokens: Tokens = None,
     tensorrt: Annotated[
         bool, typer.Option("--tensorrt", help="Build with TensorRT for this machine's GPU, not with TensorRT-RTX.")
     ] = False,
@@ -69,11 +77,11 @@ def build(
     from tfmq_export.bundle.manifest import open_bundle
     from tfmq_export.errors import ConfigError
     from tfmq_export.runtime.engines.tensorrt.building.files import EngineRequest, add_engines
-    from tfmq_export.runtime.engines.tensorrt.building.profile import parse_batch
+    from tfmq_export.runtime.engines.tensorrt.building.profile import LENGTHS, parse_sizes
 
     opened = open_bundle(bundle)
     if qnn is not None:
-        if tensorrt or sm or workspace or timing_cache:
+        if tensorrt or sm or tokens or workspace or timing_cache:
             raise ConfigError("--qnn compiles for phones; leave the options of TensorRT out")
         with bars(quiet) as progress:
             contexts = _contexts(opened, qnn, batch or ["1"], progress, allow_precision_loss)
@@ -83,14 +91,15 @@ def build(
         return
     if tensorrt and sm:
         raise ConfigError("TensorRT builds for the GPU of this machine; leave --sm out, or --tensorrt")
-    batches = tuple(parse_batch(text) for text in batch or ["1,2,8"])
+    batches = tuple(parse_sizes(text, "batch") for text in batch or ["1,2,8"])
+    lengths = LENGTHS if tokens is None else parse_sizes(tokens, "tokens")
     lists = [()] if tensorrt else [_capabilities(text) for text in sm or ["80,89,120"]]
     built: list[BuiltEngine] = []
     with bars(quiet) as progress:
         for capabilities in lists:
             flavour = "tensorrt" if tensorrt else "tensorrt-rtx"
             scratch = None if workspace is None else workspace << 20
-            request = EngineRequest(flavour, capabilities, batches, scratch, timing_cache)
+            request = EngineRequest(flavour, capabilities, batches, lengths, scratch, timing_cache)
             with progress.stage(f"Building for {_gpus(capabilities)}"):
                 opened, more = add_engines(opened, request, allow_precision_loss=allow_precision_loss)
             built.extend(more)

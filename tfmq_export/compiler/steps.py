@@ -345,7 +345,8 @@ def _provenance(denoiser: Denoiser, config: CompileConfig, plan: QuantPlan) -> d
 
 def _lint(lowered: Lowered) -> None:
     prologue = lowered.prologue
-    profiled = [] if prologue is None else prologue.tables
+    prompts = list(lowered.made.denoiser.ragged)
+    profiled = prompts if prologue is None else [*prompts, *prologue.tables]
     raise_if_any(lint_model(skeleton(lowered.graph), profiled=profiled), lowered.target.name)
     if prologue is not None:
-        raise_if_any(lint_model(skeleton(prologue.graph)), lowered.target.name)
+        raise_if_any(lint_model(skeleton(prologue.graph), profiled=prompts), lowered.target.name)

@@ -14,7 +14,13 @@ from pathlib import Path
 from tfmq_export.bundle.manifest import Bundle, EngineInfo, LayerInfo
 from tfmq_export.errors import BuildError, ConfigError
 from tfmq_export.runtime.engines.tensorrt.building.build import BuildOptions, EngineBuild, build_engine, engine_name
-from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, step_profiles
+from tfmq_export.runtime.engines.tensorrt.building.profile import (
+    LENGTHS,
+    Profile,
+    Sizes,
+    prologue_profiles,
+    step_profiles,
+)
 from tfmq_export.runtime.engines.tensorrt.building.trtexec import write_build_script
 from tfmq_export.runtime.engines.tensorrt.cuda_driver import has_gpu
 from tfmq_export.runtime.engines.tensorrt.receipt import read_facts, receipt_of_engine
@@ -25,8 +31,6 @@ AHEAD = "tensorrt-rtx"
 """The flavour that builds for GPUs that are not there."""
 
 UNPROVEN = "the build log lists no layers that can be read here; what runs in int8 is not proven"
-
-Batch = tuple[int, int, int]
 
 _log = logging.getLogger(__name__)
 
@@ -39,13 +43,15 @@ class EngineRequest:
         flavour: "tensorrt-rtx" or "tensorrt".
         compute_capabilities: GPUs of one TensorRT-RTX engine; none for TensorRT, which builds for the GPU at hand.
         batches: Smallest, usual and largest batch, once per profile.
+        lengths: Likewise of prompts, in tokens, where their length may vary.
         workspace_bytes: Limit of the scratch memory; the library's own choice if None.
         timing_cache: File of kernel timings, read and written; TensorRT only.
     """
 
     flavour: str = AHEAD
     compute_capabilities: tuple[int, ...] = (80, 89, 120)
-    batches: tuple[Batch, ...] = ((1, 2, 8),)
+    batches: tuple[Sizes, ...] = ((1, 2, 8),)
+    lengths: Sizes = LENGTHS
     workspace_bytes: int | None = None
     timing_cache: Path | None = None
 
@@ -90,12 +96,10 @@ def add_engines(
             f"--target {request.flavour} --recipe {bundle.root}"
         )
     once = frozenset(manifest.prologue.layers) if manifest.prologue is not None else frozenset()
-    jobs = [
-        (bundle.model, step_profiles(manifest, request.batches), [x for x in manifest.layers if x.name not in once])
-    ]
+    shapes = (manifest, request.batches, request.lengths)
+    jobs = [(bundle.model, step_profiles(*shapes), [x for x in manifest.layers if x.name not in once])]
     if bundle.prologue is not None:
-        plain = tuple(Profile(batch) for batch in request.batches)
-        jobs.append((bundle.prologue, plain, [x for x in manifest.layers if x.name in once]))
+        jobs.append((bundle.prologue, prologue_profiles(*shapes), [x for x in manifest.layers if x.name in once]))
     finished: list[tuple[EngineBuild, BuiltEngine]] = []
     try:
         for graph, profiles, layers in jobs:

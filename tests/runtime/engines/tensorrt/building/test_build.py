@@ -25,7 +25,7 @@ from standins.tensorrt_patterns import (
 
 from tfmq_export.errors import BuildError, ConfigError, DependencyError, LoadError
 from tfmq_export.runtime.engines.tensorrt.building.build import BuildOptions, EngineBuild, build_engine, engine_name
-from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, parse_batch
+from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, parse_sizes
 from tfmq_export.runtime.engines.tensorrt.tensors import ShapeRange
 
 has_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13")
@@ -202,13 +202,13 @@ def test_shapes_of_a_profile_have_one_rank_and_grow() -> None:
 
 @pytest.mark.parametrize(("text", "batch"), [("1,2,8", (1, 2, 8)), ("4", (4, 4, 4))])
 def test_a_batch_is_written_in_one_word(text: str, batch: tuple[int, int, int]) -> None:
-    assert parse_batch(text) == batch
+    assert parse_sizes(text, "batch") == batch
 
 
 @pytest.mark.parametrize(("text", "said"), [("1,8", "give smallest"), ("a", "give smallest"), ("8,2,1", "must grow")])
 def test_a_batch_that_says_nothing_is_refused(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        parse_batch(text)
+        parse_sizes(text, "batch")
 
 
 @has_rtx
