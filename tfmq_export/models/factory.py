@@ -23,6 +23,7 @@ from tfmq_export.models.prompts import effective_scale
 from tfmq_export.models.recorded.load import Draw, denoiser_from_draw
 from tfmq_export.models.schedulers import scheduler_config
 from tfmq_export.models.single_precision import in_single_precision
+from tfmq_export.models.unwrapped import unwrapped
 from tfmq_export.models.walk import DiffusersSampler, require_finite_walk
 from tfmq_export.models.weights import load_weights
 from tfmq_export.recipe.timesteps import TimestepSet
@@ -49,10 +50,11 @@ def load_factory(reference: str, weights: Path, steps: int | None, *, raw: bool 
         refuse_file(weights)
     state = read_state(weights, raw=raw)
     refuse_quantized(state.types(), weights)
-    tensors, notes = fit(state.tensors, built[0].state_dict().keys(), raw=raw)
-    load_weights(built[0], {name: tensors[name] for name in tensors}, weights)
+    module = unwrapped(built[0], f"--factory {reference}")
+    tensors, notes = fit(state.tensors, module.state_dict().keys(), raw=raw)
+    load_weights(module, {name: tensors[name] for name in tensors}, weights)
     noted = "; ".join((*state.notes, *notes))
-    return denoiser_from_code(built, steps, where=f"{weights.name} ({noted})" if noted else weights.name)
+    return denoiser_from_code((module, built[1]), steps, where=f"{weights.name} ({noted})" if noted else weights.name)
 
 
 def _find_factory(reference: str) -> Callable[[], Any]:
@@ -117,7 +119,7 @@ def denoiser_from_code(built: tuple[nn.Module, Description | Draw], steps: int |
         LoadError, ConfigError: one of the two cannot be used; says which and why.
     """
     require_pair(built, "expected")
-    module, rest = built
+    module, rest = unwrapped(built[0], where), built[1]
     if isinstance(rest, Description):
         return describe(module, rest, steps, source=where)
     return denoiser_from_draw(module, rest, steps, where)

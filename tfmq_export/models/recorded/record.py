@@ -30,6 +30,7 @@ from tfmq_export.models.recorded.calls import (
 )
 from tfmq_export.models.recorded.lengths import Cut, NumbersRead, cut_of, cut_prompts, cut_rows
 from tfmq_export.models.recorded.roles import RecordedRun
+from tfmq_export.models.unwrapped import not_compiled
 
 CLOSE = 1e-3
 """Of a prediction: what another batch size, or computing without padding, may change by rounding."""
@@ -252,7 +253,7 @@ def drawn_by(code: DrawSeeds, seeds: Sequence[int], pictures: bool, where: str) 
     Raises:
         LoadError: what it raised, named as its own; or it returned no images.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), not_compiled():
         torch.manual_seed(seeds[0])
         try:
             images = code(seeds, pictures)

@@ -88,7 +88,8 @@ def plan_of(
     given = [None if name is None else _by_name(name, values, where) for name in asked]
     timestep = _timestep(values, where, given[0])
     sample = _sample(values, timestep, where, given[1])
-    if any(isinstance(key, int) for key in sample):
+    starred = signature.parameters[str(sample[0])].kind is inspect.Parameter.VAR_POSITIONAL
+    if any(isinstance(key, int) for key in sample[2 if starred else 1 :]):
         raise LoadError(
             f"{where}: the model takes its sample in a list ({Leaf(sample).place}), and does not return as many "
             "tensors in a list; a graph takes a batch, one row for each image"
