@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from tfmq_export.capture.program import capture
@@ -52,6 +53,25 @@ def of_numbers(net: nn.Module, seed: int) -> Any:
     return [x[0]]
 
 
+def in_half_precision(net: nn.Module, seed: int) -> Any:
+    x = noise(seed).half()
+    for level in LEVELS:
+        x -= 0.1 * net(x, torch.tensor([level]).half())
+        assert x.dtype == torch.float16
+    return x
+
+
+def of_numpys_numbers(net: nn.Module, seed: int) -> Any:
+    x = noise(seed)
+    for level in np.array(LEVELS, np.float32):
+        x = x - 0.1 * net(x, level)
+    return x
+
+
+def as_a_picture(net: nn.Module, seed: int) -> Any:
+    return Image.fromarray((255 * by_keyword(net, seed)[0, 0].detach().sigmoid()).to(torch.uint8).numpy())
+
+
 def with_autograd(net: nn.Module, seed: int) -> Any:
     x = noise(seed).requires_grad_()
     for level in LEVELS:
@@ -72,7 +92,7 @@ def built(draw: Callable[[nn.Module, int], Any]) -> tuple[nn.Module, Callable[[i
     return net, lambda seed: draw(net, seed)
 
 
-@pytest.mark.parametrize("draw", [by_keyword, in_place, of_numbers, with_autograd, twice_a_step])
+@pytest.mark.parametrize("draw", [by_keyword, in_place, of_numbers, of_numpys_numbers, with_autograd, twice_a_step])
 def test_a_sampler_draws_the_same_through_the_recording(draw: Callable[[nn.Module, int], Any]) -> None:
     net, code = built(draw)
     denoiser = denoiser_from_draw(net, code, None, "net")
@@ -108,6 +128,28 @@ def test_a_drawing_names_the_arguments() -> None:
     assert (denoiser.sample, denoiser.timestep) == ("x", "t")
     with pytest.raises(ConfigError, match="net: x is no timestep: one number in each call"):
         denoiser_from_draw(net, Drawing(code, timestep="x"), None, "net")
+
+
+def test_a_half_precision_sampler_is_followed_in_single_precision() -> None:
+    net, code = built(in_half_precision)
+    denoiser = denoiser_from_draw(net.half(), code, None, "net")
+
+    calls, images = record(denoiser, denoiser.module_denoise(), denoiser.runs(2, 7), lambda done, total: None)
+
+    assert {value.dtype for call in calls for value in call.inputs.values()} == {torch.float32}
+    wanted = by_keyword(net.float(), 7000)
+    assert torch.allclose(images[0], wanted[0], atol=0.01)  # the sampler itself rounds
+
+
+def test_a_picture_of_pil_is_its_channels() -> None:
+    net, code = built(as_a_picture)
+    denoiser = denoiser_from_draw(net, code, None, "net")
+    (run,) = denoiser.runs(1, 7)
+
+    picture = run(denoiser.module_denoise())
+
+    assert picture.shape == (1, 1, 6, 6)
+    assert torch.allclose(picture[0, 0], by_keyword(net, 7000)[0, 0].sigmoid(), atol=0.005)
 
 
 def test_a_second_draw_of_a_seed_is_the_same_and_the_module_is_left_as_it_was() -> None:
@@ -150,6 +192,13 @@ def one_noise(net: nn.Module, seed: int) -> Any:
     return by_keyword(net, 0)
 
 
+def as_many_steps_as_it_likes(net: nn.Module, seed: int) -> Any:
+    x = noise(seed)
+    for level in LEVELS[seed % 2 :]:
+        x = x - 0.1 * net(x, torch.tensor([level]))
+    return x
+
+
 def two_forms(net: nn.Module, seed: int) -> Any:
     x = noise(seed)
     x = x - net(x, torch.tensor([2.0]))
@@ -165,6 +214,7 @@ def two_forms(net: nn.Module, seed: int) -> Any:
         (unseeded, r"draw\(0\) starts from other noise each time"),
         (unseeded_on_the_way, r"draw\(0\) draws other noise on its way each time"),
         (one_noise, r"draw\(0\) and draw\(1\) start from the same noise"),
+        (as_many_steps_as_it_likes, r"draw\(1\) walks other timesteps than draw\(0\); a bundle is for one schedule"),
         (two_forms, "the model is called in two forms, once with 2 arguments and once with 3"),
     ],
 )

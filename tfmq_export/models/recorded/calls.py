@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_leaves, tree_unflatten
@@ -16,6 +17,7 @@ from tfmq_export.errors import LoadError
 from tfmq_export.models.recorded.lengths import Cut, SizeRead, cut_rows
 
 Forward = Callable[..., Any]
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,6 +203,8 @@ def flattened(
 ) -> tuple[dict[LeafPath, Any], TreeSpec]:
     """The values inside the arguments of a call by their paths, in order, and how they are nested.
 
+    Half precision becomes single, in which the module computes here, and numbers of numpy become Python's.
+
     Args:
         lists: Arguments that are one value each, for ``batches``.
     """
@@ -211,7 +215,18 @@ def leaves_of(arguments: Mapping[str, Any], lists: Collection[str] = ()) -> tupl
     """The same of arguments by name."""
     whole = [arguments[name] for name in lists if name in arguments]
     leaves, spec = tree_flatten_with_path(dict(arguments), is_leaf=lambda value: any(value is x for x in whole))
-    return {tuple(_key(each) for each in path): value for path, value in leaves}, spec
+    return {tuple(_key(each) for each in path): _single(value) for path, value in leaves}, spec
+
+
+def half_of(values: Iterable[Any]) -> torch.dtype | None:
+    """The type of half precision that a call is made in, where it is."""
+    return next((value.dtype for value in values if isinstance(value, Tensor) and value.dtype in HALVES), None)
+
+
+def _single(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype in HALVES:
+        return value.float()
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def batches(arguments: Mapping[LeafPath, Any], lists: Collection[str]) -> list[dict[LeafPath, Any]]:

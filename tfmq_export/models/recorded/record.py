@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from tfmq_export.bundle.call import CallInfo, LeafInfo, LeafPath, fingerprint_of
 from tfmq_export.capture.denoiser import Denoise, first_tensor
@@ -22,6 +22,7 @@ from tfmq_export.models.recorded.calls import (
     each_row,
     flattened,
     forward_of,
+    half_of,
     is_list,
     leaves_of,
     listed_answer,
@@ -73,8 +74,9 @@ class Recorder:
             arguments, spec = flattened(signature, args, named)
             before = calls[-1] if calls else {}
             kept = {path: _kept(value, before.get(path)) for path, value in arguments.items()}
+            given = inspect.BoundArguments(signature, tree_unflatten(list(arguments.values()), spec))
             with NumbersRead() as read:
-                answer = answers(*args, **named)
+                answer = answers(given, half_of(tree_leaves((args, named))))
             if not calls:
                 lists = lists_of_rows(kept, answer)
                 cut = self._cut(kept, spec, read.numbers, answer)
@@ -161,7 +163,7 @@ def lists_of_rows(call: Mapping[LeafPath, Any], answer: Any) -> frozenset[str]:
 
 
 class Answers:
-    """The first answer is the model's own, the others are noise of its size and form."""
+    """The first answer is the model's own, the others are noise of its size and form; in half precision if asked."""
 
     def __init__(self, compute: Callable[..., Any]) -> None:
         self._compute = compute
@@ -169,10 +171,11 @@ class Answers:
         self.first: Any = None
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **named: Any) -> Any:
+    def __call__(self, given: inspect.BoundArguments, half: torch.dtype | None) -> Any:
         if self.first is None:
-            self.first = self._compute(*args, **named)
-            first_tensor(self.first)  # refuses where there is none
+            found = self._compute(*given.args, **given.kwargs)
+            first_tensor(found)  # refuses where there is none
+            self.first = found if half is None else tree_map_only(Tensor, lambda value: value.to(half), found)
             return self.first
         rows = listed_answer(self.first)
         like = first_tensor(self.first) if rows is None else torch.stack(rows)
@@ -296,10 +299,13 @@ def image_of(drawn: Any, where: str) -> Tensor:
     """What a user's ``draw(seed)`` returned, in floating point; a batch of one is its image.
 
     Args:
-        drawn: A tensor, an array or a list of them: [C, H, W], [1, C, H, W], or whatever else one image is.
+        drawn: A tensor, an array or a list of them: [C, H, W], [1, C, H, W], or whatever else one image is; or a
+            picture of PIL.
     Raises:
         LoadError: none of these.
     """
+    if type(drawn).__module__.startswith("PIL."):
+        drawn = np.atleast_3d(np.asarray(drawn, np.float32) / 255).transpose(2, 0, 1)
     if isinstance(drawn, list | tuple) and drawn and all(isinstance(each, Tensor | np.ndarray) for each in drawn):
         drawn = torch.stack([torch.as_tensor(each) for each in drawn])
     if not isinstance(drawn, Tensor | np.ndarray):
