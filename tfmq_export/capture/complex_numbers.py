@@ -2,27 +2,25 @@
 
     a + bi, [...]  ->  [a, b], [..., 2]        (a + bi)(c + di)  =  [ac - bd, ad + bc]
 
-ONNX has no complex numbers that an engine computes with. Rotary embeddings are where models have them: a table that
-depends on shapes alone, which is computed here and stored, and its product with queries and keys.
+ONNX has no complex numbers that an engine computes with. Models have them in rotary embeddings, a table that depends on
+shapes alone, which is computed here and stored, and its product with queries and keys; and in Fourier transforms.
 """
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from tfmq_export.capture.complex_spellings import SPELLINGS, bound, is_complex
 from tfmq_export.capture.dependences import SHAPE_QUERIES
+from tfmq_export.capture.fourier import PLAIN
 from tfmq_export.capture.place import place_of
 from tfmq_export.errors import ExportError
 
 aten = torch.ops.aten
-
-REALS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
-"""What the parts of each complex type are."""
 
 KEPT = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
 
@@ -35,20 +33,14 @@ def spell_complex(exported: ExportedProgram, source: str) -> ExportedProgram:
     Raises:
         ExportError: an input is complex, or an operator on complex numbers has no spelling in reals.
     """
-    if not any(_is_complex(node) for node in exported.graph.nodes):
+    if not any(is_complex(node) for node in exported.graph.nodes):
         return exported
-    exported = exported.run_decompositions({})  # what is written in place becomes a value
-    _Speller(exported, source).run()
+    exported = exported.run_decompositions(PLAIN)  # what is written in place becomes a value
+    Speller(exported, source).run()
     return exported
 
 
-def _is_complex(node: object) -> bool:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    values = value if isinstance(value, list | tuple) else [value]
-    return any(isinstance(item, Tensor) and item.is_complex() for item in values)
-
-
-class _Speller:
+class Speller:
     """One program on its way; ``pairs`` has the real value, [..., 2], of each complex one."""
 
     def __init__(self, exported: ExportedProgram, source: str) -> None:
@@ -64,15 +56,15 @@ class _Speller:
     def run(self) -> None:
         for node in list(self.graph.nodes):
             self._node = node
-            if not (_is_complex(node) or any(map(_is_complex, node.all_input_nodes))):
+            if not (is_complex(node) or any(map(is_complex, node.all_input_nodes))):
                 continue
             if node.op in ("placeholder", "output"):
                 self._check_border(node)
             elif node.target is aten._assert_tensor_metadata.default:
                 self.graph.erase_node(node)  # it holds of the complex value, which goes
             elif node in self._constant:
-                if not _is_complex(node):
-                    node.replace_all_uses_with(self._bake(self._value(node)))
+                if not is_complex(node):
+                    node.replace_all_uses_with(self.bake(self._value(node)))
             else:
                 self._spell(node)
         self.graph.eliminate_dead_code()
@@ -83,7 +75,7 @@ class _Speller:
     def pair(self, node: Any) -> Any:
         """The real value of a complex one."""
         if node not in self.pairs:
-            self.pairs[node] = self._bake(torch.view_as_real(self._value(node).resolve_conj()))
+            self.pairs[node] = self.bake(torch.view_as_real(self._value(node).resolve_conj()))
         return self.pairs[node]
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -92,7 +84,7 @@ class _Speller:
             made: fx.Node = self.graph.call_function(target, args, kwargs)
         made.meta |= {key: self._node.meta[key] for key in KEPT if key in self._node.meta}
         given = fx.map_arg((args, kwargs), lambda value: value.meta["val"])
-        with self._fake_mode:
+        with self._fake_mode, enable_python_dispatcher():  # some kernels in C++ take sizes that vary for numbers
             made.meta["val"] = target(*given[0], **given[1])
         return made
 
@@ -110,8 +102,8 @@ class _Speller:
                 f"{self.source}: {node.target} of complex numbers has no spelling in reals ({place_of(node)}); "
                 "write it with the cosine and the sine, as real tensors"
             )
-        made = spelling(self, _bound(node))
-        if _is_complex(node):
+        made = spelling(self, bound(node))
+        if is_complex(node):
             self.pairs[node] = made
         else:
             node.replace_all_uses_with(made)
@@ -168,7 +160,7 @@ class _Speller:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self._values[source])
         return node.target(*args, **kwargs)  # type: ignore[operator]  # a function, not a name
 
-    def _bake(self, value: Tensor) -> fx.Node:
+    def bake(self, value: Tensor) -> fx.Node:
         """A constant of the program."""
         first = self._inputs()[0]
         while f"spelled_{self._baked}" in self._given:
@@ -187,7 +179,7 @@ class _Speller:
     def _drop_unread(self) -> None:
         """Complex constants are no longer read, and no engine could hold them."""
         for node in self._placeholders():
-            if _is_complex(node) and not node.users:
+            if is_complex(node) and not node.users:
                 spec = self._given.pop(node.name)
                 self._specs().remove(spec)
                 self.graph.erase_node(node)
@@ -196,219 +188,3 @@ class _Speller:
 def _is_static(value: object) -> bool:
     sizes = value.shape if isinstance(value, Tensor) else [value]
     return all(isinstance(size, int) for size in sizes)
-
-
-def _bound(node: fx.Node) -> dict[str, Any]:
-    """Arguments of a call by name, those left out included."""
-    schema = node.target._schema.arguments if hasattr(node.target, "_schema") else ()
-    given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
-    left = {argument.name: argument.default_value for argument in schema if argument.name not in given}
-    return left | given if schema else {"self": node.args[0], "index": node.args[1]}
-
-
-Arguments = Mapping[str, Any]
-Spelling = Callable[[_Speller, Arguments], Any]
-
-
-def _product(speller: _Speller, given: Arguments) -> Any:
-    a, b = given["self"], given["other"]
-    if not (_is_complex(a) and _is_complex(b)):
-        number, factor = (a, b) if _is_complex(a) else (b, a)
-        return speller.emit(aten.mul.Tensor, speller.pair(number), _with_axis(speller, factor))
-    (ar, ai), (br, bi) = ((speller.part(x, 0), speller.part(x, 1)) for x in (a, b))
-    mul, emit = aten.mul.Tensor, speller.emit
-    real = emit(aten.sub.Tensor, emit(mul, ar, br), emit(mul, ai, bi))
-    return speller.of_parts(real, emit(aten.add.Tensor, emit(mul, ar, bi), emit(mul, ai, br)))
-
-
-def _quotient(speller: _Speller, given: Arguments) -> Any:
-    if _is_complex(given["other"]):
-        raise ExportError(f"{speller.source}: a quotient by complex numbers has no spelling in reals; multiply instead")
-    return speller.emit(aten.div.Tensor, speller.pair(given["self"]), _with_axis(speller, given["other"]))
-
-
-def _with_axis(speller: _Speller, factor: Any) -> Any:
-    """A real factor of both parts."""
-    return speller.emit(aten.unsqueeze.default, factor, -1) if isinstance(factor, fx.Node) else factor
-
-
-def _sum(target: Any) -> Spelling:
-    def spell(speller: _Speller, given: Arguments) -> Any:
-        pairs = []
-        for value in (given["self"], given["other"]):
-            if not isinstance(value, fx.Node):
-                raise ExportError(f"{speller.source}: a number added to complex ones has no spelling in reals")
-            zeros = None if _is_complex(value) else speller.emit(aten.zeros_like.default, value)
-            pairs.append(speller.pair(value) if zeros is None else speller.of_parts(value, zeros))
-        return speller.emit(target, *pairs, alpha=given["alpha"])
-
-    return spell
-
-
-def _polar(speller: _Speller, given: Arguments) -> Any:
-    parts = [
-        speller.emit(aten.mul.Tensor, given["abs"], speller.emit(function, given["angle"]))
-        for function in (aten.cos.default, aten.sin.default)
-    ]
-    return speller.of_parts(*parts)
-
-
-def _conjugate(speller: _Speller, given: Arguments) -> Any:
-    return speller.of_parts(
-        speller.part(given["self"], 0), speller.emit(aten.neg.default, speller.part(given["self"], 1))
-    )
-
-
-def _where(speller: _Speller, given: Arguments) -> Any:
-    shown = speller.emit(aten.unsqueeze.default, given["condition"], -1)
-    return speller.emit(aten.where.self, shown, speller.pair(given["self"]), speller.pair(given["other"]))
-
-
-def _gather(speller: _Speller, given: Arguments) -> Any:
-    index = given["index"]
-    both = speller.emit(aten.expand.default, _with_axis(speller, index), [*_sizes(index), 2])
-    return speller.emit(aten.gather.default, speller.pair(given["self"]), _axis(given["dim"]), both)
-
-
-def _cast(speller: _Speller, given: Arguments) -> Any:
-    wanted, value = given["dtype"], given["self"]
-    if wanted is not None and not wanted.is_complex:
-        return speller.emit(aten._to_copy.default, speller.part(value, 0), dtype=wanted)
-    number = (
-        speller.pair(value)
-        if _is_complex(value)
-        else speller.of_parts(value, speller.emit(aten.zeros_like.default, value))
-    )
-    return speller.emit(aten._to_copy.default, number, dtype=REALS.get(wanted))
-
-
-def _moved(target: Any, *names: str) -> Spelling:
-    """An operator on the layout whose other arguments mean the same on pairs.
-
-    Args:
-        names: Arguments that are an axis, a list of axes (``dims``), or sizes (``size``).
-    """
-
-    def spell(speller: _Speller, given: Arguments) -> Any:
-        rest = {name: value for name, value in given.items() if name not in ("self", "tensors")}
-        rank = _rank(given)
-        for name in names:
-            if name in ("dims",):
-                rest[name] = [*(axis % rank for axis in rest[name]), rank]
-            elif name in ("size", "shape", "repeats"):
-                rest[name] = [*rest[name], 1 if name == "repeats" else 2]
-            else:
-                rest[name] = _axis(rest[name])
-        rest = {name: value for name, value in rest.items() if value is not None and name != "memory_format"}
-        values = given["tensors"] if "tensors" in given else given["self"]
-        pairs = [speller.pair(value) for value in values] if "tensors" in given else speller.pair(values)
-        return speller.emit(target, pairs, **rest)
-
-    return spell
-
-
-def _item(speller: _Speller, given: Arguments) -> Any:
-    return speller.emit(operator.getitem, speller.pair(given["self"]), given["index"])
-
-
-def _padded(speller: _Speller, given: Arguments) -> Any:
-    return speller.emit(
-        aten.constant_pad_nd.default, speller.pair(given["self"]), [0, 0, *given["pad"]], given["value"]
-    )
-
-
-def _scattered(target: Any) -> Spelling:
-    def spell(speller: _Speller, given: Arguments) -> Any:
-        rest = {
-            name: value for name, value in given.items() if name not in ("self", "src", "dim") and value is not None
-        }
-        pairs = (speller.pair(given["self"]), speller.pair(given["src"]))
-        return speller.emit(target, *pairs, _axis(given["dim"]), **rest)
-
-    return spell
-
-
-def _made(target: Any) -> Spelling:
-    def spell(speller: _Speller, given: Arguments) -> Any:
-        sizes = [*given["size"], 2]
-        return speller.emit(target, sizes, dtype=REALS[given["dtype"]], device=given["device"])
-
-    return spell
-
-
-def _axis(axis: int) -> int:
-    """An axis of a complex value as an axis of its pairs."""
-    return axis if axis >= 0 else axis - 1
-
-
-def _rank(given: Arguments) -> int:
-    value = given["tensors"][0] if "tensors" in given else given["self"]
-    return int(value.meta["val"].ndim)
-
-
-def _sizes(node: fx.Node) -> Sequence[Any]:
-    return list(node.meta["val"].shape)
-
-
-def _same(speller: _Speller, given: Arguments) -> Any:
-    return given["self"]
-
-
-SPELLINGS: Mapping[Any, Spelling] = {
-    aten.view_as_complex.default: _same,
-    aten.view_as_real.default: lambda speller, given: speller.pair(given["self"]),
-    aten.real.default: lambda speller, given: speller.part(given["self"], 0),
-    aten.imag.default: lambda speller, given: speller.part(given["self"], 1),
-    aten.complex.default: lambda speller, given: speller.of_parts(given["real"], given["imag"]),
-    aten.polar.default: _polar,
-    aten.mul.Tensor: _product,
-    aten.mul.Scalar: _product,
-    aten.div.Tensor: _quotient,
-    aten.add.Tensor: _sum(aten.add.Tensor),
-    aten.sub.Tensor: _sum(aten.sub.Tensor),
-    aten.neg.default: lambda speller, given: speller.emit(aten.neg.default, speller.pair(given["self"])),
-    aten.conj.default: _conjugate,
-    aten._conj.default: _conjugate,
-    aten.conj_physical.default: _conjugate,
-    operator.getitem: _item,
-    aten.where.self: _where,
-    aten.gather.default: _gather,
-    aten._to_copy.default: _cast,
-    aten.to.dtype: _cast,
-    aten.constant_pad_nd.default: _padded,
-    aten.copy.default: lambda speller, given: speller.emit(
-        aten.copy.default, speller.pair(given["self"]), speller.pair(given["src"])
-    ),
-    aten.slice_scatter.default: _scattered(aten.slice_scatter.default),
-    aten.select_scatter.default: _scattered(aten.select_scatter.default),
-    aten.zeros.default: _made(aten.zeros.default),
-    **{
-        target: _moved(target, *names)
-        for target, names in (
-            (aten.unsqueeze.default, ("dim",)),
-            (aten.squeeze.dim, ("dim",)),
-            (aten.slice.Tensor, ("dim",)),
-            (aten.select.int, ("dim",)),
-            (aten.transpose.int, ("dim0", "dim1")),
-            (aten.permute.default, ("dims",)),
-            (aten.expand.default, ("size",)),
-            (aten.view.default, ("size",)),
-            (aten._unsafe_view.default, ("size",)),
-            (aten.reshape.default, ("shape",)),
-            (aten.flatten.using_ints, ("start_dim", "end_dim")),
-            (aten.repeat.default, ("repeats",)),
-            (aten.clone.default, ()),
-            (aten.contiguous.default, ()),
-            (aten.alias.default, ()),
-            (aten.detach.default, ()),
-            (aten.cat.default, ("dim",)),
-            (aten.stack.default, ("dim",)),
-            (aten.index.Tensor, ()),
-            (aten.index_select.default, ("dim",)),
-            (aten.split.Tensor, ("dim",)),
-            (aten.split_with_sizes.default, ("dim",)),
-            (aten.chunk.default, ("dim",)),
-            (aten.unbind.int, ("dim",)),
-        )
-    },
-}
