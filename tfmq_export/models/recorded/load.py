@@ -344,5 +344,5 @@ def _require_seeded(plan: CallPlan, runs: Sequence[RecordedRun], where: str) -> 
         raise ConfigError(
             f"{where}: draw(0) and draw(1) start from the same noise; seed its generator with the argument"
         )
-    if not np.array_equal(*(_visited(plan, run) for run in runs[1:])):
+    if not np.array_equal(_visited(plan, runs[1]), _visited(plan, runs[2])):
         raise ConfigError(f"{where}: draw(1) walks other timesteps than draw(0); a bundle is for one schedule")
