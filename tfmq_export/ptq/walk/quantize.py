@@ -265,7 +265,7 @@ def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Cod
     Args:
         asked: What goes before the plan.
     """
-    weight_bits = asked.weights or (CODE_BITS if codes.at_8_bits else plan.weight_bits)
+    weight_bits = asked.weights or codes.weight_bits(plan.weight_bits)
     activation_bits = codes.input_bits(plan.activation_bits) if asked.inputs is None else asked.inputs
     if activation_bits == FLOAT:
         draft = Draft.fresh(program, op, QuantSpec(weight_bits, signed=True, axis=0), None)
@@ -277,7 +277,7 @@ def _draft(program: DiffusionProgram, op: Operation, plan: QuantPlan, codes: Cod
     if op.kind in plan.quantized_outputs:
         # The engine's container, not the preset's choice: 8 bits, or 16 where the input has as many. A linear layer
         # at the boundary cannot stack codes, and what writes linear results as integers has kernels for 16 bits.
-        if codes.at_8_bits and op.kind == "linear":
+        if codes.input > 1 and op.kind == "linear":
             activation_bits = WIDE
         wide = activation_bits == WIDE
         output = QuantSpec(WIDE if wide else CODE_BITS, signed=False, codes=1 if wide else stacks.output)
