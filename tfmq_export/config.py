@@ -177,6 +177,9 @@ class Method(BaseModel):
         "auto",
         description="how attention's products q k^T and p v compute; auto: in integers where the target gains from it",
     )
+    sharp_weights: bool = Field(
+        True, description="8-bit weights for convolutions at the sample's own size, within 4 % of all weights"
+    )
     error_feedback: bool = Field(True, description="round with GPTQ's error feedback; off: to the nearest integers")
     asymmetric_feedback: bool = Field(
         False,

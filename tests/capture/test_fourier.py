@@ -10,6 +10,7 @@ from nets.onnx_graphs import infer
 from torch import Tensor, fft, nn
 
 from tfmq_export.capture.program import capture
+from tfmq_export.errors import ExportError
 
 CHANNELS, SIZE, MODES = 4, 8, 3
 
@@ -63,7 +64,25 @@ def magnitudes(h: Tensor, _: Tensor) -> Tensor:
     return fft.fft2(h, norm="forward").abs() + fft.ifft2(h).imag
 
 
+def derivative(h: Tensor, _: Tensor) -> Tensor:
+    """As spectral methods take it, with numbers that are imaginary."""
+    waves = fft.fftfreq(SIZE, 1 / SIZE)
+    return fft.ifft(1j * waves * fft.fft(h) / 2j - fft.fft(h) * (2 + 1j)).real
+
+
+def in_double_precision(h: Tensor, _: Tensor) -> Tensor:
+    return fft.ifft2(fft.fft2(h.double()) * 0.5).real.float()
+
+
+def of_all_modes(h: Tensor, _: Tensor) -> Tensor:
+    found = fft.fft2(h)
+    return fft.hfft(torch.where(found.abs() > 1, found, torch.zeros_like(found)), n=SIZE)
+
+
 MIXES = (
+    derivative,
+    in_double_precision,
+    of_all_modes,
     fourier_operator,
     filtered_skip,
     mixed_tokens,
@@ -86,3 +105,16 @@ def test_transforms_are_spelled_as_products(mix: Callable[[Tensor, Tensor], Tens
     (got,) = infer(float_model(program), {name: value.numpy() for name, value in inputs.items()})
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-4)
     assert {operation.path for operation in program.operations} == {"enter", "leave"}  # transforms stay in float
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        (lambda h, _: fft.ifftn(fft.fftn(h)).real, "over the batch, or over another axis whose size varies, has no"),
+        (lambda h, _: fft.rfft(h.repeat(1, 1, 1, 2000)).real[..., :8], "a Fourier transform of size 16000"),
+        (lambda h, _: torch.einsum("bchw,w,h->bchw", fft.fft(h), *2 * [torch.ones(SIZE) + 0j]).real, "einsum of other"),
+    ],
+)
+def test_what_has_no_spelling_is_told(mix: Callable[[Tensor, Tensor], Tensor], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        capture(probe(Spectral(mix)))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tfmq_export.capture.program import capture
 from tfmq_export.errors import LoadError
 from tfmq_export.models.factory import denoiser_from_code
+from tfmq_export.models.unwrapped import unwrapped
 
 LEVELS = (3.0, 2.0, 1.0)
 
@@ -75,6 +76,11 @@ def traced(net: nn.Module) -> nn.Module:
     return torch.jit.trace(net, (torch.randn(1, 2, 6, 6), torch.tensor([1.0])))
 
 
+def with_a_traced_part(net: nn.Module) -> nn.Module:
+    net.mix = torch.jit.trace(net.mix, torch.randn(1, 2, 6, 6))
+    return net
+
+
 def quantized(net: nn.Module) -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(net, {nn.Linear})
 
@@ -84,6 +90,7 @@ def quantized(net: nn.Module) -> nn.Module:
     ("make", "message"),
     [
         (traced, "net: TorchScript has no code to capture; give the nn.Module that it was made from"),
+        (with_a_traced_part, "net: mix is TorchScript, which has no code to capture"),
         (quantized, r"net: time is quantized already \(torch.ao.nn.quantized.*\); give the model in full precision"),
     ],
 )
@@ -92,3 +99,10 @@ def test_what_has_no_model_inside_is_refused(make: Callable[[nn.Module], nn.Modu
 
     with pytest.raises(LoadError, match=message):
         denoiser_from_code((net, lambda seed: draw(net, seed)), None, "net")
+
+
+def test_a_model_ready_to_be_quantized_is_in_full_precision() -> None:
+    net = Net()
+    net.stub = torch.ao.quantization.QuantStub()
+
+    assert unwrapped(net, "net") is net

@@ -14,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
+from tfmq_export.capture.complex_numbers import spell_complex
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.quiet import quiet_logger
+from tfmq_export.capture.torch_transformers import transformers_spelled_out
 from tfmq_export.ptq.walk.calibration import CalibrationStep
 
 Rows = Sequence[dict[str, NDArray[np.generic]]]
@@ -52,7 +54,9 @@ def export_float(denoiser: Denoiser, path: Path, batch: int) -> None:
     axes = {name: {0: torch.export.Dim.AUTO} if value.ndim else None for name, value in inputs.items()}
     with warnings.catch_warnings(), quiet_logger("torch.onnx"):
         warnings.simplefilter("ignore")
-        exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=axes, strict=False)
+        with transformers_spelled_out():
+            exported = torch.export.export(denoiser.module, (), inputs, dynamic_shapes=axes, strict=False)
+        exported = spell_complex(exported, denoiser.source)
         program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
     assert program is not None
     model = program.model_proto

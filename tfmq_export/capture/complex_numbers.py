@@ -95,13 +95,17 @@ class Speller:
     def of_parts(self, real: Any, imaginary: Any) -> fx.Node:
         return self.emit(aten.stack.default, [real, imaginary], -1)
 
+    def refused(self, what: str) -> ExportError:
+        """The error for the operator that is spelled just now."""
+        return ExportError(
+            f"{self.source}: {what} has no spelling in reals ({place_of(self._node)}); write it in real tensors "
+            "(torch.view_as_real)"
+        )
+
     def _spell(self, node: fx.Node) -> None:
         spelling = SPELLINGS.get(node.target)
         if spelling is None:
-            raise ExportError(
-                f"{self.source}: {node.target} of complex numbers has no spelling in reals ({place_of(node)}); "
-                "write it with the cosine and the sine, as real tensors"
-            )
+            raise self.refused(f"{node.target} of complex numbers")
         made = spelling(self, bound(node))
         if is_complex(node):
             self.pairs[node] = made

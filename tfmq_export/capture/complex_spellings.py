@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx
 
 from tfmq_export.capture.fourier import TRANSFORMS
-from tfmq_export.errors import ExportError
 
 if TYPE_CHECKING:
     from tfmq_export.capture.complex_numbers import Speller
@@ -40,6 +39,8 @@ Spelling = Callable[["Speller", Arguments], Any]
 
 def _product(speller: "Speller", given: Arguments) -> Any:
     a, b = given["self"], given["other"]
+    if isinstance(b, complex):
+        return _turned(speller, a, b)
     if not (is_complex(a) and is_complex(b)):
         number, factor = (a, b) if is_complex(a) else (b, a)
         return speller.emit(aten.mul.Tensor, speller.pair(number), _with_axis(speller, factor))
@@ -49,9 +50,21 @@ def _product(speller: "Speller", given: Arguments) -> Any:
     return speller.of_parts(real, emit(aten.add.Tensor, emit(mul, ar, bi), emit(mul, ai, br)))
 
 
+def _turned(speller: "Speller", value: Any, factor: complex) -> Any:
+    """A value, real or complex, times a number: a + bi times c + di."""
+    emit, mul = speller.emit, aten.mul.Tensor
+    if not is_complex(value):
+        return speller.of_parts(emit(mul, value, factor.real), emit(mul, value, factor.imag))
+    a, b = speller.part(value, 0), speller.part(value, 1)
+    real = emit(aten.sub.Tensor, emit(mul, a, factor.real), emit(mul, b, factor.imag))
+    return speller.of_parts(real, emit(aten.add.Tensor, emit(mul, a, factor.imag), emit(mul, b, factor.real)))
+
+
 def _quotient(speller: "Speller", given: Arguments) -> Any:
+    if isinstance(given["other"], complex):
+        return _turned(speller, given["self"], 1 / given["other"])
     if is_complex(given["other"]):
-        raise ExportError(f"{speller.source}: a quotient by complex numbers has no spelling in reals; multiply instead")
+        raise speller.refused("a quotient by complex numbers")
     return speller.emit(aten.div.Tensor, speller.pair(given["self"]), _with_axis(speller, given["other"]))
 
 
@@ -65,7 +78,7 @@ def _sum(target: Any) -> Spelling:
         pairs = []
         for value in (given["self"], given["other"]):
             if not isinstance(value, fx.Node):
-                raise ExportError(f"{speller.source}: a number added to complex ones has no spelling in reals")
+                raise speller.refused("a number added to complex ones")
             zeros = None if is_complex(value) else speller.emit(aten.zeros_like.default, value)
             pairs.append(speller.pair(value) if zeros is None else speller.of_parts(value, zeros))
         return speller.emit(target, *pairs, alpha=given["alpha"])
@@ -185,7 +198,7 @@ def _absolute(speller: "Speller", given: Arguments) -> Any:
 
 def _rolled(speller: "Speller", given: Arguments) -> Any:
     if not given["dims"]:
-        raise ExportError(f"{speller.source}: complex numbers rolled without axes have no spelling in reals")
+        raise speller.refused("a roll of complex numbers over all axes")
     axes = [_axis(axis) for axis in given["dims"]]
     return speller.emit(aten.roll.default, speller.pair(given["self"]), given["shifts"], axes)
 
@@ -194,6 +207,8 @@ def _einsum(speller: "Speller", given: Arguments) -> Any:
     def product(*factors: Any) -> Any:
         return speller.emit(aten.einsum.default, given["equation"], list(factors))
 
+    if len(given["tensors"]) != 2 or not all(map(is_complex, given["tensors"])):
+        raise speller.refused("einsum of other than two complex factors")
     a, b = given["tensors"]
     (ar, ai), (br, bi) = ((speller.part(x, 0), speller.part(x, 1)) for x in (a, b))
     real = speller.emit(aten.sub.Tensor, product(ar, br), product(ai, bi))
@@ -236,6 +251,7 @@ SPELLINGS: Mapping[Any, Spelling] = {
     aten.slice_scatter.default: _scattered(aten.slice_scatter.default),
     aten.select_scatter.default: _scattered(aten.select_scatter.default),
     aten.zeros.default: _made(aten.zeros.default),
+    aten.zeros_like.default: lambda speller, given: speller.emit(aten.zeros_like.default, speller.pair(given["self"])),
     **{
         target: _moved(target, *names)
         for target, names in (

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from tfmq_export.errors import ExportError
-
 if TYPE_CHECKING:
     from tfmq_export.capture.complex_numbers import Speller
     from tfmq_export.capture.complex_spellings import Spelling
 
 aten = torch.ops.aten
 
-WRITTEN = tuple(getattr(aten, name).default for name in dir(aten) if name.startswith("fft_"))
-"""What ``torch.fft`` calls; each is one of three transforms and what goes around it."""
-PLAIN = {target: partial(target._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd) for target in WRITTEN}
+WRITTEN = tuple(f"{way}fft{axes}" for way in ("", "i", "r", "ir", "h", "ih") for axes in ("", "2", "n"))
+"""What ``torch.fft`` has; each is one of three transforms and what goes around it."""
+PLAIN = {
+    target: partial(target._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd)
+    for target in (getattr(aten, f"fft_{name}").default for name in (*WRITTEN, "fftshift", "ifftshift"))
+}
+LARGEST = 1 << 26
+"""Numbers of one matrix: 268 MB."""
 SCALES: Mapping[int, float] = {0: 0.0, 1: -0.5, 2: -1.0}
 """Powers of the size that a transform is multiplied by: as torch numbers its normalizations."""
 
@@ -60,7 +63,7 @@ def _to_reals(size: int) -> Tensor:
 
 def _times(speller: "Speller", rows: Any, matrix: Tensor, scale: float) -> Any:
     """Rows of the last axis, [..., n], times a matrix."""
-    return speller.emit(aten.matmul.default, rows, speller.bake((matrix * scale).float()))
+    return speller.emit(aten.matmul.default, rows, speller.bake((matrix * scale).to(rows.meta["val"].dtype)))
 
 
 def _real_to_pairs(speller: "Speller", x: Any, axis: int, kept: int, scale: float) -> Any:
@@ -87,7 +90,9 @@ def _pairs_to_real(speller: "Speller", pairs: Any, axis: int, size: int, scale: 
 def _size(speller: "Speller", value: fx.Node, axis: int) -> int:
     size = value.meta["val"].shape[axis]
     if not isinstance(size, int):
-        raise ExportError(f"{speller.source}: a Fourier transform over an axis whose size varies has no spelling")
+        raise speller.refused("a Fourier transform over the batch, or over another axis whose size varies,")
+    if 4 * size * size > LARGEST:
+        raise speller.refused(f"a Fourier transform of size {size}, a matrix as large,")
     return size
 
 

@@ -1,8 +1,9 @@
 """PyTorch's own transformers, ``nn.TransformerDecoder`` and ``nn.TransformerEncoder``, in a form that can be traced.
 
-In evaluation an encoder runs as one fused operator, which no graph can look into; without it, it computes the same with
-the operators that it is made of. A decoder asks its mask's values whether it is causal, and there are none while it is
-traced. The answer only picks a kernel: the mask is applied whatever it is, so that no is always right.
+In evaluation an encoder runs as one fused operator, which no graph can look into. Without it, it computes the same with
+the operators that it is made of, but for tokens that a padding mask hides, where the fused one leaves zeros. A decoder
+asks its mask's values whether it is causal, and there are none while it is traced. The answer only picks a kernel: the
+mask is applied whatever it is, so that no is always right.
 """
 
 from collections.abc import Iterator

@@ -89,6 +89,8 @@ def build(
         with answering(json) as found:
             found |= {"bundle": str(bundle), "engines": [_context_figures(each) for each in contexts]}
         return
+    if tokens and not any(None in each.shape for each in opened.manifest.inputs):
+        raise ConfigError("--tokens is for graphs that take prompts of any length; this one takes one length")
     if tensorrt and sm:
         raise ConfigError("TensorRT builds for the GPU of this machine; leave --sm out, or --tensorrt")
     batches = tuple(parse_sizes(text, "batch") for text in batch or ["1,2,8"])

@@ -186,7 +186,10 @@ def _draft(model: Captured, seen: Observed, config: CompileConfig, preset: str, 
 
 
 def _as_draft(config: CompileConfig, preset: str) -> CompileConfig:
-    return config.model_copy(update={"preset": preset, "effort": "fast", "auto": False, "components": "none"})
+    method = config.method.model_copy(update={"sharp_weights": False})  # each layer has both widths to choose from
+    return config.model_copy(
+        update={"preset": preset, "effort": "fast", "auto": False, "components": "none", "method": method}
+    )
 
 
 def _graph_bytes(made: Quantized, config: CompileConfig) -> int:

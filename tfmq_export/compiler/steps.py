@@ -349,4 +349,4 @@ def _lint(lowered: Lowered) -> None:
     profiled = prompts if prologue is None else [*prompts, *prologue.tables]
     raise_if_any(lint_model(skeleton(lowered.graph), profiled=profiled), lowered.target.name)
     if prologue is not None:
-        raise_if_any(lint_model(skeleton(prologue.graph), profiled=prompts), lowered.target.name)
+        raise_if_any(lint_model(skeleton(prologue.graph)), lowered.target.name)

@@ -10,8 +10,18 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from tfmq_export.errors import LoadError
 
-QUANTIZED = ("torch.ao.nn", "torch.ao.quantization", "torchao.", "bitsandbytes.")
-"""Where the layers and the weights of quantized models come from."""
+QUANTIZED = (
+    "torch.ao.nn.quantized.",
+    "torch.ao.nn.intrinsic.quantized.",
+    "torch.ao.nn.qat.",
+    "torch.ao.nn.intrinsic.qat.",
+    "torch.ao.quantization.fake_quantize.",
+    "torchao.",
+    "bitsandbytes.nn.modules.Linear",
+    "bitsandbytes.nn.modules.Params4bit",
+    "bitsandbytes.nn.modules.Int8Params",
+)
+"""How the names of layers and weights of quantized models begin."""
 
 
 def unwrapped(module: nn.Module, where: str) -> nn.Module:
@@ -28,16 +38,16 @@ def unwrapped(module: nn.Module, where: str) -> nn.Module:
             module = module.module
         else:
             break
-    if isinstance(module, torch.jit.ScriptModule):
-        raise LoadError(f"{where}: TorchScript has no code to capture; give the nn.Module that it was made from")
     for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"{path} is TorchScript, which" if path else "TorchScript"
+            raise LoadError(f"{where}: {what} has no code to capture; give the nn.Module that it was made from")
         held = (type(value) for value in part._parameters.values() if value is not None)
-        found = next((kind for kind in (type(part), *held) if kind.__module__.startswith(QUANTIZED)), None)
+        names = (f"{kind.__module__}.{kind.__qualname__}" for kind in (type(part), *held))
+        found = next((name for name in names if name.startswith(QUANTIZED)), None)
         if found is not None:
-            raise LoadError(
-                f"{where}: {path or 'the module'} is quantized already ({found.__module__}.{found.__qualname__}); give "
-                "the model in full precision"
-            )
+            what = path or "the module"
+            raise LoadError(f"{where}: {what} is quantized already ({found}); give the model in full precision")
     return module
 
 

@@ -65,7 +65,16 @@ class EngineTensors:
             for name, shape in shapes.items()
             if not any(each[name].covers(shape) for each in self.profiles)
         ] or ["these shapes together are in no profile"]
-        raise ConfigError(f"{'; '.join(told)}; split the batch, or build an engine for it (tfmq-build --batch)")
+        fits = any(
+            all(profile[name].covers((profile[name].usual[0], *shape[1:])) for name, shape in shapes.items() if shape)
+            for profile in self.profiles
+        )
+        remedy = (
+            "split the batch, or build an engine for it (tfmq-build --batch)"
+            if fits
+            else "build an engine for prompts of that length (tfmq-build --tokens)"
+        )
+        raise ConfigError(f"{'; '.join(told)}; {remedy}")
 
 
 def _distance(shapes: Shapes, profile: Mapping[str, ShapeRange]) -> float:

@@ -123,7 +123,7 @@ def test_arguments_may_have_names_of_pythons_own() -> None:
 def test_a_drawing_names_the_arguments() -> None:
     net, code = built(by_keyword)
 
-    denoiser = denoiser_from_draw(net, Drawing(code, sample="x", timestep="t"), None, "net")
+    denoiser = denoiser_from_draw(net, Drawing(code, timestep="t"), None, "net")
 
     assert (denoiser.sample, denoiser.timestep) == ("x", "t")
     with pytest.raises(ConfigError, match="net: x is no timestep: one number in each call"):
@@ -139,6 +139,31 @@ def test_a_half_precision_sampler_is_followed_in_single_precision() -> None:
     assert {value.dtype for call in calls for value in call.inputs.values()} == {torch.float32}
     wanted = by_keyword(net.float(), 7000)
     assert torch.allclose(images[0], wanted[0], atol=0.01)  # the sampler itself rounds
+
+
+class Embedded(Net):
+    """Reads a text in half precision, and casts it itself."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, t) + text.float().mean(1)[:, None, None, None]
+
+
+def test_a_text_in_half_precision_leaves_the_prediction_as_it_is() -> None:
+    torch.manual_seed(0)
+    net, kinds = Embedded(), []
+
+    def code(seed: int) -> Tensor:
+        x, text = noise(seed), torch.full((1, 3), 0.5 + seed % 2).half()
+        for level in LEVELS:
+            found = net(x, torch.tensor([level]), text)
+            kinds.append(found.dtype)
+            x = torch.lerp(x, found, 0.1)
+        return x
+
+    denoiser = denoiser_from_draw(net, code, None, "net")
+
+    assert set(kinds) == {torch.float32}
+    assert {value.dtype for value in denoiser.example_inputs.values()} == {torch.float32}
 
 
 def test_a_picture_of_pil_is_its_channels() -> None:

@@ -23,6 +23,10 @@ def test_few_and_cheap_layers_take_several_codes(program: DiffusionProgram) -> N
     assert codes_of(program) == {"conv_in": FIRST, "wide": SHARP, "shortcut": FINE, "conv_out": LAST}
 
 
+def test_sharp_layers_can_be_left_out(program: DiffusionProgram) -> None:
+    assert codes_of(program, sharp=False) == {"conv_in": FIRST, "shortcut": FINE, "conv_out": LAST}
+
+
 @pytest.mark.parametrize(("weights", "inputs"), [(8, 8), (4, 6)])
 def test_a_fine_layer_has_8_bits_in_every_preset(program: DiffusionProgram, weights: int, inputs: int) -> None:
     denoiser = probe(Shortcuts())

@@ -219,11 +219,14 @@ def leaves_of(arguments: Mapping[str, Any], lists: Collection[str] = ()) -> tupl
 
 
 def half_of(values: Iterable[Any]) -> torch.dtype | None:
-    """The type of half precision that a call is made in, where it is."""
-    return next((value.dtype for value in values if isinstance(value, Tensor) and value.dtype in HALVES), None)
+    """The type of half precision that a call is made in, where all but its numbers are: else the model casts itself."""
+    maps = [value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1]
+    return maps[0].dtype if maps and all(value.dtype in HALVES for value in maps) else None
 
 
 def _single(value: Any) -> Any:
+    if is_list(value):
+        return [_single(each) for each in value]
     if isinstance(value, Tensor) and value.dtype in HALVES:
         return value.float()
     return value.item() if isinstance(value, np.generic) else value

@@ -5,6 +5,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from tfmq_export.models.recorded.lengths import Cut, NumbersRead, cut_of, cut_pr
 from tfmq_export.models.recorded.roles import RecordedRun
 from tfmq_export.models.unwrapped import not_compiled
 
+GREY = ("1", "L", "LA", "I", "I;16", "F")
+"""Modes of a picture without colours, as PIL calls them."""
 CLOSE = 1e-3
 """Of a prediction: what another batch size, or computing without padding, may change by rounding."""
 DrawSeeds = Callable[[Sequence[int], bool], Tensor]
@@ -175,12 +178,16 @@ class Answers:
         if self.first is None:
             found = self._compute(*given.args, **given.kwargs)
             first_tensor(found)  # refuses where there is none
-            self.first = found if half is None else tree_map_only(Tensor, lambda value: value.to(half), found)
+            self.first = found if half is None else tree_map_only(Tensor, partial(_as_float, half), found)
             return self.first
         rows = listed_answer(self.first)
         like = first_tensor(self.first) if rows is None else torch.stack(rows)
         noise = torch.randn(like.shape, generator=self._noise)
         return answer_with(self.first, (noise * like.float().std(correction=0).cpu()).to(like.device))
+
+
+def _as_float(dtype: torch.dtype, value: Tensor) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def answer_with(form: Any, prediction: Tensor) -> Any:
@@ -304,16 +311,26 @@ def image_of(drawn: Any, where: str) -> Tensor:
     Raises:
         LoadError: none of these.
     """
-    if type(drawn).__module__.startswith("PIL."):
-        drawn = np.atleast_3d(np.asarray(drawn, np.float32) / 255).transpose(2, 0, 1)
+    if isinstance(drawn, list | tuple) and len(drawn) == 1 and _is_picture(drawn[0]):
+        drawn = drawn[0]
+    if _is_picture(drawn):
+        drawn = np.atleast_3d(np.asarray(drawn.convert("L" if drawn.mode in GREY else "RGB"), np.float32) / 255)
+        drawn = drawn.transpose(2, 0, 1)
     if isinstance(drawn, list | tuple) and drawn and all(isinstance(each, Tensor | np.ndarray) for each in drawn):
         drawn = torch.stack([torch.as_tensor(each) for each in drawn])
     if not isinstance(drawn, Tensor | np.ndarray):
-        raise LoadError(f"{where}: draw(seed) returned {type(drawn).__name__}; return the image as a tensor, [C, H, W]")
+        kind = type(drawn).__name__
+        raise LoadError(
+            f"{where}: draw(seed) returned {kind}; return the image as a tensor, [C, H, W], or as a picture"
+        )
     image = torch.as_tensor(drawn).detach().float().cpu()
     if image.ndim < 2:
         raise LoadError(f"{where}: draw(seed) returned shape {list(image.shape)}; return the image, [C, H, W]")
     return image[0] if image.ndim > 3 and len(image) == 1 else image
+
+
+def _is_picture(value: Any) -> bool:
+    return type(value).__module__.startswith("PIL.")
 
 
 def _kept(value: Any, before: Any) -> Any:

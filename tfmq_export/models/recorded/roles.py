@@ -262,7 +262,13 @@ def _names(paths: Sequence[LeafPath]) -> dict[LeafPath, str]:
     """
     short = {path: _name(_last_word(path)) for path in paths}
     often = Counter(short.values())
-    return {path: name if often[name] == 1 else _name(path) for path, name in short.items()}
+    names: dict[LeafPath, str] = {}
+    for path, name in short.items():
+        name = name if often[name] == 1 else _name(path)
+        while name in names.values():
+            name += "_"
+        names[path] = name
+    return names
 
 
 def _last_word(path: LeafPath) -> LeafPath:

@@ -53,11 +53,12 @@ SHARP = Codes(1, 1, 8, 0)
 """Of other convolutions at the sample's own size: a few percent of the weights, and the largest part of their error."""
 
 
-def codes_of(program: DiffusionProgram) -> Mapping[str, Codes]:
+def codes_of(program: DiffusionProgram, *, sharp: bool = True) -> Mapping[str, Codes]:
     """The layers with other codes than the preset's, by the value they compute; of each kind the last, while cheap.
 
     Args:
         program: With its skip concatenations split.
+        sharp: Whether there are sharp layers among them.
     """
     on_sample = [op for op in program.operations if SAMPLE in op.roles]
     if not on_sample:
@@ -72,12 +73,14 @@ def codes_of(program: DiffusionProgram) -> Mapping[str, Codes]:
     pointwise = {op.name: op.macs for op in here if kernels[op.name][2:].numel() == 1}
     found |= dict.fromkeys(_last_within(pointwise, macs), FINE)
     others = {op.name: kernels[op.name].numel() for op in here if op.name not in found}
+    if not sharp:
+        return found
     weights = EXTRA_WEIGHTS * sum(shape.numel() for shape in kernels.values())
     return found | dict.fromkeys(_last_within(others, weights), SHARP)
 
 
 def _last_within(costs: Mapping[str, int], room: float) -> list[str]:
-    """From the end, what the room has space for."""
+    """From the end, what the room has space for; what is too large for it is left out."""
     taken = []
     for name, cost in reversed([*costs.items()]):
         if cost <= room:

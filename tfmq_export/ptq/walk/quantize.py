@@ -250,7 +250,7 @@ def _features(program: DiffusionProgram, tib: TibRecipe) -> dict[str, Tensor]:
 
 
 def _drafts(program: DiffusionProgram, plan: QuantPlan) -> list[Draft]:
-    codes = codes_of(program)
+    codes = codes_of(program, sharp=plan.method.sharp_weights)
     asked = {op.name: plan.widths.get(op.name, PRESET) for op in program.operations}
     return [
         _draft(program, op, plan, codes.get(op.name, PLAIN), asked[op.name])

@@ -14,13 +14,7 @@ from pathlib import Path
 from tfmq_export.bundle.manifest import Bundle, EngineInfo, LayerInfo
 from tfmq_export.errors import BuildError, ConfigError
 from tfmq_export.runtime.engines.tensorrt.building.build import BuildOptions, EngineBuild, build_engine, engine_name
-from tfmq_export.runtime.engines.tensorrt.building.profile import (
-    LENGTHS,
-    Profile,
-    Sizes,
-    prologue_profiles,
-    step_profiles,
-)
+from tfmq_export.runtime.engines.tensorrt.building.profile import LENGTHS, Profile, Sizes, step_profiles
 from tfmq_export.runtime.engines.tensorrt.building.trtexec import write_build_script
 from tfmq_export.runtime.engines.tensorrt.cuda_driver import has_gpu
 from tfmq_export.runtime.engines.tensorrt.receipt import read_facts, receipt_of_engine
@@ -96,10 +90,11 @@ def add_engines(
             f"--target {request.flavour} --recipe {bundle.root}"
         )
     once = frozenset(manifest.prologue.layers) if manifest.prologue is not None else frozenset()
-    shapes = (manifest, request.batches, request.lengths)
-    jobs = [(bundle.model, step_profiles(*shapes), [x for x in manifest.layers if x.name not in once])]
+    shapes = step_profiles(manifest, request.batches, request.lengths)
+    jobs = [(bundle.model, shapes, [x for x in manifest.layers if x.name not in once])]
     if bundle.prologue is not None:
-        jobs.append((bundle.prologue, prologue_profiles(*shapes), [x for x in manifest.layers if x.name in once]))
+        plain = tuple(Profile(batch) for batch in request.batches)
+        jobs.append((bundle.prologue, plain, [x for x in manifest.layers if x.name in once]))
     finished: list[tuple[EngineBuild, BuiltEngine]] = []
     try:
         for graph, profiles, layers in jobs:

@@ -37,29 +37,19 @@ def step_profiles(
 ) -> tuple[Profile, ...]:
     """Profiles for the graph of one step: the manifest fixes every size but the batch and the lengths of prompts.
 
-    The tables that a prologue passes vary on their second axis.
+    The tables that a prologue passes vary on their second axis. It reads nothing of a length that may vary itself.
     """
     prologue = manifest.prologue
     tables = [x for x in prologue.tensors if x.per_timestep] if prologue is not None else []
-    moved = set(prologue.reads) - set(prologue.direct) if prologue is not None else set()
     steps = len(manifest.timesteps)
     return tuple(
         Profile(
             batch,
             {x.name: ShapeRange(*((steps, size, *x.shape) for size in batch)) for x in tables}
-            | _prompts([x for x in manifest.inputs if x.name not in moved], batch, lengths),
+            | _prompts([x for x in manifest.inputs if prologue is None or x.name in prologue.direct], batch, lengths),
         )
         for batch in batches
     )
-
-
-def prologue_profiles(
-    manifest: Manifest, batches: Sequence[Sizes] = ((1, 2, 8),), lengths: Sizes = LENGTHS
-) -> tuple[Profile, ...]:
-    """Profiles for the graph that runs once per prompt."""
-    read = () if manifest.prologue is None else manifest.prologue.reads
-    inputs = [x for x in manifest.inputs if x.name in read]
-    return tuple(Profile(batch, _prompts(inputs, batch, lengths)) for batch in batches)
 
 
 def _prompts(inputs: Sequence[InputInfo], batch: Sizes, lengths: Sizes) -> dict[str, ShapeRange]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tfmq_export.bundle.manifest import Bundle
-from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, prologue_profiles, step_profiles
+from tfmq_export.runtime.engines.tensorrt.building.profile import Profile, step_profiles
 from tfmq_export.runtime.engines.tensorrt.tensors import ShapeRange
 from tfmq_export.runtime.measure.operations import read_graph
 
@@ -43,7 +43,7 @@ def build_commands(bundle: Bundle) -> list[str]:
     TensorRT 11."""
     jobs = [(bundle.model, step_profiles(bundle.manifest)[0])]
     if bundle.prologue is not None:
-        jobs.append((bundle.prologue, prologue_profiles(bundle.manifest)[0]))
+        jobs.append((bundle.prologue, Profile()))
     return [_command(bundle, graph, profile) for graph, profile in jobs]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tfmq_export.bundle.manifest import InputInfo, Manifest, PassedTensor, PrologueInfo, open_bundle
-from tfmq_export.runtime.engines.tensorrt.building.profile import prologue_profiles, step_profiles
+from tfmq_export.runtime.engines.tensorrt.building.profile import step_profiles
 from tfmq_export.runtime.engines.tensorrt.tensors import ShapeRange
 
 TEXT = InputInfo("text", "conditioning", "float32", (None, 64))
@@ -30,11 +30,10 @@ def test_lengths_of_prompts_vary_beside_the_batch(manifest: Manifest) -> None:
     assert step_profiles(manifest)[0].shapes["mask"].largest == (8, 512)
 
 
-def test_a_prompt_that_a_prologue_reads_is_no_input_of_the_step(manifest: Manifest) -> None:
+def test_behind_a_prologue_the_step_reads_what_it_still_takes_itself(manifest: Manifest) -> None:
     tensors = (PassedTensor("key", "float32", (5,), per_timestep=True),)
-    manifest = replace(manifest, prologue=PrologueInfo(("text", "mask"), ("mask",), tensors, (), 1, 0.1, True))
+    manifest = replace(manifest, prologue=PrologueInfo(("other",), ("mask",), tensors, (), 1, 0.1, True))
 
-    (step,), (once,) = step_profiles(manifest), prologue_profiles(manifest)
+    (step,) = step_profiles(manifest)
 
-    assert set(step.shapes) == {"key", "mask"}
-    assert set(once.shapes) == {"text", "mask"}
+    assert set(step.shapes) == {"key", "mask"}  # nothing reads the text, which is no input of the graph then
