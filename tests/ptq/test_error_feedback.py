@@ -223,7 +223,7 @@ def sqnr(name: str, rounding: RoundingSchedule, *, feeds_back: bool) -> float:
     """Of the prediction with 4-bit weights, on samples that were not calibrated on."""
     denoiser, program = captured(name)
     recorded, held_out = (calibrate(denoiser, images=2, seed=seed, progress=silent) for seed in (0, 1))
-    method = Method(les="off", pts="off", error_feedback=feeds_back)
+    method = Method(les="off", pts="off", error_feedback=feeds_back, sharp_weights=False)
     effort = replace(find_effort("fast", 4), rounding=rounding)
     plan = QuantPlan("test", 4, 8, method, effort, frozenset({"conv"}))
     subject = prepare(program, denoiser, recorded, plan, {})
