@@ -12,6 +12,9 @@ MOST_SAMPLES = 1024
 LARGEST_SIDE = 16_384
 """Of a sample, in elements."""
 
+MOST_LAYERS = 4096
+"""Of one kind in a model, as its configuration counts them; published ones have a hundred."""
+
 MOST_STEPS = 100_000
 """Of a walk from noise to image."""
 

@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,8 @@ def _in_a_child(name: str, output: Path) -> None:
         threads = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False, env=threads)
         problem = "" if done.returncode == 0 else f"ended with {done.returncode}: {done.stderr.strip()[-300:]}"
+        if done.returncode < 0:  # in an engine's own code
+            problem = f"the process was ended by {signal.Signals(-done.returncode).name}"
     except subprocess.TimeoutExpired:
         problem = f"not done in {LIMIT} s"
     path = output / f"{name}.json"

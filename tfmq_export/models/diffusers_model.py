@@ -8,11 +8,12 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from tfmq_export.bundle.manifest import SamplerInfo
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.errors import LoadError, first_line
-from tfmq_export.limits import LARGEST_SIDE
+from tfmq_export.limits import LARGEST_SIDE, MOST_LAYERS
 from tfmq_export.models import flat_modules
 from tfmq_export.models.prompts import PromptSet, effective_scale, fitted, labelled
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
@@ -69,11 +70,26 @@ def build(architecture: str, config: Mapping[str, Any], where: str | Path) -> nn
         LoadError: the class is unknown or the configuration is not one of its own.
     """
     known = class_of(architecture, where)
+    require_few_layers(config, where)
     try:
         model: nn.Module = known.from_config(dict(config))
     except Exception as error:  # the class's own reading of its configuration, which may raise anything
         raise LoadError(f"{where}: not a configuration of {architecture}: {first_line(error)}") from error
     return model
+
+
+def require_few_layers(config: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse a configuration whose model would take for ever to make, before anything is made of it.
+
+    Raises:
+        LoadError: names what it counts.
+    """
+    for name, value in config.items():
+        if "layers" not in name and "blocks" not in name:
+            continue
+        counts = [each for each in tree_leaves(value) if isinstance(each, int | float)]
+        if any(each > MOST_LAYERS for each in counts):
+            raise LoadError(f"{where}: {name} is {str(max(counts))[:20]}; no model has more than {MOST_LAYERS}")
 
 
 def denoiser_of(

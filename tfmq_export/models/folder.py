@@ -9,7 +9,7 @@ from torch import nn
 
 from tfmq_export.capture.quiet import quiet_logger
 from tfmq_export.errors import LoadError, first_line
-from tfmq_export.models.diffusers_model import class_of
+from tfmq_export.models.diffusers_model import class_of, require_few_layers
 from tfmq_export.models.layouts.descriptions import read_scheduler_beside
 from tfmq_export.models.layouts.folders import ModelFolder, class_name, find_folder, read_config
 from tfmq_export.models.layouts.foreign import refuse_folder, refuse_quantized, refuse_quantized_config
@@ -61,6 +61,7 @@ def read_weights(
     """
     component = folder.component
     config = read_config(component)
+    require_few_layers(config, component)
     refuse_quantized_config(config, component)
     name = class_name(config)
     known = class_named(name, component)
