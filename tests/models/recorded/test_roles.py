@@ -56,6 +56,20 @@ def test_a_branch_of_guidance_is_not_taken_for_the_sample() -> None:
     assert (info.calls_per_step, info.rows_per_image, info.together) == (2, 1, 2)
 
 
+def one_step_of_two_texts(net: Model, images: int, seed: int) -> Tensor:
+    """As Wan 2.2 asks its model for the noisy half in a run of few steps."""
+    x, given, empty = noise(images, seed, 4), noise(images, seed + 50, 7, 3), torch.zeros(images, 7, 3)
+    t = torch.full((images,), STEPS[0])
+    with_text, without = net(text=given, hidden=x, t=t), net(text=empty, hidden=x, t=t)
+    return x + without + 2 * (with_text - without)
+
+
+def test_in_a_run_of_one_step_the_sample_is_what_the_prediction_is_like() -> None:
+    plan = planned(one_step_of_two_texts)
+
+    assert (plan.sample, plan.timestep) == ("hidden", "t")
+
+
 def rows_behind_layers(net: Model, images: int, seed: int) -> Tensor:
     x, layers = noise(images, seed, 4), noise(3, seed + 50, images, 5)
     for step in STEPS:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_leaves
 
 from tfmq_export.bundle.call import LeafPath
 from tfmq_export.errors import ConfigError, LoadError
@@ -87,7 +87,7 @@ def plan_of(
     asked = (None, None) if named is None else (named.timestep, named.sample)
     given = [None if name is None else _by_name(name, values, where) for name in asked]
     timestep = _timestep(values, where, given[0])
-    sample = _sample(values, timestep, where, given[1])
+    sample = _sample(values, timestep, where, given[1], first.answer)
     starred = signature.parameters[str(sample[0])].kind is inspect.Parameter.VAR_POSITIONAL
     if any(isinstance(key, int) for key in sample[2 if starred else 1 :]):
         raise LoadError(
@@ -186,7 +186,9 @@ def _timestep(values: Mapping[LeafPath, _Values], where: str, given: LeafPath | 
     return (named or found)[0]
 
 
-def _sample(values: Mapping[LeafPath, _Values], timestep: LeafPath, where: str, given: LeafPath | None) -> LeafPath:
+def _sample(
+    values: Mapping[LeafPath, _Values], timestep: LeafPath, where: str, given: LeafPath | None, answer: Any
+) -> LeafPath:
     floats = [
         path
         for path, found in values.items()
@@ -196,16 +198,20 @@ def _sample(values: Mapping[LeafPath, _Values], timestep: LeafPath, where: str, 
         if given not in floats:
             raise ConfigError(f"{where}: {Leaf(given).place} is no noisy sample: floating-point numbers, [N, ...]")
         return given
-    counts = {path: values[path].distinct for path in floats if values[path].changes_within}
-    most = max(counts.values(), default=0)
-    found = [path for path, count in counts.items() if count == most]
-    found = found or [path for path in floats if values[path].changes_between]
-    if not found:
+    moving = {
+        path: values[path].distinct for path in floats if values[path].changes_within or values[path].changes_between
+    }
+    if not moving:
         raise LoadError(
             f"{where}: no argument of the model behaves as a noisy sample does: floating-point numbers, [N, ...], that "
             f"change at every call; it is called with {', '.join(Leaf(path).place for path in values)}"
         )
-    return found[0]
+    most = max(moving.values())
+    if most > values[timestep].distinct:  # more often than the timestep, as the texts of guidance in a run of one step
+        predicted = next((x.shape for x in tree_leaves(answer) if isinstance(x, Tensor)), None)
+        moving = {path: count for path, count in moving.items() if values[path].first.shape == predicted} or moving
+        most = max(moving.values())
+    return next(path for path, count in moving.items() if count == most)
 
 
 def _leaf(found: _Values, name: str | None, rows: Sequence[int], timestep: bool, where: str) -> Leaf:
