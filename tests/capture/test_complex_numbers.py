@@ -3,8 +3,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from nets.handwritten import float_model, probe
-from nets.onnx_graphs import infer
+from nets.captured import predictions
+from nets.handwritten import probe
 from torch import Tensor, nn
 
 from tfmq_export.capture.program import capture
@@ -84,14 +84,11 @@ TURNS = (by_product, by_made_table, by_split_table, by_written_table, by_gathere
 @pytest.mark.parametrize("turn", TURNS, ids=lambda turn: turn.__name__)
 def test_complex_numbers_are_spelled_in_reals(turn: Callable[[Tensor, Tensor], Tensor]) -> None:
     denoiser = probe(Rotary(turn))
-    inputs = denoiser.inputs(denoiser.noise(3, 1), 3, {})
 
     program = capture(denoiser)
 
-    with torch.no_grad():
-        expected = denoiser.module(**inputs)
-        torch.testing.assert_close(program.module(**inputs), expected)
-    (got,) = infer(float_model(program), {name: value.numpy() for name, value in inputs.items()})
+    expected, captured, got = predictions(denoiser, program)
+    torch.testing.assert_close(captured, expected)
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from nets.handwritten import float_model, probe
-from nets.onnx_graphs import infer
+from nets.captured import predictions
+from nets.handwritten import probe
 from torch import Tensor, fft, nn
 
 from tfmq_export.capture.program import capture
@@ -95,14 +95,11 @@ MIXES = (
 @pytest.mark.parametrize("mix", MIXES, ids=lambda mix: mix.__name__)
 def test_transforms_are_spelled_as_products(mix: Callable[[Tensor, Tensor], Tensor]) -> None:
     denoiser = probe(Spectral(mix))
-    inputs = denoiser.inputs(denoiser.noise(3, 1), 3, {})
 
     program = capture(denoiser)
 
-    with torch.no_grad():
-        expected = denoiser.module(**inputs)
-        torch.testing.assert_close(program.module(**inputs), expected, rtol=1e-4, atol=1e-4)
-    (got,) = infer(float_model(program), {name: value.numpy() for name, value in inputs.items()})
+    expected, captured, got = predictions(denoiser, program)
+    torch.testing.assert_close(captured, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-4)
     assert {operation.path for operation in program.operations} == {"enter", "leave"}  # transforms stay in float
 

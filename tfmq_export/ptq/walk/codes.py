@@ -44,12 +44,12 @@ class Codes:
 
 
 PLAIN = Codes()
-FIRST, LAST = Codes(8, 2, 8, 8), Codes(4, 16, 8, 8)
+FIRST, LAST = Codes(8, 2, CODE_BITS, CODE_BITS), Codes(4, 16, CODE_BITS, CODE_BITS)
 """Of the sample and of the noise prediction, which no step of the sampler averages away."""
-FINE = Codes(1, 2, 8, 8)
+FINE = Codes(1, 2, CODE_BITS, CODE_BITS)
 """Of 1 x 1 convolutions at the sample's own size: shortcuts of the last blocks. What they write goes to the prediction
 past all that follows, and nothing averages it."""
-SHARP = Codes(1, 1, 8, 0)
+SHARP = Codes(least_weight_bits=CODE_BITS)
 """Of other convolutions at the sample's own size: a few percent of the weights, and the largest part of their error."""
 
 
@@ -72,9 +72,9 @@ def codes_of(program: DiffusionProgram, *, sharp: bool = True) -> Mapping[str, C
     found = {first.name: FIRST if macs >= 0 else replace(FIRST, output=1), last.name: LAST}
     pointwise = {op.name: op.macs for op in here if kernels[op.name][2:].numel() == 1}
     found |= dict.fromkeys(_last_within(pointwise, macs), FINE)
-    others = {op.name: kernels[op.name].numel() for op in here if op.name not in found}
     if not sharp:
         return found
+    others = {op.name: kernels[op.name].numel() for op in here if op.name not in found}
     weights = EXTRA_WEIGHTS * sum(shape.numel() for shape in kernels.values())
     return found | dict.fromkeys(_last_within(others, weights), SHARP)
 
