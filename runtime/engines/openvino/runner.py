@@ -23,6 +23,9 @@ MISSING = "openvino is not installed; pip install openvino"
 OWN_SHAPES = 3
 """Sets of input shapes that get a compiled graph of their own; a bundle's self-test brings the first."""
 
+NO_SNIPPETS = {"SNIPPETS_MODE": "DISABLE"}
+"""Without kernels that OpenVINO generates for chains of small operations and whole attentions."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 # "Exception from src/inference/src/cpp/core.cpp:132:" and the like say where, not what.
@@ -92,6 +95,8 @@ class OpenVinoRunner:
                 f"{model_path}: OpenVINO refuses this graph: {_message(error)}; a newer openvino than "
                 f"{version().partition('-')[0]} may take it, or a bundle for another --target"
             ) from error
+        if _attentions_meet(model):
+            self._options |= NO_SNIPPETS
         self._model: Any = model
         self._layers = frozenset(node.get_friendly_name() for node in model.get_ops() if _has_stored_weight(node))
         self._ports = {port.node.friendly_name: port for port in model.inputs}
@@ -211,7 +216,7 @@ class OpenVinoRunner:
             compiled = self._core.compile_model(model, "CPU", self._options)
             if self._layers & _fused_away(compiled):
                 # Short chains of narrow linear layers become one generated kernel, in fp32.
-                compiled = self._core.compile_model(model, "CPU", {**self._options, "SNIPPETS_MODE": "DISABLE"})
+                compiled = self._core.compile_model(model, "CPU", self._options | NO_SNIPPETS)
             return compiled
         except RuntimeError as error:
             raise BuildError(
@@ -250,6 +255,33 @@ def _has_stored_weight(node: Any) -> bool:
     while source.get_type_name() in ("Multiply", "Subtract", "Convert", "Reshape", "Transpose"):
         source = source.input_value(0).get_node()
     return str(source.get_type_name()) == "Constant"
+
+
+def _attentions_meet(model: Any) -> bool:
+    """Whether the results of two attentions are put together before any other layer reads them (Lumina Next).
+
+    OpenVINO 2026.4 makes one generated kernel of each attention and what follows it, and ends the process (SIGSEGV)
+    where two claim the same addition.
+    """
+    reaching: dict[str, frozenset[str]] = {}  # attentions by the node that they reach
+    for node in model.get_ordered_ops():
+        kind, name = node.get_type_name(), node.get_friendly_name()
+        before = [value.get_source_output().get_node() for value in node.inputs()]
+        if kind == "MatMul" and _is_softmax(before[0]):
+            reaching[name] = frozenset({name})
+        elif kind in ("Transpose", "Add", "Subtract", "Multiply", "Divide"):
+            found = frozenset[str]().union(*(reaching.get(each.get_friendly_name(), ()) for each in before))
+            if len(found) > 1:
+                return True
+            reaching[name] = found
+    return False
+
+
+def _is_softmax(node: Any) -> bool:
+    """Whether a node is a Softmax, masked afterwards or not."""
+    while node.get_type_name() == "Multiply":
+        node = node.input_value(0).get_node()
+    return str(node.get_type_name()) == "Softmax"
 
 
 def _fused_away(compiled: Any) -> set[str]:
