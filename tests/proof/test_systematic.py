@@ -8,10 +8,16 @@ from tfmq_export.proof.agreement import Agreement, Differing
 from tfmq_export.proof.systematic import CHANNEL, LAYER, channel_excess, layer_share
 
 
-def calls(counts: Sequence[int], results: int = 100, reach: int = 1, times: int = 4) -> list[Agreement]:
-    """The same layer, called so many times."""
-    found = Differing(np.asarray(counts), results, reach)
-    return [Agreement(60.0, 40.0, 1.0, 0.001, "layer", {"layer": found})] * times
+def calls(
+    counts: Sequence[int], results: int = 100, reach: int = 1, times: int = 4, *, alike: bool = False
+) -> list[Agreement]:
+    """The same layer, called so many times.
+
+    Args:
+        alike: Whether all calls have the same result.
+    """
+    found = [Differing(np.asarray(counts), results, reach, 0 if alike else call) for call in range(times)]
+    return [Agreement(60.0, 40.0, 1.0, 0.001, "layer", {"layer": each}) for each in found]
 
 
 def test_a_channel_that_is_wrong_stands_out() -> None:
@@ -36,6 +42,12 @@ def test_two_ties_on_a_map_of_a_few_pixels_are_no_fault() -> None:
     # Each moves all nine results that a kernel of 3 x 3 reaches, here of 16.
     assert channel_excess(calls([0, 16, 0], results=16, reach=9, times=1)).max() == 0
     assert channel_excess(calls([0, 16, 0], results=16, reach=9, times=4)).max() > CHANNEL
+
+
+def test_a_tie_that_every_call_repeats_is_one_tie() -> None:
+    # The embedding of a guidance scale: two rows, the same at every step.
+    assert layer_share(calls([2, 2, 2], results=2, times=3, alike=True)).max() == 0
+    assert layer_share(calls([2, 2, 2], results=2, times=3)).max() > LAYER
 
 
 def test_a_model_without_quantized_layers_has_none() -> None:

@@ -57,17 +57,21 @@ class Differing:
         counts: In each output channel, [out].
         results: Of one channel.
         reach: Results of one channel that read one and the same input: the positions of a kernel.
+        key: Stands for the results. What depends on neither sample nor timestep (FLUX's embedding of its guidance)
+            meets the same ties at every call, and says no more than one of them.
     """
 
     counts: NDArray[np.int64]
     results: int
     reach: int
+    key: int
 
     @classmethod
     def together(cls, parts: "Sequence[Differing]") -> "Differing":
-        """Of several rows or calls, as if they had been one batch."""
-        counts = np.sum([part.counts for part in parts], 0)
-        return cls(counts, sum(part.results for part in parts), parts[0].reach)
+        """Of several rows or calls, as if they had been one batch without repetitions."""
+        distinct = {part.key: part for part in parts}
+        counts = np.sum([part.counts for part in distinct.values()], 0)
+        return cls(counts, sum(part.results for part in distinct.values()), parts[0].reach, hash(tuple(distinct)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +238,11 @@ class _Synchronizer:
         self.compared += distance.numel()
         if isinstance(layer, LayerRecipe):
             moved = distance > ROUNDING + SUMMING * ours.abs().max() / code_step(layer)
+            if torch.equal(ours, ours[:1].expand_as(ours)):  # as many times the same row
+                moved = moved[:1]
             by_channel = moved.movedim(1 if layer.kind == "conv" else -1, 0).flatten(1)
-            reach = math.prod(layer.weight_codes.shape[2:])
-            self.channels[layer.path] = Differing(by_channel.sum(1).numpy(), by_channel.shape[1], reach)
+            reach, key = math.prod(layer.weight_codes.shape[2:]), hash(ours.numpy().tobytes())
+            self.channels[layer.path] = Differing(by_channel.sum(1).numpy(), by_channel.shape[1], reach, key)
         return theirs
 
 

@@ -144,6 +144,7 @@ def _keeps_integers(view: QdqView, node: NodeProto) -> bool:
         value = view.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(())
         return value is not None and not np.any(np.asarray(value))
     if node.op_type == "Mul":
-        sizes = [constant.size for constant in map(view.constant, node.input) if constant is not None]
-        return sizes == [1]
+        # By its shape: the numbers of a large constant may not be at hand.
+        shapes = [view.shape(name) for name in node.input if view.is_constant(name)]
+        return len(shapes) == 1 and shapes[0] is not None and all(size == 1 for size in shapes[0])
     return False

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from onnx.external_data_helper import set_external_data
 from standins.tensorrt_patterns import (
     IMAGE,
     KEPT,
@@ -14,6 +15,7 @@ from standins.tensorrt_patterns import (
     Pattern,
     PatternGraph,
     computed_scale,
+    factors_behind_the_grid,
     model_of,
     plain,
 )
@@ -54,6 +56,17 @@ def test_products_of_results_were_promised_no_integers() -> None:
         return g.node("MatMul", [g.node("Softmax", [scores], axis=-1), v], "node_attention")
 
     assert lint_model(model_of(attention)) == ()
+
+
+def test_the_numbers_of_a_large_constant_need_not_be_at_hand() -> None:
+    """As in a skeleton: the rotary embedding of FLUX Kontext, behind a grid."""
+    model = model_of(factors_behind_the_grid)
+    (product,) = (node for node in model.graph.node if node.op_type == "Mul")
+    (factors,) = (tensor for tensor in model.graph.initializer if tensor.name in product.input)
+    set_external_data(factors, "not_written")
+    factors.ClearField("raw_data")
+
+    assert rules(model) == rules(model_of(factors_behind_the_grid))
 
 
 def test_each_layer_that_reads_a_bad_grid_is_named() -> None:
