@@ -69,6 +69,16 @@ def test_each_bound_is_held_alone(metric: str, value: float, named: str) -> None
         report.raise_if_failed()
 
 
+def test_images_as_served_may_be_as_far_from_the_graph_as_both_are_from_full_precision() -> None:
+    """Rounding moves the images of a tiny model with guidance as much as quantization does."""
+    chaotic = {"IMAGE_PSNR": 26.0, "GRAPH_IMAGES": 26.5}
+
+    assert report_of(**chaotic, SERVED_IMAGES=23.0).passed
+    assert not report_of(**chaotic, SERVED_IMAGES=22.0).passed
+    wrong = {"IMAGE_PSNR": 22.0, "GRAPH_IMAGES": 26.5}  # served images that have lost more than the graph's
+    assert not report_of(**wrong, SERVED_IMAGES=24.0).passed
+
+
 def test_graphs_in_half_precision_differ_everywhere_and_pass() -> None:
     report_of(target="tensorrt", CHANNEL_EXCESS=0.4, LAYER_SHARE=0.9).raise_if_failed()
 
