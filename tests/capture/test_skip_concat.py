@@ -21,6 +21,7 @@ class Concats(nn.Module):
         self.grouped = nn.Conv2d(8, 4, 1, groups=4)
         self.tokens = nn.Linear(7, 6, bias=False)
         self.rows = nn.Linear(16, 3)
+        self.alone = nn.Conv2d(4, 4, 1)  # behind a concatenation of one
         self.out = nn.Conv2d(4, 3, 1)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ class Concats(nn.Module):
         tokens = self.tokens(torch.cat(halves, dim=-1))
         along_rows = self.rows(torch.cat((a.flatten(2), b.flatten(2)), dim=1)[..., :16])
         extra = tokens.mean((1, 2)) + along_rows.mean((1, 2))
-        h = self.out(functional.interpolate(three, scale_factor=2.0) + grouped)
+        h = self.out(functional.interpolate(three, scale_factor=2.0) + self.alone(torch.cat((grouped,), dim=1)))
         return h + extra[:, None, None, None] + timestep[:, None, None, None].float().cos()
 
 

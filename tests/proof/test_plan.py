@@ -57,6 +57,7 @@ class Net(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         self.batches.append(len(sample))
+        sample = sample.view(-1, *sample.shape[2:]).view_as(sample)  # of contiguous tensors only, as HunyuanDiT 1.2
         return self.conv(sample) * timestep.reshape(-1, 1, 1, 1)
 
 

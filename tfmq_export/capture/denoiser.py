@@ -192,7 +192,8 @@ class Denoiser:
         @torch.no_grad()
         def denoise(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
             given = self.inputs(sample, timestep, conditioning)
-            found = first_tensor(self.module(**{name: value.to(device) for name, value in given.items()}))
+            # Contiguous, as samplers hand them in: rows that are one row repeated would stop a module that uses view().
+            found = first_tensor(self.module(**{name: value.to(device).contiguous() for name, value in given.items()}))
             return found.to(sample.device)
 
         return denoise

@@ -20,9 +20,9 @@ CLOSER = 3.0  # dB that kernels must be closer to their graph than the graph is 
 AS_CLOSE = 1.0
 """dB that images as served may be farther from full precision than the graph's own, to be held to no more than that.
 
-Where rounding alone moves images by as much as quantization does (a tiny model with guidance of 7.5), right kernels give
-images as far from the graph's as both are from full precision: two errors of one size are 3 dB apart. Wrong kernels give
-images farther from full precision.
+Where rounding alone moves images by as much as quantization does (a tiny model with guidance of 7.5), right kernels
+give images as far from the graph's as both are from full precision: two errors of one size are 3 dB apart. Those of
+wrong kernels are farther from full precision.
 """
 
 

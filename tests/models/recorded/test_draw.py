@@ -263,3 +263,25 @@ def test_rows_that_depend_on_each_other_are_refused() -> None:
     net = Mixing()
     with pytest.raises(LoadError, match="rows that do not depend on each other"):
         denoiser_from_draw(net, lambda seed: by_keyword(net, seed), None, "net")
+
+
+class TwoPredictions(Net):
+    """A picture's and, behind it, another's of half its height: LTX-2 predicts video and sound."""
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        h = super().forward(x, t)
+        return h, h[:, :, :3]
+
+
+def test_code_that_reads_a_second_prediction_is_told_that_there_is_one() -> None:
+    net = TwoPredictions()
+
+    def draw(seed: int) -> Tensor:
+        x = noise(seed)
+        for level in LEVELS:
+            first, second = net(x, torch.tensor([level]))
+            x = x - 0.1 * first - 0.01 * second.mean()
+        return x
+
+    with pytest.raises(LoadError, match=r"returns 2 tensors, of shapes \[1, 2, 6, 6\], \[1, 2, 3, 6\]"):
+        denoiser_from_draw(net, draw, None, "net")

@@ -34,6 +34,8 @@ def find_skip_concats(program: DiffusionProgram) -> tuple[SkipSplit, ...]:
         if source.target is not aten.cat.default or (op.kind == "conv" and op.groups > 1):
             continue
         parts: Any = source.args[0]
+        if len(parts) < 2:  # HunyuanDiT 1.2 concatenates its one condition; the exporter leaves no Concat of it
+            continue
         if any(depends[part.name] == {TIMESTEP} for part in parts):
             continue
         axis = source.args[1] if len(source.args) > 1 else 0

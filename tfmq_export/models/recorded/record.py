@@ -91,7 +91,10 @@ class Recorder:
             return answer
 
         with answering(self.module, reply):
-            drawn_by(self.draw, seeds, False, self.where)
+            try:
+                drawn_by(self.draw, seeds, False, self.where)
+            except LoadError as error:
+                raise _about_further_tensors(error, answers.first, self.where) from error.__cause__
         self._require_called(calls)
         _require_one_form(calls, specs, self.where)
         together = 0 if (lists or cut) and images > 1 else images  # rows are calls of their own
@@ -272,6 +275,21 @@ def drawn_by(code: DrawSeeds, seeds: Sequence[int], pictures: bool, where: str) 
         except Exception as error:  # the user's or a pipeline's own code, which may raise anything
             raise LoadError(f"{where}: drawing raises {theirs(error)}") from error
     return images
+
+
+def _about_further_tensors(error: LoadError, answer: Any, where: str) -> LoadError:
+    """What stopped code that draws, told as what it most likely is: it reads more than the model's prediction.
+
+    Args:
+        answer: What the model returned at its first call; None if that did not come.
+    """
+    shapes = [list(leaf.shape) for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)]
+    if error.__cause__ is None or len(shapes) < 2 or listed_answer(answer) is not None:
+        return error
+    return LoadError(
+        f"{where}: the model returns {len(shapes)} tensors, of shapes {', '.join(map(str, shapes))}, and its code "
+        f"needs more than the first (without it raises {theirs(error.__cause__)}); a bundle predicts one tensor"
+    )
 
 
 def call_info(plan: CallPlan, runs: Sequence[RecordedRun], together: int) -> CallInfo:
