@@ -280,8 +280,11 @@ def test_a_result_of_zeros_agrees_with_what_rounding_leaves_of_it() -> None:
         assert watcher.sqnr == [expected]
 
 
-@pytest.mark.parametrize(("places", "apart", "silent"), [(8, 1.0, True), (8, 0.9, False), (41, 1.0, False)])
-def test_ties_of_a_result_of_a_few_steps_are_no_noise(places: int, apart: float, silent: bool) -> None:
+@pytest.mark.parametrize(
+    ("places", "apart", "share", "silent"),
+    [(8, 1.0, 0.01, True), (8, 0.9, 0.01, False), (41, 1.0, 0.01, False), (41, 1.0, 0.1, True)],
+)
+def test_ties_of_a_result_of_a_few_steps_are_no_noise(places: int, apart: float, share: float, silent: bool) -> None:
     """Eight of 4,096 results that are one step off leave 37 dB where all results are within 15 steps."""
     _, _, made = exported("dit", "w8a8")
     layer = made.recipe.layers[0]
@@ -289,7 +292,7 @@ def test_ties_of_a_result_of_a_few_steps_are_no_noise(places: int, apart: float,
     ours = step * torch.randint(-15, 16, (2, 4, 512), generator=torch.Generator().manual_seed(0)).float()
     theirs = ours.numpy().copy()
     theirs.reshape(-1)[:places] += apart * step
-    watcher = _Synchronizer({layer.name: theirs})
+    watcher = _Synchronizer({layer.name: theirs}, share)
 
     watcher(layer, ours)
 

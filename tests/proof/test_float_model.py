@@ -53,6 +53,12 @@ def test_a_model_that_finds_noise_again_looks_trained(scheduler: Any) -> None:
     assert notes_of(on_schedule(Guess(1.0), scheduler)) == []
 
 
+def test_a_model_whose_last_layer_is_zero_has_nothing_to_lose() -> None:
+    (note,) = notes_of(on_schedule(Guess(0.0), DDIMScheduler()))
+
+    assert "predicts zeros at every step" in note
+
+
 def test_a_model_that_predicts_something_else_looks_untrained() -> None:
     (note,) = notes_of(on_schedule(Guess(0.02, 1.0), DDIMScheduler()))
 

@@ -49,7 +49,7 @@ class Model:
     def require_origin_of(self, bundle: Bundle) -> None:
         """Raise RecipeError if the bundle was compiled from another model."""
         if self.fingerprint != bundle.manifest.fingerprint:
-            raise RecipeError(f"{bundle.root} was not compiled from {self.source.path}; give the model it came from")
+            raise RecipeError(f"{bundle.root} was not compiled from {self.source.name}; give the model it came from")
 
     def export(self, path: Path, batch: int) -> None:
         """Write the graph that torch exports, for calls of this size."""

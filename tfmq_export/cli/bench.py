@@ -77,12 +77,12 @@ def bench(
         _numbers("--threads", threads), _numbers("--batch", batch), rounds, seconds or math.inf, sampling, accuracy
     )
     model = None
-    if against is not None:
+    if against is not None or factory is not None:
         try:
             from tfmq_export.bench.float_model import Model
         except ModuleNotFoundError as error:
             raise DependencyError(
-                f"--against {against}: the float model runs in torch, which is not installed ({error.name}); leave it "
+                f"{against or factory}: the float model runs in torch, which is not installed ({error.name}); leave it "
                 "out, or pip install 'tfmq-export[compile]'"
             ) from error
         model = Model(source_of(opened[0], against, factory, variant=variant, lora=lora, pipeline=pipeline))

@@ -30,6 +30,7 @@ from tfmq_export.cli.options import (
 from tfmq_export.cli.result import show
 from tfmq_export.cli.settings import takes_settings
 from tfmq_export.cli.typed import command_line
+from tfmq_export.errors import ConfigError
 from tfmq_export.recipe.plain import read_json
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 @reports_errors
 def export(
     context: typer.Context,
-    model: Model,
+    model: Model = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default="out/MODEL-PRESET[-TARGET]")
     ] = None,
@@ -79,8 +80,11 @@ def export(
     """Compile a diffusion model into a quantized ONNX bundle; check that it runs in integers; compare its images."""
     from tfmq_export.config import load_config
 
+    if model is None and factory is None:
+        raise ConfigError("no MODEL: give a folder or a file, or --factory package.module:build that builds one")
     asked = load_config(config, settings)
-    root = output or Path("out") / "-".join([_name(model), _preset(asked, recipe), *_other_target(asked.target)])
+    words = [_name(model, factory), _preset(asked, recipe), *_other_target(asked.target)]
+    root = output or Path("out") / "-".join(words)
     serving = None if triton is None else _servable(asked.target, triton)
     require_folder_of(json)
 
@@ -185,7 +189,9 @@ def _other_target(target: str) -> list[str]:
     return [] if target == CompileConfig.model_fields["target"].default else [target]
 
 
-def _name(model: Path) -> str:
-    """A bundle's default name: of the folder, where the file is just called model.pt."""
+def _name(model: Path | None, factory: str | None) -> str:
+    """A bundle's default name: of the folder, where the file is just called model.pt; of the factory's module."""
+    if model is None:
+        return str(factory).partition(":")[0].rpartition(".")[2]
     path = model.absolute()
     return path.parent.name if path.stem in ("model", "weights") else path.stem

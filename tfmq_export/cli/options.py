@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from tfmq_export.models.load import Source
 
 Model = Annotated[
-    Path,
-    typer.Argument(metavar="MODEL", help="A diffusers folder, a checkpoint, a model.pt, or the weights of --factory."),
+    Path | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A diffusers folder, a checkpoint, a model.pt, or the weights of --factory; none where it loads them.",
+        show_default=False,
+    ),
 ]
 BundleFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A bundle made by tfmq-export.")]
 Factory = Annotated[
@@ -130,7 +134,7 @@ def require_folder_of(*files: Path | None) -> None:
 
 def source_of(
     bundle: "Bundle",
-    against: Path,
+    against: Path | None,
     factory: str | None,
     *,
     variant: str | None,

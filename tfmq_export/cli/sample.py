@@ -82,18 +82,19 @@ def sample(
             f"{bundle}: draws {what} {list(sample.shape)}, not pictures, and has no decoder for them; compile the "
             "folder of its pipeline, whose VAE then goes into the bundle, or draw in Python (docs/sampling.md)"
         )
-    if against is not None and (image, scheduler, steps) != (None, None, None):
+    beside = against is not None or factory is not None
+    if beside and (image, scheduler, steps) != (None, None, None):
         raise ConfigError("--against draws as the bundle was compiled; leave out --image, --scheduler and --steps")
     schedule = None if recorded or (image, scheduler, steps) != (None, None, None) else schedule_of(opened)
     with bars(quiet) as progress:
-        if against is None and schedule is not None:
+        if not beside and schedule is not None:
             pictures = _in_numpy(opened, schedule, (images, *sample.shape), seed, threads, progress)
             rows = [("compiled", pictures)]
         else:
             from tfmq_export.proof.draw import Request, draw, draw_against, draw_in_pipeline
 
             request = Request(images, seed, threads, scheduler, steps, image, strength)
-            if against is None:
+            if not beside:
                 rows = [("compiled", (draw_in_pipeline if recorded else draw)(opened, request, progress))]
             else:
                 source = source_of(opened, against, factory, variant=variant, lora=lora, pipeline=pipeline)

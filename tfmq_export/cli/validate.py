@@ -71,7 +71,7 @@ def validate(
         with answering(json) as found:
             found |= {"bundle": str(bundle), **_on_this_host(bundle)}
         return
-    if against is None:
+    if against is None and factory is None:
         raise ConfigError("give the model to compare with, --against MODEL, or --host for this host's kernels alone")
 
     asked = load_config(

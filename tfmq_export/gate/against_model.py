@@ -43,7 +43,7 @@ def compare_with_model(bounds: ModelBounds, bundle: Bundle) -> Result:
     guided = "" if found.guidance is None else f", guidance kept {found.guidance.mean:.2f}"
     return Result(
         "model",
-        f"{bounds.path.name}: images PSNR {psnr.mean:.1f} dB{lpips}, prediction SQNR {steps.mean:.1f} dB on average, "
+        f"{bounds.name}: images PSNR {psnr.mean:.1f} dB{lpips}, prediction SQNR {steps.mean:.1f} dB on average, "
         f"worst {steps.lowest:.1f}{guided}",
         tuple(problems),
         "quantize more gently (a preset with more bits, more calibration), or lower the threshold",

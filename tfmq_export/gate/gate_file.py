@@ -59,17 +59,22 @@ class ModelBounds:
     """On the distance to the float model.
 
     Attributes:
-        path: What ``tfmq-validate --against`` takes.
+        path: What ``tfmq-validate --against`` takes; not needed where ``factory`` loads the weights.
         factory: For any ``nn.Module``, as ``--factory``.
         images: To compare; ``seed`` is that of their noise.
         thresholds: Of tfmq-validate, by name.
     """
 
-    path: Path
+    path: Path | None = None
     factory: str | None = None
     images: int = 8
     seed: int = 1
     thresholds: Mapping[str, float] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the model, in messages."""
+        return str(self.factory) if self.path is None else self.path.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +110,15 @@ def read_gate(path: Path | str, bundle: Path | str | None = None) -> Gate:
         raise ConfigError(f"{path}: not readable TOML: {error}") from error
     _known(path, "", data, ("bundle", "receipt", "golden", "model"))
     given = Path(bundle) if bundle is not None else _place(path, data, "bundle")
+    model = _table(path, "model", data["model"], ModelBounds) if "model" in data else None
+    if model is not None and model.path is None and model.factory is None:
+        raise ConfigError(f'{path}: [model] needs path = "..."')
     return Gate(
         path=path,
         bundle=given,
         receipt=_table(path, "receipt", data.get("receipt", {}), ReceiptBounds),
         golden=_table(path, "golden", data["golden"], GoldenBounds) if "golden" in data else None,
-        model=_table(path, "model", data["model"], ModelBounds) if "model" in data else None,
+        model=model,
     )
 
 
@@ -129,7 +137,7 @@ def _table(path: Path, name: str, table: Any, kind: type[Any]) -> Any:
     _known(path, f"{name}.", table, known)
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if known[key] is Path:
+        if known[key] in (Path, Path | None):
             values[key] = _place(path, table, key)
         elif key == "thresholds":
             if not isinstance(value, dict):

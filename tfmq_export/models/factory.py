@@ -29,8 +29,8 @@ from tfmq_export.models.weights import load_weights
 from tfmq_export.recipe.timesteps import TimestepSet
 
 
-def load_factory(reference: str, weights: Path, steps: int | None, *, raw: bool = False) -> Denoiser:
-    """Call ``package.module:build`` and load its weights.
+def load_factory(reference: str, weights: Path | None, steps: int | None, *, raw: bool = False) -> Denoiser:
+    """Call ``package.module:build``, and load the weights unless it has done so itself.
 
     The factory is the user's own code, named by the user; the weights are read as plain tensors.
 
@@ -44,6 +44,8 @@ def load_factory(reference: str, weights: Path, steps: int | None, *, raw: bool 
     except Exception as error:  # the user's own code, which may raise anything
         raise LoadError(f"--factory {reference}: it raises {theirs(error)}") from error
     require_pair(built, f"--factory {reference}: must return")
+    if weights is None:
+        return denoiser_from_code(built, steps, where=reference)
     if not weights.is_file():
         raise LoadError(f"{weights}: no such file; --factory takes a state_dict (.pt or .safetensors)")
     if not INDEX.fullmatch(weights.name):

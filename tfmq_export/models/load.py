@@ -41,7 +41,8 @@ class Source:
     """Where a model comes from, and how it will be sampled.
 
     Attributes:
-        path: A diffusers folder, a checkpoint in one file, a ``model.pt``, or the weights of ``factory``.
+        path: A diffusers folder, a checkpoint in one file, a ``model.pt``, or the weights of ``factory``; None where
+            the factory's module has its weights already.
         factory: ``package.module:build`` for any other ``nn.Module``.
         steps: Denoising steps; None takes 50, or what a factory's own sampler says.
         conditioning: safetensors file with prompt embeddings.
@@ -55,7 +56,7 @@ class Source:
         pipeline: A pipeline folder in which the denoiser of ``path`` takes the place of its own.
     """
 
-    path: Path
+    path: Path | None
     factory: str | None = None
     steps: int | None = None
     conditioning: Path | None = None
@@ -66,10 +67,15 @@ class Source:
     lora: Sequence[str] = ()
     pipeline: Path | None = None
 
+    @property
+    def name(self) -> str:
+        """Of the model, in messages."""
+        return str(self.path or self.factory)
+
 
 def source_of(
     bundle: Bundle,
-    model: Path,
+    model: Path | None,
     factory: str | None = None,
     *,
     variant: str | None = None,
@@ -129,7 +135,12 @@ def load(source: Source) -> Denoiser:
             raise ConfigError("--pipeline and --factory: return (module, draw) from the factory, and draw with it")
         if source.lora:
             raise ConfigError("--lora and --factory: this is for models of diffusers; let the factory do it")
-        return load_factory(source.factory, source.path, source.steps, raw=is_raw(source.variant, source.path))
+        if source.path is None and source.variant is not None:
+            raise ConfigError(f"--variant {source.variant}: says which weights of a file, and no file was given")
+        raw = source.path is not None and is_raw(source.variant, source.path)
+        return load_factory(source.factory, source.path, source.steps, raw=raw)
+    if source.path is None:
+        raise ConfigError("no model: give its folder or file, or --factory package.module:build that builds one")
     layout = find_layout(source.path, source.variant)
     loras = [LoraFile.of(each) for each in source.lora]
     where = "/".join(source.path.absolute().parts[-2:])

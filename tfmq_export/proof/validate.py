@@ -164,7 +164,7 @@ class Subject:
 
 def subject_of(
     bundle: Bundle,
-    model: Path,
+    model: Path | None,
     factory: str | None = None,
     *,
     variant: str | None = None,
@@ -174,7 +174,7 @@ def subject_of(
     """A bundle beside the model it came from, sampled the same way.
 
     Args:
-        model: A folder, a checkpoint, a ``model.pt``, or the weights of ``factory``.
+        model: A folder, a checkpoint, a ``model.pt``, or the weights of ``factory``; None where it has them itself.
         variant: Of the weights in a folder.
         lora: Files that were fused into the weights.
         pipeline: The folder in which the model took the place of the denoiser.

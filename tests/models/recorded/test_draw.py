@@ -174,7 +174,7 @@ def test_a_picture_of_pil_is_its_channels() -> None:
     picture = run(denoiser.module_denoise())
 
     assert picture.shape == (1, 1, 6, 6)
-    assert torch.allclose(picture[0, 0], by_keyword(net, 7000)[0, 0].sigmoid(), atol=0.005)
+    assert torch.allclose(picture[0, 0], 2 * by_keyword(net, 7000)[0, 0].sigmoid() - 1, atol=0.01)
 
 
 def test_a_second_draw_of_a_seed_is_the_same_and_the_module_is_left_as_it_was() -> None:
@@ -263,6 +263,62 @@ def test_rows_that_depend_on_each_other_are_refused() -> None:
     net = Mixing()
     with pytest.raises(LoadError, match="rows that do not depend on each other"):
         denoiser_from_draw(net, lambda seed: by_keyword(net, seed), None, "net")
+
+
+def test_pictures_from_black_at_0_are_scaled_to_the_models_own_range() -> None:
+    net = Net()
+
+    def draw(seed: int) -> Tensor:
+        return (by_keyword(net, seed).clamp(-1, 1) + 1) / 2
+
+    def three(seed: int) -> Tensor:  # channels, as a picture has
+        return draw(seed)[:, [0, 1, 1]]
+
+    denoiser = denoiser_from_draw(net, three, None, "net")
+
+    _, images = record(denoiser, denoiser.module_denoise(), denoiser.runs(2, 7), lambda done, total: None)
+    torch.testing.assert_close(images[0], 2 * three(7000)[0] - 1, rtol=1e-5, atol=1e-5)
+
+
+def test_a_signal_in_a_batch_of_one_is_no_picture() -> None:
+    class Signal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Conv1d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.mix(x) * t[:, None, None]
+
+    net = Signal()
+
+    def draw(seed: int) -> Tensor:
+        x = torch.randn(1, 3, 12, generator=torch.Generator().manual_seed(seed))
+        for level in LEVELS:
+            x = x - 0.1 * net(x, torch.tensor([level]))
+        return x.sigmoid()
+
+    denoiser = denoiser_from_draw(net, draw, None, "net")
+
+    _, images = record(denoiser, denoiser.module_denoise(), denoiser.runs(2, 7), lambda done, total: None)
+    assert images.shape == (2, 3, 12)
+    torch.testing.assert_close(images[0], draw(7000)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [None, 0.0])
+def test_an_argument_that_is_not_always_a_tensor_is_told_so(first: float | None) -> None:
+    """Self-conditioning: the last prediction, and None in front of the first."""
+    net = Net()
+
+    def draw(seed: int) -> Tensor:
+        x, last = noise(seed), first
+        for level in LEVELS:
+            answer = net(x, torch.tensor([level]), last)
+            x, last = x - 0.1 * answer, answer
+        return x
+
+    said = "is None in one call and a tensor in another" if first is None else "is no tensor and changes"
+    with pytest.raises(LoadError, match=f"argument cond {said}"):
+        denoiser_from_draw(net, draw, None, "net")
 
 
 class TwoPredictions(Net):

@@ -31,13 +31,21 @@ from tfmq_export.models.recorded.pipeline import (
     require_requests,
     without_lists,
 )
-from tfmq_export.models.recorded.record import RecordedSampler, Recorder, call_info, image_of, is_close
+from tfmq_export.models.recorded.record import (
+    DrawSeeds,
+    RecordedSampler,
+    Recorder,
+    call_info,
+    image_of,
+    is_close,
+)
 from tfmq_export.models.recorded.requests import Request, own_prompts
 from tfmq_export.models.recorded.roles import Drawing, RecordedRun, plan_of
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
 from tfmq_export.models.single_precision import in_single_precision
 from tfmq_export.models.walk import LEARNED
 from tfmq_export.recipe.timesteps import TimestepSet
+from tfmq_export.runtime.measure.compare import is_picture
 
 Draw = Callable[[int], Any]
 """The user's own sampler: ``draw(seed) -> image``, with the module inside."""
@@ -69,15 +77,42 @@ def denoiser_from_draw(module: nn.Module, draw: Draw, steps: int | None, where: 
     def code(seeds: Sequence[int], pictures: bool) -> Tensor:
         return torch.stack([image_of(draw(seed), where) for seed in seeds])
 
-    recorder = Recorder(module, code, where)
+    seen: list[Tensor] = []
+
+    def noting(seeds: Sequence[int], pictures: bool) -> Tensor:
+        seen.append(code(seeds, pictures))
+        return seen[-1]
+
+    recorder = Recorder(module, noting, where)
     runs = [recorder.run([seed]) for seed in (0, 0, 1)]
     plan = plan_of(signature_of(module), runs[1:], where, draw if isinstance(draw, Drawing) else None)
     _require_seeded(plan, runs, where)
+    sample = runs[1].calls[0][plan.inputs[plan.sample].path]
+    recorder = replace(recorder, draw=_as_data(code, seen, sample.shape[1:]))
     denoiser = _denoiser(recorder, plan, runs[1:], runs[1], together=1)
     visited = len(denoiser.timesteps)
     if steps is not None and steps != visited:
         raise ConfigError(f"--steps {steps}, but draw() visits {visited} timesteps; set them in its own code")
     return replace(denoiser, sampler_info=SamplerInfo("function", visited))
+
+
+def _as_data(code: DrawSeeds, seen: Sequence[Tensor], row: Sequence[int]) -> DrawSeeds:
+    """Code whose images are data as the model has them.
+
+    Args:
+        seen: What it drew, [1, ...] each. Pictures from 0, black, to 1, as PIL has them, become -1..1.
+        row: Shape of a sample. A signal in a batch of one, [1, C, L], would be taken for a picture of one channel.
+    """
+    batched = all(images.shape[1:] == (1, *row) for images in seen)
+    shape = (1, *row) if batched else seen[0].shape
+    from_black = is_picture(shape) and all(float(x.min()) >= 0 and float(x.max()) <= 1 for x in seen)
+
+    def data(seeds: Sequence[int], pictures: bool) -> Tensor:
+        images = code(seeds, pictures)
+        images = images[:, 0] if batched else images
+        return 2 * images - 1 if from_black else images
+
+    return data
 
 
 def denoiser_from_pipeline(  # noqa: PLR0913

@@ -121,6 +121,10 @@ class _Values:
         self.changes_between = any(not same(self.runs[0][0], run[0]) for run in self.runs[1:])
 
     @property
+    def is_always_tensor(self) -> bool:
+        return all(isinstance(value, Tensor) for run in self.runs for value in run)
+
+    @property
     def is_input(self) -> bool:
         """Whether it is more than a constant of the model's geometry."""
         return self.changes_within or self.changes_between or self.follows_images
@@ -214,14 +218,25 @@ def _sample(
     return next(path for path, count in moving.items() if count == most)
 
 
+def _why_not(found: _Values) -> str:
+    """Why a graph cannot take an argument that is not always a tensor, and what to do."""
+    values = [value for run in found.runs for value in run]
+    if any(value is None for value in values) and any(isinstance(value, Tensor) for value in values):
+        return "is None in one call and a tensor in another; give zeros, or what else stands for nothing, in its place"
+    return (
+        "is no tensor and changes from call to call; a graph has one form: make it a tensor, or put the calls of a "
+        "step into one module and draw with that"
+    )
+
+
 def _leaf(found: _Values, name: str | None, rows: Sequence[int], timestep: bool, where: str) -> Leaf:
     if name is None:
         return Leaf(found.path, value=found.first)
     place = Leaf(found.path).place
     if timestep:
         return _timestep_leaf(found, name, rows)
-    if not found.is_tensor:
-        raise LoadError(f"{where}: argument {place} is no tensor and changes from call to call; a graph cannot take it")
+    if not found.is_always_tensor:
+        raise LoadError(f"{where}: argument {place} {_why_not(found)}")
     if len({value.ndim for run in found.runs for value in run}) > 1:
         raise LoadError(f"{where}: argument {place} has more axes in one call than in another; a graph cannot take it")
     axis, fold = _row_axis(found, rows)
