@@ -37,3 +37,10 @@ def test_every_command_tells_its_version_and_how_it_is_used(command: str) -> Non
     assert version.output == f"tfmq-export {__version__}\n"
     assert brief.output == long.output
     assert {version.exit_code, brief.exit_code, long.exit_code} == {0}
+
+
+def test_neither_model_nor_factory_is_told_what_to_give() -> None:
+    done = run("export", "-o", "out")
+
+    assert done.exit_code == 2
+    assert "no MODEL: give a folder or a file, or --factory package.module:build that builds one" in done.stderr
