@@ -252,7 +252,7 @@ def _page(found: list[Mapping[str, Any]], known: int) -> str:
             "# Families",
             "",
             f"{len(rows)} of {len(found)} families go through the compiler. {len(full)} of them run every layer that",
-            f"was asked for in integers on ONNX Runtime at W8A8; {known - len(found)} more wait to be measured.",
+            f"was asked for in integers on ONNX Runtime at W8A8{_waiting(known - len(found))}.",
             "The table is made by",
             "",
             "```bash",
@@ -276,6 +276,10 @@ def _page(found: list[Mapping[str, Any]], known: int) -> str:
             "",
         ]
     )
+
+
+def _waiting(count: int) -> str:
+    return f"; {count} more wait to be measured" if count else ""
 
 
 def _is_full(cell: Mapping[str, Any]) -> bool:
