@@ -101,10 +101,20 @@ class Source:
         stems = {origin.partition("/")[0].removesuffix("_original") for origin in item.origins}
         aliased = self.products.keys() & {self.aliases.get(stem, stem) for stem in stems}
         if item.kind != FUSED:
-            return aliased
+            return aliased or self._by_weight(item)
         # Its other nodes are there in their own right; but a factor behind the scores of an attention takes their name.
         named = self.products.keys() & stems
         return named | {name for name in aliased if self._of_activations(name)} if named else named
+
+    def _by_weight(self, item: RuntimeOperation) -> set[str]:
+        """The product whose stored weight an operation reads, where it has lost its name.
+
+        Behind a layer that is added to a table's row, OpenVINO swaps its scale with the sum, and calls the layer
+        ``Multiply_22438``.
+        """
+        weights = {name: self.operands(name)[1] for name in self.products}
+        readers = [name for name, dq in weights.items() if dq is not None and dq.inputs[0] in item.sources]
+        return set(readers) if len(readers) == 1 else set()
 
     def _of_activations(self, name: str) -> bool:
         """Whether neither factor of a product is stored."""

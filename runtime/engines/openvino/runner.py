@@ -42,12 +42,14 @@ class RuntimeOperation:
         kernel: Implementation and type it computes in, such as "brgconv_avx512_I8".
         origins: Its own name, and those of the nodes it says it was made of.
         reads: Types of what it reads, such as "i8" and "f32".
+        sources: Names of the operations it reads.
     """
 
     kind: str
     kernel: str
     origins: tuple[str, ...]
     reads: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
 
 class OpenVinoRunner:
@@ -317,8 +319,11 @@ def _message(error: BaseException) -> str:
 def _operation(node: Any) -> RuntimeOperation:
     facts = node.get_rt_info()
     kind, kernel, origins = (_text(facts, key) for key in ("layerType", "primitiveType", "originalLayersNames"))
-    reads = tuple(value.get_source_output().get_element_type().get_type_name() for value in node.inputs())
-    return RuntimeOperation(kind, kernel, (node.get_friendly_name(), *filter(None, origins.split(","))), reads)
+    read = [value.get_source_output() for value in node.inputs()]
+    types = tuple(value.get_element_type().get_type_name() for value in read)
+    sources = tuple(value.get_node().get_friendly_name() for value in read)
+    names = (node.get_friendly_name(), *filter(None, origins.split(",")))
+    return RuntimeOperation(kind, kernel, names, types, sources)
 
 
 def _text(facts: Any, key: str) -> str:

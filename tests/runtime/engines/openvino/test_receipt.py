@@ -130,6 +130,18 @@ def test_a_layers_scale_or_bias_in_other_code_is_not_the_layer(
     assert len(receipt_of([replace(product, kernel="gemm_mlas_f32"), rest], source, [asked], 1).lost) == 1
 
 
+def test_a_layer_that_lost_its_name_is_known_by_its_weight(tmp_path: Path) -> None:
+    path, asked = linear_of_rank_2(tmp_path / "m.onnx")
+    source = Source.read(path)
+    _, weight = source.operands("node_linear")
+    assert weight is not None
+    renamed = RuntimeOperation("FullyConnected", "brgemm_avx512_I8", ("Multiply_1",), sources=(weight.inputs[0],))
+
+    assert receipt_of([renamed], source, [asked], 1).lost == ()
+    assert len(receipt_of([replace(renamed, kernel="gemm_mlas_f32")], source, [asked], 1).lost) == 1
+    assert len(receipt_of([replace(renamed, sources=("other",))], source, [asked], 1).lost) == 1
+
+
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
 @pytest.mark.parametrize(
     ("build", "kind"),
