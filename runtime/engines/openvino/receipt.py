@@ -30,6 +30,8 @@ PRODUCTS = frozenset({"Convolution", "FullyConnected", "MatMul", "Deconvolution"
 FUSED = "Subgraph"
 """Generated code for several nodes: elementwise ones, and both products of an attention."""
 
+FOLDED = "Const"
+
 _SOURCE_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "ConvTranspose"})
 _INTEGER = re.compile(r"_[iu]8$", re.IGNORECASE)
 
@@ -141,6 +143,10 @@ def receipt_of(
     strays = []
     alone = {name for item in operations if item.kind in PRODUCTS for name in source.products_in(item)}
     for item in operations:
+        if item.kind == FOLDED:  # of a constant input, as the one style of HunyuanDiT; computed once, at no cost
+            for name in names:
+                if node_name(name) in item.origins:
+                    found[name].append(item)
         if item.kind not in PRODUCTS | {FUSED}:
             continue
         # Generated code may have the bias or the scale of a layer that multiplies elsewhere.
@@ -169,7 +175,7 @@ def _loss(layer: LayerInfo, found: Sequence[RuntimeOperation], source: Source) -
     if not found:
         return f"no operation {node_name(layer.name)} in OpenVINO's runtime model; was it renamed or folded?"
     for item in found:
-        if not source.runs_integers(item):
+        if item.kind != FOLDED and not source.runs_integers(item):
             (name, *_) = sorted(source.products_in(item), key=lambda name: layer_named(name, (layer.name,)) is None)
             return f"runs as {item.kind} ({item.kernel}) in float: {_why_float(name, source, item)}"
     return ""

@@ -130,6 +130,15 @@ def test_a_layers_scale_or_bias_in_other_code_is_not_the_layer(
     assert len(receipt_of([replace(product, kernel="gemm_mlas_f32"), rest], source, [asked], 1).lost) == 1
 
 
+def test_a_layer_of_a_constant_is_computed_once_and_not_lost(tmp_path: Path) -> None:
+    path, asked = linear_of_rank_2(tmp_path / "m.onnx")
+    folded = RuntimeOperation("Const", "unknown_f32", ("node_linear",))
+
+    (row,) = receipt_of([folded], Source.read(path), [asked], 1).rows
+
+    assert (row.realized, row.reason) == (("Const unknown_f32",), "")
+
+
 def test_a_layer_that_lost_its_name_is_known_by_its_weight(tmp_path: Path) -> None:
     path, asked = linear_of_rank_2(tmp_path / "m.onnx")
     source = Source.read(path)
