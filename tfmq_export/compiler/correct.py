@@ -126,7 +126,8 @@ def _alike(denoiser: Denoiser, program: DiffusionProgram) -> bool:
 
 
 def _gained(found: ClosedLoop) -> str:
-    return f"{len(found.gain)} held-out images gain {float(found.gain.mean()):.2f} +- {found.uncertainty:.2f} dB"
+    gain = f"{len(found.gain)} held-out images gain {float(found.gain.mean()):.2f} +- {found.uncertainty:.2f} dB"
+    return gain if found.loss < 1 else f"{gain}, predictions on full precision's path lose {found.loss:.1f}"
 
 
 def _noted(recipe: QuantRecipe, said: str) -> QuantRecipe:

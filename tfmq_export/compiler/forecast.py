@@ -20,6 +20,7 @@ from tfmq_export.config import CompileConfig
 from tfmq_export.errors import OutputError
 from tfmq_export.proof.plan import AGREEING, ALONE, READING, SIMULATED, Cost, ProofPlan, measured_cost, plan_of
 from tfmq_export.ptq.image_gain import WINDOWS, Windows
+from tfmq_export.ptq.walk.closed_loop import CHECKED
 from tfmq_export.ptq.walk.costs import Work, blocks_of, quantizing
 from tfmq_export.report.numbers import size
 from tfmq_export.runtime.measure.benchmark import peak_rss_bytes, rss_bytes
@@ -139,7 +140,8 @@ def forecast(
         stages[QUANTIZING] = work.seconds, base + kept + work.held
         if will_correct(denoiser, captured.program, config):
             drawn = Trajectories.of(config).images * cost.image()
-            stages[CORRECTING] = drawn * (1 + 2 * SIMULATED), base + kept
+            share = min(1.0, CHECKED / len(denoiser.timesteps))
+            stages[CORRECTING] = drawn * (1 + (2 + share) * SIMULATED), base + kept
     stages |= _graph_stages(sizes, speed, base)
     engine = int(sizes.model * SESSION)
     for title, seconds in cost.stages(proof.images, proof.timesteps).items():

@@ -75,6 +75,7 @@ def test_each_step_is_fitted_where_the_corrected_steps_before_it_lead() -> None:
 
     found = fit(lambda e, x, t: 0.8 * e + 0.1 * x + 0.05, seen)
 
+    seen = seen[len(STEPS) :]  # behind what full precision's run was compared with
     plain, under = seen[: len(STEPS)], seen[len(STEPS) :]
     assert torch.equal(plain[0], under[0])
     denoise = subject().module_denoise()
@@ -116,6 +117,24 @@ def test_a_mean_gain_below_the_bound_is_luck() -> None:
     assert found.holds
     assert not replace(found, gain=torch.full_like(found.gain, 0.1)).holds
     assert not replace(found, kept=0).holds
+    assert not replace(found, loss=float(found.gain.mean()) + 1).holds
+
+
+def test_a_correction_that_ruins_predictions_on_full_precisions_path_is_refused() -> None:
+    """A network that is right on that path and predicts noise beside it: its runs are drawn to the mean of all."""
+    on_path: list[Tensor] = []
+
+    def chaotic(e: Tensor, x: Tensor, t: int) -> Tensor:
+        if len(on_path) < len(STEPS):  # the calls that are made beside full precision's
+            on_path.append(x)
+            return e + 0.01 * noise(e, t)
+        return noise(e, t + len(on_path)) * e.std()
+
+    found = fit(chaotic)
+
+    assert float(found.gain.mean()) > 0.2
+    assert found.loss > float(found.gain.mean())
+    assert not found.holds
 
 
 def test_rows_that_are_computed_in_parts_give_the_same_fit() -> None:

@@ -4,8 +4,14 @@ Images are drawn three times from the same noise: in full precision, by the quan
 network under the correction. In the third run each step is fitted on some of the images, and is kept if it brings the
 others nearer to what full precision predicts there; the run goes on with what was kept, so each step corrects what
 earlier ones left. In the end the images that nothing was fitted on decide whether there is a correction at all.
+
+Where quantized runs end at other pictures altogether (a model of random weights, whose runs are chaotic), their
+predictions say little of full precision's, and the fit draws them to the mean of all. That is a gain in dB and no
+better picture. It shows on full precision's own path, where such a correction ruins the predictions: so images must
+gain more than predictions lose there.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +27,7 @@ from tfmq_export.recipe.correction import IDENTITY
 
 LEAST_GAIN = 0.2
 """dB that held-out images must gain on average; less is not worth its place in the graph."""
+CHECKED = 8  # timesteps, evenly, at which predictions are looked at on full precision's own path
 
 Used = Callable[[Tensor], Tensor]
 """From the rows of a call to the prediction that the sampler steps with: guidance, where there is any."""
@@ -52,16 +59,18 @@ class ClosedLoop:
         rows: float32 [T, 3, C].
         kept: At how many timesteps the held-out images came nearer.
         gain: Of each held-out image, dB, [H].
+        loss: Of their predictions on full precision's own path, the mean over some timesteps, dB.
     """
 
     rows: Tensor
     kept: int
     gain: Tensor
+    loss: float
 
     @property
     def holds(self) -> bool:
-        """Whether the images that it was not fitted on gain, on average."""
-        return self.kept > 0 and float(self.gain.mean()) >= LEAST_GAIN
+        """Whether the images that it was not fitted on gain, on average, and more than predictions lose."""
+        return self.kept > 0 and float(self.gain.mean()) >= max(LEAST_GAIN, self.loss)
 
     @property
     def uncertainty(self) -> float:
@@ -78,6 +87,7 @@ def fit_in_closed_loop(denoiser: Denoiser, quantized: Denoise, drawing: Drawing,
         quantized: Predicts like the quantized network, without a correction.
     """
     calls, total = 0, 3 * len(denoiser.timesteps)
+    looked_at = {round(place) for place in torch.linspace(0, len(denoiser.timesteps) - 1, CHECKED).tolist()}
 
     def counted(denoise: Denoise) -> Denoise:
         def told(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
@@ -89,12 +99,16 @@ def fit_in_closed_loop(denoiser: Denoiser, quantized: Denoise, drawing: Drawing,
         return told
 
     wanted: list[Tensor] = []
+    on_path: list[_OnPath] = []
     plain = _in_pieces(denoiser.module_denoise(), drawing.rows)
     quantized = _in_pieces(quantized, drawing.rows)
 
     def recording(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
         prediction = plain(sample, timestep, **conditioning)
         wanted.append(drawing.used(prediction))
+        if len(wanted) - 1 in looked_at:
+            found = drawing.used(quantized(sample, timestep, **conditioning))
+            on_path.append(_OnPath(_place(denoiser, timestep), found, sample[: len(found)], wanted[-1]))
         return prediction
 
     reference, uncorrected = (repeat(drawing.run, counted(each)) for each in (recording, quantized))
@@ -102,7 +116,36 @@ def fit_in_closed_loop(denoiser: Denoiser, quantized: Denoise, drawing: Drawing,
     drawn = repeat(drawing.run, counted(fit))
     reference, uncorrected, drawn = (images[drawing.fitted :] for images in (reference, uncorrected, drawn))
     gain = 10 * (_errors(uncorrected, reference) / _errors(drawn, reference)).log10()
-    return ClosedLoop(fit.rows.float(), fit.kept, gain)
+    losses = [each.loss(fit.rows, drawing.fitted) for each in on_path]
+    return ClosedLoop(fit.rows.float(), fit.kept, gain, sum(losses) / len(losses))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _OnPath:
+    """A call of the full-precision run, and what the quantized network predicts there.
+
+    Attributes:
+        place: Of its timestep in the schedule.
+        found: Without a correction, [N, C, ...].
+    """
+
+    place: int
+    found: Tensor
+    sample: Tensor
+    wanted: Tensor
+
+    def loss(self, rows: Tensor, fitted: int) -> float:
+        """What a correction makes worse, for the held-out images, dB."""
+        found, sample, wanted = (value[fitted:] for value in (self.found, self.sample, self.wanted))
+        after = corrected(rows[self.place], found, sample)
+        return 10 * math.log10(float(_errors(after, wanted).sum() / _errors(found, wanted).sum()))
+
+
+def _place(denoiser: Denoiser, timestep: Any) -> int:
+    """Of a call's timestep in the schedule."""
+    example = denoiser.example_inputs[denoiser.timestep]
+    (place,) = denoiser.timesteps.rows(torch.as_tensor(timestep).reshape(-1)[:1].to(example.dtype).numpy())
+    return int(place)
 
 
 class _Fit:
@@ -122,8 +165,7 @@ class _Fit:
 
     def __call__(self, sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
         prediction = self._quantized(sample, timestep, **conditioning)
-        example = self._denoiser.example_inputs[self._denoiser.timestep]
-        (place,) = self._denoiser.timesteps.rows(torch.as_tensor(timestep).reshape(-1)[:1].to(example.dtype).numpy())
+        place = _place(self._denoiser, timestep)
         wanted, found = self._wanted[self._calls], self._drawing.used(prediction)
         self._calls += 1
         given = sample[: len(found)]  # with guidance every part of the batch has the same samples
@@ -131,9 +173,9 @@ class _Fit:
         rows = fit_correction(found[some], given[some], wanted[some]).float().double()  # as it will be stored
         left = corrected(rows, found[others], given[others])
         if rows.isfinite().all() and _errors(left, wanted[others]).sum() < _errors(found[others], wanted[others]).sum():
-            self.rows[int(place)] = rows
+            self.rows[place] = rows
             self.kept += 1
-        return corrected(self.rows[int(place)], prediction, sample)
+        return corrected(self.rows[place], prediction, sample)
 
 
 def _in_pieces(denoise: Denoise, rows: int) -> Denoise:
