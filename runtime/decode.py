@@ -5,9 +5,10 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle.decoder import FOLDER, LATENTS, PICTURES
 from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.bundle.pictures import is_picture
 from tfmq_export.errors import ConfigError
 from tfmq_export.runtime.engines.table import engine_named
-from tfmq_export.runtime.measure.compare import as_pictures, is_picture
+from tfmq_export.runtime.measure.compare import as_pictures
 from tfmq_export.runtime.runner import GraphRequest
 
 BACKEND = "onnxruntime"

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from tfmq_export.bundle.pictures import is_picture
 from tfmq_export.errors import AccuracyError, ConfigError
 
 _WINDOW = 11
@@ -30,11 +31,6 @@ def psnr(a: NDArray[np.generic], b: NDArray[np.generic], peak: float) -> NDArray
     error = np.square(x - y).reshape(len(x), -1).mean(1)  # [N]
     with np.errstate(divide="ignore"):
         return np.asarray(10 * np.log10(peak**2 / error))
-
-
-def is_picture(shape: Sequence[int | None]) -> bool:
-    """Whether a batch of this shape can be looked at."""
-    return len(shape) == 4 and shape[1] in (1, 3)
 
 
 def called(shape: Sequence[int | None]) -> str:

@@ -1,5 +1,6 @@
 """``OUT/tfmq/pictures.npz``: images of both models from the same noise, for the report."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,11 @@ from tfmq_export.bundle.arrays import read_arrays
 from tfmq_export.errors import ConfigError, LoadError, TfmqError
 
 NAME = "pictures.npz"
+
+
+def is_picture(shape: Sequence[int | None]) -> bool:
+    """Whether a batch of this shape can be looked at."""
+    return len(shape) == 4 and shape[1] in (1, 3)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -63,10 +63,11 @@ def sample(
 ) -> None:
     """Draw images with a bundle; with --against, full precision above and compiled below."""
     from tfmq_export.bundle.manifest import open_bundle
+    from tfmq_export.bundle.pictures import is_picture
     from tfmq_export.bundle.write import replaced_file
     from tfmq_export.errors import ConfigError
     from tfmq_export.runtime.decode import decodes
-    from tfmq_export.runtime.measure.compare import called, is_picture
+    from tfmq_export.runtime.measure.compare import called
     from tfmq_export.runtime.picture import PER_ROW, png, strip
     from tfmq_export.runtime.sampler import schedule_of
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle.linear_walk import LinearWalk
 from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.bundle.pictures import is_picture
 from tfmq_export.runtime.draw import drawn, stored_prompts
 from tfmq_export.runtime.loaded import LoadedBundle
-from tfmq_export.runtime.measure.compare import as_pictures, is_picture
+from tfmq_export.runtime.measure.compare import as_pictures
 from tfmq_export.runtime.sampler import DdimSchedule, schedule_of
 
 COARSE = 8

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfmq_export.bundle.pictures import is_picture
 from tfmq_export.capture.denoiser import Denoiser, SeededSampler
 from tfmq_export.models.walk import DiffusersSampler, without_variance
 from tfmq_export.ptq.walk.calibration import CalibrationStep
-from tfmq_export.runtime.measure.compare import is_picture
 
 TRAINED = 0.2
 """Correlation of a prediction with its target: trained models have 0.9 somewhere on the schedule, random ones 0."""

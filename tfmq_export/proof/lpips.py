@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from tfmq_export.bundle.pictures import is_picture
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.config import Thresholds
 from tfmq_export.errors import ConfigError, DependencyError
 from tfmq_export.models.walk import DiffusersSampler
-from tfmq_export.runtime.measure.compare import is_picture
 
 PACKAGE, WEIGHTS = "stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth"
 LEAST_SIDE = 21

@@ -9,10 +9,9 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from tfmq_export.bundle.pictures import Pictures
+from tfmq_export.bundle.pictures import Pictures, is_picture
 from tfmq_export.errors import ConfigError
 from tfmq_export.proof.states import States
-from tfmq_export.runtime.measure.compare import is_picture
 from tfmq_export.runtime.picture import PER_ROW, PNG, strip
 
 SIDE, STATE_SIDE = 256, 64  # most pixels of a picture in the report, and of a state on the way to it

@@ -8,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tfmq_export.bundle.pictures import is_picture
 from tfmq_export.ptq.walk.calibration import CalibrationStep
-from tfmq_export.runtime.measure.compare import as_pictures, is_picture
+from tfmq_export.runtime.measure.compare import as_pictures
 
 KEPT = 10  # of a walk, evenly
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, get_num_threads
 
 from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.bundle.pictures import is_picture
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.capture.denoiser import Denoiser
 from tfmq_export.capture.pages import release_freed, release_pages
@@ -64,7 +65,6 @@ from tfmq_export.runtime.measure.compare import (
     Report,
     as_pictures,
     has_ssim,
-    is_picture,
     psnr,
     ssim,
 )

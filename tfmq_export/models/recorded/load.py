@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tfmq_export.bundle.manifest import SamplerInfo
+from tfmq_export.bundle.pictures import is_picture
 from tfmq_export.capture.denoiser import Denoiser, first_tensor, row_shape
 from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.models.folder import read_weights
@@ -45,7 +46,6 @@ from tfmq_export.models.schedulers import choose_scheduler, scheduler_config
 from tfmq_export.models.single_precision import in_single_precision
 from tfmq_export.models.walk import LEARNED
 from tfmq_export.recipe.timesteps import TimestepSet
-from tfmq_export.runtime.measure.compare import is_picture
 
 Draw = Callable[[int], Any]
 """The user's own sampler: ``draw(seed) -> image``, with the module inside."""
