@@ -31,6 +31,7 @@ FUSED = "Subgraph"
 """Generated code for several nodes: elementwise ones, and both products of an attention."""
 
 FOLDED = "Const"
+"""What OpenVINO computes once, when it loads the graph."""
 
 _SOURCE_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "ConvTranspose"})
 _INTEGER = re.compile(r"_[iu]8$", re.IGNORECASE)
