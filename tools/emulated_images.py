@@ -44,8 +44,7 @@ def main() -> None:
         _say(f"{bundle.root}, ONNX Runtime", lines[-1], lines[0])
         if bundle.manifest.target == "qnn":
             began = time.perf_counter()
-            one_by_one = [_drawn(bundle, noise[at : at + 1], "qnn", at) for at in range(len(noise))]
-            lines.append(np.concatenate(one_by_one))
+            lines.append(_drawn(bundle, noise, "qnn", together=1))
             _say(f"{bundle.root}, emulator", lines[-1], lines[0])
             _say(f"{bundle.root}, emulator against ONNX Runtime", lines[-1], lines[-2])
             print(f"  {time.perf_counter() - began:.0f} s in the emulator")
@@ -53,23 +52,28 @@ def main() -> None:
         args.picture.write_bytes(png(strip(np.concatenate(lines), args.images)))
 
 
-def _drawn(bundle: Bundle, noise: Images, backend: str, first: int = 0) -> Images:
+def _drawn(bundle: Bundle, noise: Images, backend: str, together: int | None = None) -> Images:
     """Pictures in 0..1, [N, C, H, W].
 
     Args:
-        first: Number of the first image, for its prompt.
+        together: Images of a run; all of them if None.
     """
     schedule = schedule_of(bundle)
     if schedule is None:
         raise SystemExit(f"{bundle.root}: its sampler needs torch; give a bundle that draws in numpy")
-    prompts = {name: value[first:] for name, value in stored_prompts(bundle, first + len(noise)).items()}
+    prompts, size = stored_prompts(bundle, len(noise)), together or len(noise)
+    parts = [slice(start, start + size) for start in range(0, len(noise), size)]
     with load(bundle.root, backend=backend, self_test=False, threads=1) as loaded:
-        return looked_at(bundle, drawn(loaded, noise, schedule, prompts), threads=1)
+        images = [
+            drawn(loaded, noise[part], schedule, {name: value[part] for name, value in prompts.items()})
+            for part in parts
+        ]
+    return looked_at(bundle, np.concatenate(images), threads=1)
 
 
 def _say(title: str, images: Images, reference: Images) -> None:
-    found = psnr(reference, images, peak=1.0)
     if images is not reference:
+        found = psnr(reference, images, peak=1.0)
         print(f"{title}: {found.mean():.1f} dB, worst {found.min():.1f}", flush=True)
 
 

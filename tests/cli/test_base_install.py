@@ -106,7 +106,7 @@ def test_its_float_twin_takes_an_extra_without_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--against", "model.pt"), "model.pt: the float model runs in torch, which is not installed ("),
+        (("--against", "model.pt"), "--against model.pt: the float model runs in torch, which is not installed ("),
         (("--plot", "bars.png"), "this command needs matplotlib, which only '[bench]' installs"),
     ],
 )

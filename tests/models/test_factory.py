@@ -23,22 +23,6 @@ def trained_state() -> dict[str, Tensor]:
     return {name: value + 0.5 for name, value in module.state_dict().items()}
 
 
-def test_a_factory_may_have_loaded_the_weights_itself() -> None:
-    denoiser = load(Source(None, factory="nets.handwritten:build_edm"))
-
-    built, _ = handwritten.build_edm()
-    assert denoiser.source == "nets.handwritten:build_edm"
-    for name, value in built.state_dict().items():
-        assert torch.equal(denoiser.module.state_dict()[name], value)
-
-
-def test_without_a_file_there_is_no_variant_of_it() -> None:
-    with pytest.raises(ConfigError, match="no file was given"):
-        load(Source(None, factory="nets.handwritten:build_edm", variant="raw"))
-    with pytest.raises(ConfigError, match="no model: give its folder"):
-        load(Source(None))
-
-
 def save_pt(state: dict[str, Tensor], path: Path) -> None:
     torch.save(state, path)
 
@@ -252,3 +236,19 @@ def test_an_input_that_forward_does_not_name_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"Caught\.forward\(\) takes label through \*\*rest.*name each input"):
         describe(Caught(), described, None, "caught")
+
+
+def test_a_factory_may_have_loaded_the_weights_itself() -> None:
+    denoiser = load(Source(None, factory="nets.handwritten:build_edm"))
+
+    built, _ = handwritten.build_edm()
+    assert denoiser.source == "nets.handwritten:build_edm"
+    for name, value in built.state_dict().items():
+        assert torch.equal(denoiser.module.state_dict()[name], value)
+
+
+def test_without_a_file_there_is_no_variant_of_it() -> None:
+    with pytest.raises(ConfigError, match="no file was given"):
+        load(Source(None, factory="nets.handwritten:build_edm", variant="raw"))
+    with pytest.raises(ConfigError, match="no model: give its folder"):
+        load(Source(None))

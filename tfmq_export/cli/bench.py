@@ -81,8 +81,9 @@ def bench(
         try:
             from tfmq_export.bench.float_model import Model
         except ModuleNotFoundError as error:
+            named = f"--factory {factory}" if against is None else f"--against {against}"
             raise DependencyError(
-                f"{against or factory}: the float model runs in torch, which is not installed ({error.name}); leave it "
+                f"{named}: the float model runs in torch, which is not installed ({error.name}); leave it "
                 "out, or pip install 'tfmq-export[compile]'"
             ) from error
         model = Model(source_of(opened[0], against, factory, variant=variant, lora=lora, pipeline=pipeline))

@@ -1,7 +1,7 @@
 """What was measured against what is demanded; and demands that a model has nothing to be measured with."""
 
-import math
 from collections.abc import Mapping
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from tfmq_export.capture.denoiser import Denoiser
@@ -74,6 +74,6 @@ def _closeness(found: Mapping[Metric, Comparison], thresholds: Thresholds) -> fl
     """How close images as served must be to the graph's, dB."""
     graph, served = found[Metric.GRAPH_IMAGES], found[Metric.IMAGE_PSNR].values
     same = served[: len(graph.values)]  # the graph draws the first of the images alone
-    lost = graph.mean - math.fsum(same) / len(same)
+    lost = graph.mean - fmean(same)
     drift = -CLOSER - AS_CLOSE if lost <= AS_CLOSE else CLOSER
     return min(thresholds.kernels, graph.median + drift)

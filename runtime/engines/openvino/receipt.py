@@ -143,11 +143,11 @@ def receipt_of(
     found: dict[str, list[RuntimeOperation]] = {name: [] for name in names}
     strays = []
     alone = {name for item in operations if item.kind in PRODUCTS for name in source.products_in(item)}
+    by_node = {node_name(name): name for name in names}
     for item in operations:
         if item.kind == FOLDED:  # of a constant input, as the one style of HunyuanDiT; computed once, at no cost
-            for name in names:
-                if node_name(name) in item.origins:
-                    found[name].append(item)
+            for origin in by_node.keys() & {*item.origins}:
+                found[by_node[origin]].append(item)
         if item.kind not in PRODUCTS | {FUSED}:
             continue
         # Generated code may have the bias or the scale of a layer that multiplies elsewhere.

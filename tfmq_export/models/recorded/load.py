@@ -32,14 +32,7 @@ from tfmq_export.models.recorded.pipeline import (
     require_requests,
     without_lists,
 )
-from tfmq_export.models.recorded.record import (
-    DrawSeeds,
-    RecordedSampler,
-    Recorder,
-    call_info,
-    image_of,
-    is_close,
-)
+from tfmq_export.models.recorded.record import DrawSeeds, RecordedSampler, Recorder, call_info, image_of, is_close
 from tfmq_export.models.recorded.requests import Request, own_prompts
 from tfmq_export.models.recorded.roles import Drawing, RecordedRun, plan_of
 from tfmq_export.models.schedulers import choose_scheduler, scheduler_config

@@ -22,7 +22,7 @@ from torch import Tensor
 from tfmq_export.capture.denoiser import Denoise, Denoiser, Run
 from tfmq_export.progress import Step
 from tfmq_export.ptq.correction import corrected, fit_correction
-from tfmq_export.ptq.walk.calibration import repeat
+from tfmq_export.ptq.walk.calibration import evenly, repeat
 from tfmq_export.recipe.correction import IDENTITY
 
 LEAST_GAIN = 0.2
@@ -87,7 +87,7 @@ def fit_in_closed_loop(denoiser: Denoiser, quantized: Denoise, drawing: Drawing,
         quantized: Predicts like the quantized network, without a correction.
     """
     calls, total = 0, 3 * len(denoiser.timesteps)
-    looked_at = {round(place) for place in torch.linspace(0, len(denoiser.timesteps) - 1, CHECKED).tolist()}
+    looked_at = evenly(range(len(denoiser.timesteps)), CHECKED)
 
     def counted(denoise: Denoise) -> Denoise:
         def told(sample: Tensor, timestep: Any, /, **conditioning: Tensor) -> Tensor:
