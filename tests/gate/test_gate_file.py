@@ -35,6 +35,13 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert gate.model == ModelBounds(tmp_path / "../model.pt", images=4, thresholds={"psnr": 28.5})
 
 
+def test_a_factory_that_loads_its_weights_needs_no_path(tmp_path: Path) -> None:
+    gate = read_gate(write(tmp_path, 'bundle = "b"\n[model]\nfactory = "package.module:build"'))
+
+    assert gate.model == ModelBounds(None, "package.module:build")
+    assert gate.model.name == "package.module:build"
+
+
 def test_another_bundle_takes_the_place_of_its_own(tmp_path: Path) -> None:
     assert read_gate(write(tmp_path, WHOLE), "candidate").bundle == Path("candidate")
     assert read_gate(write(tmp_path, ""), "candidate").golden is None
@@ -54,6 +61,7 @@ def test_another_bundle_takes_the_place_of_its_own(tmp_path: Path) -> None:
         ('bundle = "b"\n[golden]\nfile = "g"\nsqnr = nan', "golden.sqnr: got nan, needs a number"),
         ('bundle = "b"\ngolden = 3', r"golden: expected a table \[golden\], got 3"),
         ('bundle = "b"\n[receipt]\nallow_precision_loss = 1', "got 1, needs true or false"),
+        ('bundle = "b"\n[model]\nimages = 4', r'\[model\] needs path = "\.\.\."'),
         ('bundle = "b"\n[model]\npath = "m"\nimages = true', "model.images: got True, needs a whole number from 0"),
         ('bundle = "b"\n[model]\npath = "m"\nimages = -1', "model.images: got -1"),
         ('bundle = "b"\n[model]\npath = "m"\nfactory = 1', "model.factory: got 1, needs text"),
