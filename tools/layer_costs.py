@@ -26,7 +26,7 @@ from tfmq_export.ptq.error_feedback import InputProducts, feedback_codes
 from tfmq_export.ptq.observers import activation_grid, observe
 from tfmq_export.ptq.walk.effort import find_effort
 from tfmq_export.ptq.walk.input_watch import VALUES
-from tfmq_export.ptq.walk.learning import Draw
+from tfmq_export.ptq.walk.learning import Batch, Draw
 from tfmq_export.ptq.weights import search_weight_scale
 from tfmq_export.ptq.windows import Window, draw_windows
 from tfmq_export.recipe.grid import QuantSpec
@@ -72,12 +72,16 @@ def time_layer(channels: int, size: int, samples: int) -> Seconds:
         ranges = ChannelRanges.of(flat)
         with torch.enable_grad():
             tau = analytic_scaling(ranges, [LayerModel.of(weight, 1, WEIGHT, None, flat)], INPUT)
+
+    def losses(batch: Batch, tau: Tensor, turn: Tensor) -> Tensor:
+        return scaling_losses(batch, [ScaledLayer("x", weight, 1, WEIGHT)], ranges, tau, INPUT, turn)
+
     for effort in ("fast", "standard"):
         schedule = find_effort(effort, WEIGHT.bits).scaling
         with _timed(seconds, f"+ {schedule.iterations} steps"), torch.enable_grad():
             learn_scaling(
                 _draw(seen, schedule.batch),
-                lambda batch, tau: scaling_losses(batch, [ScaledLayer("x", weight, 1, WEIGHT)], ranges, tau, INPUT),
+                losses,
                 TimestepWeights(Weighting.UNIFORM, 1),
                 schedule,
                 tau,

@@ -26,6 +26,7 @@ from tfmq_export.recipe.grid import QuantSpec
 Compute = Callable[[Tensor, Tensor], Tensor]
 ACTIVATION, WEIGHT = QuantSpec(8, signed=False), QuantSpec(4, axis=0)
 CHANNELS = 8
+FIRST = torch.tensor(0)  # turn
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -47,7 +48,7 @@ def outlier_layer() -> tuple[Tensor, ScaledLayer]:
 def losses(x: Tensor, layers: Sequence[ScaledLayer], tau: Tensor) -> Tensor:
     """Of a linear layer's inputs, [N, in]: one window of one token each."""
     windows = x[:, None, :, None]
-    return scaling_losses({"x": windows}, layers, ChannelRanges.of(windows[:, 0]), tau, ACTIVATION)
+    return scaling_losses({"x": windows}, layers, ChannelRanges.of(windows[:, 0]), tau, ACTIVATION, FIRST)
 
 
 def learn(
@@ -56,7 +57,7 @@ def learn(
     ranges = ChannelRanges.of(x[:, :, None])
     return learn_scaling(
         draw,
-        lambda batch, tau: scaling_losses(batch, [layer], ranges, tau, ACTIVATION),
+        lambda batch, tau, turn: scaling_losses(batch, [layer], ranges, tau, ACTIVATION, turn),
         weights,
         schedule,
         start,
@@ -230,7 +231,8 @@ def test_the_loss_over_all_windows_is_that_of_the_convolution(groups: int) -> No
     windows = functional.unfold(x, 3, padding=1).unflatten(1, (8, 9)).permute(0, 3, 1, 2)  # [N, places, in, kernel]
     ranges = ChannelRanges.of(windows.flatten(0, 1))
 
-    found = scaling_losses({"x": windows}, [ScaledLayer("x", weight, groups, WEIGHT)], ranges, tau, ACTIVATION)
+    layer = ScaledLayer("x", weight, groups, WEIGHT)
+    found = scaling_losses({"x": windows}, [layer], ranges, tau, ACTIVATION, FIRST)
 
     scaled = x / on_channels(tau, x, 1)
     quantized = fake_quantize_between(scaled, scaled.amin().clamp(max=0), scaled.amax().clamp(min=0), ACTIVATION)
@@ -238,6 +240,37 @@ def test_the_loss_over_all_windows_is_that_of_the_convolution(groups: int) -> No
     conv = convolution(groups)
     expected = (conv(quantized, rows.reshape(weight.shape)) - conv(x, weight)).square().mean((1, 2, 3))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)  # fp32 sums in another order
+
+
+@pytest.mark.parametrize(("outputs", "groups"), [(768, 1), (700, 1), (1536, 2)])
+def test_a_step_looks_at_some_outputs_of_each_group_and_the_next_at_others(outputs: int, groups: int) -> None:
+    weight = torch.arange(float(outputs))[:, None].expand(-1, CHANNELS)
+    layer = ScaledLayer("x", weight, groups, WEIGHT)
+    own = outputs // groups
+
+    turns = [layer.weight_at(torch.tensor(turn)) for turn in range(3)]
+
+    for seen in turns:
+        assert seen.shape == (own // 3 * groups, CHANNELS)
+        by_group = (seen[:, 0] // own).long().bincount(minlength=groups)
+        assert by_group.tolist() == [own // 3] * groups
+    everything = torch.cat(turns)[:, 0].sort().values
+    assert len(everything.unique()) == len(everything)
+    later = torch.cat([layer.weight_at(torch.tensor(turn))[:, 0] for turn in range(3, own)])
+    assert set(range(outputs)) <= {*everything.tolist(), *later.tolist()}
+
+
+def test_the_losses_of_all_turns_are_the_loss_of_the_layer() -> None:
+    x, weight, tau = normal(0, 6, CHANNELS)[:, None, :, None], normal(1, 1024, CHANNELS), normal(2, CHANNELS).exp()
+    ranges = ChannelRanges.of(x[:, 0])
+
+    def of(layer: ScaledLayer, turn: int) -> Tensor:
+        return scaling_losses({"x": x}, [layer], ranges, tau, ACTIVATION, torch.tensor(turn))
+
+    found = torch.stack([of(ScaledLayer("x", weight, 1, WEIGHT), turn) for turn in range(4)]).mean(0)
+
+    parts = [of(ScaledLayer("x", part, 1, WEIGHT), 0) for part in weight.split(256)]
+    torch.testing.assert_close(found, torch.stack(parts).mean(0))
 
 
 def test_the_gradient_of_log_tau_points_downhill() -> None:

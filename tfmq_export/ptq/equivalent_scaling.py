@@ -25,6 +25,7 @@ from tfmq_export.recipe.grid import QuantSpec
 MOMENTUM = 0.95
 FOCUS = 20  # alpha
 SMOOTHING = 0.5  # SmoothQuant's migration strength
+OUTPUTS = 256  # of a layer that one step looks at: more cost what their weights do, and say no more of an input channel
 
 
 class Weighting(StrEnum):
@@ -96,12 +97,26 @@ class ScaledLayer:
     weight_spec: QuantSpec
     pairs: Pairs | None = None
 
+    def weight_at(self, turn: Tensor) -> Tensor:
+        """Of outputs spread evenly over all, ``OUTPUTS`` of each group or fewer; at the next turn those beside them.
+
+        Args:
+            turn: int64, ().
+        """
+        own = len(self.weight) // self.groups
+        stride = -(-own // OUTPUTS)
+        if stride == 1:
+            return self.weight
+        first = torch.arange(0, len(self.weight), own, device=turn.device)[:, None]
+        places = (torch.arange(0, own - stride + 1, stride, device=turn.device) + turn) % own
+        return self.weight[(first + places).flatten()]
+
     def compute(self, windows: Tensor, weight: Tensor) -> Tensor:
-        """The layer at some places, without bias, [groups, n, out / groups].
+        """The layer at some places, without bias, [groups, n, outputs / groups].
 
         Args:
             windows: [n, in, kernel size].
-            weight: In place of its own.
+            weight: In place of its own; of all outputs or of some.
         """
         seen = windows.reshape(len(windows), self.groups, -1).transpose(0, 1)  # [groups, n, in / groups * kernel]
         return seen @ weight.reshape(self.groups, len(weight) // self.groups, -1).mT
@@ -150,23 +165,30 @@ def fake_quantize_between(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec)
 
 
 def scaling_losses(
-    batch: Batch, layers: Sequence[ScaledLayer], ranges: ChannelRanges, tau: Tensor, input_spec: QuantSpec
+    batch: Batch,
+    layers: Sequence[ScaledLayer],
+    ranges: ChannelRanges,
+    tau: Tensor,
+    input_spec: QuantSpec,
+    turn: Tensor,
 ) -> Tensor:
-    """``|| X W - Q(X / tau) Q(tau W) ||^2`` of each sample, summed over the layers, [N].
+    """``|| X W - Q(X / tau) Q(tau W) ||^2`` of each sample, the mean over the outputs, summed over the layers, [N].
 
     Args:
         batch: Windows by key, [N, windows, in, kernel size], full precision.
         ranges: Of the value, over all calibration.
+        turn: Of the outputs that are looked at, int64, ().
     """
     low, high = ranges.scaled(tau)
     losses = []
     for layer in layers:
         x = batch[layer.windows].flatten(0, 1)
         quantized = fake_quantize_between(x / tau[:, None], low, high, input_spec)
-        scaled = scale_input_channels(layer.weight, tau, layer.groups)
+        plain = layer.weight_at(turn)
+        scaled = scale_input_channels(plain, tau, layer.groups)
         weight = fake_quantize_rows(scaled.reshape(len(scaled), -1), layer.weight_spec, layer.pairs)
         with torch.no_grad():
-            wanted = layer.compute(x, layer.weight)
+            wanted = layer.compute(x, plain)
         of_windows = (layer.compute(quantized, weight) - wanted).square().mean((0, 2))
         losses.append(of_windows.reshape(len(batch[layer.windows]), -1).mean(1))
     return torch.stack(losses).sum(0)
@@ -190,7 +212,7 @@ class ScalingSchedule:
 
 def learn_scaling(
     draw: Draw,
-    losses_of: Callable[[Batch, Tensor], Tensor],
+    losses_of: Callable[[Batch, Tensor, Tensor], Tensor],
     weights: TimestepWeights,
     schedule: ScalingSchedule,
     start: Tensor,
@@ -199,7 +221,7 @@ def learn_scaling(
 
     Args:
         draw: Batches of windows, and the position of each sample's timestep, ``steps`` [N].
-        losses_of: ``scaling_losses`` of a batch under a tau.
+        losses_of: ``scaling_losses`` of a batch under a tau, at a turn.
         start: First tau, [in].
     Returns:
         tau, [in].
@@ -207,9 +229,11 @@ def learn_scaling(
     log_tau = start.log().requires_grad_()
     optimizer = adam([log_tau], schedule.learning_rate)
     latest = torch.zeros_like(start[0])
+    turn = torch.zeros_like(latest, dtype=torch.int64)
 
     def loss(batch: Batch) -> Tensor:
-        losses = losses_of(batch, log_tau.exp())
+        losses = losses_of(batch, log_tau.exp(), turn)
+        turn.add_(1)  # in the step itself, so that CUDA records it
         latest.copy_(losses.detach().mean())
         return (weights(batch["steps"], losses) * losses).mean()
 

@@ -138,8 +138,8 @@ class BlockStage:
         draw = Draw.rows(pick, read, self.runner.device if all(map(self.inputs.is_at_hand, ops)) else None)
         weights = TimestepWeights(Weighting(method.les), self.wanted.rows.timesteps, self.runner.device)
 
-        def losses(batch: Batch, tau: Tensor) -> Tensor:
-            return scaling_losses(batch, layers, ranges, tau, input_spec)
+        def losses(batch: Batch, tau: Tensor, turn: Tensor) -> Tensor:
+            return scaling_losses(batch, layers, ranges, tau, input_spec, turn)
 
         return learn_scaling(draw, losses, weights, schedule, start)
 
