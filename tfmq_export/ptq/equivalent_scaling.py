@@ -104,7 +104,7 @@ class ScaledLayer:
             turn: int64, ().
         """
         own = len(self.weight) // self.groups
-        stride = -(-own // OUTPUTS)
+        stride = turns(own)
         if stride == 1:
             return self.weight
         first = torch.arange(0, len(self.weight), own, device=turn.device)[:, None]
@@ -120,6 +120,11 @@ class ScaledLayer:
         """
         seen = windows.reshape(len(windows), self.groups, -1).transpose(0, 1)  # [groups, n, in / groups * kernel]
         return seen @ weight.reshape(self.groups, len(weight) // self.groups, -1).mT
+
+
+def turns(outputs: int) -> int:
+    """After how many steps every output of a group was looked at."""
+    return -(-outputs // OUTPUTS)
 
 
 def scale_input_channels(weight: Tensor, tau: Tensor, groups: int = 1) -> Tensor:

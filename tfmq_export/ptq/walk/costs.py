@@ -16,6 +16,7 @@ from tfmq_export.capture.dependences import Operation, dependences
 from tfmq_export.capture.program import DiffusionProgram
 from tfmq_export.capture.rows import elements_for_one
 from tfmq_export.capture.speed import Speed
+from tfmq_export.ptq.equivalent_scaling import turns
 from tfmq_export.ptq.error_feedback import PANEL, SAMPLES, SAMPLES_PER_WEIGHT, WIDEST
 from tfmq_export.ptq.walk.block_runner import rows_at_once
 from tfmq_export.ptq.walk.calibrated_model import QuantPlan
@@ -113,7 +114,7 @@ def _layer_seconds(shape: Sequence[int], op: Operation, plan: QuantPlan, speed: 
         values += FEEDBACK * weights
     if plan.method.les not in ("off", "smoothquant"):
         values += MODELLING * weights + ANALYTIC * weights / kernel
-        steps = 0 if plan.method.les == "analytic" else plan.effort.scaling.iterations
+        steps = 0 if plan.method.les == "analytic" else plan.effort.scaling.iterations / turns(out // op.groups)
         places = plan.effort.scaling.batch * (TOKENS if kernel == 1 else -(-WATCHED_VALUES // kernel))
         macs += steps * 4 * places * weights
         values += steps * SCALING_STEP * weights
