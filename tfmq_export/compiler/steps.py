@@ -180,6 +180,7 @@ def quantize(  # noqa: PLR0913  # options by keyword
             weights = weighing.weights_from(seen.gain)
         with progress.stage("Tabulating the timesteps"):
             subject = prepare(program, denoiser, seen.calls, plan, provenance, weights)
+            release_pages(denoiser.module.parameters())  # blocks read theirs one by one
         with progress.stage(QUANTIZING) as step:
             moved = replace(subject, program=program_on(subject.program, device))
             recipe = walking.quantize(moved, plan, step, kept)
