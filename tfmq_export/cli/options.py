@@ -29,7 +29,7 @@ Model = Annotated[
 ]
 BundleFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A bundle made by tfmq-export.")]
 Factory = Annotated[
-    str | None, typer.Option(help="Function that returns (module, Description), as package.module:build.")
+    str | None, typer.Option(help="Function that returns (module, draw) or (module, Description), as package.module:build.")
 ]
 Variant = Annotated[
     str | None,
@@ -55,7 +55,7 @@ Scheduler = Annotated[
     typer.Option(
         help="ddim, plms, pndm, dpm++, unipc, euler, euler-a, heun, ddpm, flow, own (the model's), or a "
         "scheduler_config.json.",
-        show_default="ddim; own for flow matching",
+        show_default="a pipeline's own; of a single model ddim, or flow",
     ),
 ]
 Conditioning = Annotated[Path | None, typer.Option(help="Prompt embeddings to calibrate with (safetensors).")]
