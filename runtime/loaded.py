@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tfmq_export.bundle.manifest import Bundle, InputInfo, open_bundle, table_html
 from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.recipe.timesteps import timestep_vector
 from tfmq_export.runtime.engines.open import open_graph
 from tfmq_export.runtime.prompt import (
     Arrays,
@@ -102,7 +103,7 @@ class LoadedBundle:
         manifest, (sample_info, timestep_info) = self.bundle.manifest, self.sample_and_timestep
         feeds = {sample_info.name: checked(sample_info, sample)}
         batch = feeds[sample_info.name].shape[0]
-        steps = timesteps_of(timestep, batch)
+        steps = timestep_vector(timesteps_of(timestep, batch))
         manifest.timesteps.rows(steps)
         feeds[timestep_info.name] = steps.astype(timestep_info.dtype)
         if isinstance(prompt, PreparedPrompt):

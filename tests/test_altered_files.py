@@ -16,7 +16,7 @@ from standins.reported_bundle import reported_bundle
 from standins.small_bundle import small_bundle
 
 from tfmq_export.bundle.arrays import read_arrays
-from tfmq_export.bundle.manifest import open_bundle
+from tfmq_export.bundle.manifest import Bundle, open_bundle
 from tfmq_export.bundle.pictures import Pictures
 from tfmq_export.errors import LoadError
 from tfmq_export.gate import make_golden, read_golden, write_golden
@@ -46,22 +46,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_golden(make_golden(open_bundle(root)), root / "small.golden.json")
     measured = reported_bundle(tmp_path_factory.mktemp("reported") / "toy").report
     shutil.copyfile(measured, root / "tfmq/report.json")
-    (root / "bench.json").write_text(json.dumps(BENCH))
+    (root / "bench.json").write_text(json.dumps(bench_of(open_bundle(root))))
     return root
 
 
-BENCH = {
-    "about": {"processor": "a CPU"},
-    "unit": "call",
-    "settings": [
-        {
-            "threads": 1,
-            "batch": 1,
-            "baseline": "twin",
-            "candidates": {"w8a8 ort-cpu": {"seconds": {"median": 0.01}, "speedup": 2.0}},
-        }
-    ],
-}
+def bench_of(bundle: Bundle) -> dict[str, object]:
+    timed = {"seconds": {"median": 0.01}, "speedup": 2.0, "graph_sha256": bundle.graph_hash}
+    setting = {"threads": 1, "batch": 1, "baseline": "twin", "candidates": {"w8a8 ort-cpu": timed}}
+    return {"about": {"processor": "a CPU"}, "unit": "call", "settings": [setting]}
 
 
 def figures_of(root: Path) -> object:

@@ -226,9 +226,9 @@ def test_every_option_that_is_named_is_one(page: Path) -> None:
 
 OTHERS = frozenset(
     {"--cache-config", "--check", "--help", "--model-control-mode", "--getPlanVersionOnly", "--strict"}
-    | {"--no-deps", "--require-hashes"}
+    | {"--local-dir", "--no-deps", "--require-hashes"}
 )
-"""Of pip, ruff, mkdocs and Triton's server."""
+"""Of pip, hf, ruff, mkdocs and Triton's server."""
 
 
 @cache

@@ -42,7 +42,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "integrations": (TORCH | {"diffusers", "numpy"}, DATA | {"report", "runtime"}),
     # What needs torch waits in against_model.py until a gate asks for it.
     "gate": (frozenset({"numpy", "pytest"}), DATA | {"runtime", "proof"}),
-    "serving": (frozenset({"onnx"}), DATA | {"passes", "runtime"}),
+    "serving": (frozenset({"numpy", "onnx"}), DATA | {"passes", "runtime"}),
     "bench": (ANYTHING, DATA | MODEL | GRAPH | {"proof"}),
 }
 TOP = frozenset({"compiler", "cli"})

@@ -152,7 +152,7 @@ def test_a_bundle_may_run_with_the_rest_in_bf16(tiny_bundle: Callable[..., Path]
 def row(*sqnr: float) -> Row:
     turns = (Turn(0.1, 0.1, 0.1), Turn(0.2, 0.2, 0.2), Turn(0.3, 0.3, 0.3))
     ready = Ready(0.5, None, {"engine": "openvino 2026"}, 1_500_000, sqnr)
-    return Row("w8a8", True, Timing(tuple(turn.seconds for turn in turns)), 2.0, turns, ready, None)
+    return Row("w8a8", "3" * 64, Timing(tuple(turn.seconds for turn in turns)), 2.0, turns, ready, None)
 
 
 def test_table_chart_and_json_have_mean_and_worst(tmp_path: Path) -> None:

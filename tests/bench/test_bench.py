@@ -1,6 +1,7 @@
 """tfmq-bench: candidates in processes of their own, turns on three clocks, reasons for what cannot run."""
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -68,6 +69,18 @@ def test_bundle_and_twin_take_turns_and_what_cannot_run_says_why(bundle: Bundle)
             assert all(0 < turn.engine_seconds < turn.seconds for turn in row.turns)
     found = json.loads(json.dumps(report.to_json()))["settings"][1]["candidates"]["w8a8 ort-cpu"]
     assert found["samples_per_second"] == pytest.approx(3 / found["seconds"]["median"])
+    assert found["graph_sha256"] == bundle.graph_hash
+
+
+def test_bundles_of_one_name_are_told_apart_by_their_folders(bundle: Bundle, tmp_path: Path) -> None:
+    roots = [tmp_path / name / "out" for name in ("v1", "v2")]
+    several = [open_bundle(shutil.copytree(bundle.root, root)) for root in roots]
+
+    names = [candidate.name for candidate in candidates_of(several, ["auto"], [])]
+
+    assert names == ["w8a8 ort-cpu (v1/out)", "w8a8 ort-cpu (v2/out)"]
+    with pytest.raises(ConfigError, match="v1/out is given twice"):
+        candidates_of([several[0], several[0]], ["auto"], [])
 
 
 def test_a_sampling_run_takes_all_steps(bundle: Bundle, tmp_path: Path) -> None:
@@ -294,14 +307,14 @@ def test_scratch_files_do_not_reach_the_working_directory() -> None:
     assert not folder.exists()
 
 
-def row(name: str, seconds: float, bundle: bool = False) -> Row:
+def row(name: str, seconds: float, graph: str = "") -> Row:
     turns = tuple(Turn(seconds, seconds / 1.25, 2 * seconds) for _ in range(3))
     ready = Ready(0.5, 50_000_000, {"engine": "onnxruntime 1.31", "threads": "2"})
-    return Row(name, bundle, Timing((seconds,) * 3), 0.1 / seconds, turns, ready, 120_000_000)
+    return Row(name, graph, Timing((seconds,) * 3), 0.1 / seconds, turns, ready, 120_000_000)
 
 
 def test_a_row_and_the_chart_show_what_was_found(tmp_path: Path) -> None:
-    setting = Setting(2, 4, "fp32", (row("fp32", 0.1), row("w8a8", 0.05, True)), (Missing("nncf", "no [nncf]"),))
+    setting = Setting(2, 4, "fp32", (row("fp32", 0.1), row("w8a8", 0.05, "3" * 64)), (Missing("nncf", "no [nncf]"),))
     report = BenchReport({"processor": "2 x some"}, "call", (setting, replace(setting, threads=1)))
 
     latency = dict(zip(LATENCY, setting.rows[1].latency(4), strict=True))

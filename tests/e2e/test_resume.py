@@ -101,15 +101,29 @@ def test_finished_blocks_are_taken_from_the_checkpoint(
     assert "not a rounding of this weight" in errors
 
 
-def test_a_checkpoint_of_other_settings_is_refused_by_name(model: Path, killed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--seed", "1"), "made with seed 0, this run has 1"),
+        (("--scheduler", "other.json"), "made with scheduler DDIM"),
+    ],
+    ids=["seed", "scheduler"],
+)
+def test_a_checkpoint_of_other_settings_is_refused_by_name(
+    model: Path, killed: Path, tmp_path: Path, option: tuple[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # The same timesteps, on another noise schedule.
+    other = {"_class_name": "DDIMScheduler", "beta_end": 0.2, "clip_sample": False}
+    Path("other.json").write_text(json.dumps(other))
     checkpoint = tmp_path / ".out.checkpoint"
     shutil.copytree(killed, checkpoint)
     before = blocks_of(checkpoint)
 
-    code, errors = compile_to(tmp_path / "out", model, "--resume", "--seed", "1")
+    code, errors = compile_to(tmp_path / "out", model, "--resume", *option)
 
     assert code == 2
-    assert "made with seed 0, this run has 1" in errors
+    assert said in errors
     assert errors.count("\n") == 1
     assert blocks_of(checkpoint) == before
     assert not (tmp_path / "out").exists()

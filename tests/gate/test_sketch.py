@@ -52,3 +52,5 @@ def test_it_survives_json() -> None:
     assert Sketch.from_json(sketch.to_json()) == sketch
     with pytest.raises(ValueError, match="not 256"):
         Sketch.from_json({**sketch.to_json(), "sketch": "AAAAAA=="})
+    with pytest.raises(ValueError, match="not finite"):
+        Sketch.from_json({**sketch.to_json(), "rms": math.inf})

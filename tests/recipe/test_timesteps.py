@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tfmq_export.errors import ConfigError, TimestepError
-from tfmq_export.recipe.timesteps import TimestepSet
+from tfmq_export.recipe.timesteps import TimestepSet, shown
 
 integers = st.lists(st.integers(-10, 2000), min_size=1, max_size=20, unique=True)
 reals = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20, unique=True)
@@ -42,6 +42,13 @@ def test_a_timestep_outside_is_named(timestep: float) -> None:
 
     with pytest.raises(TimestepError, match=rf"timestep {timestep} is not in this schedule of 3 steps \(999, 500, 0\)"):
         schedule.rows(np.asarray([timestep, 500]))
+
+
+def test_a_real_timestep_is_shown_so_that_it_finds_its_row() -> None:
+    schedule = TimestepSet((1.0955066, 0.5), real=True)
+
+    assert schedule.describe() == "1.0955066, 0.5"
+    assert schedule.rows(np.asarray([float(shown(value)) for value in schedule.values])).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

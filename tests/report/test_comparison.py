@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from standins.commands import run
@@ -12,7 +13,7 @@ from standins.reported_bundle import reported_bundle
 from tfmq_export.report.bundle_page import write_page
 from tfmq_export.report.comparison import comparison_of, front, labels_of
 from tfmq_export.report.facts import Facts
-from tfmq_export.report.speed import Speed
+from tfmq_export.report.speed import Speed, speed_of
 
 
 @pytest.fixture
@@ -100,7 +101,8 @@ def test_the_comparison_links_to_the_pages_of_its_bundles(three: list[Facts], tm
 def test_the_command_writes_one_page_or_a_comparison(three: list[Facts], tmp_path: Path) -> None:
     bench = tmp_path / "bench.json"
     timed = {
-        name: {"seconds": {"median": 0.01}, "speedup": 1.5} for name in ("w8a8 ort-cpu (poor)", "w8a8 ort-cpu (good)")
+        each.name: {"seconds": {"median": 0.01}, "speedup": 1.5, "graph_sha256": each.bundle.graph_hash}
+        for each in three[:2]
     }
     setting = {"threads": 1, "batch": 4, "baseline": "ort-fp32", "candidates": timed}
     bench.write_text(json.dumps({"unit": "call", "about": {"processor": "CPU"}, "settings": [setting]}))
@@ -114,6 +116,27 @@ def test_the_command_writes_one_page_or_a_comparison(three: list[Facts], tmp_pat
     assert several.output == f"report: {tmp_path / 'comparison.html'}\n"
     assert placed.exit_code == 0
     assert (tmp_path / "both.html").read_bytes() == (tmp_path / "comparison.html").read_bytes()
+
+
+def test_a_benchmark_of_another_bundle_says_nothing_of_this_one(three: list[Facts]) -> None:
+    timed = {"w8a8 ort-cpu": {"seconds": {"median": 0.01}, "speedup": 1.5, "graph_sha256": "0" * 64}}
+    setting = {"threads": 1, "batch": 4, "baseline": "ort-fp32", "candidates": timed}
+
+    assert speed_of(three[0].bundle, {"unit": "call", "about": {}, "settings": [setting]}) is None
+
+
+@pytest.mark.parametrize("name", ["a$_$b", "w8#1", "50%25", "w4?x", "a:b", "<b>&"])
+def test_folders_may_have_any_name(name: str, tmp_path: Path) -> None:
+    reported_bundle(tmp_path / name / "out", psnr=20.0)
+    reported_bundle(tmp_path / "other/out", psnr=30.0)
+    both = [Facts.read(tmp_path / folder / "out") for folder in (name, "other")]
+    write_page(both[0])
+
+    page = PageReader(comparison_of(both, tmp_path / "page"))
+
+    assert labels_of(both) == [f"{name}/out", "other/out"]
+    (link,) = (link for link in page.links if link.endswith(".html"))
+    assert (tmp_path / "page" / unquote(urlsplit(link).path)).resolve() == both[0].page.resolve()
 
 
 @pytest.mark.parametrize("content", ["{}", "none", '{"settings": []}'])

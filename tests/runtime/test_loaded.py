@@ -5,6 +5,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from standins.small_bundle import SHAPE, Parts, small_bundle
 
 from tfmq_export.bundle.manifest import open_bundle
 from tfmq_export.errors import BuildError, ConfigError, LoadError, TimestepError
@@ -24,6 +25,13 @@ def test_a_timestep_is_a_number_or_one_or_one_per_sample(tiny_bundle: Write, tim
         prediction = denoise(NOISE, timestep)
 
     np.testing.assert_allclose(prediction, NOISE / 2 + 0.5, rtol=1e-6)
+
+
+def test_a_model_of_one_timestep_takes_it_once_for_each_sample_as_well(tmp_path: Path) -> None:
+    with load(small_bundle(tmp_path / "out", Parts(single=True)).root, threads=1) as denoise:
+        samples = np.ones((4, *SHAPE), np.float32)
+
+        np.testing.assert_array_equal(denoise(samples, np.full(4, 500)), denoise(samples, 500))
 
 
 def test_each_sample_may_have_its_own_timestep(tiny_bundle: Write) -> None:

@@ -58,6 +58,8 @@ def test_engines_are_given_for_all_gpus_or_for_each(tmp_path: Path) -> None:
     assert set(config.cc_model_filenames) == {"8.0", "8.9"}
     assert list(config.instance_group[0].gpus) == [0, 1]
     assert parse_config(tmp_path / "models/every/config.pbtxt").default_model_filename == "model.plan"
+    twice = run(triton, *common, "--name", "twice", "--engine", f"8.9={engine}", "--engine", f"8.9={engine}")
+    assert "two engines for 8.9" in twice.output
 
 
 def test_a_second_time_without_options_keeps_what_the_first_chose(tmp_path: Path) -> None:

@@ -218,6 +218,19 @@ def test_versions_stand_beside_each_other_and_outlive_their_bundles(tmp_path: Pa
     assert {path.name for path in one.folder.iterdir()} == {"1", "2", "config.pbtxt", "warmup"}
 
 
+def test_a_version_is_free_in_both_folders_of_a_bundle_with_a_prologue(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "out", Parts(prologue="vector"))
+    for _ in range(2):
+        write_repository(bundle, tmp_path / "repo", Serving("small"))
+    shutil.rmtree(tmp_path / "repo/small/2")  # rolled back by half
+
+    with pytest.raises(ConfigError, match="small_prologue/2: version 2 is there already"):
+        write_repository(bundle, tmp_path / "repo", Serving("small", version=2))
+    again = write_repository(bundle, tmp_path / "repo", Serving("small"))
+
+    assert [each.version for each in again] == [3, 3]
+
+
 def sealed(bundle: Bundle) -> Bundle:
     """The bundle with its graph as it is now in the manifest."""
     return bundle.extended([bundle.model.relative_to(bundle.root).as_posix()])

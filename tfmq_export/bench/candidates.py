@@ -4,10 +4,10 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from tfmq_export.bench.job import Job
 from tfmq_export.bench.workshop import Workshop
+from tfmq_export.bundle.folders import folders_apart
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.errors import ConfigError, DependencyError
 from tfmq_export.runtime.engines.table import ENGINES, engine_named
@@ -24,11 +24,16 @@ Make = Callable[[Workshop, int], Job]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Something to time: a name, a way to get its job, and whether it is a bundle and no baseline."""
+    """Something to time.
+
+    Attributes:
+        make: Gets its job.
+        graph: Hash of its graph, of a bundle; empty for a baseline.
+    """
 
     name: str
     make: Make
-    bundle: bool = False
+    graph: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,7 @@ def candidates_of(bundles: Sequence[Bundle], backends: Sequence[str], baselines:
             found.append(Candidate(f"{TWIN} of {name}", partial(_twin, bundle=bundle)))
         for backend in backends:
             title = name if backend == "auto" else f"{name} on {backend}"
-            found.append(Candidate(title, partial(_bundle, bundle=bundle, backend=backend), bundle=True))
+            found.append(Candidate(title, partial(_bundle, bundle=bundle, backend=backend), bundle.graph_hash))
     return found
 
 
@@ -180,7 +185,7 @@ def _gpu_backends(bundle: Bundle) -> tuple[str, ...]:
 def _names(bundles: Sequence[Bundle]) -> list[str]:
     """Preset and target; with the folder where two bundles share them."""
     short = [f"{bundle.manifest.preset} {bundle.manifest.target}" for bundle in bundles]
+    folders = folders_apart([bundle.root for bundle in bundles])
     return [
-        f"{name} ({Path(bundle.root).name})" if short.count(name) > 1 else name
-        for name, bundle in zip(short, bundles, strict=True)
+        f"{name} ({folder})" if short.count(name) > 1 else name for name, folder in zip(short, folders, strict=True)
     ]

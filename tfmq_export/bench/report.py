@@ -31,7 +31,7 @@ class Row:
     """One candidate in one setting.
 
     Attributes:
-        bundle: Whether it is a bundle of ours, not a baseline.
+        graph: Hash of the graph of a bundle of ours; empty for a baseline.
         timing: Of its turns.
         speedup: Times faster than the baseline: the median of the ratios within rounds.
         turns: The same turns on all clocks.
@@ -39,12 +39,17 @@ class Row:
     """
 
     name: str
-    bundle: bool
+    graph: str
     timing: Timing
     speedup: float
     turns: tuple[Turn, ...]
     ready: Ready
     peak_bytes: int | None
+
+    @property
+    def bundle(self) -> bool:
+        """Whether it is one of ours, not a baseline."""
+        return bool(self.graph)
 
     @property
     def cpu_seconds(self) -> float:
@@ -88,6 +93,7 @@ class Row:
             "file_bytes": self.ready.file_bytes,
             "sqnr_db": None if judged is None else _plain(judged),
             "ran": dict(self.ready.ran),
+            "graph_sha256": self.graph,
         }
 
     def latency(self, batch: int) -> tuple[str, ...]:

@@ -131,12 +131,12 @@ def _setting(
             timings = take_turns(
                 turns, rounds=plan.rounds, warmup=1 if plan.sampling else WARMUP, seconds_budget=seconds
             )
-        base, ours = next(iter(workers)), {candidate.name for candidate in candidates if candidate.bundle}
+        base, graphs = next(iter(workers)), {candidate.name: candidate.graph for candidate in candidates}
         ratios = speedups(timings, base)
         rows = tuple(
             Row(
                 name=name,
-                bundle=name in ours,
+                graph=graphs[name],
                 timing=timings[name],
                 speedup=ratios[name],
                 turns=tuple(worker.turns[-timings[name].count :]),

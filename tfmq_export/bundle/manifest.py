@@ -282,6 +282,11 @@ class Bundle:
         return self.root / self.manifest.component / "model.onnx"
 
     @property
+    def graph_hash(self) -> str:
+        """SHA-256 of the denoiser's graph; the same bundle has it wherever it lies."""
+        return self.manifest.files[f"{self.manifest.component}/model.onnx"]
+
+    @property
     def prologue(self) -> Path | None:
         """The graph that runs once per prompt, where the bundle has one."""
         if self.manifest.prologue is None:

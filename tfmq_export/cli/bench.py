@@ -73,9 +73,8 @@ def bench(
 
         require_format(plot)
     opened = [open_bundle(folder) for folder in bundles]
-    plan = Plan(
-        _numbers("--threads", threads), _numbers("--batch", batch), rounds, seconds or math.inf, sampling, accuracy
-    )
+    budget = math.inf if seconds is None else seconds
+    plan = Plan(_numbers("--threads", threads), _numbers("--batch", batch), rounds, budget, sampling, accuracy)
     model = None
     if against is not None or factory is not None:
         try:
@@ -126,6 +125,6 @@ def _show(report: "BenchReport") -> None:
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(word) for word in text.split(","))
+        return tuple(dict.fromkeys(int(word) for word in text.split(",")))
     except ValueError:
         raise ConfigError(f"{option} {text}: needs whole numbers with commas between") from None

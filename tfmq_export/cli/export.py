@@ -1,5 +1,6 @@
 """tfmq-export: compile a model into a bundle, and check it."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from tfmq_export.compiler.chain import Compiled
     from tfmq_export.config import CompileConfig
     from tfmq_export.serving.options import Serving
+
+UNSAID = frozenset({"model", "weights", "config", "model_index", "diffusion_pytorch_model", "unet", "transformer"})
+"""Names that many models have."""
 
 
 @takes_settings
@@ -83,7 +87,7 @@ def export(
     if model is None and factory is None:
         raise ConfigError("no MODEL: give a folder or a file, or --factory package.module:build that builds one")
     asked = load_config(config, settings)
-    words = [_name(model, factory), _preset(asked, recipe), *_other_target(asked.target)]
+    words = [default_name(model, factory), _preset(asked, recipe), *_other_target(asked.target)]
     root = output or Path("out") / "-".join(words)
     serving = None if triton is None else _servable(asked.target, triton)
     require_folder_of(json)
@@ -189,9 +193,14 @@ def _other_target(target: str) -> list[str]:
     return [] if target == CompileConfig.model_fields["target"].default else [target]
 
 
-def _name(model: Path | None, factory: str | None) -> str:
-    """A bundle's default name: of the folder, where the file is just called model.pt; of the factory's module."""
+def default_name(model: Path | None, factory: str | None) -> str:
+    """A bundle's default name: of the folder, or of a file that is not called as all are; of the factory's module."""
     if model is None:
         return str(factory).partition(":")[0].rpartition(".")[2]
-    path = model.absolute()
-    return path.parent.name if path.stem in ("model", "weights") else path.stem
+    path = Path(os.path.abspath(model))  # a link keeps its name
+    if path.is_file() and path.name.partition(".")[0] not in UNSAID:
+        return path.stem
+    folder = path.parent if path.is_file() else path
+    while folder.name in (*UNSAID, "snapshots") or folder.parent.name == "snapshots":  # of a cache of the hub
+        folder = folder.parent
+    return folder.name.rpartition("--")[2] or "model"

@@ -29,7 +29,8 @@ Model = Annotated[
 ]
 BundleFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A bundle made by tfmq-export.")]
 Factory = Annotated[
-    str | None, typer.Option(help="Function that returns (module, draw) or (module, Description), as package.module:build.")
+    str | None,
+    typer.Option(help="Function that returns (module, draw) or (module, Description): package.module:build."),
 ]
 Variant = Annotated[
     str | None,

@@ -1,5 +1,6 @@
 """tfmq-pack: pack a diffusers folder into one file."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,11 @@ def pack(
     opened = read_layout(find_layout(folder, variant))
     model = opened.model
     notes = [*opened.notes, *(fuse(model, LoraFile.of(each)) for each in lora or ())]
-    prompts = opened.prompts if conditioning is None else read_prompts(conditioning, guidance_scale)
+    prompts = opened.prompts
+    if conditioning is not None:
+        prompts = read_prompts(conditioning, prompts.guidance_scale)
+    if guidance_scale is not None:
+        prompts = replace(prompts, guidance_scale=guidance_scale)
     write_checkpoint(output, model, dict(opened.scheduler), prompts)
     name, written = type(model).__name__, output.stat().st_size
     with answering(json) as found:

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from tfmq_export.cli.console import out, reports_errors
 from tfmq_export.cli.options import BundleFolder, JsonFile, Version, answering
+from tfmq_export.errors import ConfigError
 
 if TYPE_CHECKING:
     from tfmq_export.bundle.manifest import Bundle
@@ -85,5 +86,10 @@ def add_to_repository(bundle: "Bundle", repository: Path, serving: "Serving") ->
 
 def _engines(words: list[str] | None) -> dict[str, Path]:
     """Engines by compute capability; a path alone stands for every GPU."""
-    pairs = [word.partition("=") if "=" in word else ("", "", word) for word in words or ()]
-    return {capability: Path(path) for capability, _, path in pairs}
+    engines: dict[str, Path] = {}
+    for word in words or ():
+        capability, path = word.split("=", 1) if "=" in word else ("", word)
+        if capability in engines:
+            raise ConfigError(f"{word}: there are two engines for {capability or 'every GPU'}; give one")
+        engines[capability] = Path(path)
+    return engines

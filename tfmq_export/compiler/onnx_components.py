@@ -23,7 +23,8 @@ from tfmq_export.bundle.decoder import FOLDER, LATENTS, PICTURES
 from tfmq_export.bundle.pipeline_folder import find_components, read_index
 from tfmq_export.capture.quiet import quiet_logger
 from tfmq_export.config import Components
-from tfmq_export.errors import ConfigError, DependencyError, ExportError, first_line
+from tfmq_export.errors import ConfigError, DependencyError, ExportError, LoadError, first_line
+from tfmq_export.models.layouts.folders import lone_variant
 
 OPSET = 20
 EXPORTED: Mapping[str, str] = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
@@ -82,7 +83,8 @@ def write_onnx_components(source: Path, root: Path) -> None:
     Args:
         source: A pipeline that ``check_components`` let pass.
     Raises:
-        ExportError: a component cannot be captured.
+        LoadError: a component cannot be loaded.
+        ExportError: it cannot be captured.
     """
     components = find_components(source)
     parts: dict[str, Part] = {}
@@ -145,7 +147,7 @@ def check_components(source: Path | None, components: Components) -> None:
 def _text_encoder(folder: Path) -> Part:
     from transformers import CLIPTextModel
 
-    encoder = CLIPTextModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().float()
+    encoder = _loaded(CLIPTextModel, folder).eval().float()
     layers, tokens = encoder.config.num_hidden_layers, encoder.config.max_position_embeddings
     hidden = tuple(f"hidden_states.{layer}" for layer in range(layers))
     ids = torch.full((2, tokens), encoder.config.eos_token_id)
@@ -155,8 +157,7 @@ def _text_encoder(folder: Path) -> Part:
 
 
 def _vae(folder: Path) -> dict[str, Part]:
-    vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
-    vae.eval().float()
+    vae = _loaded(AutoencoderKL, folder, low_cpu_mem_usage=False).eval().float()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     pixels = torch.randn(2, vae.config.in_channels, 8 * factor, 8 * factor)
     config = folder / "config.json"
@@ -164,6 +165,15 @@ def _vae(folder: Path) -> dict[str, Part]:
         FOLDER: _decoder(vae, config),
         "vae_encoder": Part(_Encode(vae), {"sample": pixels}, ("latent_parameters",), (2, 3), config),
     }
+
+
+def _loaded(kind: Any, folder: Path, **options: object) -> Any:
+    try:
+        return kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, variant=lone_variant(folder), **options
+        )
+    except Exception as error:  # the component's own loader, which may raise anything
+        raise LoadError(f"{folder}: cannot load the component: {first_line(error)}") from error
 
 
 def _decoder(vae: nn.Module, config: Path) -> Part:

@@ -10,7 +10,9 @@ of one model calls them:
         prove(made, bundle, config)
 """
 
+import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -163,11 +165,13 @@ def quantize(  # noqa: PLR0913  # options by keyword
     captured = model if isinstance(model, Captured) else capture(model, progress)
     denoiser, program, device = captured.denoiser, captured.program, find_device(config.device)
     plan = plan_for(config, program, widths)
-    provenance = _provenance(denoiser, config, plan) | dict(notes or {})
+    provenance = _provenance(denoiser, config, plan)
     if not plan.weight_bits:
+        provenance |= dict(notes or {})
         recipe = walking.unquantized(program, config.preset, tabulate(program, denoiser), provenance)
         return Quantized(denoiser, program, recipe)
-    settings = {"fingerprint": program.fingerprint, "preset": plan.preset, **provenance}
+    settings = {"fingerprint": program.fingerprint, "preset": plan.preset, **provenance, **_drawing(denoiser)}
+    provenance |= dict(notes or {})
     settings |= {"timesteps": f"{len(denoiser.timesteps)}: {denoiser.timesteps.describe()}"}
     settings |= {"quantized outputs": ", ".join(sorted(plan.quantized_outputs)) or "none"}
     settings |= {"layers": ", ".join(f"{name} W{x.weights}A{x.inputs}" for name, x in sorted(plan.widths.items()))}
@@ -342,6 +346,23 @@ def _provenance(denoiser: Denoiser, config: CompileConfig, plan: QuantPlan) -> d
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def _drawing(denoiser: Denoiser) -> dict[str, str]:
+    """What the trajectory follows from beside the model, in short."""
+    given = {**denoiser.conditioning, **{f"no {name}": value for name, value in denoiser.unconditional.items()}}
+    arrays = hashlib.sha256()
+    for name, value in sorted(given.items()):
+        arrays.update(f"{name} {tuple(value.shape)} ".encode() + value.numpy(force=True).tobytes())
+    return {
+        "scheduler": f"{denoiser.sampler_info.kind} {_digest(denoiser.scheduler_config)}",
+        "guidance": f"{denoiser.sampler_info.guidance_scale:g}",
+        "prompts": f"{_digest(denoiser.requests)} {arrays.hexdigest()[:12]}",
+    }
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _lint(lowered: Lowered) -> None:

@@ -70,4 +70,7 @@ class Sketch:
         values = np.frombuffer(base64.b64decode(str(data["sketch"]), validate=True), "<f4")
         if len(values) != WIDTH:
             raise ValueError(f"a sketch of {len(values)} numbers, not {WIDTH}")
-        return cls(int(str(data["size"])), float(str(data["rms"])), tuple(values.tolist()))
+        found = cls(int(str(data["size"])), float(str(data["rms"])), tuple(values.tolist()))
+        if found.size < 1 or not (math.isfinite(found.rms) and np.isfinite(values).all()):
+            raise ValueError("a sketch of numbers that are not finite")
+        return found

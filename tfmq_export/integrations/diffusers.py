@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tfmq_export.bundle.call import LeafInfo, LeafPath, fingerprint_of, of_one_shape, written
-from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.recipe.plain import read_json
-from tfmq_export.recipe.timesteps import timestep_vector
+from tfmq_export.recipe.timesteps import TimestepSet, timestep_vector
 from tfmq_export.runtime.loaded import LoadedBundle, load
 
 
@@ -117,13 +117,20 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
             steps: What the pipeline will be called with as ``num_inference_steps``; the bundle's own by default.
         Raises:
             TimestepError: names the timesteps that are missing.
+            ConfigError: the scheduler cannot be set to so many steps, or only its pipeline can do it.
         """
-        manifest = self.loaded.bundle.manifest
-        steps = steps or manifest.sampler.steps
-        walked = copy.deepcopy(scheduler)
-        walked.set_timesteps(steps)
-        who = f"{self.loaded.bundle.root}: {type(scheduler).__name__} in {steps} steps"
-        manifest.timesteps.require(walked.timesteps.numpy(force=True), who)
+        bundle = self.loaded.bundle
+        steps = steps or bundle.manifest.sampler.steps
+        who = f"{bundle.root}: {type(scheduler).__name__} in {steps} steps"
+        table, walked = bundle.manifest.timesteps, _walk(scheduler, steps, who)
+        if bundle.manifest.call is not None and bundle.scheduler.exists():
+            # Pipelines pass on what they make of the scheduler's timesteps (FLUX: a thousandth): compare with its own.
+            config = read_json(bundle.scheduler)
+            own = getattr(diffusers, str(config.get("_class_name")), type(scheduler)).from_config(config)
+            visited = _walk(own, bundle.manifest.sampler.steps, who)
+            if not np.isin(visited, table.array).all():
+                table = TimestepSet.visited(visited)
+        table.require(walked, who)
 
     def forward(self, *args: Any, return_dict: bool = True, **named: Any) -> Any:
         """Predict, with the arguments of the model's own ``forward``.
@@ -178,7 +185,7 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
         rows = len(sample)
         prediction = self.loaded(
             _array(sample, self._dtypes[self._sample]),
-            timestep_vector(_one_for_each(torch.as_tensor(timestep), rows).numpy(force=True)),
+            timestep_vector(_plain(_one_for_each(torch.as_tensor(timestep), rows))),
             **{name: _array(self._by_row(name, value, rows), self._dtypes[name]) for name, value in values.items()},
         )
         return torch.from_numpy(np.asarray(prediction)).to(sample.device, sample.dtype)
@@ -198,7 +205,9 @@ class CompiledDenoiser(ModelMixin, ConfigMixin):
     @property
     def add_embedding(self) -> SimpleNamespace:
         """What SDXL and SVD read the width of their extra conditioning from."""
-        width = self.config["projection_class_embeddings_input_dim"]
+        width = self.config.get("projection_class_embeddings_input_dim")
+        if width is None:
+            raise AttributeError("add_embedding: the model has none")
         return SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     def _inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,6 +280,16 @@ def _other_constant(leaf: LeafInfo) -> str:
         "is another one than the graph was compiled with, which holds it as a constant; compile for this size and "
         "these settings, or use the PyTorch model"
     )
+
+
+def _walk(scheduler: Any, steps: int, who: str) -> Any:
+    """The timesteps of a run, [calls]; the scheduler stays as it is."""
+    walked = copy.deepcopy(scheduler)
+    try:
+        walked.set_timesteps(steps)
+    except Exception as error:  # the scheduler's own code
+        raise ConfigError(f"{who}: {first_line(error)}; if its pipeline sets this, only a run of it tells") from error
+    return walked.timesteps.numpy(force=True)
 
 
 def _plain(value: Any) -> Any:

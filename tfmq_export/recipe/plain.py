@@ -45,7 +45,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_TOML:
         raise ValueError(f"{path.stat().st_size} bytes, settings have {LARGEST_TOML} at most")
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))  # editors put a mark in front
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -91,8 +91,8 @@ class TimestepSet:
         missing = ~hits.any(1)
         if missing.any():
             raise TimestepError(
-                f"timestep {wanted[missing][0]:g} is not in this schedule of {len(self)} steps ({self.describe()}); "
-                "compile with the --steps and scheduler you sample with"
+                f"timestep {shown(wanted[missing][0])} is not in this schedule of {len(self)} steps "
+                f"({self.describe()}); compile with the --steps and scheduler you sample with"
             )
         return np.asarray(hits.argmax(1), np.int64)
 
@@ -112,8 +112,8 @@ class TimestepSet:
         if missing:
             others = f" (also {_shortened(missing[1:])})" if len(missing) > 1 else ""
             raise TimestepError(
-                f"{who}: timestep {missing[0]:g} is not in the bundle's table of {len(self)}{others}; the table holds "
-                f"{self.describe()}; compile with the --scheduler and --steps you sample with"
+                f"{who}: timestep {shown(missing[0])} is not in the bundle's table of {len(self)}{others}; the table "
+                f"holds {self.describe()}; compile with the --scheduler and --steps you sample with"
             )
 
     def describe(self) -> str:
@@ -121,12 +121,18 @@ class TimestepSet:
         return _shortened(self.values)
 
 
+def shown(timestep: float) -> str:
+    """A timestep in six digits, or in as many as give the same float32 again."""
+    brief = f"{timestep:g}"
+    return brief if np.float32(brief) == np.float32(timestep) else f"{timestep:.9g}"
+
+
 def _shortened(values: Iterable[float]) -> str:
-    shown = [f"{value:g}" for value in values]
-    return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]])
+    each = [shown(value) for value in values]
+    return ", ".join(each if len(each) <= 4 else [*each[:2], "...", each[-1]])
 
 
 def timestep_vector(timesteps: NDArray[Any]) -> NDArray[Any]:
     """Timesteps as graphs take them: [1] where all samples share one, which gathers one table row; else [N]."""
     steps = timesteps.reshape(-1)
-    return steps[:1] if (steps == steps[0]).all() else steps
+    return steps[:1] if (steps == steps[:1]).all() else steps

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from tfmq_export.recipe.timesteps import shown
 from tfmq_export.report.facts import Facts
 from tfmq_export.report.render import render
 from tfmq_export.report.verdict import tiles_of, verdict_of
@@ -43,7 +44,7 @@ def card_of(facts: Facts) -> str:
         pictures=facts.pictures is not None,
         verdict=verdict_of(facts),
         tiles=tiles_of(facts),
-        arguments=", ".join(["sample", f"{timestep:g}", *conditioning]),
+        arguments=", ".join(["sample", shown(timestep), *conditioning]),
     )
 
 

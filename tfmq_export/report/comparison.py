@@ -4,9 +4,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
+from tfmq_export.bundle.folders import folders_apart
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.errors import ConfigError
 from tfmq_export.report.facts import Facts
@@ -136,7 +138,7 @@ def front(costs: Sequence[tuple[float, ...]]) -> tuple[bool, ...]:
 def labels_of(facts: Sequence[Facts]) -> list[str]:
     """Preset and target; the folders where two share them."""
     brief = [f"{each.bundle.manifest.preset} {each.bundle.manifest.target}" for each in facts]
-    return brief if len(set(brief)) == len(brief) else [each.name for each in facts]
+    return brief if len(set(brief)) == len(brief) else folders_apart([each.bundle.root for each in facts])
 
 
 def same_model(facts: Sequence[Facts]) -> bool:
@@ -159,7 +161,7 @@ def _psnr(facts: Facts) -> tuple[float, float, float]:
 
 def _link(facts: Facts, folder: Path) -> str:
     page = facts.page.absolute()
-    return Path(os.path.relpath(page, folder)).as_posix() if page.exists() else ""
+    return quote(Path(os.path.relpath(page, folder)).as_posix()) if page.exists() else ""
 
 
 def _images(candidates: Sequence[Candidate]) -> tuple[tuple[Row, ...], bool, str]:

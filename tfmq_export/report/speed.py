@@ -65,11 +65,10 @@ def speed_of(bundle: Bundle, bench: Mapping[str, Any]) -> Speed | None:
     Raises:
         LoadError: the benchmark lacks a figure.
     """
-    short = f"{bundle.manifest.preset} {bundle.manifest.target}"
-    names = (f"{short} ({bundle.root.absolute().name})", short)  # with the folder where two share preset and target
     try:
         setting = bench["settings"][0]
-        row = next((setting["candidates"][name] for name in names if name in setting["candidates"]), None)
+        rows = setting["candidates"].values()
+        row = next((row for row in rows if row.get("graph_sha256") == bundle.graph_hash), None)
         if row is None:
             return None
         return Speed(
@@ -80,7 +79,7 @@ def speed_of(bundle: Bundle, bench: Mapping[str, Any]) -> Speed | None:
             setting=_setting(int(setting["batch"]), int(setting["threads"])),
             processor=str(bench["about"]["processor"]),
         )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise LoadError(
             f"the benchmark lacks a figure ({first_line(error)}); write it again with `tfmq-bench OUT --json`"
         ) from error

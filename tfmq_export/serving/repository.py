@@ -18,6 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tfmq_export.bundle.manifest import Bundle, Manifest, open_bundle
 from tfmq_export.errors import ConfigError, OutputError
 from tfmq_export.runtime.graph_file import read_model, weight_files
@@ -86,7 +89,7 @@ def write_repository(bundle: Bundle, repository: Path, serving: Serving) -> tupl
         config = HEADER + render(existing.joined(config_of(role, manifest, engines, settings)))
         files = {plan_name(each): path for each, path in engines.items()} or _onnx_files(graph)
         files["tfmq/manifest.json"] = bundle.root / "tfmq" / "manifest.json"
-        rows = {role.file_of(x.name): role.warm[x.name] for x in role.interface.inputs if x.name in role.warm}
+        rows = {role.file_of(x.name): role.warm[x.name].tobytes() for x in role.interface.inputs if x.name in role.warm}
         writes.append((folder, version, config, files, rows))
         served.append(ServedModel(folder, version, role.max_batch(settings), _as_options(kept)))
     # The prologue first: a client that finds the denoiser's new version finds the prologue's too.
@@ -118,14 +121,14 @@ def _as_options(kept: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _warm_rows(bundle: Bundle) -> dict[str, bytes]:
+def _warm_rows(bundle: Bundle) -> dict[str, NDArray[np.generic]]:
     """A real request of one sample, by input: the bundle's self-test; of a bundle without one, a timestep alone."""
     (timestep,) = bundle.manifest.input("timestep")
     test = read_self_test(bundle)
     if test is None:
-        return {timestep.name: bundle.manifest.timesteps.array[:1].astype(timestep.dtype).tobytes()}
+        return {timestep.name: bundle.manifest.timesteps.array[:1].astype(timestep.dtype)}
     types = {info.name: info.dtype for info in bundle.manifest.inputs}
-    return {name: value.astype(types[name]).tobytes() for name, value in test.inputs.items()}
+    return {name: value.astype(types[name]) for name, value in test.inputs.items()}
 
 
 def _onnx_files(graph: Path) -> dict[str, Path]:
@@ -145,9 +148,10 @@ def _version(bundle: Bundle, repository: Path, serving: Serving) -> int:
     if folder.exists() and not (folder / "config.pbtxt").is_file():
         raise ConfigError(f"{folder}: exists and is no model of Triton's; choose another --name or -o")
     present = versions_in(folder)
-    wanted = serving.version or max(present, default=0) + 1
-    if wanted in present:
-        raise ConfigError(f"{present[wanted]}: version {wanted} is there already; choose another --model-version")
+    taken = versions_in(repository / f"{serving.name}_prologue") | present
+    wanted = serving.version or max(taken, default=0) + 1
+    if wanted in taken:
+        raise ConfigError(f"{taken[wanted]}: version {wanted} is there already; choose another --model-version")
     for path in present.values():
         if not (path / "tfmq" / "manifest.json").is_file():
             raise ConfigError(f"{path}: not a version written from a bundle; choose another --name")

@@ -9,8 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tfmq_export.bundle.manifest import Manifest
 from tfmq_export.errors import TargetError
+from tfmq_export.recipe.timesteps import shown
 from tfmq_export.serving.interface import GraphTensor, Interface
 from tfmq_export.serving.options import EVERY_GPU, Settings, needs_gpu
 from tfmq_export.serving.pbtxt import Message, Symbol, Value, map_entries
@@ -43,7 +47,7 @@ class Role:
     name: str
     interface: Interface
     timestep: str
-    warm: Mapping[str, bytes] = field(default_factory=dict)
+    warm: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
 
     def file_of(self, tensor: str) -> str:
         """Where an input's row of data lies in ``NAME/warmup``."""
@@ -143,12 +147,12 @@ def _warm_up(role: Role, batch: int, rows: int) -> Message:
     """A run before the first request; Triton repeats the one row of data for each of the batch."""
     inputs: dict[str, Value] = {}
     for tensor in role.interface.inputs:
-        sizes = tensor.shape[1 if batch else 0 :]
-        message: dict[str, Value] = {"data_type": _type(tensor), "dims": [size or 1 for size in sizes] or [1]}
-        given: dict[str, Value] = {"zero_data": True}
-        if tensor.name in role.warm:
-            given = {"input_data_file": role.file_of(tensor.name)}
-        inputs[tensor.name] = {**message, **given}
+        row, given = role.warm.get(tensor.name), {"zero_data": True}
+        sizes: tuple[int | None, ...] = tensor.shape
+        if row is not None:  # a size that may vary is the data's
+            sizes, given = row.shape, {"input_data_file": role.file_of(tensor.name)}
+        dims = [size or 1 for size in sizes[1 if batch else 0 :]] or [1]
+        inputs[tensor.name] = {"data_type": _type(tensor), "dims": dims, **given}
     return {"name": f"batch of {rows}", "batch_size": rows, "inputs": map_entries(inputs)}
 
 
@@ -162,7 +166,7 @@ def _parameters(manifest: Manifest, settings: Settings, gpu: bool) -> dict[str, 
         "tfmq.preset": manifest.preset,
         "tfmq.target": manifest.target,
         "tfmq.timesteps": " ".join(
-            f"{value:.9g}" if manifest.timesteps.real else str(value) for value in manifest.timesteps.values
+            shown(value) if manifest.timesteps.real else str(value) for value in manifest.timesteps.values
         ),
         "tfmq.sampler": sampler.kind,
         "tfmq.steps": str(sampler.steps),

@@ -16,7 +16,7 @@ from torch import nn
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.folder import read_folder
 from tfmq_export.models.layouts.find import find_layout
-from tfmq_export.models.layouts.folders import class_name
+from tfmq_export.models.layouts.folders import class_name, lone_variant, needed_variant
 from tfmq_export.models.load import Source, load
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -39,6 +39,24 @@ def test_the_only_variant_is_found(variant: str, tmp_path: Path) -> None:
 
     same(read_folder(folder)[0], attention_unet())
     assert f"variant {variant}" in load(Source(folder, steps=2)).source
+
+
+def test_a_pipeline_is_loaded_in_the_variant_that_a_component_has_alone(tmp_path: Path) -> None:
+    for name in (
+        "unet/diffusion_pytorch_model",
+        "text_encoder/model",
+        "vae/diffusion_pytorch_model.fp16-00001-of-00002",
+    ):
+        path = tmp_path / f"{name}{'' if '-of-' in name else '.fp16'}.safetensors"
+        path.parent.mkdir()
+        path.touch()
+    found = {name: lone_variant(tmp_path / name) for name in ("unet", "text_encoder", "vae")}
+    assert found == dict.fromkeys(found, "fp16")
+    assert needed_variant(tmp_path) == "fp16"
+
+    for name in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert needed_variant(tmp_path) is None
 
 
 def test_several_variants_are_named_until_one_is_chosen(tmp_path: Path) -> None:

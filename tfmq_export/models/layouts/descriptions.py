@@ -11,29 +11,33 @@ from tfmq_export.recipe.plain import read_json
 
 SCHEDULER = "scheduler_config.json"
 YAMLS = (".yaml", ".yml")
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def read_yaml_beside(path: Path) -> tuple[Mapping[str, Any], Path | None]:
-    """The training configuration beside a checkpoint: of its name, ``config.yaml``, or the only one there.
+    """The training configuration beside a checkpoint: of its name, or else the only one beside the only checkpoint.
+
+    What is called otherwise may be another checkpoint's, or no model's at all.
 
     Returns:
         Plain data, read with ``safe_load``, and its file; empty and None where there is none.
     Raises:
         LoadError: it is no readable YAML.
     """
-    named = [path.with_suffix(suffix) for suffix in YAMLS]
-    named += [path.parent / f"{name}{suffix}" for name in ("config", "project") for suffix in YAMLS]
-    found = next((each for each in named if each.is_file()), None)
+    named = [path.with_suffix(suffix) for suffix in YAMLS if path.with_suffix(suffix).is_file()]
+    usual = [path.parent / f"{name}{suffix}" for name in ("config", "project") for suffix in YAMLS]
+    beside = [each for suffix in YAMLS for each in sorted(path.parent.glob(f"*{suffix}"))]
+    alone = sum(each.suffix in WEIGHTS for each in path.parent.iterdir()) <= 1
+    others = ([each for each in usual if each.is_file()] or beside * (len(beside) == 1)) if alone else []
+    found = next(iter((*named, *others)), None)
     if found is None:
-        beside = [each for suffix in YAMLS for each in sorted(path.parent.glob(f"*{suffix}"))]
-        if len(beside) != 1:
-            return {}, None
-        (found,) = beside
+        return {}, None
     try:
         content = yaml.safe_load(found.read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise LoadError(f"{found}: not readable YAML: {first_line(error)}; it describes {path.name}") from error
-    return (content, found) if isinstance(content, dict) else ({}, None)
+    describes = isinstance(content, dict) and (bool(named) or isinstance(content.get("model"), dict))
+    return (content, found) if describes else ({}, None)
 
 
 def read_scheduler_beside(path: Path) -> Mapping[str, Any] | None:

@@ -17,6 +17,8 @@ NAME = re.compile(
     rf"{STEM}(?:\.(?P<before>[\w-]+?))?(?:-\d{{5}}-of-\d{{5}}(?:\.(?P<after>[\w-]+))?)?\.(?P<kind>safetensors|bin)"
 )
 """Weights: a variant stands in front of the shard's number, or behind it."""
+COMPONENT = re.compile(NAME.pattern.replace(STEM, f"(?:{STEM}|model)", 1))
+"""The same of any component: transformers says ``model``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,19 @@ def weights_of(component: Path, variant: str | None) -> tuple[tuple[Path, ...], 
         raise LoadError(f"{component}: its weights come in several variants, {named}; choose one with --variant")
     ((only, files),) = variants.items()
     return tuple(files), only
+
+
+def needed_variant(root: Path) -> str | None:
+    """The variant that must be named to load a pipeline: some component has no other safetensors."""
+    folders = [each for each in sorted(root.iterdir()) if each.is_dir()]
+    return next(filter(None, map(lone_variant, folders)), None)
+
+
+def lone_variant(component: Path) -> str | None:
+    """The variant of a component's safetensors where there are no plain ones; the first of several."""
+    known = [found for path in sorted(component.glob("*.safetensors")) if (found := COMPONENT.fullmatch(path.name))]
+    variants = [found["before"] or found["after"] for found in known]
+    return None if not variants or None in variants else str(variants[0])
 
 
 def class_name(config: Mapping[str, Any]) -> str:

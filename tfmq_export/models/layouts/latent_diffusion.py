@@ -78,7 +78,7 @@ def read_latent_diffusion(state: State, scheduler: Mapping[str, Any] | None = No
     with init_empty_weights():
         model = empty_model(structure, known, state.path)
     load_weights(model, converted(stored, places, known.heads), state.path, assign=True)
-    notes.insert(0, family.name if family else f"latent diffusion{f', described by {file.name}' if file else ''}")
+    notes.insert(0, f"{family.name if family else 'latent diffusion'}{f', described by {file.name}' if file else ''}")
     scheduler = scheduler or read_scheduler_beside(state.path) or _schedule(state, trained, known, family)
     prompts = PromptSet()
     if CLASSES in state.tensors and structure.context == state.shape(CLASSES)[1]:
@@ -110,7 +110,7 @@ def known_of(structure: Structure, family: Family | None, trained: Mapping[str, 
         width, count = family.head_channels or -1, family.heads or -1
     said = PREDICTIONS.get(str(prediction)) if prediction else None
     scaled = looked_up(params, "denoiser_config", "params", "scaling_config", "target") or ""
-    if not said and trained:
+    if not said and params:
         said = "v_prediction" if "VScaling" in str(scaled) else "epsilon"
     return Known(
         heads=(lambda channels: channels // width) if width not in (-1, None) else lambda channels: count,

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tfmq_export.bundle.pipeline_folder import find_components, read_index
 from tfmq_export.capture.quiet import quiet_logger
 from tfmq_export.errors import ConfigError, LoadError, first_line
-from tfmq_export.models.layouts.folders import DENOISERS
+from tfmq_export.models.layouts.folders import DENOISERS, needed_variant
 from tfmq_export.models.recorded.memory import remember_encoders
-from tfmq_export.models.recorded.requests import PICTURES, Request
+from tfmq_export.models.recorded.requests import PICTURES, Request, is_text
 
 LEFT_OUT = ("safety_checker", "watermark", "watermarker")
 """Components that look at finished pictures and would change them."""
@@ -75,7 +75,7 @@ def open_pipeline(root: Path, variant: str | None = None, **components: object) 
     """Load a pipeline folder; nothing in it is executed and nothing fetched.
 
     Args:
-        variant: Of the weights, as "fp16", for the components that have it.
+        variant: Of the weights, as "fp16", for the components that have it; by default the one that some have alone.
         components: Those that are loaded already, by name.
     Raises:
         LoadError: names the component that is missing or cannot be loaded.
@@ -84,6 +84,7 @@ def open_pipeline(root: Path, variant: str | None = None, **components: object) 
     _require_known_libraries(index, root)
     if not (root / "config.json").is_file():  # else an early release, with all components in the root
         find_components(root)
+    variant = variant or needed_variant(root)
     absent = {name: None for name in LEFT_OUT if name in index}
     extra = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     try:
@@ -256,9 +257,9 @@ def without_lists(request: Request) -> dict[str, object]:
 
 def _joined(asked: Sequence[Request]) -> dict[str, object]:
     joined: dict[str, object] = {}
-    for key, first in asked[0].items():
-        values = [_opened(request[key]) for request in asked]
-        joined[key] = values if key in LISTED and (len(values) > 1 or key == "class_labels") else _opened(first)
+    for key in asked[0]:
+        values = [request[key] if is_text(key) else _opened(request[key]) for request in asked]
+        joined[key] = values if key in LISTED and (len(values) > 1 or key == "class_labels") else values[0]
     return joined
 
 

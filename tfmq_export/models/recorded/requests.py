@@ -32,7 +32,8 @@ def read_requests(path: Path) -> tuple[Request, ...]:
         ConfigError: a picture is missing.
     """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]  # editors put a mark in front
+        # Editors put a mark in front. A prompt may hold what str.splitlines takes for an end of a line.
+        lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise LoadError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8, one prompt a line") from error
     except (OSError, ValueError) as error:
@@ -58,10 +59,16 @@ def write_requests(folder: Path, requests: Sequence[Request]) -> None:
         return value
 
     for request in requests:
-        lines.append(json.dumps({key: kept(value) for key, value in request.items()}, ensure_ascii=False))
+        placed = {key: value if is_text(key) else kept(value) for key, value in request.items()}
+        lines.append(json.dumps(placed, ensure_ascii=False))
     for source, name in pictures.items():
         shutil.copyfile(source, folder / name)
     (folder / REQUESTS).write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def is_text(argument: str) -> bool:
+    """Whether an argument of a pipeline is text, whatever it ends in: ``IMG_1234.JPG`` is a prompt."""
+    return argument.startswith(("prompt", "negative_prompt"))
 
 
 def _numbered(lines: list[str]) -> Iterator[tuple[int, str]]:
@@ -77,7 +84,7 @@ def _request(line: str, where: str, folder: Path) -> Request:
         raise LoadError(f"{where}: not a JSON object ({first_line(error)}); give text, or an object a line") from error
     if "num_inference_steps" in value:
         raise ConfigError(f"{where}: num_inference_steps is for all images alike; give it as --steps")
-    return {key: _placed(each, where, folder) for key, each in value.items()}
+    return {key: each if is_text(key) else _placed(each, where, folder) for key, each in value.items()}
 
 
 def _placed(value: object, where: str, folder: Path) -> object:
