@@ -6,10 +6,13 @@ import pytest
 from nets.handwritten import PLAIN, build_edm, quantized
 
 from tfmq_export.compiler.chain import Compiled, compile_model
+from tfmq_export.compiler.settings import check_pairs, recipe_as_asked
+from tfmq_export.compiler.steps import quantize
 from tfmq_export.config import CompileConfig, Method, Thresholds
 from tfmq_export.errors import TargetError
 from tfmq_export.recipe.io import load_recipe, save_recipe
 from tfmq_export.recipe.pairs import PAIR_SUM
+from tfmq_export.target import find_target
 
 ANYTHING = Thresholds(psnr=-100, sqnr=-100, kernels=-1000)
 """On a host without VNNI its kernels are wrong, which is not what is asked here."""
@@ -42,6 +45,19 @@ def test_a_recipe_that_saturates_somewhere_leaves_no_bundle(for_vnni: Path, tmp_
         compiled(for_vnni, tmp_path / "out", target, Method())
 
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_for_a_gpu_did_not_ask_for_vnni(tmp_path: Path) -> None:
+    """Nothing saturates there, so its weights are not spared; on a CPU they would saturate."""
+    config = CompileConfig(target="tensorrt", effort="fast", calibration_images=2)
+    made = quantize(build_edm(), config)
+    save_recipe(made.recipe, tmp_path)
+
+    assert made.recipe.provenance["cpus"] == "any"
+    assert max(layer.largest_pair for layer in made.recipe.layers) > PAIR_SUM
+    with pytest.raises(TargetError, match="saturate on CPUs without VNNI"):
+        check_pairs(made.recipe, find_target("ort-cpu"), Method())
+    assert recipe_as_asked(tmp_path, CompileConfig(method=Method(cpus="vnni")))
 
 
 def test_it_is_taken_as_it_is_by_whoever_serves_with_vnni(for_vnni: Path, tmp_path: Path) -> None:

@@ -155,6 +155,8 @@ def recipe_as_asked(path: Path, config: CompileConfig) -> QuantRecipe:
         raise ConfigError("[layers]: the recipe has every layer's bits; leave it out, or quantize without --recipe")
     asked = config.model_dump(include={"preset", "effort"}, exclude_unset=True)
     asked |= config.method.model_dump(exclude_unset=True)
+    if asked.get("cpus") == "vnni":  # which takes any weights
+        del asked["cpus"]
     made = {**recipe.provenance, "preset": recipe.preset}
     for name, value in asked.items():
         if value != "auto" and str(value) != made.get(name, str(value)):

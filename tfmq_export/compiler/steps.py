@@ -343,6 +343,7 @@ def _provenance(denoiser: Denoiser, config: CompileConfig, plan: QuantPlan) -> d
         "device": find_device(config.device).type,
         "calibration_images": str(calibration_images(config)),
         **{name: str(value) for name, value in plan.method.model_dump().items()},
+        "cpus": config.method.cpus,  # as asked: where nothing saturates, others' hosts were not thought of
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from tfmq_export.bundle.folders import folders_apart
+from tfmq_export.bundle.told_apart import folders_apart
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.errors import ConfigError
 from tfmq_export.report.facts import Facts
