@@ -7,8 +7,8 @@ from functools import partial
 
 from tfmq_export.bench.job import Job
 from tfmq_export.bench.workshop import Workshop
-from tfmq_export.bundle.told_apart import folders_apart
 from tfmq_export.bundle.manifest import Bundle
+from tfmq_export.bundle.told_apart import folders_apart
 from tfmq_export.errors import ConfigError, DependencyError
 from tfmq_export.runtime.engines.table import ENGINES, engine_named
 from tfmq_export.target import find_target
