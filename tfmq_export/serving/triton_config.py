@@ -147,10 +147,9 @@ def _warm_up(role: Role, batch: int, rows: int) -> Message:
     """A run before the first request; Triton repeats the one row of data for each of the batch."""
     inputs: dict[str, Value] = {}
     for tensor in role.interface.inputs:
-        row, given = role.warm.get(tensor.name), {"zero_data": True}
-        sizes: tuple[int | None, ...] = tensor.shape
-        if row is not None:  # a size that may vary is the data's
-            sizes, given = row.shape, {"input_data_file": role.file_of(tensor.name)}
+        row = role.warm.get(tensor.name)
+        sizes = tensor.shape if row is None else row.shape  # a size that may vary is the data's
+        given: Message = {"zero_data": True} if row is None else {"input_data_file": role.file_of(tensor.name)}
         dims = [size or 1 for size in sizes[1 if batch else 0 :]] or [1]
         inputs[tensor.name] = {"data_type": _type(tensor), "dims": dims, **given}
     return {"name": f"batch of {rows}", "batch_size": rows, "inputs": map_entries(inputs)}
