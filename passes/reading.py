@@ -13,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from tfmq_export.errors import PreconditionError
+from tfmq_export.pages import release_array
 
 Size = int | str | None
 """Of an axis: static, named, or not known."""
@@ -25,11 +26,12 @@ class Computed(LazyValues):
     """Numbers of a constant that are computed whenever they are read, and kept by nobody.
 
     Args:
-        like: Of the same shape and type.
+        like: Of the same shape and type; what they are computed from.
     """
 
     def __init__(self, like: NDArray[np.generic], compute: Callable[[], NDArray[np.generic]]) -> None:
         self.shape, self.dtype, self.nbytes = list(like.shape), like.dtype, like.nbytes
+        self.like = like
         self.load = compute
 
     @property
@@ -87,6 +89,14 @@ def constant_values(value: gs.Tensor) -> NDArray[np.generic]:
         raise PreconditionError(f"{value.name} is computed, not a constant")
     held = value._values
     return held.load() if isinstance(held, Computed) else value.values
+
+
+def release_values(value: gs.Tensor) -> None:
+    """Let go of the pages of a constant's numbers that a file holds; they are read again when they are needed."""
+    held = value._values if isinstance(value, gs.Constant) else None
+    held = held.like if isinstance(held, Computed) else held
+    if isinstance(held, np.ndarray) and held.size:
+        release_array(held)
 
 
 def float_values(value: gs.Tensor) -> NDArray[np.float32]:

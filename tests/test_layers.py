@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from read_imports import ROOT, imports, imports_of, part, parts_of, place, sources, third_party
 
-DATA = frozenset({"errors", "progress", "config", "limits", "target", "recipe", "bundle"})
+DATA = frozenset({"errors", "progress", "config", "limits", "pages", "target", "recipe", "bundle"})
 """Plain data, which everybody may read."""
 MODEL = frozenset({"capture", "models", "ptq"})
 """What needs torch: the model's side of the waist."""

@@ -30,7 +30,7 @@ from tfmq_export.passes.base import Changes, RecipePass, Semantics
 from tfmq_export.passes.bind.bind_recipe import bound_nodes, is_transposed
 from tfmq_export.passes.graph import constant, int4_constant, variable
 from tfmq_export.passes.qdq.integer_bias import accumulator_step, store_bias
-from tfmq_export.passes.reading import float_values
+from tfmq_export.passes.reading import float_values, release_values
 from tfmq_export.passes.scaling.pts_lowering import PACKED_BITS, Form, choose_form
 from tfmq_export.passes.scaling.rescale_inputs import scale_input_channels
 from tfmq_export.recipe.names import weight_codes_name, weight_dequantizer_name
@@ -62,6 +62,7 @@ class QuantizeWeights(RecipePass):
                 raise PreconditionError(f"{layer.path}: its weight {weight.name} is not a constant")
             self._form(layer)
             _prove_binding(layer, _as_stored(float_values(weight), transposed=is_transposed(node)))
+            release_values(weight)
 
     def apply(self, graph: gs.Graph) -> Changes:
         notes = []

@@ -18,12 +18,13 @@ from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.bundle.pictures import is_picture
 from tfmq_export.bundle.write import replaced_file
 from tfmq_export.capture.denoiser import Denoiser
-from tfmq_export.capture.pages import release_freed, release_pages
+from tfmq_export.capture.pages import release_pages
 from tfmq_export.capture.program import DiffusionProgram, capture
 from tfmq_export.capture.rewrites.program_for import program_for
 from tfmq_export.config import Thresholds
 from tfmq_export.errors import RecipeError
 from tfmq_export.models.load import load, source_of
+from tfmq_export.pages import release_freed
 from tfmq_export.progress import Progress, Silent
 from tfmq_export.proof.agreement import Agreement, LockStep
 from tfmq_export.proof.float_model import look_at

@@ -69,6 +69,7 @@ class OrtRunner:
             options.intra_op_num_threads = threads
         if not integer:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+            options.enable_cpu_mem_arena = False  # it would keep dequantized weights, and every value that is returned
         if optimized_to is not None:
             options.optimized_model_filepath = str(optimized_to)
             # Protobuf ends at 2 GB, and a reader of the graph has no use for the weights.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from tfmq_export.capture.pages import release_freed
+from tfmq_export.pages import release_freed
 from tfmq_export.ptq.walk.activation_cache import ActivationCache
 from tfmq_export.ptq.walk.block_runner import ROWS, BlockRunner, LayerRule
 from tfmq_export.ptq.walk.calibration import CalibrationRows

@@ -1,0 +1,33 @@
+"""Pages of arrays, as passes hold them."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from tfmq_export.passes.reading import Computed, constant_values, release_values
+
+MEGABYTE = 1 << 20
+
+
+def resident_from_files() -> int:
+    (kilobytes,) = re.findall(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(kilobytes) << 10
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what it holds")
+@pytest.mark.parametrize("lazy", [False, True], ids=["stored", "computed"])
+def test_pages_of_a_constant_are_let_go_and_read_again(lazy: bool, tmp_path: Path) -> None:
+    np.arange(16 * MEGABYTE, dtype=np.float32).tofile(tmp_path / "weights")
+    mapped = np.memmap(tmp_path / "weights", np.float32, "r").reshape(4096, -1).T
+    constant = gs.Constant("w", Computed(mapped, lambda: mapped * 2) if lazy else mapped)
+    total = float(constant_values(constant).sum(dtype=np.float64))
+    held = resident_from_files()
+
+    release_values(constant)
+
+    assert resident_from_files() < held - 32 * MEGABYTE
+    assert float(constant_values(constant).sum(dtype=np.float64)) == total
