@@ -1,14 +1,17 @@
 """diffusers folders on disk: a single model, or a pipeline with a ``model_index.json``."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from torch import nn
 
 from tfmq_export.capture.quiet import quiet_logger
 from tfmq_export.errors import LoadError, first_line
+from tfmq_export.models import single_precision
 from tfmq_export.models.diffusers_model import class_of, require_few_layers
 from tfmq_export.models.layouts.descriptions import read_scheduler_beside
 from tfmq_export.models.layouts.folders import ModelFolder, class_name, find_folder, read_config
@@ -18,6 +21,7 @@ from tfmq_export.models.layouts.states import INDEX, fit, read_state, shards_of
 from tfmq_export.models.layouts.tensor_file import StoredTensors
 from tfmq_export.models.weights import load_weights, require_finite, require_float_files, require_keys
 
+HALF: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfloat16}
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -82,6 +86,7 @@ def _from_safetensors(folder: ModelFolder, known: Any, name: str) -> tuple[nn.Mo
     stored = StoredTensors(component, folder.files)
     refuse_quantized(stored.types, component)
     require_float_files(folder.files)
+    half = _half_type(stored)
     try:
         with quiet_logger("diffusers"):  # what it warns of at length is an error below, in one line
             model, found = known.from_pretrained(
@@ -91,7 +96,10 @@ def _from_safetensors(folder: ModelFolder, known: Any, name: str) -> tuple[nn.Mo
                 low_cpu_mem_usage=True,  # weights are mapped
                 output_loading_info=True,
                 variant=folder.variant,
+                torch_dtype=half,
             )
+            if half is not None:
+                _compute_buffers(model, known, stored)
     except Exception as error:  # diffusers' loader, which may raise anything
         raise LoadError(f"{component}: cannot load {name}: {first_line(error)}") from error
     chosen: tuple[str, ...] = ()
@@ -101,6 +109,24 @@ def _from_safetensors(folder: ModelFolder, known: Any, name: str) -> tuple[nn.Mo
             require_keys(found["missing_keys"], found["unexpected_keys"], component)
         load_weights(model, {key: inside[key] for key in inside}, component, assign=True)
     return model, chosen
+
+
+def _half_type(stored: StoredTensors) -> torch.dtype | None:
+    """What large weights stay in until they are cast into files (``single_precision.py``); None for the usual."""
+    found = {kind for kind in stored.types.values() if kind.startswith(("F", "BF"))}
+    single = 4 * sum(math.prod(shape) for shape in stored.shapes.values())
+    return HALF.get(found.pop()) if len(found) == 1 and single > single_precision.HELD_BYTES else None
+
+
+def _compute_buffers(model: nn.Module, known: Any, stored: StoredTensors) -> None:
+    """Tables that are computed and not stored, in single precision: diffusers computes them in the weights' type."""
+    settings: Any = model.config  # of diffusers, which torch's types do not know
+    with init_empty_weights():
+        fresh = known.from_config(settings)
+    for name, value in fresh.named_buffers():
+        if name not in stored.types:
+            holder, _, own = name.rpartition(".")
+            model.get_submodule(holder).register_buffer(own, value, persistent=False)
 
 
 def _from_pickles(folder: ModelFolder, known: Any, config: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:

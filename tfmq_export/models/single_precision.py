@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tfmq_export.capture.pages import release_pages
+
 HELD_BYTES = 1 << 30
 """Of single precision that may be made in memory. Checkpoints in half precision above this size are cast into files."""
 
@@ -27,4 +29,6 @@ def in_single_precision(module: nn.Module) -> nn.Module:
 def _mapped(value: Tensor, path: Path) -> Tensor:
     """A float32 copy that lies in a file; the mapping outlives the file's name."""
     made = torch.from_file(str(path), shared=True, size=value.numel(), dtype=torch.float32)
-    return made.view(value.shape).copy_(value)
+    made.view(value.shape).copy_(value)
+    release_pages([value, made])
+    return made.view(value.shape)

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tfmq_export.errors import ConfigError, LoadError
+from tfmq_export.models import single_precision
 from tfmq_export.models.folder import read_folder
 from tfmq_export.models.layouts.find import find_layout
 from tfmq_export.models.layouts.folders import class_name, lone_variant, needed_variant
 from tfmq_export.models.load import Source, load
+from tfmq_export.models.single_precision import in_single_precision
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -39,6 +41,29 @@ def test_the_only_variant_is_found(variant: str, tmp_path: Path) -> None:
 
     same(read_folder(folder)[0], attention_unet())
     assert f"variant {variant}" in load(Source(folder, steps=2)).source
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [UNet2DConditionModel, DiTTransformer2DModel], ids=["unet", "dit"])
+def test_large_half_weights_are_cast_into_files_to_the_same_model(
+    kind: Any, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = (dit if kind is DiTTransformer2DModel else stable_diffusion)(tmp_path, DDIMScheduler())
+    component = pipeline / ("transformer" if kind is DiTTransformer2DModel else "unet")
+    kind.from_pretrained(component).to(dtype).save_pretrained(component)
+    plain = read_folder(pipeline)[0]
+    monkeypatch.setattr(single_precision, "HELD_BYTES", 0)
+
+    stored = read_folder(pipeline)[0]
+    assert {value.dtype for value in stored.parameters()} == {dtype}  # as they lie in the file
+    found = in_single_precision(stored)
+
+    for wanted, given in (
+        (plain.state_dict(), found.state_dict()),
+        *[map(dict, (plain.named_buffers(), found.named_buffers()))],
+    ):
+        assert wanted.keys() == given.keys()
+        assert all(torch.equal(given[name], value.float()) for name, value in wanted.items())
 
 
 def test_a_pipeline_is_loaded_in_the_variant_that_a_component_has_alone(tmp_path: Path) -> None:
