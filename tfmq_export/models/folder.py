@@ -19,6 +19,7 @@ from tfmq_export.models.layouts.foreign import refuse_folder, refuse_quantized, 
 from tfmq_export.models.layouts.opened import Opened
 from tfmq_export.models.layouts.states import INDEX, fit, read_state, shards_of
 from tfmq_export.models.layouts.tensor_file import StoredTensors
+from tfmq_export.models.quiet_loading import quiet_loading
 from tfmq_export.models.weights import load_weights, require_finite, require_float_files, require_keys
 
 HALF: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -88,7 +89,7 @@ def _from_safetensors(folder: ModelFolder, known: Any, name: str) -> tuple[nn.Mo
     require_float_files(folder.files)
     half = _half_type(stored)
     try:
-        with quiet_logger("diffusers"):  # what it warns of at length is an error below, in one line
+        with quiet_loading():  # what diffusers warns of at length is an error below, in one line
             model, found = known.from_pretrained(
                 component,
                 local_files_only=True,

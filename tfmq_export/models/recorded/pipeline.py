@@ -1,9 +1,7 @@
 """A pipeline of diffusers, loaded and run as it is: the code that calls a denoiser."""
 
-import importlib.util
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
-from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -22,6 +19,7 @@ from tfmq_export.bundle.pipeline_folder import find_components, read_index
 from tfmq_export.capture.quiet import quiet_logger
 from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.models.layouts.folders import DENOISERS, needed_variant
+from tfmq_export.models.quiet_loading import quiet_loading
 from tfmq_export.models.recorded.memory import remember_encoders
 from tfmq_export.models.recorded.requests import PICTURES, Request, is_text
 
@@ -109,23 +107,6 @@ def open_pipeline(root: Path, variant: str | None = None, **components: object) 
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None
     return pipeline
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No bars and warnings of the libraries that load components: ours say what is going on."""
-    bars: list[Any] = [diffusers_logging]
-    if importlib.util.find_spec("transformers") is not None:
-        bars.append(importlib.import_module("transformers.utils.logging"))
-    shown = [each for each in bars if each.is_progress_bar_enabled()]
-    with quiet_logger("diffusers"), quiet_logger("transformers"):
-        for each in shown:
-            each.disable_progress_bar()
-        try:
-            yield
-        finally:
-            for each in shown:
-                each.enable_progress_bar()
 
 
 def denoiser_name(root: Path) -> str:
