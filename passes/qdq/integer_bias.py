@@ -23,7 +23,11 @@ def store_bias(graph: gs.Graph, layer: LayerRecipe, codes: NDArray[np.generic], 
         PreconditionError: they do not fit 32 bits.
     """
     if np.abs(codes).max(initial=0) > np.iinfo(np.int32).max:
-        raise PreconditionError(f"{layer.path}: its bias does not fit 32 bits at the weight's scale")
+        raise PreconditionError(
+            f"{layer.path}: its bias does not fit 32 bits in steps of input and weight; some of its output channels "
+            f'have next to no weight beside it: set these weights to 0, or keep the layer with [layers."{layer.path}"] '
+            'weights = "float"'
+        )
     stored = codes.reshape(-1).astype(np.int32)
     scale = np.tile(accumulator_step(layer), stored.size // len(layer.weight_codes))
     inputs = [

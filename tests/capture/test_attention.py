@@ -74,6 +74,14 @@ def softmax_second(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (v.transpose(-2, -1) @ weights).transpose(-2, -1)
 
 
+def over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).softmax(1) @ v
+
+
+def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).softmax(-2) @ v
+
+
 def no_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.softmax(-1) @ (k.softmax(-2).transpose(-2, -1) @ v)
 
@@ -118,6 +126,8 @@ def test_attention_is_found_and_spelling_it_out_changes_no_prediction(attend: At
         (causal, "is_causal is not lowered to integers"),
         (einsum, "it is written as einsum; write it as torch.matmul"),
         (softmax_second, "its softmax is the second factor; write p @ v"),
+        (over_heads, "its softmax is not over the keys"),
+        (over_queries, "its softmax is not over the keys"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

@@ -22,6 +22,7 @@ class Concats(nn.Module):
         self.tokens = nn.Linear(7, 6, bias=False)
         self.rows = nn.Linear(16, 3)
         self.alone = nn.Conv2d(4, 4, 1)  # behind a concatenation of one
+        self.placed = nn.Conv2d(5, 4, 1)  # on coordinates beside the sample
         self.out = nn.Conv2d(4, 3, 1)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
@@ -33,7 +34,12 @@ class Concats(nn.Module):
         tokens = self.tokens(torch.cat(halves, dim=-1))
         along_rows = self.rows(torch.cat((a.flatten(2), b.flatten(2)), dim=1)[..., :16])
         extra = tokens.mean((1, 2)) + along_rows.mean((1, 2))
-        h = self.out(functional.interpolate(three, scale_factor=2.0) + self.alone(torch.cat((grouped,), dim=1)))
+        side = torch.linspace(-1, 1, 8)
+        places = torch.stack(torch.meshgrid(side, side, indexing="ij")).expand(len(sample), -1, -1, -1)
+        placed = self.placed(torch.cat((sample, places), dim=1))
+        h = self.out(
+            functional.interpolate(three, scale_factor=2.0) + self.alone(torch.cat((grouped,), dim=1)) + placed
+        )
         return h + extra[:, None, None, None] + timestep[:, None, None, None].float().cos()
 
 

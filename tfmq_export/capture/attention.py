@@ -88,8 +88,11 @@ def _of_two_nodes(
             obstacle = f"it is written as {node.target.__name__.partition('.')[0]}; write it as torch.matmul"
         elif any(not depends[source.name] for source in _factors(node)):
             obstacle = "one of its factors is a bare parameter"
-    if not obstacle and _behind_layout(_factors(result)[0]).target not in SOFTMAX:
+    softmax = _behind_layout(_factors(result)[0])
+    if not obstacle and softmax.target not in SOFTMAX:
         obstacle = "its softmax is the second factor; write p @ v"
+    elif not obstacle and softmax.args[1] % softmax.meta["val"].ndim != softmax.meta["val"].ndim - 1:
+        obstacle = "its softmax is not over the keys"  # which no engine has a kernel of attention for
     for node, kind in ((scores, "qk"), (result, "pv")):
         if any(not depends[source.name] for source in _factors(node)):
             continue  # a product with a bare parameter is an operation of its own

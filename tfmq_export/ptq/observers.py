@@ -16,6 +16,7 @@ Cost = Callable[[Tensor, Tensor, Tensor, QuantSpec], Tensor]
 
 SHRINK_STEPS = 80
 PERCENTILE = 0.9999
+SMALLEST = 1e-8  # of a range; below it, a tensor counts as 0
 BINS = 2048  # of the histogram that KL compares
 
 
@@ -154,7 +155,9 @@ def _grids_over(low: float, high: float, spec: QuantSpec, shrink: Tensor) -> tup
     if spec.signed:
         high = max(-low, high)
         low = high * spec.qmin / spec.qmax
-    scale = (max(high - low, 1e-8) * shrink / (spec.qmax - spec.qmin)).float()  # [candidates]
+    # What is always 0 has any grid, but a bias is counted in its steps.
+    reach = high - low if high - low > SMALLEST else 1.0
+    scale = (reach * shrink / (spec.qmax - spec.qmin)).float()  # [candidates]
     zero_point = (spec.qmin - torch.round(low * shrink.float() / scale)).clamp(spec.qmin, spec.qmax)  # [candidates]
     return scale, zero_point
 

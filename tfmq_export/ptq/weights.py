@@ -25,11 +25,16 @@ def search_weight_scale(
         candidates: 1 takes the full range (min-max).
         pairs: What the codes must keep.
     Returns:
-        Scales, [out]; 1 for a channel of zeros.
+        Scales, [out]. A channel of zeros has the smallest of the others, in whose steps its bias is counted; 1 where
+        all are zero.
     """
     rows = weight.detach().reshape(len(weight), -1)  # [out, n]
     few = torch.split(rows, max(1, IN_CACHE // rows.shape[1]))
-    return torch.cat([_search(part, spec, candidates, pairs) for part in few])
+    scales = torch.cat([_search(part, spec, candidates, pairs) for part in few])
+    silent = rows.abs().amax(1) == 0
+    if silent.all():
+        return torch.ones_like(scales)
+    return torch.where(silent, scales[~silent].min(), scales)
 
 
 def _search(rows: Tensor, spec: QuantSpec, candidates: int, pairs: Pairs | None) -> Tensor:

@@ -24,7 +24,8 @@ aten = torch.ops.aten
 def find_skip_concats(program: DiffusionProgram) -> tuple[SkipSplit, ...]:
     """Layers to be quantized that read a concatenation along their channel axis.
 
-    Not one with the timestep in it: a half that depends on time alone would be a layer behind the tables.
+    Not one with the timestep in it: a half that depends on time alone would be a layer behind the tables. Nor one with
+    a constant, such as coordinates: engines fold what is computed from it.
     """
     nodes = {node.name: node for node in program.module.graph.nodes}
     depends = dependences(program.module.graph, program.roles)
@@ -36,7 +37,7 @@ def find_skip_concats(program: DiffusionProgram) -> tuple[SkipSplit, ...]:
         parts: Any = source.args[0]
         if len(parts) < 2:  # HunyuanDiT 1.2 concatenates its one condition; the exporter leaves no Concat of it
             continue
-        if any(depends[part.name] == {TIMESTEP} for part in parts):
+        if any(depends[part.name] <= {TIMESTEP} for part in parts):
             continue
         axis = source.args[1] if len(source.args) > 1 else 0
         rank = source.meta["val"].ndim
