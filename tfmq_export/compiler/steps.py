@@ -354,7 +354,8 @@ def _drawing(denoiser: Denoiser) -> dict[str, str]:
     given = {**denoiser.conditioning, **{f"no {name}": value for name, value in denoiser.unconditional.items()}}
     arrays = hashlib.sha256()
     for name, value in sorted(given.items()):
-        arrays.update(f"{name} {tuple(value.shape)} ".encode() + value.numpy(force=True).tobytes())
+        plain = value.float() if value.is_floating_point() else value  # numpy has no bfloat16
+        arrays.update(f"{name} {tuple(value.shape)} ".encode() + plain.numpy(force=True).tobytes())
     return {
         "scheduler": f"{denoiser.sampler_info.kind} {_digest(denoiser.scheduler_config)}",
         "guidance": f"{denoiser.sampler_info.guidance_scale:g}",
