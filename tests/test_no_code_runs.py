@@ -157,7 +157,7 @@ IMPORTING = {
     "bench/worker.py",  # diffusers
     "integrations/notebook.py",  # IPython
     "models/factory.py",  # what the user named
-    "models/recorded/pipeline.py",  # transformers
+    "models/quiet_loading.py",  # transformers
 }
 STARTING = {"bench/lockstep.py", "runtime/engines/tensorrt/building/build.py"}
 """Who starts processes, all of this package's own files."""
