@@ -85,7 +85,8 @@ def feature_errors(features: Sequence[Feature], timesteps: Sequence[float]) -> s
         image = above.imshow(worst.clip(FLOOR, WORST), aspect="auto", interpolation="none", norm=scale, cmap="viridis")
         above.set_yticks(np.arange(len(rows)), list(rows), fontsize=7)
         above.grid(False)
-        figure.colorbar(image, ax=above, label="1 - cosine", pad=0.01, aspect=12)
+        # Plain text: matplotlib would write powers as formulas, which nothing on the page reads (figures.py).
+        figure.colorbar(image, ax=above, label="1 - cosine", pad=0.01, aspect=12, format="%.0e")
         below.plot(np.arange(len(mismatch)), mismatch, color=ACCENT, linewidth=1.8)
         below.set_ylim(-0.05, max(1.0, float(mismatch.max()) * 1.05))
         below.set_ylabel("mismatch")
