@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
+from tfmq_export import pages
 from tfmq_export.passes.reading import Computed, constant_values, release_values
 
 MEGABYTE = 1 << 20
@@ -31,3 +32,13 @@ def test_pages_of_a_constant_are_let_go_and_read_again(lazy: bool, tmp_path: Pat
 
     assert resident_from_files() < held - 32 * MEGABYTE
     assert float(constant_values(constant).sum(dtype=np.float64)) == total
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what it holds")
+def test_what_no_file_holds_is_not_sent_to_swap(tmp_path: Path) -> None:
+    np.zeros(MEGABYTE, np.float32).tofile(tmp_path / "weights")
+    mapped, plain = np.memmap(tmp_path / "weights", np.float32, "r"), np.zeros(4 * MEGABYTE, np.float32)
+
+    for values, files in ((mapped, 1), (plain, 0)):
+        first = values.__array_interface__["data"][0]
+        assert len(list(pages.held_by_files(first, first + values.nbytes))) == files
