@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from tfmq_export.errors import PreconditionError
-from tfmq_export.pages import release_array
+from tfmq_export.pages import release_spans, span_of
 
 Size = int | str | None
 """Of an axis: static, named, or not known."""
@@ -96,7 +96,8 @@ def release_values(value: gs.Tensor) -> None:
     held = value._values if isinstance(value, gs.Constant) else None
     held = held.like if isinstance(held, Computed) else held
     if isinstance(held, np.ndarray) and held.size:
-        release_array(held)
+        first = held.__array_interface__["data"][0]
+        release_spans([span_of(first, held.itemsize, held.shape, held.strides)])
 
 
 def float_values(value: gs.Tensor) -> NDArray[np.float32]:

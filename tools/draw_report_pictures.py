@@ -18,6 +18,7 @@ from typing import Any
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
+BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "force-prefers-reduced-motion")
 
 
@@ -68,27 +69,37 @@ def main() -> None:
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """A window of Chromium that nobody sees."""
+    """A window of Chromium that nobody sees, and that keeps what pages complain of."""
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
+    options.binary_location = BROWSER or ""
     for flag in FLAGS:
         options.add_argument(f"--{flag}")
-    window = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    window = webdriver.Chrome(options, Service(DRIVER))
     try:
         yield window
     finally:
         window.quit()
 
 
-def drawn(window: Any, page: Path, view: View) -> bytes:
-    """A view as PNG."""
-    scheme = {"name": "prefers-color-scheme", "value": "dark" if view.dark else "light"}
-    window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-    size = {"width": view.width, "height": view.height, "deviceScaleFactor": 1, "mobile": False}
+def open_page(window: Any, page: Path, width: int, height: int, **media: str) -> None:
+    """Open a page anew.
+
+    Args:
+        media: What the reader prefers, as CSS asks for it: ``prefers_color_scheme="dark"``.
+    """
+    features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
+    window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    window.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
     window.get("about:blank")
     window.get(page.as_uri())
+
+
+def drawn(window: Any, page: Path, view: View) -> bytes:
+    """A view as PNG."""
+    window.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
+    open_page(window, page, view.width, view.height, prefers_color_scheme="dark" if view.dark else "light")
     if view.opened:
         window.execute_script("document.querySelector(arguments[0]).click()", view.opened)
     if view.section:

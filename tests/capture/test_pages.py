@@ -1,9 +1,9 @@
-import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from standins.held_memory import held_bytes
 from torch import nn
 
 from tfmq_export.capture.pages import release_pages
@@ -11,22 +11,16 @@ from tfmq_export.capture.pages import release_pages
 MEGABYTE = 1 << 20
 
 
-def resident_from_files() -> int:
-    """Bytes of files that this process holds in memory."""
-    (kilobytes,) = re.findall(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(kilobytes) << 10
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what it holds")
 def test_pages_of_a_mapped_weight_are_let_go_and_read_again(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(bytes(range(256)) * (64 * MEGABYTE // 256))
     mapped = torch.from_file(str(tmp_path / "weights"), shared=False, size=16 * MEGABYTE, dtype=torch.int32)
     total = int(mapped.sum())
-    held = resident_from_files()
+    held = held_bytes("RssFile")
 
     release_pages([mapped.view(4096, -1)[:, ::2]])
 
-    assert resident_from_files() < held - 32 * MEGABYTE
+    assert held_bytes("RssFile") < held - 32 * MEGABYTE
     assert int(mapped.sum()) == total
 
 

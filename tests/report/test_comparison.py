@@ -101,7 +101,7 @@ def test_the_comparison_links_to_the_pages_of_its_bundles(three: list[Facts], tm
 def test_the_command_writes_one_page_or_a_comparison(three: list[Facts], tmp_path: Path) -> None:
     bench = tmp_path / "bench.json"
     timed = {
-        each.name: {"seconds": {"median": 0.01}, "speedup": 1.5, "graph_sha256": each.bundle.graph_hash}
+        each.bundle.root.name: {"seconds": {"median": 0.01}, "speedup": 1.5, "graph_sha256": each.bundle.graph_hash}
         for each in three[:2]
     }
     setting = {"threads": 1, "batch": 4, "baseline": "ort-fp32", "candidates": timed}

@@ -1,10 +1,10 @@
 """The pages in Chromium: what moves, what the keyboard reaches, and that nothing complains."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import draw_report_pictures
 import pytest
 from standins.reported_bundle import reported_bundle
 
@@ -12,26 +12,17 @@ from tfmq_export.report.bundle_page import write_page
 from tfmq_export.report.comparison import write_comparison
 from tfmq_export.report.facts import Facts
 
-BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None, reason="needs Chromium and chromedriver (Debian: chromium, chromium-driver)"
+    None in (draw_report_pictures.BROWSER, draw_report_pictures.DRIVER),
+    reason="needs Chromium and chromedriver (Debian: chromium, chromium-driver)",
 )
 WIDE, NARROW = 1280, 390
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "force-prefers-reduced-motion"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(DRIVER))
-    yield driver
-    driver.quit()
+    with draw_report_pictures.browser() as window:
+        yield window
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +43,7 @@ def page(browser: Any, pages: dict[str, Path]) -> Any:
 
 
 def opened(browser: Any, path: Path, width: int = WIDE, **media: str) -> Any:
-    features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get("about:blank")
-    browser.get(path.as_uri())
+    draw_report_pictures.open_page(browser, path, width, 900, **media)
     return browser
 
 

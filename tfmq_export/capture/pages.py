@@ -4,12 +4,14 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from tfmq_export.pages import release_span
+from tfmq_export.pages import Span, release_spans, span_of
 
 
 def release_pages(weights: Iterable[Tensor]) -> None:
     """Let go of the pages of weights that a file holds; weights that no file holds stay."""
-    for weight in weights:
-        if weight.device.type == "cpu" and weight.numel():
-            last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
-            release_span(weight.data_ptr(), weight.data_ptr() + (last + 1) * weight.element_size())
+    release_spans(_span(weight) for weight in weights if weight.device.type == "cpu" and weight.numel())
+
+
+def _span(weight: Tensor) -> Span:
+    size = weight.element_size()
+    return span_of(weight.data_ptr(), size, weight.shape, [stride * size for stride in weight.stride()])

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from tfmq_export.bundle.call import fingerprint_of
 from tfmq_export.bundle.manifest import Bundle
 from tfmq_export.capture import program as capturing
 from tfmq_export.capture.denoiser import Denoiser, Description
@@ -165,13 +166,12 @@ def quantize(  # noqa: PLR0913  # options by keyword
     captured = model if isinstance(model, Captured) else capture(model, progress)
     denoiser, program, device = captured.denoiser, captured.program, find_device(config.device)
     plan = plan_for(config, program, widths)
-    provenance = _provenance(denoiser, config, plan)
+    made_with = _provenance(denoiser, config, plan)
+    provenance = made_with | dict(notes or {})
     if not plan.weight_bits:
-        provenance |= dict(notes or {})
         recipe = walking.unquantized(program, config.preset, tabulate(program, denoiser), provenance)
         return Quantized(denoiser, program, recipe)
-    settings = {"fingerprint": program.fingerprint, "preset": plan.preset, **provenance, **_drawing(denoiser)}
-    provenance |= dict(notes or {})
+    settings = {"fingerprint": program.fingerprint, "preset": plan.preset, **made_with, **_drawing(denoiser)}
     settings |= {"timesteps": f"{len(denoiser.timesteps)}: {denoiser.timesteps.describe()}"}
     settings |= {"quantized outputs": ", ".join(sorted(plan.quantized_outputs)) or "none"}
     settings |= {"layers": ", ".join(f"{name} W{x.weights}A{x.inputs}" for name, x in sorted(plan.widths.items()))}
@@ -351,16 +351,18 @@ def _provenance(denoiser: Denoiser, config: CompileConfig, plan: QuantPlan) -> d
 
 def _drawing(denoiser: Denoiser) -> dict[str, str]:
     """What the trajectory follows from beside the model, in short."""
-    given = {**denoiser.conditioning, **{f"no {name}": value for name, value in denoiser.unconditional.items()}}
-    arrays = hashlib.sha256()
-    for name, value in sorted(given.items()):
-        plain = value.float() if value.is_floating_point() else value  # numpy has no bfloat16
-        arrays.update(f"{name} {tuple(value.shape)} ".encode() + plain.numpy(force=True).tobytes())
+    given = denoiser.conditioning, denoiser.unconditional
+    prompts = [{name: _fingerprint(value) for name, value in each.items()} for each in given]
     return {
         "scheduler": f"{denoiser.sampler_info.kind} {_digest(denoiser.scheduler_config)}",
         "guidance": f"{denoiser.sampler_info.guidance_scale:g}",
-        "prompts": f"{_digest(denoiser.requests)} {arrays.hexdigest()[:12]}",
+        "prompts": _digest([denoiser.requests, *prompts]),
     }
+
+
+def _fingerprint(value: Tensor) -> str:
+    plain = value.float() if value.is_floating_point() else value  # numpy has no bfloat16
+    return fingerprint_of(plain.numpy(force=True))
 
 
 def _digest(value: object) -> str:

@@ -28,7 +28,7 @@ def in_single_precision(module: nn.Module) -> nn.Module:
 
 def _mapped(value: Tensor, path: Path) -> Tensor:
     """A float32 copy that lies in a file; the mapping outlives the file's name."""
-    made = torch.from_file(str(path), shared=True, size=value.numel(), dtype=torch.float32)
-    made.view(value.shape).copy_(value)
+    made = torch.from_file(str(path), shared=True, size=value.numel(), dtype=torch.float32).view(value.shape)
+    made.copy_(value)
     release_pages([value, made])
-    return made.view(value.shape)
+    return made

@@ -52,11 +52,6 @@ class Stored:
         return self.bundle.root / "tfmq" / PAGE
 
     @property
-    def name(self) -> str:
-        """Of the bundle's folder."""
-        return self.bundle.root.absolute().name
-
-    @property
     def drawn(self) -> str:
         """What was drawn and compared: images, or latents and samples of which there are no pictures."""
         manifest = self.bundle.manifest

@@ -60,7 +60,7 @@ def test_large_half_weights_are_cast_into_files_to_the_same_model(
 
     for wanted, given in (
         (plain.state_dict(), found.state_dict()),
-        *[map(dict, (plain.named_buffers(), found.named_buffers()))],
+        (dict(plain.named_buffers()), dict(found.named_buffers())),
     ):
         assert wanted.keys() == given.keys()
         assert all(torch.equal(given[name], value.float()) for name, value in wanted.items())

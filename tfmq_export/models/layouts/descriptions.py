@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 
 from tfmq_export.errors import LoadError, first_line
+from tfmq_export.models.layouts.tensor_file import WEIGHTS
 from tfmq_export.recipe.plain import read_json
 
 SCHEDULER = "scheduler_config.json"
 YAMLS = (".yaml", ".yml")
-WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def read_yaml_beside(path: Path) -> tuple[Mapping[str, Any], Path | None]:
@@ -24,20 +24,26 @@ def read_yaml_beside(path: Path) -> tuple[Mapping[str, Any], Path | None]:
     Raises:
         LoadError: it is no readable YAML.
     """
-    named = [path.with_suffix(suffix) for suffix in YAMLS if path.with_suffix(suffix).is_file()]
-    usual = [path.parent / f"{name}{suffix}" for name in ("config", "project") for suffix in YAMLS]
-    beside = [each for suffix in YAMLS for each in sorted(path.parent.glob(f"*{suffix}"))]
-    alone = sum(each.suffix in WEIGHTS for each in path.parent.iterdir()) <= 1
-    others = ([each for each in usual if each.is_file()] or beside * (len(beside) == 1)) if alone else []
-    found = next(iter((*named, *others)), None)
+    named = next((path.with_suffix(suffix) for suffix in YAMLS if path.with_suffix(suffix).is_file()), None)
+    found = named or _of_the_folder(path.parent)
     if found is None:
         return {}, None
     try:
         content = yaml.safe_load(found.read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise LoadError(f"{found}: not readable YAML: {first_line(error)}; it describes {path.name}") from error
-    describes = isinstance(content, dict) and (bool(named) or isinstance(content.get("model"), dict))
+    describes = isinstance(content, dict) and (named is not None or isinstance(content.get("model"), dict))
     return (content, found) if describes else ({}, None)
+
+
+def _of_the_folder(folder: Path) -> Path | None:
+    """The YAML of a folder with one checkpoint: under a usual name, or the only one."""
+    files = [each for each in sorted(folder.iterdir()) if each.is_file()]
+    yamls = [each for each in files if each.suffix in YAMLS]
+    usual = [each for each in yamls if each.stem in ("config", "project")]
+    if sum(each.suffix in WEIGHTS for each in files) > 1 or not (usual or len(yamls) == 1):
+        return None
+    return (usual or yamls)[0]
 
 
 def read_scheduler_beside(path: Path) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ from tfmq_export.bundle.pipeline_folder import INDEX, is_pipeline, read_index
 from tfmq_export.errors import ConfigError, LoadError
 from tfmq_export.models.layouts import foreign, latent_diffusion, pixel_diffusion, single_transformers, states
 from tfmq_export.models.layouts.folders import NAME, ModelFolder, find_folder, is_model_folder, snapshot_of, weights_of
-from tfmq_export.models.layouts.tensor_file import State, is_safetensors, read_pickled
+from tfmq_export.models.layouts.tensor_file import WEIGHTS, State, is_safetensors, read_pickled
 
 PACKED = "tfmq-export model"
 """The format that ``tfmq-pack`` writes, which names itself."""
@@ -27,7 +27,6 @@ BESIDE = (
 """How the names begin of what a pipeline has beside its denoiser."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.ckpt)(?<!\.safetensors)")
 """A model as the Hub names it: its owner, and the model."""
-WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 class Kind(StrEnum):

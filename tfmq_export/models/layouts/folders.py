@@ -13,11 +13,12 @@ from tfmq_export.models.layouts.descriptions import read_object
 DENOISERS = ("transformer", "unet", "decoder", "prior")
 """Folders of a pipeline that may hold its denoiser, in the order they are looked for."""
 STEM = "diffusion_pytorch_model"
-NAME = re.compile(
-    rf"{STEM}(?:\.(?P<before>[\w-]+?))?(?:-\d{{5}}-of-\d{{5}}(?:\.(?P<after>[\w-]+))?)?\.(?P<kind>safetensors|bin)"
+_BEHIND = (
+    r"(?:\.(?P<before>[\w-]+?))?(?:-\d{5}-of-\d{5}(?:\.(?P<after>[\w-]+))?)?\.(?P<kind>safetensors|bin)"  # of the stem
 )
+NAME = re.compile(STEM + _BEHIND)
 """Weights: a variant stands in front of the shard's number, or behind it."""
-COMPONENT = re.compile(NAME.pattern.replace(STEM, f"(?:{STEM}|model)", 1))
+COMPONENT = re.compile(f"(?:{STEM}|model){_BEHIND}")
 """The same of any component: transformers says ``model``."""
 
 

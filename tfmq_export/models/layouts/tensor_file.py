@@ -20,6 +20,8 @@ from torch import Tensor
 
 from tfmq_export.errors import LoadError, first_line
 
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""How the names of such files end."""
 TORCH_TYPES: Mapping[str, str] = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32",
     "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",

@@ -21,7 +21,7 @@ from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.models.layouts.folders import DENOISERS, needed_variant
 from tfmq_export.models.quiet_loading import quiet_loading
 from tfmq_export.models.recorded.memory import remember_encoders
-from tfmq_export.models.recorded.requests import PICTURES, Request, is_text
+from tfmq_export.models.recorded.requests import Request, with_pictures
 
 LEFT_OUT = ("safety_checker", "watermark", "watermarker")
 """Components that look at finished pictures and would change them."""
@@ -238,19 +238,16 @@ def without_lists(request: Request) -> dict[str, object]:
 
 def _joined(asked: Sequence[Request]) -> dict[str, object]:
     joined: dict[str, object] = {}
-    for key in asked[0]:
-        values = [request[key] if is_text(key) else _opened(request[key]) for request in asked]
+    opened = [with_pictures(request, _opened) for request in asked]
+    for key in opened[0]:
+        values = [request[key] for request in opened]
         joined[key] = values if key in LISTED and (len(values) > 1 or key == "class_labels") else values[0]
     return joined
 
 
-def _opened(value: object) -> object:
+def _opened(path: str) -> object:
     """A picture for its path."""
-    if isinstance(value, list):
-        return [_opened(each) for each in value]
-    if isinstance(value, str) and Path(value).suffix.lower() in PICTURES and Path(value).is_file():
-        return load_image(value)
-    return value
+    return load_image(path) if Path(path).is_file() else path
 
 
 def _generators(seeds: Sequence[int]) -> Any:

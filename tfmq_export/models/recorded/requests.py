@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from tfmq_export.errors import ConfigError, LoadError, first_line
 from tfmq_export.recipe.plain import parsed
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+TEXTS = ("prompt", "negative_prompt")
+"""How the names of arguments begin that are text."""
 REQUESTS = "prompts.jsonl"
 """In a bundle's ``tfmq`` folder: what its pipeline was asked to draw."""
 Request = Mapping[str, object]
@@ -48,27 +50,31 @@ def read_requests(path: Path) -> tuple[Request, ...]:
 
 def write_requests(folder: Path, requests: Sequence[Request]) -> None:
     """Write ``prompts.jsonl`` for ``read_requests``, with the pictures it names beside it."""
-    lines: list[str] = []
     pictures: dict[str, str] = {}
 
-    def kept(value: object) -> object:
-        if isinstance(value, list):
-            return [kept(each) for each in value]
-        if isinstance(value, str) and Path(value).suffix.lower() in PICTURES and Path(value).is_file():
-            return pictures.setdefault(value, f"picture_{len(pictures)}{Path(value).suffix.lower()}")
-        return value
+    def kept(path: str) -> str:
+        if not Path(path).is_file():
+            return path
+        return pictures.setdefault(path, f"picture_{len(pictures)}{Path(path).suffix.lower()}")
 
-    for request in requests:
-        placed = {key: value if is_text(key) else kept(value) for key, value in request.items()}
-        lines.append(json.dumps(placed, ensure_ascii=False))
+    lines = [json.dumps(with_pictures(request, kept), ensure_ascii=False) for request in requests]
     for source, name in pictures.items():
         shutil.copyfile(source, folder / name)
     (folder / REQUESTS).write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def is_text(argument: str) -> bool:
-    """Whether an argument of a pipeline is text, whatever it ends in: ``IMG_1234.JPG`` is a prompt."""
-    return argument.startswith(("prompt", "negative_prompt"))
+def with_pictures(request: Request, change: Callable[[str], object]) -> dict[str, object]:
+    """A request with something in the place of each path of a picture.
+
+    Prompts are text, whatever they end in: ``IMG_1234.JPG`` is one.
+    """
+
+    def changed(value: object) -> object:
+        if isinstance(value, list):
+            return [changed(each) for each in value]
+        return change(value) if isinstance(value, str) and Path(value).suffix.lower() in PICTURES else value
+
+    return {key: value if key.startswith(TEXTS) else changed(value) for key, value in request.items()}
 
 
 def _numbered(lines: list[str]) -> Iterator[tuple[int, str]]:
@@ -84,16 +90,11 @@ def _request(line: str, where: str, folder: Path) -> Request:
         raise LoadError(f"{where}: not a JSON object ({first_line(error)}); give text, or an object a line") from error
     if "num_inference_steps" in value:
         raise ConfigError(f"{where}: num_inference_steps is for all images alike; give it as --steps")
-    return {key: each if is_text(key) else _placed(each, where, folder) for key, each in value.items()}
 
-
-def _placed(value: object, where: str, folder: Path) -> object:
-    """Paths of pictures, from where the list lies."""
-    if isinstance(value, list):
-        return [_placed(each, where, folder) for each in value]
-    if isinstance(value, str) and Path(value).suffix.lower() in PICTURES:
-        path = (folder / value).absolute()
+    def placed(name: str) -> str:
+        path = (folder / name).absolute()
         if not path.is_file():
             raise ConfigError(f"{where}: no picture {path}; paths are meant from the folder of the list")
         return str(path)
-    return value
+
+    return with_pictures(value, placed)
